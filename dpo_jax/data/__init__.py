@@ -1,0 +1,1 @@
+"""From preference files to packed batches: numpy and the tokenizer, never a model."""

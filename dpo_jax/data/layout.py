@@ -1,0 +1,232 @@
+"""A pair as one interval-masked sequence, and several of them in a row.
+
+The prompt is stored once. The chosen answer stands before it, reversed, so that the keys any token may see are one
+contiguous interval. An answer's last token predicts nothing, so it is a target but takes no position:
+
+    pair       prompt p1 p2 p3   chosen c1 c2 c3   rejected r1 r2 r3
+
+    index       0      1    |  2      3      4    |  5      6
+    token       c2     c1   |  p1     p2     p3   |  r1     r2
+    position    4      3    |  0      1      2    |  3      4
+    visible    [0,5)  [1,5) | [2,3)  [2,4)  [2,5) | [2,6)  [2,7)
+    predicts    c3     c2   |                c1,r1|  r2     r3
+
+Where an interval cannot say what a model needs, the `repeated` layout stores `prompt | answer` once a completion.
+Both are still packed, and to a model both are still only two bounds a token.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Int
+
+from dpo_jax.types import Batch, Encoded, InputError, Rows
+
+LAYOUTS = ("shared", "repeated")
+ROW_MULTIPLE = 128  # row lengths are multiples of this: what TPU lanes and attention blocks like
+
+
+@dataclasses.dataclass(frozen=True)
+class Shape:
+    """The static shape of every batch of a run, so that a run compiles each program once."""
+
+    pairs: int  # P, pairs in a batch
+    rows: int  # R, rows in a microbatch
+    row_length: int  # S, positions in a row
+    microbatches: int  # A, the most a batch can need: one row a pair
+
+
+class Unit(NamedTuple):
+    """One pair laid out from index 0; bounds and sources are relative to its own start."""
+
+    tokens: Int[np.ndarray, "N"]
+    positions: Int[np.ndarray, "N"]
+    key_start: Int[np.ndarray, "N"]
+    key_end: Int[np.ndarray, "N"]
+    source: Int[np.ndarray, "T"]
+    target: Int[np.ndarray, "T"]
+    side: Int[np.ndarray, "T"]
+
+
+def check_layout(layout: str) -> None:
+    """Raises InputError unless `layout` names one."""
+    if layout not in LAYOUTS:
+        raise InputError(
+            "config.data.layout",
+            got=f"got {layout!r}",
+            expected=" or ".join(map(repr, LAYOUTS)),
+            remedy="Set one of these.",
+        )
+
+
+def unit_lengths(lengths: Int[np.ndarray, "N 3"], layout: str) -> Int[np.ndarray, "N"]:
+    """Positions each pair takes, from its prompt, chosen and rejected token counts."""
+    prompts = 1 if layout == "shared" else 2
+    lengths = np.asarray(lengths, np.int64)
+    return prompts * lengths[:, 0] + lengths[:, 1] + lengths[:, 2] - 2
+
+
+def lay_out(pair: Encoded, layout: str) -> Unit:
+    """The pair's arrays in the given layout; see the drawing at the top of this file."""
+    return _shared(pair) if layout == "shared" else _repeated(pair)
+
+
+def _shared(pair: Encoded) -> Unit:
+    p, c, r = len(pair.prompt), len(pair.chosen) - 1, len(pair.rejected) - 1
+    tokens = np.concatenate([pair.chosen[:c][::-1], pair.prompt, pair.rejected[:r]])
+    index = np.arange(c + p + r)
+    chosen = index < c
+    positions = np.where(chosen, p + c - 1 - index, index - c)
+    key_start = np.where(chosen, index, c)
+    key_end = np.where(chosen, c + p, index + 1)
+    # The first token of either answer is predicted by the prompt's last token, at c + p - 1.
+    source = np.concatenate([[c + p - 1], np.arange(c)[::-1], np.arange(c + p - 1, c + p + r)])
+    return _unit(pair, tokens, positions, key_start, key_end, source)
+
+
+def _repeated(pair: Encoded) -> Unit:
+    p, c, r = len(pair.prompt), len(pair.chosen) - 1, len(pair.rejected) - 1
+    tokens = np.concatenate([pair.prompt, pair.chosen[:c], pair.prompt, pair.rejected[:r]])
+    index = np.arange(2 * p + c + r)
+    base = np.where(index < p + c, 0, p + c)
+    source = np.concatenate([np.arange(p - 1, p + c), np.arange(p - 1, p + r) + p + c])
+    return _unit(pair, tokens, index - base, base, index + 1, source)
+
+
+def _unit(pair, tokens, positions, key_start, key_end, source):
+    side = np.repeat([0, 1], [len(pair.chosen), len(pair.rejected)])
+    return Unit(tokens, positions, key_start, key_end, source, np.concatenate([pair.chosen, pair.rejected]), side)
+
+
+def fill_rows(lengths: Sequence[int], row_length: int) -> list[list[int]]:
+    """Which units share a row: best-fit decreasing, within 22% of the fewest rows and in practice within one.
+
+    Raises: InputError if a unit is longer than a row.
+    """
+    rows: list[list[int]] = []
+    room: list[int] = []
+    for unit in np.argsort(-np.asarray(lengths), kind="stable"):
+        length = int(lengths[unit])
+        if length > row_length:
+            raise InputError(
+                "config.data.row_length",
+                got=f"a pair takes {length} positions and a row holds {row_length}",
+                expected=f"at least {length}",
+                remedy="Unset data.row_length to have it chosen from the data, or lower data.max_length.",
+            )
+        fits = [(space, row) for row, space in enumerate(room) if space >= length]
+        if fits:
+            _, row = min(fits)
+        else:
+            row = len(rows)
+            rows.append([])
+            room.append(row_length)
+        rows[row].append(int(unit))
+        room[row] -= length
+    return rows
+
+
+def choose_shape(
+    lengths: Int[np.ndarray, "N"],
+    *,
+    pairs: int,
+    row_length: int | None,
+    rows: int | None,
+    row_multiple: int,
+    target_positions: int,
+) -> Shape:
+    """Fixes the shape of a run's batches from the positions its pairs take.
+
+    Args:
+      lengths: positions of every pair that will be laid out, training and evaluation.
+      row_length: positions in a row; None: the longest pair, rounded up to ROW_MULTIPLE.
+      rows: rows in a microbatch; None: as many as a batch needs on average, in equal microbatches of about
+        `target_positions`, so that few rows run empty.
+      row_multiple: rows are a multiple of this, the number of devices that rows are spread over.
+    Raises: InputError if `rows` does not divide so, or `row_length` is not a positive multiple of 8.
+    """
+    longest = int(np.max(lengths))
+    if row_length is None:
+        row_length = -(-longest // ROW_MULTIPLE) * ROW_MULTIPLE
+    if row_length < longest or row_length % 8:
+        raise InputError(
+            "config.data.row_length",
+            got=f"got {row_length}",
+            expected=f"a multiple of 8 of at least {longest}, the longest pair",
+            remedy="Unset it to have it chosen from the data, or lower data.max_length.",
+        )
+    if rows is None:
+        needed = max(1.0, pairs * float(np.mean(lengths)) / row_length)
+        microbatches = max(1, round(needed * row_length / target_positions))
+        rows = -(-int(np.ceil(needed / microbatches)) // row_multiple) * row_multiple
+    if rows < 1 or rows % row_multiple:
+        raise InputError(
+            "config.train.microbatch_rows",
+            got=f"got {rows}",
+            expected=f"a positive multiple of {row_multiple}, the devices that rows are spread over",
+            remedy="Change it, or mesh.replica and mesh.fsdp, or unset it.",
+        )
+    return Shape(pairs=pairs, rows=rows, row_length=row_length, microbatches=-(-pairs // rows))
+
+
+def collate(
+    pairs: Sequence[Encoded], reference: np.ndarray | None, shape: Shape, *, layout: str
+) -> Batch:
+    """Packs at most `shape.pairs` pairs into one batch of fixed shape.
+
+    Args:
+      pairs: in batch order; fewer than `shape.pairs` leaves the rest as padding, marked absent.
+      reference: stored log-probs [len(pairs), 2] in nats, or None where there are none.
+    """
+    units = [lay_out(pair, layout) for pair in pairs]
+    assert len(units) <= shape.pairs
+    packed = fill_rows([len(unit.tokens) for unit in units], shape.row_length)
+    grid = (shape.microbatches * shape.rows, shape.row_length)
+    index = np.arange(shape.row_length, dtype=np.int32)
+    rows = Rows(
+        tokens=np.zeros(grid, np.int32),
+        positions=np.zeros(grid, np.int32),
+        # A padding token sees itself alone: attention stays finite, and nothing real sees it.
+        key_start=np.tile(index, (grid[0], 1)),
+        key_end=np.tile(index + 1, (grid[0], 1)),
+        source=np.zeros(grid, np.int32),
+        target=np.zeros(grid, np.int32),
+        slot=np.full(grid, -1, np.int32),
+    )
+    present = np.zeros((shape.microbatches, shape.pairs), bool)
+    for row, members in enumerate(packed):
+        _write_row(rows, row, [(pair, units[pair]) for pair in members])
+        present[row // shape.rows, members] = True
+    stored = np.zeros((shape.pairs, 2), np.float32)
+    if reference is not None:
+        stored[: len(pairs)] = reference
+    lengths = np.zeros((shape.pairs, 2), np.int32)
+    for i, pair in enumerate(pairs):
+        lengths[i] = len(pair.chosen), len(pair.rejected)
+    micro = (shape.microbatches, shape.rows, shape.row_length)
+    return Batch(
+        rows=Rows(*(array.reshape(micro) for array in rows)),
+        count=np.int32(-(-len(packed) // shape.rows)),
+        present=present,
+        reference=stored,
+        lengths=lengths,
+    )
+
+
+def _write_row(rows: Rows, row: int, members: list[tuple[int, Unit]]) -> None:
+    at, scored = 0, 0
+    for pair, unit in members:
+        span = slice(at, at + len(unit.tokens))
+        rows.tokens[row, span] = unit.tokens
+        rows.positions[row, span] = unit.positions
+        rows.key_start[row, span] = unit.key_start + at
+        rows.key_end[row, span] = unit.key_end + at
+        into = slice(scored, scored + len(unit.target))
+        rows.source[row, into] = unit.source + at
+        rows.target[row, into] = unit.target
+        rows.slot[row, into] = 2 * pair + unit.side
+        at, scored = span.stop, into.stop

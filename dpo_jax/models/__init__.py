@@ -1,0 +1,1 @@
+"""The decoder, its families, and reading and writing their Hugging Face folders."""

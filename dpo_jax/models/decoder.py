@@ -1,0 +1,215 @@
+"""One configurable causal decoder over packed rows; a family differs only in its `DecoderConfig`.
+
+Flax linen is used narrowly: the `params` collection alone, blocks scanned over a leading layer axis. Outside this
+file a model is the nested dict of arrays that `DecoderConfig` documents, and the pure functions below.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from jaxtyping import Array, Float, Int
+
+from dpo_jax.models.attention import attention, check_implementation
+from dpo_jax.models.config import DecoderConfig
+from dpo_jax.types import InputError
+
+REMAT = ("none", "block")
+ACTIVATIONS = {
+    "silu": jax.nn.silu,
+    "gelu": lambda x: jax.nn.gelu(x, approximate=False),
+    "gelu_tanh": lambda x: jax.nn.gelu(x, approximate=True),
+    "relu": jax.nn.relu,
+}
+INIT = nn.initializers.normal(0.02)
+
+
+class Run(nn.Module):
+    """Fields every module shares: what to compute, and how."""
+
+    config: DecoderConfig
+    dtype: Any = jnp.float32
+    param_dtype: Any = jnp.float32
+    implementation: str = "auto"
+
+    @property
+    def fields(self):
+        return dict(
+            config=self.config, dtype=self.dtype, param_dtype=self.param_dtype, implementation=self.implementation
+        )
+
+    def dense(self, name, features, bias, axis=-1):
+        return nn.DenseGeneral(
+            features,
+            axis=axis,
+            use_bias=bias,
+            dtype=self.dtype,
+            param_dtype=self.param_dtype,
+            kernel_init=INIT,
+            name=name,
+        )
+
+
+class Norm(Run):
+    """RMSNorm or LayerNorm; statistics in float32 or wider."""
+
+    @nn.compact
+    def __call__(self, x):
+        scale = self.param("scale", nn.initializers.ones, (x.shape[-1],), self.param_dtype)
+        wide = jnp.promote_types(self.dtype, jnp.float32)
+        x = x.astype(wide)
+        if self.config.norm == "layernorm":
+            x = x - x.mean(-1, keepdims=True)
+        x = x * jax.lax.rsqrt(jnp.square(x).mean(-1, keepdims=True) + self.config.norm_eps)
+        x = x * scale.astype(wide)
+        if self.config.norm == "layernorm":
+            x = x + self.param("bias", nn.initializers.zeros, (x.shape[-1],), self.param_dtype).astype(wide)
+        return x.astype(self.dtype)
+
+
+class Attention(Run):
+    """Grouped-query self-attention with rotary positions on the leading `rotary_dim` of each head."""
+
+    @nn.compact
+    def __call__(self, x, rotation, key_start, key_end):
+        c = self.config
+        q = rotate(self.dense("q", (c.heads, c.head_dim), c.qkv_bias)(x), rotation)
+        k = rotate(self.dense("k", (c.kv_heads, c.head_dim), c.qkv_bias)(x), rotation)
+        v = self.dense("v", (c.kv_heads, c.head_dim), c.qkv_bias)(x)
+        out = attention(q, k, v, key_start, key_end, implementation=self.implementation)
+        return self.dense("o", c.width, c.output_bias, axis=(-2, -1))(out)
+
+
+class Mlp(Run):
+    """Feed-forward block, gated or not."""
+
+    @nn.compact
+    def __call__(self, x):
+        c = self.config
+        act = ACTIVATIONS[c.activation]
+        up = self.dense("up", c.mlp_width, c.mlp_bias)(x)
+        hidden = act(self.dense("gate", c.mlp_width, c.mlp_bias)(x)) * up if c.gated else act(up)
+        return self.dense("down", c.width, c.mlp_bias)(hidden)
+
+
+class Block(Run):
+    """Attention and feed-forward, one after the other or side by side."""
+
+    @nn.compact
+    def __call__(self, x, rotation, key_start, key_end):
+        attended = Attention(**self.fields, name="attention")(
+            Norm(**self.fields, name="attention_norm")(x), rotation, key_start, key_end
+        )
+        if not self.config.parallel_residual:
+            x, attended = x + attended, 0.0
+        normed = Norm(**self.fields, name="mlp_norm")(x)
+        return x + attended + Mlp(**self.fields, name="mlp")(normed), None
+
+
+class Table(Run):
+    """A vocabulary matrix [V, D]: embeddings in, or the head out."""
+
+    @nn.compact
+    def __call__(self):
+        return self.param("embedding", INIT, (self.config.vocab_size, self.config.width), self.param_dtype)
+
+
+class Decoder(Run):
+    """Tokens to final hidden states. The head belongs to the parameters; scoring multiplies by it."""
+
+    remat: str = "none"
+
+    @nn.compact
+    def __call__(self, tokens, positions, key_start, key_end):
+        embedding = Table(**self.fields, name="embed")()
+        if not self.config.tie_embeddings:
+            Table(**self.fields, name="head")()
+        x = jnp.take(embedding, tokens, axis=0).astype(self.dtype)
+        rotation = rotary_angles(self.config, positions, self.dtype)
+        block = nn.remat(Block, prevent_cse=False) if self.remat == "block" else Block
+        blocks = nn.scan(
+            block,
+            variable_axes={"params": 0},
+            split_rngs={"params": True},
+            in_axes=nn.broadcast,
+            length=self.config.layers,
+        )
+        x, _ = blocks(**self.fields, name="blocks")(x, rotation, key_start, key_end)
+        return Norm(**self.fields, name="final_norm")(x)
+
+
+def rotary_angles(config: DecoderConfig, positions: Int[Array, "R S"], dtype: Any):
+    """(cos, sin) of every position's rotation, [R, S, 1, rotary_dim / 2]; None if nothing rotates.
+
+    angle[p, i] = p * theta^(-2i / rotary_dim); Su et al. 2021, section 3.2.2.
+    """
+    if not config.rotary_dim:
+        return None
+    # Angles in float32 whatever the compute type: bfloat16 cannot tell position 257 from 258.
+    wide = jnp.promote_types(dtype, jnp.float32)
+    frequency = config.rope_theta ** (-jnp.arange(0, config.rotary_dim, 2, dtype=wide) / config.rotary_dim)
+    angle = positions[..., None, None].astype(wide) * frequency[None, None, None]
+    return jnp.cos(angle), jnp.sin(angle)
+
+
+def rotate(x: Float[Array, "R S H d"], rotation) -> Float[Array, "R S H d"]:
+    """Turns the pairs (x[i], x[i + rotary_dim / 2]) by their angles and leaves the dimensions after them alone."""
+    if rotation is None:
+        return x
+    cos, sin = rotation
+    half = cos.shape[-1]
+    first, second, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
+    turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
+    return jnp.concatenate([turned, rest], axis=-1) if rest.shape[-1] else turned
+
+
+def init(key: Array, config: DecoderConfig, *, dtype: Any = jnp.float32) -> dict:
+    """Random parameters, normal with standard deviation 0.02, in the tree that `DecoderConfig` documents."""
+    rows = jnp.zeros((1, 1), jnp.int32)
+    return Decoder(config, dtype, dtype).init(key, rows, rows, rows, rows + 1)["params"]
+
+
+def forward(
+    params: dict,
+    config: DecoderConfig,
+    tokens: Int[Array, "R S"],
+    positions: Int[Array, "R S"],
+    key_start: Int[Array, "R S"],
+    key_end: Int[Array, "R S"],
+    *,
+    dtype: Any = jnp.float32,
+    remat: str = "none",
+    implementation: str = "auto",
+) -> Float[Array, "R S D"]:
+    """Final hidden states, normalised, ready for the head.
+
+    Args:
+      params: the tree that `DecoderConfig` documents.
+      positions: where each token stands in its own sequence, from 0; not its index in the row.
+      key_start, key_end: the keys each token attends to, [key_start, key_end) in row indices, never empty.
+      dtype: the compute type; parameters are cast to it where they are used.
+      remat: what the backward pass recomputes, one of REMAT.
+      implementation: of attention, see `attention`.
+    """
+    module = Decoder(config, dtype, implementation=implementation, remat=remat)
+    return module.apply({"params": params}, tokens, positions, key_start, key_end)
+
+
+def head(params: dict) -> Float[Array, "V D"]:
+    """The vocabulary matrix that turns hidden states into logits: its own, or the tied embeddings."""
+    return params.get("head", params["embed"])["embedding"]
+
+
+def check_options(*, remat: str, implementation: str) -> None:
+    """Raises InputError unless both name something this decoder can do."""
+    check_implementation(implementation)
+    if remat not in REMAT:
+        raise InputError(
+            "config.model.remat",
+            got=f"got {remat!r}",
+            expected=" or ".join(map(repr, REMAT)),
+            remedy="Set one of these.",
+        )

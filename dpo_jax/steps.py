@@ -1,0 +1,112 @@
+"""The update step and the scoring step: pure functions, not jitted; the caller jits, shards and donates.
+
+All they know of a model is `logps_fn(params, rows) -> [P, 2]`, so any model that can score a batch fits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Float, Int
+
+from dpo_jax.metrics import pair_metrics
+from dpo_jax.types import Batch
+
+LogpsFn = Callable[[Any, Any], Any]
+
+
+class TrainState(NamedTuple):
+    """Everything an update changes."""
+
+    step: Int[Array, ""]  # updates made
+    params: Any
+    opt_state: Any
+
+
+def init_state(params: Any, tx: optax.GradientTransformation) -> TrainState:
+    """The state before the first update."""
+    return TrainState(jnp.zeros((), jnp.int32), params, tx.init(params))
+
+
+def make_train_step(
+    logps_fn: LogpsFn,
+    loss_fn: Callable[..., Array],
+    tx: optax.GradientTransformation,
+    *,
+    beta: float | None = 0.1,
+    has_aux: bool = False,
+) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, Array]]]:
+    """Builds `step(state, batch) -> (state, metrics)`.
+
+    The gradient is that of the mean loss over all pairs of the batch, whatever microbatches they came in: each
+    microbatch adds its pairs' losses over the number of pairs in the batch, into float32 accumulators. Only the
+    `batch.count` microbatches in use are computed.
+
+    Args:
+      logps_fn: `(params, rows) -> [P, 2]`, log-probs in nats of every pair of the batch that `rows`, one
+        microbatch of `batch.rows`, holds, and finite values for the others.
+      loss_fn: `(policy, reference, *, lengths) -> [P]`.
+      tx: the optimizer; it sees float32 gradients.
+      beta: scale of the reported rewards; None reports none.
+      has_aux: `logps_fn` returns `(logps, {name: [P, 2] sums over answer tokens})`, reported as means over tokens.
+    Returns: the step. Its metrics describe the parameters that enter it: those of `pair_metrics` and `grad_norm`,
+      the global norm before any clipping.
+    """
+
+    def step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Array]]:
+        present = batch.present.any(0)
+        pairs = jnp.maximum(present.sum(), 1)
+
+        def microbatch_loss(params, rows, here):
+            logps, aux = _score(logps_fn, has_aux, params, rows)
+            losses = loss_fn(logps, batch.reference, lengths=batch.lengths)
+            # Masked after the loss: a masked margin of 0 would still count as log 2.
+            return jnp.where(here, losses, 0).sum() / pairs, _only(here, (logps, aux))
+
+        def grads_of(rows, here):
+            (_, scored), grads = jax.value_and_grad(microbatch_loss, has_aux=True)(state.params, rows, here)
+            return jax.tree.map(lambda g: g.astype(jnp.promote_types(g.dtype, jnp.float32)), grads), scored
+
+        grads, (policy, aux) = _sum_microbatches(grads_of, batch)
+        updates, opt_state = tx.update(grads, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        losses = loss_fn(policy, batch.reference, lengths=batch.lengths)
+        metrics = pair_metrics(
+            losses, policy, batch.reference, batch.lengths, present, beta=beta, token_sums=aux
+        ) | {"grad_norm": optax.global_norm(grads)}
+        return TrainState(state.step + 1, params, opt_state), metrics
+
+    return step
+
+
+def make_score_step(logps_fn: LogpsFn, *, has_aux: bool = False) -> Callable[[Any, Batch], tuple[Array, dict]]:
+    """Builds `score(params, batch) -> (logps [P, 2], aux)`: the same scoring as in the update, forward only."""
+
+    def score(params: Any, batch: Batch) -> tuple[Float[Array, "P 2"], dict[str, Array]]:
+        return _sum_microbatches(lambda rows, here: _only(here, _score(logps_fn, has_aux, params, rows)), batch)
+
+    return score
+
+
+def _score(logps_fn, has_aux, params, rows):
+    return logps_fn(params, rows) if has_aux else (logps_fn(params, rows), {})
+
+
+def _only(here, tree):
+    return jax.tree.map(lambda x: jnp.where(here[:, None], x, 0), tree)
+
+
+def _sum_microbatches(fn: Callable[[Any, Array], Any], batch: Batch) -> Any:
+    """Sum of `fn(rows, present)` over the microbatches in use; one at a time, so one's activations are alive."""
+
+    def at(i):
+        return jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, i, keepdims=False), (batch.rows, batch.present))
+
+    if batch.present.shape[0] == 1:
+        return fn(*at(0))
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(lambda: fn(*at(0))))
+    return jax.lax.fori_loop(0, batch.count, lambda i, total: jax.tree.map(jnp.add, total, fn(*at(i))), zeros)

@@ -1,0 +1,79 @@
+"""Records that pass between modules, and the one error for bad input."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, NamedTuple
+
+import numpy as np
+from jaxtyping import Bool, Float, Int
+
+
+class InputError(ValueError):
+    """Something a user gave cannot be used: says where, what was there, what belongs there, and what to do."""
+
+    def __init__(self, place: str, *, got: str, expected: str, remedy: str):
+        self.place, self.got, self.expected, self.remedy = place, got, expected, remedy
+        super().__init__(f"{place}: {got}; expected {expected}. {remedy}")
+
+
+class Row(NamedTuple):
+    """One record as it stands in a source; `place` names it in errors, such as `prefs.jsonl:17`."""
+
+    place: str
+    fields: dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Pair:
+    """A preference as text: `prompt + chosen` and `prompt + rejected` are what a model reads."""
+
+    place: str  # where it came from, for errors
+    prompt: str
+    chosen: str
+    rejected: str
+    templated: bool = False  # a chat template wrote it: special tokens are in the text, none are added
+    reference: tuple[float, float] | None = None  # log-probs given with the data, in nats: chosen, rejected
+
+
+class Encoded(NamedTuple):
+    """A preference as token ids, boundary decided, truncated, EOS in place."""
+
+    prompt: Int[np.ndarray, "prompt_tokens"]
+    chosen: Int[np.ndarray, "chosen_tokens"]
+    rejected: Int[np.ndarray, "rejected_tokens"]
+
+    @property
+    def shared_tokens(self) -> int:
+        """Positions of the pair when its prompt is stored once."""
+        return len(self.prompt) + len(self.chosen) + len(self.rejected)
+
+
+class Rows(NamedTuple):
+    """Packed token rows and where in them completion tokens are scored. Leading axes may be added (microbatches).
+
+    `key_start` and `key_end` bound the keys each position may attend: [key_start, key_end), never empty.
+    `source` is the index whose hidden state predicts `target`; `slot` is 2 * pair + side (side 0 chosen, 1
+    rejected), with `pair` counted within the batch; unused entries have slot -1.
+    """
+
+    tokens: Int[Any, "*micro R S"]
+    positions: Int[Any, "*micro R S"]
+    key_start: Int[Any, "*micro R S"]
+    key_end: Int[Any, "*micro R S"]
+    source: Int[Any, "*micro R T"]
+    target: Int[Any, "*micro R T"]
+    slot: Int[Any, "*micro R T"]
+
+
+class Batch(NamedTuple):
+    """One update's pairs: `count` of the `A` microbatches are in use, and every pair lies whole in one of them.
+
+    `rows` may be any pytree whose leaves have the leading axis A; only the scoring function looks inside.
+    """
+
+    rows: Any
+    count: Int[Any, ""]
+    present: Bool[Any, "A P"]  # which pairs a microbatch holds; a pair in none of them is padding
+    reference: Float[Any, "P 2"]  # stored reference log-probs in nats; 0 where there are none
+    lengths: Int[Any, "P 2"]  # scored tokens of each completion; 0 for padding pairs
