@@ -127,7 +127,7 @@ def make_loss(name: str, options: dict[str, Any]) -> Loss:
         raise InputError(
             "config.loss.name", got=f"got {name!r}", expected=f"one of {', '.join(LOSSES)}", remedy="Name one of these."
         )
-    known = set(inspect.signature(LOSSES[name]).parameters) - {"policy", "reference", "lengths"}
+    known = options_of(LOSSES[name])
     for option in options:
         if option not in known:
             raise InputError(
@@ -144,10 +144,15 @@ def make_loss(name: str, options: dict[str, Any]) -> Loss:
 _ONE_PAIR = (jax.ShapeDtypeStruct((1, 2), jnp.float32), jax.ShapeDtypeStruct((1, 2), jnp.int32))
 
 
+def options_of(loss: Loss) -> dict[str, Any]:
+    """Every option of a loss with the value that it has, bound or by default."""
+    parameters = inspect.signature(loss).parameters.values()
+    return {p.name: p.default for p in parameters if p.name not in ("policy", "reference", "lengths")}
+
+
 def reward_scale(loss: Loss) -> float | None:
     """beta, which turns log-ratios into rewards; None for a loss without one."""
-    beta = inspect.signature(loss).parameters.get("beta")
-    return None if beta is None else beta.default
+    return options_of(loss).get("beta")
 
 
 def _log_ratios(policy, reference):

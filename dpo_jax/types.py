@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
@@ -47,6 +47,15 @@ class Encoded(NamedTuple):
     def shared_tokens(self) -> int:
         """Positions of the pair when its prompt is stored once."""
         return len(self.prompt) + len(self.chosen) + len(self.rejected)
+
+
+@runtime_checkable
+class Pairs(Protocol):
+    """A set of encoded pairs, in memory or on disk."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: Any, /) -> Encoded: ...
 
 
 class Rows(NamedTuple):

@@ -102,14 +102,14 @@ def _unit(pair, tokens, positions, key_start, key_end, source):
     return Unit(tokens, positions, key_start, key_end, source, np.concatenate([pair.chosen, pair.rejected]), side)
 
 
-def fill_rows(lengths: Sequence[int], row_length: int) -> list[list[int]]:
+def fill_rows(lengths: Int[np.ndarray, "N"], row_length: int) -> list[list[int]]:
     """Which units share a row: best-fit decreasing, within 22% of the fewest rows and in practice within one.
 
     Raises: InputError if a unit is longer than a row.
     """
     rows: list[list[int]] = []
     room: list[int] = []
-    for unit in np.argsort(-np.asarray(lengths), kind="stable"):
+    for unit in np.argsort(-lengths, kind="stable"):
         length = int(lengths[unit])
         if length > row_length:
             raise InputError(
@@ -160,9 +160,9 @@ def choose_shape(
             remedy="Unset it to have it chosen from the data, or lower data.max_length.",
         )
     if rows is None:
-        needed = max(1.0, pairs * float(np.mean(lengths)) / row_length)
-        microbatches = max(1, round(needed * row_length / target_positions))
-        rows = -(-int(np.ceil(needed / microbatches)) // row_multiple) * row_multiple
+        needed = int(np.ceil(pairs * np.mean(lengths) / row_length))
+        microbatches = -(-needed // max(1, round(target_positions / row_length)))
+        rows = -(-needed // (microbatches * row_multiple)) * row_multiple
     if rows < 1 or rows % row_multiple:
         raise InputError(
             "config.train.microbatch_rows",
@@ -184,7 +184,7 @@ def collate(
     """
     units = [lay_out(pair, layout) for pair in pairs]
     assert len(units) <= shape.pairs
-    packed = fill_rows([len(unit.tokens) for unit in units], shape.row_length)
+    packed = fill_rows(np.array([len(unit.tokens) for unit in units]), shape.row_length)
     grid = (shape.microbatches * shape.rows, shape.row_length)
     index = np.arange(shape.row_length, dtype=np.int32)
     rows = Rows(
@@ -230,3 +230,12 @@ def _write_row(rows: Rows, row: int, members: list[tuple[int, Unit]]) -> None:
         rows.target[row, into] = unit.target
         rows.slot[row, into] = 2 * pair + unit.side
         at, scored = span.stop, into.stop
+
+
+def work_counts(batch: Batch, lengths: Int[np.ndarray, "P 3"], layout: str) -> dict[str, int]:
+    """Positions that an update computes, padding and empty rows included, and how many of them hold a token."""
+    _, rows, row_length = batch.rows.tokens.shape
+    return {
+        "positions_computed": int(batch.count) * rows * row_length,
+        "tokens_real": int(unit_lengths(lengths, layout).sum()),
+    }

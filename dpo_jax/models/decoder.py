@@ -64,9 +64,10 @@ class Norm(Run):
         if self.config.norm == "layernorm":
             x = x - x.mean(-1, keepdims=True)
         x = x * jax.lax.rsqrt(jnp.square(x).mean(-1, keepdims=True) + self.config.norm_eps)
-        x = x * scale.astype(wide)
+        x = x * scale[None, None].astype(wide)
         if self.config.norm == "layernorm":
-            x = x + self.param("bias", nn.initializers.zeros, (x.shape[-1],), self.param_dtype).astype(wide)
+            bias = self.param("bias", nn.initializers.zeros, (x.shape[-1],), self.param_dtype)
+            x = x + bias[None, None].astype(wide)
         return x.astype(self.dtype)
 
 

@@ -1,0 +1,63 @@
+"""The model card that travels with an exported model."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+import dpo_jax
+from dpo_jax import inputs as run_inputs
+from dpo_jax.config import Config
+from dpo_jax.losses import options_of
+
+OBJECTIVES = {
+    "sigmoid": "[Direct Preference Optimization](https://arxiv.org/abs/2305.18290)",
+    "ipo": "[Identity Preference Optimization](https://arxiv.org/abs/2310.12036)",
+    "hinge": "[a hinge loss on preferences](https://arxiv.org/abs/2309.06657)",
+    "sft": "supervised fine-tuning on the chosen answers",
+}
+
+
+def model_card(
+    config: Config, base: str, *, data: Mapping[str, tuple[str, int]], steps: int, final: Mapping[str, float]
+) -> str:
+    """Markdown with a YAML head: base model, objective, data, settings and the last evaluation.
+
+    Args:
+      base: the model that training started from, a Hub id or a folder; of a folder only the name is given, since
+        its path says nothing elsewhere.
+      data: of each split, the files or data sets it was read from and its number of pairs.
+      steps: updates made.
+      final: the row of the last evaluation; empty where there was none.
+    """
+    hub = not Path(base).exists()
+    name = base if hub else Path(base).resolve().name
+    head = ["---", "library_name: transformers", "pipeline_tag: text-generation", "tags:", "- dpo_jax"]
+    head += [f"base_model: {json.dumps(base)}"] if hub else []
+    rows = {
+        "objective": f"{config.loss.name}, {_words(options_of(run_inputs.loss_of(config)))}".rstrip(", "),
+        **{f"{split} data": f"{_names(spec)}: {pairs:,} pairs" for split, (spec, pairs) in data.items()},
+        "updates": f"{steps} of {config.train.batch_pairs} pairs",
+        "optimizer": _words({k: v for k, v in vars(config.optimizer).items()}),
+        "lengths": f"{config.data.max_length} tokens at most, of them the prompt {config.data.max_prompt_length}",
+        "seed": str(config.seed),
+    }
+    if config.sft.steps:
+        rows["first"] = f"supervised fine-tuning on the chosen answers, {_words(vars(config.sft))}"
+    table = [f"| {key} | {value} |" for key, value in rows.items()]
+    text = [*head, "---", "", f"# {name}, after {config.loss.name}", ""]
+    text += [f"`{name}` trained by {OBJECTIVES[config.loss.name]} with dpo_jax {dpo_jax.__version__}.", ""]
+    text += ["| setting | value |", "|---|---|", *table]
+    scores = [f"| {key} | {value:.6g} |" for key, value in final.items() if key.startswith("eval/")]
+    if scores:
+        text += ["", f"Evaluated after update {steps}:", "", "| metric | value |", "|---|---|", *scores]
+    return "\n".join(text) + "\n"
+
+
+def _words(options: Mapping[str, object]) -> str:
+    return ", ".join(f"{key} {value:g}" if isinstance(value, float) else f"{key} {value}" for key, value in options.items())
+
+
+def _names(spec: str) -> str:
+    return ", ".join(Path(part.strip()).name if Path(part.strip()).exists() else part.strip() for part in spec.split(","))

@@ -1,0 +1,399 @@
+"""Every field of a run, its default, and the checks that need nothing but the numbers.
+
+Recipes in `configs/` start from `base()` and set only what differs. `freeze` turns the ConfigDict that flags edit
+into frozen dataclasses; nothing below this module sees a ConfigDict. Names that another module owns (losses,
+optimizers, schedules, attention, formats) are checked there, before a device is touched, so that no list is kept twice.
+
+    dpo-jax train --config=configs/NAME.py[:ARG] [--config.SECTION.FIELD=VALUE ...]
+    dpo-jax train --config=RUN/config.json        the same run again: every field as it was, overrides included
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import functools
+import json
+import math
+import pathlib
+import re
+import runpy
+import sys
+import traceback
+import types
+import typing
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+from absl import flags
+from ml_collections import config_dict, config_flags
+
+from dpo_jax.types import InputError
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+    path: str = ""  # Hugging Face folder or Hub id; required
+    dtype: str = "auto"  # compute: float32 | bfloat16 | float16; auto: bfloat16 on accelerators, float32 on CPU
+    param_dtype: str = "float32"  # parameters and optimizer state: float32 | bfloat16
+    remat: str = "none"  # none | block: recompute each block's activations in the backward pass
+    attention: str = "auto"  # auto | xla
+
+
+@dataclasses.dataclass(frozen=True)
+class Tokenizer:
+    path: str = ""  # Hugging Face folder or Hub id; empty: model.path
+
+
+@dataclasses.dataclass(frozen=True)
+class Data:
+    train: str = ""  # path or Hub id (owner/name:split), or several: "a.jsonl,b.parquet*0.5"; required to train
+    eval: str = ""  # the same form; empty means no evaluation
+    format: str = "auto"  # auto | plain | chat | hh
+    shuffle: bool = True  # a new order each epoch, from seed; false: file order
+    max_length: int = 1024  # tokens of prompt and answer together, >= 2
+    max_prompt_length: int = 512  # tokens of the prompt, >= 1, < max_length
+    truncate_prompt: str = "keep_end"  # keep_end | keep_start | error: which end of a long prompt survives, if any
+    on_bad_row: str = "error"  # error | skip: skipped rows are counted and reported
+    layout: str = "shared"  # shared: prompt stored once a pair | repeated: once a completion
+    row_length: int | None = None  # positions in a packed row; unset: from the longest pair
+    cache_dir: str = ""  # tokenised data; empty: a folder in the user's cache
+
+
+@dataclasses.dataclass(frozen=True)
+class Loss:
+    name: str = "sigmoid"  # sigmoid | ipo | hinge | sft
+    beta: float | None = None  # inverse temperature, > 0; unset: the loss's own default, 0.1
+    label_smoothing: float | None = None  # sigmoid: assumed rate of flipped labels, [0, 0.5); unset: 0
+    average: bool | None = None  # ipo: per-token log-ratios (unset: true) or summed ones
+
+
+@dataclasses.dataclass(frozen=True)
+class Train:
+    batch_pairs: int = 64  # pairs in every update, >= 1
+    epochs: float = 1.0  # passes over the training pairs, > 0
+    steps: int | None = None  # updates; when set, epochs is not used
+    microbatch_rows: int | None = None  # rows in one forward-backward; unset: chosen from the data and backend
+
+
+@dataclasses.dataclass(frozen=True)
+class Sft:
+    steps: int = 0  # updates on the chosen answers before the reference pass; 0: none
+    batch_pairs: int = 64  # pairs in each of them, >= 1
+    learning_rate: float = 1e-5  # peak, > 0; the other optimizer fields are shared
+    warmup_steps: int = 0  # >= 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Optimizer:
+    name: str = "adamw"  # adamw | adafactor | rmsprop | lion | sgd
+    learning_rate: float = 1e-6  # peak, > 0
+    schedule: str = "linear"  # constant | linear | cosine: the decay after warm-up, to zero
+    warmup_steps: int = 0  # linear warm-up from zero, >= 0
+    weight_decay: float = 0.0  # decoupled, on matrices only (no norms, no biases), >= 0
+    clip_norm: float = 1.0  # global gradient norm; 0: no clipping
+    b1: float = 0.9  # adamw, lion: first-moment decay; sgd: momentum
+    b2: float = 0.999  # adamw, lion, rmsprop: second-moment decay
+    eps: float = 1e-8  # adamw, rmsprop
+
+
+@dataclasses.dataclass(frozen=True)
+class Reference:
+    path: str = ""  # folder of stored reference log-probs; empty: WORKDIR/reference
+    microbatch_rows: int | None = None  # rows in one forward; unset: several times training's
+
+
+@dataclasses.dataclass(frozen=True)
+class Eval:
+    every_steps: int = 0  # 0: only before the first and after the last step
+
+
+@dataclasses.dataclass(frozen=True)
+class Checkpoint:
+    every_steps: int = 500  # > 0; the last step is always saved
+    keep: int = 2  # newest ones kept, >= 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Mesh:
+    replica: int = 1  # data parallel across slices; one of the three may be -1: what is left
+    fsdp: int = -1  # rows and parameters sharded
+    tensor: int = 1  # heads, MLP width and vocabulary sharded
+
+
+@dataclasses.dataclass(frozen=True)
+class Log:
+    every_steps: int = 1  # steps between lines of metrics.jsonl, >= 1
+    tensorboard: bool = False  # write WORKDIR/tensorboard; needs the `track` extra
+    wandb: str = ""  # Weights & Biases project; empty: off; needs the `track` extra
+
+
+@dataclasses.dataclass(frozen=True)
+class Export:
+    dtype: str = ""  # float32 | bfloat16 | float16; empty: each tensor as in model.path
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    seed: int = 0  # data order, >= 0
+    prepare: str = ""  # "module:function" called as f(workdir) first, to make inputs that a recipe builds itself
+    model: Model = Model()
+    tokenizer: Tokenizer = Tokenizer()
+    data: Data = Data()
+    loss: Loss = Loss()
+    train: Train = Train()
+    sft: Sft = Sft()
+    optimizer: Optimizer = Optimizer()
+    reference: Reference = Reference()
+    eval: Eval = Eval()
+    checkpoint: Checkpoint = Checkpoint()
+    mesh: Mesh = Mesh()
+    log: Log = Log()
+    export: Export = Export()
+
+
+# Fields that may differ when a run resumes: they change what is recorded or how work is laid out, never the
+# sequence of updates (beyond float rounding).
+RESUMABLE = (
+    "model.remat model.attention data.cache_dir train.microbatch_rows reference.path reference.microbatch_rows "
+    "eval.every_steps checkpoint.every_steps checkpoint.keep mesh.replica mesh.fsdp mesh.tensor log.every_steps "
+    "log.tensorboard log.wandb export.dtype"
+).split()
+
+Rule = tuple[Callable[[Any], object], str]  # whether a value will do, and what will, in words
+
+
+def _within(low: float, high: float = math.inf) -> Rule:
+    words = f"in [{low}, {high})" if high < math.inf else f">= {low}"
+    return lambda value: low <= value < high, f"a number {words}"  # nan is refused too: it passes no comparison
+
+
+def _one_of(*names: str) -> Rule:
+    return lambda value: value in names, "one of " + ", ".join(map(repr, names))
+
+
+_POSITIVE: Rule = (lambda value: 0 < value < math.inf, "a number > 0")
+_AXIS: Rule = (lambda value: value == -1 or value >= 1, "a number >= 1, or -1 for what is left")
+_RULES: tuple[tuple[str, Rule], ...] = (  # what the comments above say; an unset field (None) is not looked up
+    ("seed sft.steps sft.warmup_steps optimizer.warmup_steps eval.every_steps", _within(0)),
+    ("optimizer.weight_decay optimizer.clip_norm", _within(0)),
+    ("data.max_prompt_length train.batch_pairs train.steps train.microbatch_rows sft.batch_pairs", _within(1)),
+    ("reference.microbatch_rows checkpoint.every_steps checkpoint.keep log.every_steps", _within(1)),
+    ("data.max_length data.row_length", _within(2)),
+    ("loss.beta train.epochs sft.learning_rate optimizer.learning_rate optimizer.eps", _POSITIVE),
+    ("loss.label_smoothing", _within(0, 0.5)),
+    ("optimizer.b1 optimizer.b2", _within(0, 1)),
+    ("mesh.replica mesh.fsdp mesh.tensor", _AXIS),
+    ("model.path", (bool, "a Hugging Face folder or Hub id")),
+    ("model.dtype", _one_of("auto", "float32", "bfloat16", "float16")),
+    ("model.param_dtype", _one_of("float32", "bfloat16")),
+    ("data.truncate_prompt", _one_of("keep_end", "keep_start", "error")),
+    ("data.on_bad_row", _one_of("error", "skip")),
+    ("data.layout", _one_of("shared", "repeated")),
+    ("export.dtype", _one_of("", "float32", "bfloat16", "float16")),
+    ("prepare", (re.compile(r"([\w.]+:\w+)?").fullmatch, "'module:function', or nothing")),
+)
+RULES: dict[str, Rule] = {name: rule for names, rule in _RULES for name in names.split()}
+Problems = dict[str, tuple[str, str, str]]  # dotted name of a field: got, expected, remedy
+_WORDS = {int: "an integer", float: "a number", bool: "true or false", str: "text"}
+
+
+def base() -> Any:  # a ConfigDict; its own annotations would make every `config.loss.beta = 0.1` a type error
+    """Every field at its default, locked, and typed: a flag can set one that has no value yet."""
+    return _thaw(Config())
+
+
+def _thaw(config: Any) -> config_dict.ConfigDict:
+    """The ConfigDict of a dataclass: `freeze` undone."""
+    fields: dict[str, Any] = {}
+    for name, (kind, _) in _kinds(type(config)).items():
+        value, reference = getattr(config, name), config_dict.FieldReference  # placeholder(kind), with a value
+        fields[name] = _thaw(value) if dataclasses.is_dataclass(value) else reference(value, field_type=kind)
+    return config_dict.ConfigDict(fields).lock()
+
+
+@functools.cache
+def _kinds(section: type) -> dict[str, tuple[Any, bool]]:
+    """Type of each field of a dataclass, and whether it may be None."""
+    hints = typing.get_type_hints(section).items()
+    return {name: ((typing.get_args(hint) or (hint,))[0], isinstance(hint, types.UnionType)) for name, hint in hints}
+
+
+def _flat(config: Any, prefix: str = "") -> dict[str, Any]:
+    """Dotted name and value of every field."""
+    flat: dict[str, Any] = {}
+    for name in _kinds(type(config)):
+        value = getattr(config, name)
+        flat |= _flat(value, f"{prefix}{name}.") if dataclasses.is_dataclass(value) else {f"{prefix}{name}": value}
+    return flat
+
+
+def freeze(config: config_dict.ConfigDict) -> Config:
+    """The checked, immutable form of a ConfigDict. Raises: InputError that names every field that cannot be used."""
+    return _checked(config.to_dict(), "config")
+
+
+def to_json(config: Config) -> str:
+    """All fields, as `from_json` reads them."""
+    return json.dumps(dataclasses.asdict(config), indent=2) + "\n"
+
+
+def from_json(text: str, place: str) -> Config:
+    """What `to_json` wrote; fields it lacks keep their default. Raises: InputError, with `place` for the file."""
+    try:
+        fields = json.loads(text)
+    except json.JSONDecodeError as error:
+        fields = str(error)
+    if not isinstance(fields, dict):
+        got, expected, remedy = f"{fields!r:.80}", "a JSON object", "Give the config.json that a run wrote."
+        raise InputError(place, got=got, expected=expected, remedy=remedy)
+    return _checked(fields, f"{place}: config")
+
+
+def changed(old: Config, new: Config) -> list[str]:
+    """Fields that differ and may not when a run resumes, as `optimizer.b1: 0.9 -> 0.95`."""
+    before, after = _flat(old), _flat(new)
+    names = [name for name in before if name not in RESUMABLE and before[name] != after[name]]
+    return [f"{name}: {before[name]!r} -> {after[name]!r}" for name in names]
+
+
+def _checked(fields: Mapping[str, Any], place: str) -> Config:
+    problems: Problems = {}
+    config = _section(Config, fields, "", problems)
+    for name, value in _flat(config).items():
+        will_do, expected = RULES.get(name, (lambda _: True, ""))
+        if value is not None and name not in problems and not will_do(value):
+            _refuse(problems, name, value, expected)
+    _check_relations(config, problems)
+    errors = [InputError(f"{place}.{name}", got=g, expected=e, remedy=r) for name, (g, e, r) in problems.items()]
+    if errors:
+        listing = "They are:" + "".join(f"\n  {error}" for error in errors)
+        several = InputError(place, got=f"{len(errors)} problems", expected="none", remedy=listing)
+        raise several if len(errors) > 1 else errors[0]
+    return config
+
+
+def _refuse(problems: Problems, name: str, value: Any, expected: str) -> None:
+    remedy = f"Change it in the recipe or give --config.{name}=VALUE."
+    problems[name] = "empty" if value == "" else repr(value), expected, remedy
+
+
+def _check_relations(config: Config, problems: Problems) -> None:
+    data, mesh = config.data, config.mesh
+    if data.max_prompt_length >= data.max_length and "data.max_length" not in problems:
+        expected = f"a number < config.data.max_length, which is {data.max_length}"
+        _refuse(problems, "data.max_prompt_length", data.max_prompt_length, expected)
+    if config.eval.every_steps > 0 and not data.eval:
+        _refuse(problems, "eval.every_steps", config.eval.every_steps, "0 where config.data.eval is empty")
+    if (mesh.replica, mesh.fsdp, mesh.tensor).count(-1) > 1:
+        problems["mesh"] = str(mesh), "at most one axis of -1", "Give the other axes a size."
+
+
+def _section(section: Any, fields: Mapping[str, Any], prefix: str, problems: Problems) -> Any:
+    """An instance of the dataclass; what cannot be used goes to `problems` and leaves the default."""
+    kinds, values = _kinds(section), {}
+    problems.update({f"{prefix}{name}": _unknown(name, kinds) for name in fields if name not in kinds})
+    for name, (kind, optional) in kinds.items():
+        value = fields.get(name, getattr(section(), name))
+        if dataclasses.is_dataclass(kind) and isinstance(value, Mapping):
+            values[name] = _section(kind, value, f"{prefix}{name}.", problems)
+        elif type(value) is kind or (kind is float and type(value) is int) or (optional and value is None):
+            values[name] = float(value) if kind is float and value is not None else value  # 1 means 1.0
+        else:
+            expected = _WORDS.get(kind, "a section of fields") + (", or nothing" if optional else "")
+            _refuse(problems, f"{prefix}{name}", value, expected)
+    return section(**values)
+
+
+def _unknown(name: str, known: Iterable[str]) -> tuple[str, str, str]:
+    close = difflib.get_close_matches(name, known, n=3)
+    remedy = f"Did you mean {' or '.join(close)}?" if close else "Remove it."
+    return f"no field {name!r}", "one of " + ", ".join(known), remedy
+
+
+def define_flags(argv: Sequence[str] | None = None, flag_values: flags.FlagValues = flags.FLAGS) -> None:
+    """Defines --config and, as ml_collections does, --config.SECTION.FIELD for what `argv` (sys.argv) overrides."""
+    help_text = "recipe configs/NAME.py[:ARG], or the config.json of a run"
+    config_flags.DEFINE_config_file("config", None, help_text, flag_values, sys_argv=list(argv or sys.argv))
+    flag_values["config"].parser = _Source()  # theirs reads Python only, and answers with tracebacks
+
+
+def parse_flags(argv: Sequence[str] | None = None, flag_values: flags.FlagValues = flags.FLAGS) -> list[str]:
+    """Parses the `argv` given to `define_flags`; returns what is no flag. Raises: InputError for all that fails."""
+    argv = list(sys.argv if argv is None else argv)
+    _check_overrides(flag_values.read_flags_from_files(argv, force_gnu=False))
+    try:
+        return flag_values(argv)
+    except flags.Error as error:
+        if isinstance(error.__context__, InputError):  # absl turns what _Source raised into its own error
+            raise error.__context__ from None
+        expected, remedy = "a flag that exists and a value of its type", "See dpo-jax --help."
+        raise InputError("command line", got=str(error), expected=expected, remedy=remedy) from None
+
+
+def from_flags(flag_values: flags.FlagValues = flags.FLAGS) -> Config:
+    """The checked configuration that --config and its overrides gave. Raises: InputError as `freeze` does."""
+    if flag_values["config"].value is None:
+        raise _no_config("--config", "not given")
+    return freeze(flag_values["config"].value)
+
+
+def load(source: str, overrides: Sequence[str] = ()) -> Config:
+    """What the command line would give: `load("configs/NAME.py:ARG", ["loss.beta=0.2"])`. Raises: InputError."""
+    argv, flag_values = ["", f"--config={source}", *(f"--config.{each}" for each in overrides)], flags.FlagValues()
+    define_flags(argv, flag_values)
+    parse_flags(argv, flag_values)
+    return from_flags(flag_values)
+
+
+def _check_overrides(argv: Sequence[str]) -> None:
+    """Raises InputError for an override of a field that does not exist, or before there is a config to override."""
+    names = [match[1] for arg in argv if (match := re.match(r"--?(?:no)?config\.([^=]+)", arg))]
+    fields = _flat(Config())
+    for name in names:
+        if name not in fields:
+            head = name.partition(".")[0]
+            known = [field for field in fields if field.partition(".")[0] == head]
+            got, expected, remedy = _unknown(name, known) if known else _unknown(head, _kinds(Config))
+            raise InputError(f"--config.{name}", got=got, expected=expected, remedy=remedy)
+    if names and not any(re.match(r"--?config(=|$)", arg) for arg in argv):
+        raise _no_config("--config", f"not given, but --config.{names[0]} is")
+
+
+def _no_config(place: str, got: str) -> InputError:
+    expected = "a recipe (a Python file with get_config) or the config.json of a run"
+    return InputError(place, got=got, expected=expected, remedy="Give for example --config=configs/quickstart.py.")
+
+
+class _Source(flags.ArgumentParser):
+    """Reads what --config names into a locked ConfigDict."""
+
+    def parse(self, argument: str) -> config_dict.ConfigDict:
+        path, *args = argument.split(":", 1)
+        if not pathlib.Path(path).is_file():
+            raise _no_config(f"--config={path}", "no such file")
+        if path.endswith(".json"):
+            return _thaw(from_json(pathlib.Path(path).read_text(), path))
+        try:
+            get_config = runpy.run_path(path).get("get_config")
+            if get_config is None:
+                raise _no_config(path, "no function get_config")
+            return get_config(*args).lock()
+        except InputError:
+            raise
+        except Exception as error:
+            raise _recipe_error(error, path) from error
+
+
+def _recipe_error(error: Exception, path: str) -> InputError:
+    """What a recipe raised, at the recipe's own line; for a field that does not exist, with those that do."""
+    frames = list(traceback.walk_tb(error.__traceback__))
+    place = ":".join([path, *(str(line) for frame, line in frames if frame.f_code.co_filename == path)][:2])
+    owner: Any = frames[-1][0].f_locals.get("self")
+    name = re.search(r"""["'\\]+(\w+)["'\\]""", str(error))
+    fields = list(owner) if isinstance(owner, config_dict.ConfigDict) else []
+    if fields and name and name[1] not in fields:
+        got, expected, remedy = _unknown(name[1], fields)
+    else:
+        got, expected, remedy = f"{type(error).__name__}: {error}", "a recipe that runs", "Correct the recipe."
+    return InputError(place, got=got, expected=expected, remedy=remedy)

@@ -1,0 +1,235 @@
+"""Text to token ids: one rule for the boundary between prompt and answer, one for BOS and EOS, one for truncation."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import Any, NamedTuple, cast
+
+import numpy as np
+import xxhash
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from dpo_jax.types import Encoded, InputError, Pair
+
+TRUNCATIONS = ("keep_end", "keep_start", "error")
+
+_DROP = 'Drop the row or set data.on_bad_row="skip".'
+
+
+class Outcome(NamedTuple):
+    """An encoded pair and what had to be done to it."""
+
+    encoded: Encoded
+    prompt_cut: int = 0  # tokens taken from the prompt
+    chosen_cut: int = 0  # tokens taken from the end of the chosen answer, its EOS among them
+    rejected_cut: int = 0
+    boundary_split: bool = False  # prompt and answers would merge where they meet, so each was tokenised by itself
+
+
+class Specials(NamedTuple):
+    """Ids that plain text is given and templated text is not."""
+
+    lead: list[int]  # what the tokenizer's own post-processing puts first, such as BOS; often nothing
+    eos: int
+
+
+class Parts(NamedTuple):
+    """Token ids of one pair before truncation."""
+
+    prompt: list[int]
+    chosen: list[int]
+    rejected: list[int]
+    split: bool  # the answers were tokenised by themselves
+    lead: int  # ids at the start of the prompt that truncation keeps: BOS
+
+
+def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
+    """Loads a Hugging Face tokenizer from a folder or the Hub, without running code that comes with it.
+
+    Raises: InputError if there is none, or none with a `tokenizer.json` or what transformers can turn into one.
+    """
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path, use_fast=True, trust_remote_code=False)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError) as error:
+        raise InputError(
+            f"tokenizer {path!r}",
+            got=f"not loadable ({error})",
+            expected="a folder or Hub id with tokenizer.json and tokenizer_config.json",
+            remedy="Set tokenizer.path, or save a tokenizer there with save_pretrained.",
+        ) from error
+    if not tokenizer.is_fast:
+        raise InputError(
+            f"tokenizer {path!r}",
+            got=f"{type(tokenizer).__name__}, which runs in Python",
+            expected="a tokenizer.json for the `tokenizers` library",
+            remedy="Convert it with transformers and save it with save_pretrained.",
+        )
+    return tokenizer
+
+
+def identity(tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
+    """Digests of all that decides the ids of a text: `tokenizer` (vocabulary, rules, special ids) and `template`."""
+    backend = json.loads(cast(Any, tokenizer).backend_tokenizer.to_str())
+    for state in ("truncation", "padding"):  # calls leave these behind; encode uses neither
+        backend.pop(state, None)
+    return {
+        "tokenizer": _digest([backend, tokenizer.special_tokens_map]),
+        "template": _digest(tokenizer.chat_template),
+    }
+
+
+def encode(
+    pairs: Sequence[Pair],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    vocab_size: int,
+    max_length: int,
+    max_prompt_length: int,
+    truncate_prompt: str,
+) -> list[Outcome | InputError]:
+    """Token ids of each pair, or what is wrong with it.
+
+    Boundary: prompt and answer are tokenised together and the prompt's own ids kept as the beginning; where a token
+    would reach across the boundary on either side, both answers are tokenised by themselves.
+
+    Plain text starts with what the tokenizer itself puts first (BOS, for most that have one) and each answer ends in
+    exactly one EOS; templated text gets neither, it has what its template wrote.
+
+    Truncation, as in the original DPO: if the prompt and the longer answer exceed `max_length`, the prompt is cut to
+    `max_prompt_length`, keeping a leading BOS; then each answer is cut to what is left. A cut answer has no EOS.
+
+    Args:
+      vocab_size: of the model; ids must be below it.
+      max_length, max_prompt_length: tokens, 1 <= max_prompt_length < max_length.
+      truncate_prompt: the end of a long prompt that survives, keep_end or keep_start; error: it is a bad row.
+    Returns: per pair an Outcome, or an InputError if the prompt is too long under `error`, if prompt or answer has no
+      token, or if the answers are the same tokens once truncated.
+    Raises: InputError for bad options, plain text without an EOS to end it, and ids the model does not have.
+    """
+    _check_options(max_length, max_prompt_length, truncate_prompt)
+    outcomes: list[Outcome | InputError] = []
+    for pair, parts in zip(pairs, _tokenised(pairs, tokenizer), strict=True):
+        _check_ids(pair, parts, tokenizer, vocab_size)
+        outcomes.append(_truncated(pair, parts, max_length, max_prompt_length, truncate_prompt))
+    return outcomes
+
+
+def _digest(value: object) -> str:
+    return xxhash.xxh3_128(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def _check_options(max_length: int, max_prompt_length: int, truncate_prompt: str) -> None:
+    if truncate_prompt not in TRUNCATIONS:
+        raise InputError(
+            "data.truncate_prompt",
+            got=repr(truncate_prompt),
+            expected=f"one of {', '.join(TRUNCATIONS)}",
+            remedy="Correct it.",
+        )
+    if not 1 <= max_prompt_length < max_length:
+        raise InputError(
+            "data.max_prompt_length",
+            got=f"{max_prompt_length} with data.max_length {max_length}",
+            expected="at least 1 and less than data.max_length",
+            remedy="Leave room for an answer.",
+        )
+
+
+def _specials(tokenizer: PreTrainedTokenizerBase, place: str) -> Specials:
+    if tokenizer.eos_token_id is None:
+        raise InputError(
+            place,
+            got="plain text, and a tokenizer without an eos_token",
+            expected="a token that ends an answer",
+            remedy="Set eos_token in the tokenizer's tokenizer_config.json.",
+        )
+    (bare,) = _ids(tokenizer, ["a"])
+    dressed = cast("list[int]", tokenizer("a")["input_ids"])
+    start = next(i for i in range(len(dressed)) if dressed[i : i + len(bare)] == bare)
+    return Specials(dressed[:start], cast(int, tokenizer.eos_token_id))
+
+
+def _ids(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:
+    """Ids without special tokens, in one call: the tokenizer works through a list on several cores."""
+    return cast(Any, tokenizer)(texts, add_special_tokens=False, verbose=False)["input_ids"] if texts else []
+
+
+def _tokenised(pairs: Sequence[Pair], tokenizer: PreTrainedTokenizerBase) -> list[Parts]:
+    ids = _ids(tokenizer, [text for p in pairs for text in (p.prompt, p.prompt + p.chosen, p.prompt + p.rejected)])
+    bos = cast("int | None", tokenizer.bos_token_id)
+    parts = [_parted(bos, *ids[i : i + 3]) for i in range(0, len(ids), 3)]
+    apart = [i for i, part in enumerate(parts) if part.split]
+    alone = _ids(tokenizer, [text for i in apart for text in (pairs[i].chosen, pairs[i].rejected)])
+    for n, i in enumerate(apart):
+        parts[i] = parts[i]._replace(chosen=alone[2 * n], rejected=alone[2 * n + 1])
+    plain = next((pair for pair in pairs if not pair.templated), None)
+    if plain is None:
+        return parts
+    specials = _specials(tokenizer, plain.place)
+    return [part if pair.templated else _dressed(part, specials) for pair, part in zip(pairs, parts, strict=True)]
+
+
+def _parted(bos: int | None, prompt: list[int], *wholes: list[int]) -> Parts:
+    """Answers as what follows the prompt's ids in prompt and answer together; `split` where those do not start so."""
+    size = len(prompt)
+    chosen, rejected = (whole[size:] for whole in wholes)
+    split = any(whole[:size] != prompt for whole in wholes)
+    return Parts(prompt, chosen, rejected, split, lead=int(prompt[:1] == [bos]))
+
+
+def _dressed(parts: Parts, specials: Specials) -> Parts:
+    """BOS and EOS added, unless the text itself has them."""
+    lead, eos = specials
+    prompt = parts.prompt if parts.prompt[: len(lead)] == lead else lead + parts.prompt
+    chosen, rejected = (a if a[-1:] in ([], [eos]) else [*a, eos] for a in (parts.chosen, parts.rejected))
+    return Parts(prompt, chosen, rejected, parts.split, max(parts.lead, len(lead)))
+
+
+def _check_ids(pair: Pair, parts: Parts, tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> None:
+    for ids in parts[:3]:
+        top = max(ids, default=0)
+        if top >= vocab_size:
+            raise InputError(
+                pair.place,
+                got=f"token id {top} ({tokenizer.convert_ids_to_tokens(top)!r})",
+                expected=f"ids below {vocab_size}, the model's vocabulary size",
+                remedy="Set tokenizer.path to the tokenizer of this model, or give the model more embeddings.",
+            )
+
+
+def _truncated(pair: Pair, parts: Parts, max_length: int, max_prompt: int, mode: str) -> Outcome | InputError:
+    prompt, chosen, rejected, split, lead = parts
+    for name, ids in zip(("prompt", "chosen", "rejected"), parts[:3], strict=True):
+        if not ids:
+            return InputError(pair.place, got=f"{name!r} has no token", expected="at least one", remedy=_DROP)
+    over = len(prompt) + max(len(chosen), len(rejected)) > max_length
+    if over and len(prompt) > max_prompt:
+        if mode == "error":
+            return InputError(
+                pair.place,
+                got=f"a prompt of {len(prompt)} tokens, in a pair longer than data.max_length {max_length}",
+                expected=f"at most data.max_prompt_length {max_prompt}",
+                remedy=f'Raise the limits, or set data.truncate_prompt="keep_end". {_DROP}',
+            )
+        prompt = _cut_prompt(prompt, lead, max_prompt, mode)
+    room = max_length - len(prompt)
+    encoded = Encoded(*(np.array(ids, np.int32) for ids in (prompt, chosen[:room], rejected[:room])))
+    cuts = [len(before) - len(after) for before, after in zip(parts[:3], encoded, strict=True)]
+    if np.array_equal(encoded.chosen, encoded.rejected):
+        return InputError(
+            pair.place,
+            got=f"the answers are the same tokens after truncation to max_length {max_length}"
+            if any(cuts[1:])
+            else "the answers are the same tokens",
+            expected="answers that differ within the limit",
+            remedy=f"Raise data.max_length. {_DROP}" if any(cuts[1:]) else _DROP,
+        )
+    return Outcome(encoded, *cuts, boundary_split=split)
+
+
+def _cut_prompt(prompt: list[int], lead: int, size: int, mode: str) -> list[int]:
+    """The first `size` ids, or the `lead` first ones and the last ones."""
+    if mode == "keep_start" or size <= lead:
+        return prompt[:size]
+    return prompt[:lead] + prompt[len(prompt) - (size - lead) :]

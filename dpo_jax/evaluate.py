@@ -1,0 +1,55 @@
+"""Evaluation: the metrics of training, over a whole set of pairs at once."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Float, Int
+
+from dpo_jax.data.layout import Shape
+from dpo_jax.losses import reward_scale
+from dpo_jax.metrics import pair_metrics
+from dpo_jax.scoring import score_pairs
+from dpo_jax.types import Batch, Pairs
+
+
+def evaluate(
+    score: Callable[[Batch], tuple[Any, dict[str, Any]]],
+    loss_fn: Callable[..., jax.Array],
+    pairs: Pairs,
+    lengths: Int[np.ndarray, "N 3"],
+    reference: Float[np.ndarray, "N 2"],
+    *,
+    shape: Shape,
+    layout: str,
+) -> dict[str, float]:
+    """Metrics of `pair_metrics` over all pairs, named `eval/...`, with `eval/pairs` and `eval_time_s`.
+
+    Every mean is over the set as a whole, so batching does not change it.
+    """
+    started = time.perf_counter()
+    logps = np.zeros((len(lengths), 2), np.float32)
+    sums: dict[str, np.ndarray] = {}
+    for part in score_pairs(score, pairs, lengths, shape=shape, layout=layout):
+        logps[part.indices] = part.logps
+        for name, values in part.token_sums.items():
+            sums.setdefault(name, np.zeros_like(logps))[part.indices] = values
+    policy, stored = jnp.asarray(logps), jnp.asarray(reference, jnp.float32)
+    answers = jnp.asarray(lengths[:, 1:])
+    losses = loss_fn(policy, stored, lengths=answers)
+    found = pair_metrics(
+        losses,
+        policy,
+        stored,
+        answers,
+        jnp.ones(len(lengths), bool),
+        beta=reward_scale(loss_fn),
+        token_sums={name: jnp.asarray(values) for name, values in sums.items()},
+    )
+    named = {f"eval/{name}": float(value) for name, value in found.items()}
+    return named | {"eval/pairs": len(lengths), "eval_time_s": time.perf_counter() - started}

@@ -1,0 +1,182 @@
+"""What a run reads before it computes: recipe inputs, tokenizer, architecture and tokenised pairs. No device is touched."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dpo_jax import losses, optim
+from dpo_jax.config import Config
+from dpo_jax.data import layout
+from dpo_jax.data.order import epoch_size
+from dpo_jax.data.pairs import PairSet, load
+from dpo_jax.data.tokenize import identity, load_tokenizer
+from dpo_jax.models import decoder, hf_io
+from dpo_jax.models.config import DecoderConfig
+from dpo_jax.types import InputError
+
+
+@dataclasses.dataclass(frozen=True)
+class Inputs:
+    """Everything read from disk but the weights."""
+
+    name: str  # the model as the configuration names it: a folder or a Hub id
+    base: Path  # its folder
+    folder: Path  # the one whose weights it starts from, the same unless a stage came before
+    tokenizer_folder: Path
+    model: DecoderConfig
+    tokenizer: Any
+    train: PairSet | None
+    eval: PairSet | None
+
+    @property
+    def sets(self) -> list[PairSet]:
+        """The sets of pairs that there are."""
+        return [pairs for pairs in (self.train, self.eval) if pairs is not None]
+
+    def unit_lengths(self, name: str) -> np.ndarray:
+        """Positions of every pair of every set in the named layout."""
+        return np.concatenate([layout.unit_lengths(pairs.lengths, name) for pairs in self.sets])
+
+
+def resolve_paths(config: Config, workdir: Path) -> Config:
+    """Puts the working folder where text fields say `{workdir}`."""
+
+    def fill(value: Any) -> Any:
+        if dataclasses.is_dataclass(value) and not isinstance(value, type):
+            changes = {field.name: fill(getattr(value, field.name)) for field in dataclasses.fields(value)}
+            return dataclasses.replace(value, **changes)
+        return value.replace("{workdir}", str(workdir)) if isinstance(value, str) else value
+
+    return fill(config)
+
+
+def check_names(config: Config) -> None:
+    """Raises InputError for any name or option that no module knows."""
+    loss_of(config)
+    optimizer_of(config, total_steps=1)
+    decoder.check_options(remat=config.model.remat, implementation=config.model.attention)
+
+
+def loss_of(config: Config) -> losses.Loss:
+    """The configured loss with its options bound."""
+    options = {k: v for k, v in dataclasses.asdict(config.loss).items() if k != "name" and v is not None}
+    return losses.make_loss(config.loss.name, options)
+
+
+def optimizer_of(config: Config, *, total_steps: int) -> Any:
+    """The configured optimizer and its learning-rate schedule over `total_steps` updates."""
+    return optim.make_optimizer(**dataclasses.asdict(config.optimizer), total_steps=total_steps)
+
+
+def prepare(config: Config, workdir: Path) -> None:
+    """Calls the recipe's own `prepare`, if it names one."""
+    if not config.prepare:
+        return
+    module, _, function = config.prepare.partition(":")
+    try:
+        make = getattr(importlib.import_module(module), function)
+    except (ImportError, AttributeError) as error:
+        raise InputError(
+            "config.prepare",
+            got=f"{config.prepare!r} cannot be imported ({error})",
+            expected="module:function",
+            remedy="Correct it, or leave it empty.",
+        ) from error
+    make(workdir)
+
+
+def load_inputs(config: Config, *, training: bool) -> Inputs:
+    """Reads and checks everything that needs no device.
+
+    Args:
+      config: with its paths resolved.
+      training: whether there must be pairs to train on.
+    """
+    folder = hf_io.resolve(config.model.path)
+    model, _ = hf_io.read_config(folder)
+    tokenizer_folder = hf_io.resolve(config.tokenizer.path) if config.tokenizer.path else folder
+    tokenizer = load_tokenizer(tokenizer_folder)
+    if training and not config.data.train:
+        raise InputError(
+            "config.data.train", got="is empty", expected="a path or Hub id", remedy="Name the training pairs."
+        )
+
+    def pairs(spec: str, split: str) -> PairSet | None:
+        if not spec:
+            return None
+        data = config.data
+        return load(
+            spec,
+            split=split,
+            format=data.format,
+            tokenizer=tokenizer,
+            vocab_size=model.vocab_size,
+            max_length=data.max_length,
+            max_prompt_length=data.max_prompt_length,
+            truncate_prompt=data.truncate_prompt,
+            on_bad_row=data.on_bad_row,
+            cache_dir=data.cache_dir,
+        )
+
+    found = Inputs(
+        name=config.model.path,
+        base=folder,
+        folder=folder,
+        tokenizer_folder=tokenizer_folder,
+        model=model,
+        tokenizer=tokenizer,
+        train=pairs(config.data.train, "train"),
+        eval=pairs(config.data.eval, "test"),
+    )
+    if not found.sets:
+        raise InputError(
+            "config.data",
+            got="neither train nor eval names a file",
+            expected="at least one of them",
+            remedy="Name the pairs.",
+        )
+    return found
+
+
+def check_lengths(config: Config, inputs: Inputs) -> int:
+    """Returns the number of updates: `train.steps`, or the whole batches in `train.epochs` epochs.
+
+    Raises: InputError if an epoch has fewer pairs than a batch of any stage, or rows cannot hold the longest pair.
+    """
+    assert inputs.train is not None
+    size = epoch_size(inputs.train.source, inputs.train.weights)
+    batches = {"train": config.train.batch_pairs} | ({"sft": config.sft.batch_pairs} if config.sft.steps else {})
+    for section, batch_pairs in batches.items():
+        if batch_pairs > size:
+            raise InputError(
+                f"config.{section}.batch_pairs",
+                got=f"got {batch_pairs}, and an epoch has {size} pairs",
+                expected=f"at most {size}, so that no pair stands twice in a batch",
+                remedy="Lower it, or give more pairs.",
+            )
+    if config.train.steps is not None:
+        return config.train.steps
+    return max(1, int(config.train.epochs * size) // config.train.batch_pairs)
+
+
+def reference_identity(config: Config, inputs: Inputs, *, dtype: str, platform: str) -> dict[str, Any]:
+    """All that decides a pair's stored log-probs besides its own token ids."""
+    data = config.data
+    return {
+        "weights": hf_io.digest(inputs.folder),
+        **identity(inputs.tokenizer),
+        "format": data.format,
+        "max_length": data.max_length,
+        "max_prompt_length": data.max_prompt_length,
+        "truncate_prompt": data.truncate_prompt,
+        "layout": data.layout,
+        "dtype": dtype,
+        "param_dtype": config.model.param_dtype,
+        "attention": config.model.attention if config.model.attention != "auto" else "xla",
+        "platform": platform,
+    }

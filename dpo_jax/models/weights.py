@@ -1,0 +1,169 @@
+"""Tables that tie the tensors of a Hugging Face checkpoint to the leaves of our parameters, in both directions.
+
+A family lists its tensors once. Reading and writing walk the same list, so a name or a layout cannot be right in one
+direction and wrong in the other.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from dpo_jax.types import InputError
+
+# safetensors' codes of the types that weights may have, widest alignment first, as files are ordered.
+FLOATS = {"F64": "float64", "F32": "float32", "BF16": "bfloat16", "F16": "float16"}
+MAX_LISTED = 20  # problems named in one error; the rest are counted
+
+
+class Tensor(NamedTuple):
+    """One Hugging Face tensor, or one in each layer, and the leaves that hold its numbers.
+
+    Where the name has `{layer}`, the leaves are stacked: each has a leading axis L, and `to_leaves` and `to_tensor`
+    deal with one layer of it. The two are exact inverses.
+    """
+
+    names: tuple[str, ...]  # names it goes by; the first is the one written where no base checkpoint has another
+    leaves: tuple[str, ...]  # paths such as blocks/attention/q/kernel
+    shape: tuple[int, ...]  # as the checkpoint stores it
+    to_leaves: Callable[[np.ndarray], tuple[np.ndarray, ...]]
+    to_tensor: Callable[..., np.ndarray]
+    repeats: bool = False  # may be absent, and if present must equal the leaf that another tensor fills
+
+    @property
+    def stacked(self) -> bool:
+        return "{layer}" in self.names[0]
+
+
+class Header(NamedTuple):
+    """What a safetensors file says of a tensor before its numbers are read."""
+
+    dtype: str  # safetensors' code, such as BF16
+    shape: tuple[int, ...]
+
+
+class Bound(NamedTuple):
+    """A tensor of a checkpoint by its actual name; `layer` is None for those outside the blocks."""
+
+    name: str
+    tensor: Tensor
+    layer: int | None
+
+
+def plain(names: str | tuple[str, ...], leaf: str, shape: tuple[int, ...], *, repeats: bool = False) -> Tensor:
+    """A tensor stored as we hold it: embeddings, heads, norms."""
+    names = (names,) if isinstance(names, str) else names
+    return Tensor(names, (leaf,), shape, lambda t: (t,), lambda a: a, repeats)
+
+
+def bias(name: str, leaf: str, shape: tuple[int, ...]) -> Tensor:
+    """A bias: stored flat, held as `shape`."""
+    return Tensor((name,), (leaf,), (math.prod(shape),), lambda t: (t.reshape(shape),), lambda a: a.reshape(-1))
+
+
+def matrix(name: str, leaf: str, inputs: tuple[int, ...], outputs: tuple[int, ...]) -> Tensor:
+    """A linear map: stored [out, in] with axes of each side flattened, held [*inputs, *outputs]."""
+    stored = (math.prod(outputs), math.prod(inputs))
+    return Tensor(
+        (name,),
+        (leaf,),
+        stored,
+        lambda t: (t.T.reshape(*inputs, *outputs),),
+        lambda a: a.reshape(stored[::-1]).T,
+    )
+
+
+def interleaved_matrix(name: str, leaves: tuple[str, ...], width: int, heads: int, head_dim: int) -> Tensor:
+    """Several per-head maps in one: stored [heads * maps * head_dim, width], held [width, heads, head_dim] each."""
+    maps = len(leaves)
+    return Tensor(
+        (name,),
+        leaves,
+        (heads * maps * head_dim, width),
+        lambda t: tuple(t.reshape(heads, maps, head_dim, width).transpose(1, 3, 0, 2)),
+        lambda *a: np.stack(a).transpose(2, 0, 3, 1).reshape(-1, width),
+    )
+
+
+def interleaved_bias(name: str, leaves: tuple[str, ...], heads: int, head_dim: int) -> Tensor:
+    """The biases of `interleaved_matrix`: stored [heads * maps * head_dim], held [heads, head_dim] each."""
+    maps = len(leaves)
+    return Tensor(
+        (name,),
+        leaves,
+        (heads * maps * head_dim,),
+        lambda t: tuple(t.reshape(heads, maps, head_dim).transpose(1, 0, 2)),
+        lambda *a: np.stack(a).transpose(1, 0, 2).reshape(-1),
+    )
+
+
+def leaf_shapes(table: Sequence[Tensor], layers: int) -> dict[str, tuple[int, ...]]:
+    """Path and shape of every leaf the table fills. Each leaf must be filled once, and each name used once."""
+    names = [name for tensor in table for name in tensor.names]
+    assert len(set(names)) == len(names), f"a tensor name stands twice in the table: {sorted(names)}"
+    shapes: dict[str, tuple[int, ...]] = {}
+    for tensor in table:
+        if tensor.repeats:
+            continue
+        # An array without storage (all strides 0) has its shape taken apart as the real one will.
+        parts = tensor.to_leaves(np.broadcast_to(np.float32(0), tensor.shape))
+        for leaf, part in zip(tensor.leaves, parts, strict=True):
+            assert leaf not in shapes, f"two tensors fill {leaf}"
+            shapes[leaf] = (layers, *part.shape) if tensor.stacked else part.shape
+    assert all(leaf in shapes for tensor in table for leaf in tensor.leaves)
+    return shapes
+
+
+def all_names(table: Sequence[Tensor], layers: int) -> list[Bound]:
+    """Every tensor of a new checkpoint under its first name, without the optional ones."""
+    return [
+        Bound(tensor.names[0].format(layer=layer), tensor, layer)
+        for tensor in table
+        if not tensor.repeats
+        for layer in (range(layers) if tensor.stacked else (None,))
+    ]
+
+
+def bind(
+    table: Sequence[Tensor], layers: int, headers: Mapping[str, Header], *, skipped: str, place: str
+) -> list[Bound]:
+    """Finds every tensor of the table in a checkpoint, in table order.
+
+    Args:
+      headers: the checkpoint's tensors by name.
+      skipped: pattern of names, matched in full, that hold nothing a model needs.
+      place: the checkpoint, for errors.
+    Raises: InputError naming every missing, unexpected and misshapen tensor at once.
+    """
+    bound: list[Bound] = []
+    problems: list[str] = []
+    for tensor in table:
+        for layer in range(layers) if tensor.stacked else (None,):
+            names = [name.format(layer=layer) for name in tensor.names]
+            name = next((name for name in names if name in headers), None)
+            if name is not None:
+                bound.append(Bound(name, tensor, layer))
+            elif not tensor.repeats:
+                problems.append(f"missing {' or '.join(names)} {list(tensor.shape)}")
+    used = {b.name: b.tensor.shape for b in bound}
+    for name, header in sorted(headers.items()):
+        if name in used and header.shape != used[name]:
+            problems.append(f"{name} is {list(header.shape)}, not {list(used[name])}")
+        elif name in used and header.dtype not in FLOATS:
+            problems.append(f"{name} is {header.dtype}, not one of {', '.join(FLOATS)}")
+        elif name not in used and not re.fullmatch(skipped, name):
+            problems.append(f"unexpected {name} {list(header.shape)}")
+    if problems:
+        more = len(problems) - MAX_LISTED
+        raise InputError(
+            place,
+            got="; ".join(problems[:MAX_LISTED]) + (f"; and {more} more" if more > 0 else ""),
+            expected="exactly the tensors that config.json describes",
+            remedy="Compare config.json with the checkpoint; weights merged or saved by another tool may need "
+            "converting first.",
+        )
+    return bound

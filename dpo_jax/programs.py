@@ -1,0 +1,160 @@
+"""The compiled programs of a run and what they start from: mesh, shapes, weights, reference values, state."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
+from jaxtyping import Float
+
+from dpo_jax import inputs as run_inputs
+from dpo_jax import losses, reference, scoring, sharding
+from dpo_jax.checkpoint import Checkpoints
+from dpo_jax.config import Config
+from dpo_jax.data import layout
+from dpo_jax.inputs import Inputs
+from dpo_jax.models import decoder, hf_io
+from dpo_jax.steps import TrainState, init_state, make_score_step, make_train_step
+from dpo_jax.types import Batch, InputError
+
+# Positions in a microbatch. On a CPU one short row at a time keeps temporaries in cache; an accelerator wants more.
+CPU_POSITIONS, ACCELERATOR_POSITIONS = 1_024, 16_384
+
+
+class Programs(NamedTuple):
+    """Where a run computes, in which shapes, and its scoring program; a training run compiles one update besides."""
+
+    mesh: Mesh
+    dtype: Any
+    update_shape: layout.Shape
+    score_shape: layout.Shape
+    score: Callable[[Any, Batch], tuple[jax.Array, dict[str, jax.Array]]]  # params, host batch -> logps, token sums
+
+
+def make_programs(config: Config, inputs: Inputs) -> Programs:
+    """Chooses shapes from data and backend, and builds the scoring program for the mesh."""
+    mesh = sharding.make_mesh(config.mesh.replica, config.mesh.fsdp, config.mesh.tensor)
+    accelerated = jax.default_backend() != "cpu"
+    positions = ACCELERATOR_POSITIONS if accelerated else CPU_POSITIONS
+    choose = functools.partial(
+        layout.choose_shape,
+        inputs.unit_lengths(config.data.layout),
+        row_length=config.data.row_length,
+        row_multiple=sharding.row_shards(mesh),
+    )
+    update_shape = choose(
+        pairs=config.train.batch_pairs, rows=config.train.microbatch_rows, target_positions=positions
+    )
+    # Without a backward pass far more rows fit.
+    score_shape = choose(
+        pairs=reference.PART_PAIRS,
+        rows=config.reference.microbatch_rows,
+        target_positions=4 * positions if accelerated else positions,
+    )
+    dtype = scoring.compute_dtype(config.model.dtype)
+    program = jax.jit(make_score_step(make_logps_fn(config, inputs, dtype, pairs=score_shape.pairs), has_aux=True))
+    return Programs(mesh, dtype, update_shape, score_shape, lambda p, b: program(p, sharding.put(b, mesh)))
+
+
+def make_logps_fn(config: Config, inputs: Inputs, dtype: Any, *, pairs: int) -> Callable[..., Any]:
+    """The scoring function of the configured model; see `scoring.make_logps_fn`."""
+    return scoring.make_logps_fn(
+        inputs.model, pairs=pairs, dtype=dtype, remat=config.model.remat, implementation=config.model.attention
+    )
+
+
+def make_update(config: Config, inputs: Inputs, programs: Programs, tx: Any, state: TrainState) -> Any:
+    """The jitted update: the state is donated and stays where it is on the mesh."""
+    loss_fn = run_inputs.loss_of(config)
+    logps_fn = make_logps_fn(config, inputs, programs.dtype, pairs=programs.update_shape.pairs)
+    step = make_train_step(logps_fn, loss_fn, tx, beta=losses.reward_scale(loss_fn), has_aux=True)
+    return jax.jit(step, donate_argnums=0, out_shardings=(jax.tree.map(lambda x: x.sharding, state), None))
+
+
+def load_params(config: Config, inputs: Inputs, mesh: Mesh) -> Any:
+    """The model's weights, each leaf moved to its place on the mesh as soon as it is read."""
+
+    def put(path: str, array: np.ndarray) -> jax.Array:
+        return jax.device_put(array, NamedSharding(mesh, sharding.partition(path, array.shape, mesh.shape)))
+
+    return hf_io.load_params(inputs.folder, inputs.model, dtype=config.model.param_dtype, put=put)
+
+
+def reference_values(
+    config: Config, inputs: Inputs, workdir: Path, programs: Programs, report: Callable[[int, int], None]
+) -> tuple[reference.Pass, Any | None]:
+    """Reference log-probs of every set of pairs, scored now only where neither data nor store have them.
+
+    Returns: the pass, and the weights if they had to be loaded.
+    Raises: InputError if the store holds values of another identity.
+    """
+    loaded: list[Any] = []
+
+    def score(batch: Batch) -> Any:
+        if not loaded:
+            loaded.append(load_params(config, inputs, programs.mesh))
+        return programs.score(loaded[0], batch)
+
+    done = reference.run_pass(
+        reference_folder(config, workdir),
+        run_inputs.reference_identity(
+            config, inputs, dtype=np.dtype(programs.dtype).name, platform=reference.platform()
+        ),
+        [(pairs, pairs.lengths, pairs.keys, pairs.reference) for pairs in inputs.sets],
+        score,
+        shape=programs.score_shape,
+        layout=config.data.layout,
+        report=report,
+    )
+    return done, loaded[0] if loaded else None
+
+
+def reference_folder(config: Config, workdir: Path) -> Path:
+    """Where this run's reference log-probs are kept."""
+    return Path(config.reference.path) if config.reference.path else workdir / "reference"
+
+
+def no_reference(inputs: Inputs) -> list[Float[np.ndarray, "N 2"]]:
+    """Zeros in place of reference values, for losses that read none."""
+    return [np.zeros((len(pairs), 2)) for pairs in inputs.sets]
+
+
+def first_state(
+    config: Config, inputs: Inputs, mesh: Mesh, tx: Any, checkpoints: Checkpoints, params: Any | None
+) -> TrainState:
+    """The newest checkpoint's state, or the one before the first update; every leaf in its place on the mesh.
+
+    Args:
+      params: the initial weights if they are loaded already; donated.
+    Raises: InputError if the checkpoint was made with other training pairs.
+    """
+    step = checkpoints.latest_step()
+    if step is None:
+        params = load_params(config, inputs, mesh) if params is None else params
+        placed = sharding.shardings(mesh, jax.eval_shape(lambda p: init_state(p, tx), params))
+        return jax.jit(lambda p: init_state(p, tx), out_shardings=placed, donate_argnums=0)(params)
+    assert inputs.train is not None
+    saved = checkpoints.record(step)["data"]
+    if saved != inputs.train.digest:
+        raise InputError(
+            config.data.train,
+            got=f"training pairs of digest {inputs.train.digest}",
+            expected=f"those of digest {saved}, with which the checkpoint at step {step} was made",
+            remedy="Restore the data, or give another --workdir.",
+        )
+    return checkpoints.restore(step, abstract_state(config, inputs, mesh, tx))
+
+
+def abstract_state(config: Config, inputs: Inputs, mesh: Mesh, tx: Any) -> TrainState:
+    """Shapes, types and placement of the training state, without any array."""
+    dtype = scoring.DTYPES[config.model.param_dtype]
+    params = jax.eval_shape(lambda: decoder.init(jax.random.key(0), inputs.model, dtype=dtype))
+    like = jax.eval_shape(lambda p: init_state(p, tx), params)
+    return jax.tree.map(
+        lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), like, sharding.shardings(mesh, like)
+    )

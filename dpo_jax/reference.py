@@ -1,0 +1,152 @@
+"""The reference pass: log-probs of the frozen model, computed once and kept on disk.
+
+A store is a folder: `manifest.json` says under what identity its values were computed, and Parquet parts hold them,
+keyed by a digest of each pair's token ids, so that a value cannot attach to another pair. Parts are written whole,
+one after the other; a pass that was killed continues after the last of them.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from jaxtyping import Float, Int
+
+from dpo_jax.data.layout import Shape
+from dpo_jax.scoring import score_pairs
+from dpo_jax.types import Batch, InputError, Pairs
+
+PART_PAIRS = 256  # pairs in a part: what a killed pass can lose
+
+
+class Pass(NamedTuple):
+    """What a reference pass found and did."""
+
+    values: list[Float[np.ndarray, "N 2"]]  # of each set of pairs, nats
+    given: int  # pairs whose values came with the data
+    stored: int  # distinct pairs found in the store
+    scored: int  # distinct pairs scored now
+    forward_passes: int
+
+
+def platform() -> str:
+    """The hardware that log-probs are computed on; another kind gives other values."""
+    return jax.devices()[0].device_kind.lower()
+
+
+def check_identity(folder: Path, identity: dict[str, Any]) -> None:
+    """Raises InputError if a store exists whose identity differs, naming every part that does."""
+    manifest = folder / "manifest.json"
+    if not manifest.exists():
+        if folder.exists() and any(folder.glob("*.parquet")):
+            raise InputError(
+                str(folder),
+                got="holds Parquet files and no manifest.json",
+                expected="a reference store, or a folder that does not exist yet",
+                remedy="Point reference.path elsewhere.",
+            )
+        return
+    stored = json.loads(manifest.read_text())["identity"]
+    differ = [part for part in stored.keys() | identity.keys() if stored.get(part) != identity.get(part)]
+    if differ:
+        details = "; ".join(f"{part} was {stored.get(part)}, is {identity.get(part)}" for part in sorted(differ))
+        raise InputError(
+            str(folder),
+            got=f"reference log-probs of another {', '.join(sorted(differ))} ({details})",
+            expected="log-probs computed under this run's identity",
+            remedy="Point reference.path at another folder to score anew, or undo the change.",
+        )
+
+
+def read_store(folder: Path) -> dict[bytes, tuple[float, float]]:
+    """All finished parts: pair key to (chosen, rejected) log-probs in nats."""
+    values: dict[bytes, tuple[float, float]] = {}
+    for part in sorted(folder.glob("part-*.parquet")):
+        table = pq.read_table(part)
+        columns = (table.column(name).to_pylist() for name in ("key", "chosen", "rejected"))
+        values.update((key.encode(), (chosen, rejected)) for key, chosen, rejected in zip(*columns, strict=True))
+    return values
+
+
+def run_pass(
+    folder: Path,
+    identity: dict[str, Any],
+    sets: Sequence[tuple[Pairs, Int[np.ndarray, "N 3"], np.ndarray, Float[np.ndarray, "N 2"]]],
+    score: Callable[[Batch], tuple[Any, dict[str, Any]]],
+    *,
+    shape: Shape,
+    layout: str,
+    report: Callable[[int, int], None] = lambda done, total: None,
+) -> Pass:
+    """Reads what the store holds, scores what it lacks, and returns the values of every pair.
+
+    Args:
+      identity: everything besides a pair's tokens that changes its values.
+      sets: of each set of pairs: the pairs, their token counts, their keys, and values given with the data (nan
+        where there are none), which are used as they are.
+      score: a host batch to its log-probs under the reference; called only for pairs that have no value.
+      report: told the number of pairs done and to do, as parts finish.
+    Raises: InputError if the store's identity differs.
+    """
+    check_identity(folder, identity)
+    known = read_store(folder)
+    needed = {bytes(key) for _, _, keys, given in sets for key in keys[~np.isfinite(given).all(1)]}
+    total = len(needed - known.keys())
+    found, scored, passes = len(needed) - total, 0, 0
+    if total:
+        _write_manifest(folder, identity)
+    for pairs, lengths, keys, given in sets:
+        skip = lambda part, keys=keys, given=given: ~_missing(keys[part], given[part], known)  # noqa: E731
+        for done in score_pairs(score, pairs, lengths, shape=shape, layout=layout, skip=skip):
+            new = {bytes(keys[i]): (float(c), float(r)) for i, (c, r) in zip(done.indices, done.logps, strict=True)}
+            _write_part(folder, new)
+            known.update(new)
+            scored, passes = scored + len(new), passes + done.forward_passes
+            report(scored, total)
+    values = [_values(keys, given, known) for _, _, keys, given in sets]
+    from_data = sum(int(np.isfinite(given).all(1).sum()) for *_, given in sets)
+    return Pass(values, from_data, found, scored, passes)
+
+
+def _missing(keys: np.ndarray, given: np.ndarray, known: dict) -> np.ndarray:
+    return np.array([bytes(key) not in known for key in keys], bool) & ~np.isfinite(given).all(1)
+
+
+def _values(keys: np.ndarray, given: np.ndarray, known: dict) -> np.ndarray:
+    rows = [
+        pair if np.isfinite(pair).all() else known[bytes(key)] for key, pair in zip(keys, np.asarray(given), strict=True)
+    ]
+    return np.array(rows, np.float64).reshape(-1, 2)
+
+
+def _write_manifest(folder: Path, identity: dict[str, Any]) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    _write_whole(folder / "manifest.json", json.dumps({"identity": identity}, indent=2, sort_keys=True).encode())
+
+
+def _write_part(folder: Path, values: dict[bytes, tuple[float, float]]) -> None:
+    taken = [int(part.stem.removeprefix("part-")) for part in folder.glob("part-*.parquet")]
+    table = pa.table(
+        {
+            "key": [key.decode() for key in values],
+            "chosen": np.array([chosen for chosen, _ in values.values()], np.float64),
+            "rejected": np.array([rejected for _, rejected in values.values()], np.float64),
+        }
+    )
+    sink = pa.BufferOutputStream()
+    pq.write_table(table, sink)
+    _write_whole(folder / f"part-{max(taken, default=-1) + 1:06d}.parquet", sink.getvalue().to_pybytes())
+
+
+def _write_whole(path: Path, content: bytes) -> None:
+    """Writes beside and renames, so that a reader sees the whole file or none."""
+    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    beside.write_bytes(content)
+    os.replace(beside, path)

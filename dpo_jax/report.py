@@ -1,0 +1,70 @@
+"""What a run says of itself: its data, its shapes, and how far it moved."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from dpo_jax import sharding
+from dpo_jax.config import Config
+from dpo_jax.data import layout
+from dpo_jax.inputs import Inputs
+from dpo_jax.programs import Programs
+from dpo_jax.trackers import say
+
+
+def describe_data(config: Config, inputs: Inputs) -> None:
+    """One line for each set of pairs: how many, how long, what was cut or dropped."""
+    for name, pairs in (("train", inputs.train), ("eval", inputs.eval)):
+        if pairs is None:
+            continue
+        longest = int((pairs.lengths[:, 0] + pairs.lengths[:, 1:].max(1)).max())
+        say(f"{name}: {len(pairs):,} pairs, {pairs.lengths.sum():,} tokens, longest {longest}; {losses_of(pairs.report)}")
+        if longest > inputs.model.max_positions:
+            say(
+                f"warning: {name} has sequences of up to {longest} tokens and the model was trained on "
+                f"{inputs.model.max_positions}; lower data.max_length unless it is known to reach further"
+            )
+
+
+def losses_of(report: Mapping[str, Any]) -> str:
+    """What was cut and dropped, in words."""
+    dropped = sum(report["dropped"].values()) if isinstance(report["dropped"], Mapping) else report["dropped"]
+    return f"{report['prompt_cut']} prompts and {report['answer_cut']} answers cut, {dropped} rows dropped"
+
+
+def describe_run(
+    config: Config, inputs: Inputs, programs: Programs, params: Any, start: int, total: int
+) -> None:
+    """The run's size: parameters, mesh, shapes, steps."""
+    count = sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(params))
+    mesh = " x ".join(f"{axis} {size}" for axis, size in programs.mesh.shape.items())
+    shape = programs.update_shape
+    say(
+        f"model: {count:,} parameters, {config.model.param_dtype}, computing in {np.dtype(programs.dtype).name} "
+        f"on {mesh} {jax.devices()[0].platform}, {sharding.bytes_per_device(params):,} bytes a device"
+    )
+    say(
+        f"steps {start} to {total} of {shape.pairs} pairs, packed into rows of {shape.row_length} positions, "
+        f"{shape.rows} rows at a time; two programs to compile, one for updates and one for scoring"
+    )
+
+
+def one_line(row: Mapping[str, float]) -> str:
+    """The numbers of an evaluation that one looks at first."""
+    shown = ("eval/loss", "eval/rewards/accuracies", "eval/rewards/margins")
+    return ", ".join(f"{name} {row[name]:.4f}" for name in shown if name in row)
+
+
+def before_and_after(evaluations: Sequence[Mapping[str, float]]) -> None:
+    """A table of the first and the last evaluation, if there were two."""
+    if len(evaluations) < 2:
+        return
+    first, last = evaluations[0], evaluations[-1]
+    say(f"{'':<26}{'before':>12}{'after':>12}")
+    for name in first:
+        if name.startswith("eval/") and name != "eval/pairs":
+            say(f"{name:<26}{first[name]:>12.4f}{last[name]:>12.4f}")

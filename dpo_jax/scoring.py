@@ -1,0 +1,94 @@
+"""From parameters and packed rows to the log-probability of every completion: the one function that the update,
+the evaluation and the reference pass share, so that at step 0 the policy is the reference."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Float, Int
+
+from dpo_jax.data.layout import Shape, collate, unit_lengths
+from dpo_jax.logprobs import completion_logps
+from dpo_jax.models import decoder
+from dpo_jax.models.config import DecoderConfig
+from dpo_jax.types import Batch, InputError, Pairs
+
+DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "float16": jnp.float16}
+
+
+class Scored(NamedTuple):
+    """Log-probs of some of a set of pairs, and what it took."""
+
+    indices: Int[np.ndarray, "n"]
+    logps: Float[np.ndarray, "n 2"]  # nats, summed over the answer
+    token_sums: dict[str, Float[np.ndarray, "n 2"]]
+    forward_passes: int
+
+
+def check_dtype(field: str, name: str, *, auto: bool) -> None:
+    """Raises InputError unless `name` is a compute or parameter type."""
+    valid = [*DTYPES, "auto"] if auto else [*DTYPES]
+    if name not in valid:
+        raise InputError(field, got=f"got {name!r}", expected=f"one of {', '.join(valid)}", remedy="Set one of these.")
+
+
+def compute_dtype(name: str) -> Any:
+    """The type a name stands for; `auto` is float32 on CPU, which has no fast bfloat16, and bfloat16 elsewhere."""
+    if name == "auto":
+        name = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+    return DTYPES[name]
+
+
+def make_logps_fn(
+    config: DecoderConfig, *, pairs: int, dtype: Any, remat: str = "none", implementation: str = "auto"
+) -> Callable[[Any, Any], tuple[jax.Array, dict[str, jax.Array]]]:
+    """Returns `logps_fn(params, rows) -> (logps [P, 2], {"logits": [P, 2]})` for a decoder."""
+
+    def logps_fn(params: Any, rows: Any) -> tuple[jax.Array, dict[str, jax.Array]]:
+        hidden = decoder.forward(
+            params,
+            config,
+            rows.tokens,
+            rows.positions,
+            rows.key_start,
+            rows.key_end,
+            dtype=dtype,
+            remat=remat,
+            implementation=implementation,
+        )
+        return completion_logps(hidden, decoder.head(params), rows, pairs=pairs)
+
+    return logps_fn
+
+
+def score_pairs(
+    score: Callable[[Batch], tuple[Any, dict[str, Any]]],
+    pairs: Pairs,
+    lengths: Int[np.ndarray, "N 3"],
+    *,
+    shape: Shape,
+    layout: str,
+    skip: Callable[[np.ndarray], np.ndarray] | None = None,
+) -> Iterator[Scored]:
+    """Scores a set of pairs, longest first, `shape.pairs` at a time; yields each part as it is done.
+
+    Args:
+      score: a host batch to (logps [P, 2], token sums), such as a jitted score step with its parameters bound.
+      lengths: token counts of prompt, chosen and rejected of every pair.
+      skip: given a part's indices, which of them need no scoring. The parts do not depend on it, so what is scored
+        after an interruption is packed just as it would have been, as long as whole parts were finished.
+    """
+    order = np.argsort(-unit_lengths(lengths, layout), kind="stable")
+    for at in range(0, len(order), shape.pairs):
+        part = order[at : at + shape.pairs]
+        wanted = part if skip is None else part[~skip(part)]
+        if not len(wanted):
+            continue
+        batch = collate([pairs[i] for i in wanted], None, shape, layout=layout)
+        logps, sums = jax.device_get(score(batch))
+        kept = len(wanted)
+        yield Scored(wanted, logps[:kept], {k: v[:kept] for k, v in sums.items()}, int(batch.count))

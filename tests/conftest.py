@@ -1,0 +1,30 @@
+"""Eight virtual CPU devices, no network, and jaxtyping annotations executed on every call into dpo_jax."""
+
+import os
+
+import jaxtyping
+from beartype import BeartypeConf, beartype
+
+# Read once, when jax and huggingface_hub are first imported, so set before either is.
+os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8".strip()
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["HF_DATASETS_OFFLINE"] = "1"
+
+import jax
+import pytest
+
+# A (3,) quietly broadcast against a (3, 1) is the commonest way for a loss to be wrong and still train.
+jax.config.update("jax_numpy_rank_promotion", "raise")
+
+check_types = beartype(conf=BeartypeConf(is_pep484_tower=True))  # an int may stand for a float, as pyright has it
+jaxtyping.install_import_hook("dpo_jax", "conftest.check_types")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def cache_folder(tmp_path_factory):
+    """Keeps tokenised data of tests out of the user's cache; subprocesses inherit it."""
+    with pytest.MonkeyPatch.context() as patch:
+        folder = tmp_path_factory.mktemp("cache")
+        patch.setenv("DPO_JAX_CACHE", str(folder))
+        yield folder

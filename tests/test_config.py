@@ -1,0 +1,348 @@
+"""Fields, their ranges, and the ways a configuration comes in: recipe, flags, config.json."""
+
+import dataclasses
+import inspect
+import re
+import subprocess
+import sys
+
+import pytest
+from absl import flags
+
+from dpo_jax import config
+from dpo_jax.types import InputError
+
+RECIPE = """
+from dpo_jax import config as fields
+
+def get_config(arg: str = ""):
+    config = fields.base()
+    config.model.path = "model"
+    config.optimizer.learning_rate = 2e-5
+    {line}
+    return config
+"""
+
+
+@pytest.fixture
+def recipe(tmp_path):
+    """Writes a recipe with one more line and returns its path."""
+
+    def write(line: str = "pass") -> str:
+        path = tmp_path / "recipe.py"
+        path.write_text(RECIPE.format(line=line))
+        return str(path)
+
+    return write
+
+
+def usable():
+    fields = config.base()
+    fields.model.path = "model"
+    return fields
+
+
+def test_every_field_has_a_trailing_comment_and_nothing_else_is_a_field():
+    source = inspect.getsource(config).partition("RESUMABLE =")[0]
+    sections = re.findall(r"^class (\w+):\n((?:    .*\n)+)", source, re.MULTILINE)
+    assert {name for name, _ in sections} >= {"Config", "Loss", "Export"}
+    for name, body in sections:
+        declared = [field.name for field in dataclasses.fields(getattr(config, name))]
+        documented = re.findall(r"^    (\w+): \S.* = \S.*  # \S.*$", body, re.MULTILINE)
+        documented += re.findall(r"^    (\w+): (?:[A-Z]\w+) = [A-Z]\w+\(\)$", body, re.MULTILINE)  # sections
+        assert sorted(documented) == sorted(declared), name
+
+
+def test_rules_and_resumable_name_fields_that_exist():
+    names = set(config._flat(config.Config()))
+    assert set(config.RULES) <= names
+    assert set(config.RESUMABLE) <= names
+    assert not {"model.path", "tokenizer.path", "seed", "optimizer.learning_rate"} & set(config.RESUMABLE)
+
+
+def test_every_number_has_a_rule():
+    """A number without a range would let a sign error through."""
+    optional = {"train.steps": 1, "train.microbatch_rows": 1, "reference.microbatch_rows": 1, "data.row_length": 2}
+    values = config._flat(config.Config()) | optional | {"loss.beta": 1.0, "loss.label_smoothing": 0.0}
+    numbers = {name for name, value in values.items() if isinstance(value, int | float) and value not in (True, False)}
+    assert numbers <= set(config.RULES)
+
+
+def test_base_is_locked_and_freezes_to_the_defaults():
+    fields = usable()
+    with pytest.raises(AttributeError):
+        fields.loss.bta = 0.1
+    expected = dataclasses.replace(config.Config(), model=config.Model(path="model"))
+    assert config.freeze(fields) == expected
+
+
+BAD = [
+    ("seed", -1, "a number >= 0"),
+    ("prepare", "no colon", "'module:function'"),
+    ("model.path", "", "a Hugging Face folder or Hub id"),
+    ("model.dtype", "bf16", "'bfloat16'"),
+    ("model.param_dtype", "float16", "'float32', 'bfloat16'"),
+    ("data.max_length", 1, "a number >= 2"),
+    ("data.max_prompt_length", 0, "a number >= 1"),
+    ("data.max_prompt_length", 1024, "which is 1024"),
+    ("data.truncate_prompt", "keep_middle", "'keep_end', 'keep_start', 'error'"),
+    ("data.on_bad_row", "drop", "'error', 'skip'"),
+    ("data.layout", "packed", "'shared', 'repeated'"),
+    ("data.row_length", 1, "a number >= 2"),
+    ("loss.beta", 0.0, "a number > 0"),
+    ("loss.label_smoothing", 0.5, "a number in [0, 0.5)"),
+    ("loss.label_smoothing", -0.1, "a number in [0, 0.5)"),
+    ("train.batch_pairs", 0, "a number >= 1"),
+    ("train.epochs", 0.0, "a number > 0"),
+    ("train.epochs", float("nan"), "a number > 0"),
+    ("train.steps", 0, "a number >= 1"),
+    ("train.microbatch_rows", 0, "a number >= 1"),
+    ("sft.steps", -1, "a number >= 0"),
+    ("sft.batch_pairs", 0, "a number >= 1"),
+    ("sft.learning_rate", 0.0, "a number > 0"),
+    ("sft.warmup_steps", -1, "a number >= 0"),
+    ("optimizer.learning_rate", float("inf"), "a number > 0"),
+    ("optimizer.warmup_steps", -1, "a number >= 0"),
+    ("optimizer.weight_decay", -0.1, "a number >= 0"),
+    ("optimizer.clip_norm", -1.0, "a number >= 0"),
+    ("optimizer.b1", 1.0, "a number in [0, 1)"),
+    ("optimizer.b2", -0.5, "a number in [0, 1)"),
+    ("optimizer.eps", 0.0, "a number > 0"),
+    ("reference.microbatch_rows", 0, "a number >= 1"),
+    ("eval.every_steps", -1, "a number >= 0"),
+    ("eval.every_steps", 10, "0 where config.data.eval is empty"),
+    ("checkpoint.every_steps", 0, "a number >= 1"),
+    ("checkpoint.keep", 0, "a number >= 1"),
+    ("mesh.replica", 0, "or -1"),
+    ("mesh.fsdp", -2, "or -1"),
+    ("mesh.tensor", 0, "or -1"),
+    ("log.every_steps", 0, "a number >= 1"),
+    ("export.dtype", "int8", "'float32', 'bfloat16', 'float16'"),
+]
+
+
+@pytest.mark.parametrize("name, value, expected", BAD, ids=[f"{name}={value}" for name, value, _ in BAD])
+def test_freeze_refuses_a_value_out_of_range(name, value, expected):
+    fields = usable()
+    fields.update_from_flattened_dict({name: value})
+    with pytest.raises(InputError) as caught:
+        config.freeze(fields)
+    assert caught.value.place == f"config.{name}"
+    assert expected in caught.value.expected
+    assert f"--config.{name}=" in caught.value.remedy
+
+
+def test_every_rule_is_tested():
+    assert set(config.RULES) <= {name for name, _, _ in BAD}
+
+
+def test_freeze_accepts_the_edges_of_ranges():
+    fields = usable()
+    edges = {"data.max_length": 2, "data.max_prompt_length": 1, "loss.label_smoothing": 0.0, "optimizer.b1": 0.0}
+    edges |= {"mesh.fsdp": 1, "mesh.tensor": -1, "prepare": "dpo_jax.quickstart:make", "sft.steps": 0}
+    fields.update_from_flattened_dict(edges)
+    assert config._flat(config.freeze(fields)).items() >= edges.items()
+
+
+@pytest.mark.parametrize(
+    "name, value, expected",
+    [
+        ("seed", 1.0, "an integer"),
+        ("seed", True, "an integer"),
+        ("train.epochs", "1", "a number"),
+        ("train.epochs", True, "a number"),
+        ("train.steps", 1.5, "an integer, or nothing"),
+        ("data.shuffle", 1, "true or false"),
+        ("model.path", None, "text"),
+        ("loss", 0.1, "a section"),
+    ],
+)
+def test_freeze_refuses_a_value_of_another_type(name, value, expected):
+    fields = usable().to_dict()
+    section, _, leaf = name.rpartition(".")
+    (fields[section] if section else fields)[leaf] = value
+    with pytest.raises(InputError) as caught:
+        config.freeze(config.config_dict.ConfigDict(fields))
+    assert caught.value.place == f"config.{name}"
+    assert caught.value.expected.startswith(expected)
+
+
+def test_freeze_turns_a_whole_number_into_a_float():
+    fields = usable()
+    fields.loss.beta = 1
+    beta = config.freeze(fields).loss.beta
+    assert beta == 1.0 and type(beta) is float
+
+
+def test_freeze_names_an_unknown_field_and_the_valid_ones():
+    fields = usable()
+    with fields.unlocked():
+        fields.loss.bta = 0.1
+    with pytest.raises(InputError) as caught:
+        config.freeze(fields)
+    assert str(caught.value) == (
+        "config.loss.bta: no field 'bta'; expected one of name, beta, label_smoothing, average. Did you mean beta?"
+    )
+
+
+def test_freeze_reports_all_problems_at_once():
+    fields = usable()
+    fields.loss.beta = -1.0
+    fields.mesh.replica = -1
+    fields.data.max_length = 512
+    with fields.unlocked():
+        fields.optimizer.momentum = 0.9
+    with pytest.raises(InputError) as caught:
+        config.freeze(fields)
+    message = str(caught.value)
+    assert message.startswith("config: 4 problems")
+    for place in ("config.loss.beta: -1.0", "config.mesh: ", "config.data.max_prompt_length", "optimizer.momentum"):
+        assert place in message
+
+
+def test_json_round_trip_is_exact():
+    fields = usable()
+    changes = {"loss.beta": 0.3, "train.steps": 7, "optimizer.learning_rate": 5e-7, "data.shuffle": False}
+    fields.update_from_flattened_dict(changes)
+    frozen = config.freeze(fields)
+    assert config.from_json(config.to_json(frozen), "config.json") == frozen
+    assert frozen != config.freeze(usable())
+
+
+@pytest.mark.parametrize(
+    "text, got",
+    [
+        ("{", "Expecting property name"),
+        ("[1]", "[1]"),
+        ('{"model": {"path": "m"}, "sed": 1}', "no field 'sed'"),
+        ('{"model": {"path": "m"}, "train": {"steps": "9"}}', "'9'"),
+    ],
+)
+def test_from_json_refuses_what_no_run_wrote(text, got):
+    with pytest.raises(InputError) as caught:
+        config.from_json(text, "runs/a/config.json")
+    assert caught.value.place.startswith("runs/a/config.json")
+    assert got in caught.value.got
+
+
+def test_from_json_keeps_the_default_of_a_field_that_an_older_run_did_not_have():
+    assert config.from_json('{"model": {"path": "m"}}', "old.json").loss == config.Loss()
+
+
+def test_changed_lists_what_may_not_differ():
+    old = config.freeze(usable())
+    fields = usable()
+    fields.update_from_flattened_dict({"optimizer.b1": 0.95, "loss.beta": 0.2, "mesh.tensor": 2, "log.wandb": "p"})
+    assert config.changed(old, config.freeze(fields)) == ["loss.beta: None -> 0.2", "optimizer.b1: 0.9 -> 0.95"]
+    fields.model.path = "another"
+    assert "model.path: 'model' -> 'another'" in config.changed(old, config.freeze(fields))
+    assert config.changed(old, old) == []
+
+
+def test_flags_override_a_recipe(recipe):
+    overrides = ["loss.beta=0.3", "train.steps=4", "data.shuffle=false", "model.dtype=float32", "optimizer.b2=0.95"]
+    loaded = config.load(recipe(), overrides)
+    assert loaded.optimizer == config.Optimizer(learning_rate=2e-5, b2=0.95)
+    assert (loaded.loss.beta, loaded.train.steps, loaded.data.shuffle) == (0.3, 4, False)
+
+
+def test_the_recipe_gets_what_stands_after_the_colon(recipe):
+    path = recipe("config.tokenizer.path = arg or 'nothing'")
+    assert config.load(f"{path}:a:b").tokenizer.path == "a:b"
+    assert config.load(path).tokenizer.path == "nothing"
+
+
+def test_config_json_reproduces_a_run_and_can_be_overridden(recipe, tmp_path):
+    first = config.load(recipe(), ["loss.beta=0.3", "train.steps=4"])
+    (tmp_path / "config.json").write_text(config.to_json(first))
+    source = str(tmp_path / "config.json")
+    assert config.load(source) == first
+    again = config.load(source, ["train.steps=5", "train.microbatch_rows=2"])
+    assert config.changed(first, again) == ["train.steps: 4 -> 5"]
+
+
+def test_flags_take_dashes_spaces_and_no_prefix(recipe):
+    argv = ["dpo-jax", "train", "-config", recipe(), "--config.loss.beta", "0.3", "--noconfig.data.shuffle", "more"]
+    values = flags.FlagValues()
+    config.define_flags(argv, values)
+    assert config.parse_flags(argv, values) == ["dpo-jax", "train", "more"]
+    loaded = config.from_flags(values)
+    assert (loaded.loss.beta, loaded.data.shuffle) == (0.3, False)
+
+
+@pytest.mark.parametrize(
+    "override, parts",
+    [
+        ("loss.bta=1", ["--config.loss.bta", "loss.beta, loss.label_smoothing", "Did you mean loss.beta"]),
+        ("los.beta=1", ["--config.los.beta", "sft, optimizer", "Did you mean loss"]),
+        ("loss=1", ["--config.loss", "loss.name, loss.beta"]),
+        ("loss.beta=abc", ["--config.loss.beta=abc", "float"]),
+        ("train.steps=1.5", ["--config.train.steps=1.5", "int"]),
+        ("data.shuffle=maybe", ["--config.data.shuffle=maybe", "boolean"]),
+        ("loss.beta=0", ["config.loss.beta: 0.0; expected a number > 0"]),
+    ],
+)
+def test_an_override_that_cannot_be_used_is_an_input_error(recipe, override, parts):
+    with pytest.raises(InputError) as caught:
+        config.load(recipe(), [override])
+    assert all(part in str(caught.value) for part in parts), str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "line, parts",
+    [
+        ("config.loss.bta = 1", ["recipe.py:8: no field 'bta'", "average, beta", "Did you mean beta?"]),
+        ("config.los.beta = 1", ["recipe.py:8: no field 'los'", "Did you mean loss"]),
+        ("config.sft.update({'rate': 1})", ["recipe.py:8: no field 'rate'", "warmup_steps"]),
+        ("config.loss.beta = 'high'", ["recipe.py:8: TypeError", "'beta'", "float"]),
+        ("config.loss.beta = 1 / 0", ["recipe.py:8: ZeroDivisionError"]),
+        ("config.loss.beta = = 1", ["recipe.py", "SyntaxError", "line 8"]),
+        ("return None", ["recipe.py", "lock"]),
+        ("raise fields.InputError('arg', got='x', expected='y', remedy='z')", ["arg: x; expected y. z"]),
+    ],
+)
+def test_a_recipe_that_fails_is_an_input_error_with_its_line(recipe, line, parts):
+    with pytest.raises(InputError) as caught:
+        config.load(recipe(line))
+    assert all(part in str(caught.value) for part in parts), str(caught.value)
+
+
+def test_a_source_that_is_no_configuration_is_an_input_error(tmp_path, recipe):
+    (tmp_path / "empty.py").write_text("")
+    (tmp_path / "plain.py").write_text("def get_config(): pass")
+    for source, part in [
+        (str(tmp_path / "missing.py"), "no such file"),
+        (str(tmp_path / "missing.json"), "no such file"),
+        (str(tmp_path / "empty.py"), "no function get_config"),
+        (str(tmp_path / "plain.py") + ":arg", "takes 0 positional arguments"),
+        ("", "no such file"),
+    ]:
+        with pytest.raises(InputError, match=part):
+            config.load(source)
+
+
+def test_a_missing_or_unknown_flag_is_an_input_error(recipe):
+    for argv, part in [
+        (["x", "--config.loss.beta=1"], "not given, but --config.loss.beta is"),
+        (["x", f"--config={recipe()}", "--wrkdir=a"], "wrkdir"),
+    ]:
+        values = flags.FlagValues()
+        config.define_flags(argv, values)
+        with pytest.raises(InputError, match=part):
+            config.parse_flags(argv, values)
+    values = flags.FlagValues()
+    config.define_flags(["x"], values)
+    config.parse_flags(["x"], values)
+    with pytest.raises(InputError, match="--config: not given"):
+        config.from_flags(values)
+
+
+def test_flags_of_a_real_command_line(recipe):
+    """The same through sys.argv and absl's global flags, as the command line uses them."""
+    script = (
+        "from dpo_jax import config; config.define_flags(); rest = config.parse_flags();"
+        "print(rest[1:], config.from_flags().loss.beta)"
+    )
+    argv = [sys.executable, "-c", script, "train", f"--config={recipe()}", "--config.loss.beta=0.25"]
+    done = subprocess.run(argv, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "['train'] 0.25"

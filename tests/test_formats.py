@@ -1,0 +1,324 @@
+import gzip
+import importlib.util
+import json
+import os.path
+from pathlib import Path
+
+import pytest
+
+from dpo_jax.data import formats
+from dpo_jax.types import InputError, Pair, Row
+from tests.tokenizers_for_tests import BOS_AND_EOS, CHATML, THINKING, make_tokenizer
+
+HH = Path(__file__).parents[2] / "shared/data/hh_harmless_train.jsonl.gz"
+USER = {"role": "user", "content": "Is the sky blue?"}
+YES = {"role": "assistant", "content": "yes"}
+NO = {"role": "assistant", "content": "no"}
+CHAT = {"prompt": [USER], "chosen": [YES], "rejected": [NO]}
+
+
+def render(fields, *, format="plain", template: str | None = CHATML):
+    row = Row("prefs.jsonl:17", fields)
+    return formats.render(row, format=format, tokenizer=make_tokenizer(template=template))
+
+
+def failure(fields, **options):
+    with pytest.raises(InputError) as caught:
+        render(fields, **options)
+    assert caught.value.place == "prefs.jsonl:17"
+    assert caught.value.expected and caught.value.remedy
+    return caught.value
+
+
+def transcripts(shared, chosen, rejected):
+    return {"chosen": shared + chosen, "rejected": shared + rejected}
+
+
+# Formats
+
+
+@pytest.mark.parametrize(
+    ("fields", "format"),
+    [
+        ({"prompt": "a", "chosen": "b", "rejected": "c"}, "plain"),
+        ({"prompt": "a", "chosen": "\n\nAssistant: b", "rejected": "\n\nAssistant: c"}, "plain"),
+        ({"prompt": None, **transcripts("\n\nHuman: a\n\nAssistant:", " b", " c")}, "hh"),
+        (CHAT, "chat"),
+        ({"chosen": [USER, YES], "rejected": [USER, NO]}, "chat"),
+        ({"prompt": USER["content"], "chosen": [USER, YES], "rejected": [USER, NO]}, "chat"),
+    ],
+)
+def test_detect_knows_each_format(fields, format):
+    assert formats.detect(Row("a:1", fields)) == format
+
+
+@pytest.mark.parametrize(
+    ("fields", "got"),
+    [
+        ({"chosen": "b", "rejected": "\n\nAssistant: c"}, "without a 'prompt' column"),
+        ({"prompt": "a", "chosen": "b"}, "no 'rejected'"),
+        ({"prompt": "a", "chosen": [YES], "rejected": "c"}, "'chosen' is a list"),
+        ({"prompt": "a", "chosen": "b", "rejected": 3}, "'rejected' is a int"),
+    ],
+)
+def test_detect_says_what_it_cannot_tell(fields, got):
+    with pytest.raises(InputError) as caught:
+        formats.detect(Row("a:1", fields))
+    assert got in caught.value.got
+
+
+def test_render_refuses_unknown_formats_and_lists_the_known():
+    with pytest.raises(InputError, match="'sharegpt'; expected auto or one of plain, chat, hh"):
+        render(CHAT, format="sharegpt")
+
+
+# Plain text and what holds for every format
+
+
+def test_render_takes_plain_text_as_it_stands_and_ignores_other_columns():
+    pair = render({"prompt": " a\n", "chosen": "b ", "rejected": "\nc", "score": 3})
+    assert pair == Pair("prefs.jsonl:17", " a\n", "b ", "\nc")
+
+
+@pytest.mark.parametrize("name", ["prompt", "chosen", "rejected"])
+def test_render_names_the_missing_column(name):
+    fields = {"prompt": "a", "chosen": "b", "rejected": "c"}
+    assert f"no {name!r}" in failure({k: v for k, v in fields.items() if k != name}).got
+    assert f"no {name!r}" in failure({**fields, name: None}).got
+    assert f"{name!r} is a int" in failure({**fields, name: 1}).got
+
+
+@pytest.mark.parametrize("empty", ["", " \n\t"])
+@pytest.mark.parametrize("name", ["chosen", "rejected"])
+def test_render_refuses_empty_answers(name, empty):
+    said = f"{name!r} is empty"
+    assert failure({"prompt": "a", "chosen": "b", "rejected": "c", name: empty}).got == said
+    assert failure({**CHAT, name: [{"role": "assistant", "content": empty}]}, format="chat").got == said
+    assert failure({**CHAT, name: []}, format="chat").got == said
+    fields = transcripts("\n\nHuman: a\n\nAssistant:", " b", " c")
+    fields[name] = fields[name][:-2] + empty
+    assert failure(fields, format="hh").got == said
+
+
+def test_render_refuses_equal_answers():
+    assert "equal" in failure({"prompt": "a", "chosen": "b", "rejected": "b"}).got
+    assert "equal" in failure({**CHAT, "rejected": [YES]}, format="chat").got
+    assert "equal" in failure({"chosen": [USER, YES], "rejected": [USER, YES]}, format="chat").got
+    # Different messages that the template writes alike.
+    assert "equal" in failure({**CHAT, "rejected": [{**YES, "name": "Bob"}]}, format="chat").got
+
+
+def test_render_refuses_half_characters():
+    assert "\\ud83d" in failure({"prompt": "a", "chosen": "b \ud83d", "rejected": "c"}).got
+
+
+def test_render_passes_reference_log_probabilities_on():
+    plain = {"prompt": "a", "chosen": "b", "rejected": "c"}
+    assert render({**plain, "ref_chosen_logps": -1.5, "ref_rejected_logps": -2}).reference == (-1.5, -2.0)
+    assert render({**plain, "ref_chosen_logps": None, "ref_rejected_logps": None}).reference is None
+
+
+@pytest.mark.parametrize(
+    ("chosen", "rejected", "got"),
+    [
+        (-1.0, None, "no 'ref_rejected_logps'"),
+        (None, -1.0, "no 'ref_chosen_logps'"),
+        (-1.0, float("nan"), "'ref_rejected_logps' is nan"),
+        (float("-inf"), -1.0, "'ref_chosen_logps' is -inf"),
+        ("-1.0", -1.0, "'ref_chosen_logps' is '-1.0'"),
+        (-1.0, True, "'ref_rejected_logps' is True"),
+    ],
+)
+def test_render_refuses_half_a_reference_and_what_is_no_number(chosen, rejected, got):
+    fields = {"prompt": "a", "chosen": "b", "rejected": "c"}
+    assert got in failure({**fields, "ref_chosen_logps": chosen, "ref_rejected_logps": rejected}).got
+
+
+# HH transcripts
+
+
+@pytest.mark.parametrize(
+    ("chosen", "rejected"),
+    [
+        (" yes", " no"),
+        (" I think so", " I thought so"),  # the common characters run into the answers, and end inside a word
+        (" yes\n\nHuman: why?\n\nAssistant: so", " no\n\nHuman: why?\n\nAssistant: so"),
+        (" yes", " yes, well\n\nHuman: why?\n\nAssistant: so"),  # one answer runs on with a turn of its own
+    ],
+)
+def test_render_splits_transcripts_at_the_header_and_never_inside_an_answer(chosen, rejected):
+    prompt = "\n\nHuman: a\n\nAssistant: b\n\nHuman: c\n\nAssistant:"
+    pair = render(transcripts(prompt, chosen, rejected), format="hh")
+    assert (pair.prompt, pair.chosen, pair.rejected, pair.templated) == (prompt, chosen, rejected, False)
+
+
+def test_render_splits_transcripts_at_the_last_header_both_share():
+    shared = "\n\nHuman: a\n\nAssistant: yes\n\nHuman: c\n\nAssistant:"
+    assert render(transcripts(shared, " b", " bc"), format="hh").prompt == shared
+
+
+def test_render_refuses_transcripts_that_share_no_header():
+    fields = {"chosen": "\n\nHuman: a\n\nAssistant: b", "rejected": "\n\nHuman: c\n\nAssistant: b"}
+    assert "common to both" in failure(fields, format="hh").got
+    assert "a 'prompt' column" in failure({**fields, "prompt": "a"}, format="hh").got
+
+
+@pytest.mark.skipif(not HH.exists(), reason="needs ../shared/data/hh_harmless_train.jsonl.gz")
+def test_render_splits_every_real_transcript_at_a_header():
+    with gzip.open(HH, "rt") as file:
+        rows = [json.loads(line) for line in file]
+    inside = 0
+    for fields in rows:
+        try:
+            pair = render(fields, format="hh", template=None)
+        except InputError as error:
+            assert error.got == "'chosen' is empty"
+            continue
+        assert pair.prompt.endswith("\n\nAssistant:")
+        assert (pair.prompt + pair.chosen, pair.prompt + pair.rejected) == (fields["chosen"], fields["rejected"])
+        inside += len(os.path.commonprefix([pair.chosen, pair.rejected]).strip()) > 0
+    assert len(rows) == 1435 and inside > 100  # so the common characters do run into answers here
+
+
+# Chat
+
+
+def test_render_writes_chat_with_the_header_in_the_prompt_and_the_end_of_turn_in_the_answer():
+    expected = Pair(
+        "prefs.jsonl:17",
+        "<|im_start|>user\nIs the sky blue?<|im_end|>\n<|im_start|>assistant\n",
+        "yes<|im_end|>\n",
+        "no<|im_end|>\n",
+        templated=True,
+    )
+    assert render(CHAT, format="chat") == expected
+    assert render({"chosen": [USER, YES], "rejected": [USER, NO]}, format="chat") == expected
+    assert render({**CHAT, "prompt": USER["content"]}, format="chat") == expected
+    both = {"prompt": USER["content"], "chosen": [USER, YES], "rejected": [USER, NO]}
+    assert render(both, format="chat") == expected
+    assert render({**both, "prompt": [USER]}, format="chat") == expected
+
+
+def test_render_splits_implicit_chat_at_the_last_common_message():
+    follow = {"role": "user", "content": "Why?"}
+    shared = [USER, YES, follow]
+    pair = render({"chosen": [*shared, YES, follow, NO], "rejected": [*shared, NO]}, format="chat")
+    assert pair.prompt.endswith("Why?<|im_end|>\n<|im_start|>assistant\n")
+    assert pair.chosen.startswith("yes<|im_end|>\n<|im_start|>user\nWhy?") and pair.rejected == "no<|im_end|>\n"
+
+
+def test_render_ignores_keys_that_arrow_filled_with_null():
+    nulls = {"chosen": [{**USER, "tool_calls": None}, YES], "rejected": [USER, {**NO, "tool_calls": None}]}
+    strict = CHATML.replace("{% for", "{% if messages[0].tool_calls is defined %}{{ 1 / 0 }}{% endif %}{% for", 1)
+    assert render(nulls, format="chat", template=strict) == render(CHAT, format="chat")
+
+
+def test_render_continues_an_assistant_message_that_ends_the_prompt():
+    start = {"role": "assistant", "content": "I say "}
+    pair = render({**CHAT, "prompt": [USER, start]}, format="chat")
+    assert pair.prompt.endswith("<|im_start|>assistant\nI say ")
+    assert (pair.chosen, pair.rejected) == ("yes<|im_end|>\n", "no<|im_end|>\n")
+
+
+def test_render_keeps_what_a_template_writes_at_the_ends():
+    pair = render(CHAT, format="chat", template=BOS_AND_EOS)
+    assert (pair.prompt, pair.chosen) == ("<bos>[Is the sky blue?]", " yes<eos>")
+
+
+def test_render_ends_the_prompt_where_header_and_finished_turn_part():
+    # "<" begins both answers and what the header alone has: it is not what they share.
+    fields = {**CHAT, "chosen": [{**YES, "content": "<b>yes"}], "rejected": [{**NO, "content": "<i>no"}]}
+    pair = render(fields, format="chat", template=THINKING)
+    assert pair.prompt.endswith("?<|im_end|>\n<|im_start|>assistant\n")
+    assert (pair.chosen, pair.rejected) == ("<b>yes<|im_end|>\n", "<i>no<|im_end|>\n")
+
+
+def test_header_left_out_is_what_only_the_generation_header_has():
+    row = Row("a:1", CHAT)
+    left_out = [
+        formats.header_left_out(row, tokenizer=make_tokenizer(template=template))
+        for template in (CHATML, THINKING, BOS_AND_EOS)
+    ]
+    assert left_out == ["", "<think>\n", ""]
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        CHATML.replace("{{ '<|im_start|>assistant\n' }}", "{{ '<|model|>' }}"),  # another header
+        CHATML.replace("m.content", "(m.content if loop.last else '...')"),  # earlier messages rewritten
+        CHATML.replace("{% for", "{{ messages | length }}{% for", 1),
+    ],
+)
+def test_render_refuses_templates_that_write_the_prompt_in_another_way_before_an_answer(template):
+    assert "in another way" in failure(CHAT, format="chat", template=template).got
+
+
+def test_render_passes_tools_and_options_to_the_template():
+    template = "{{ tools | tojson if tools is not none else 'none' }} {{ style }} " + CHATML
+    tools = [{"type": "function", "function": {"name": "look"}}]
+    for given in (tools, json.dumps(tools)):
+        fields = {**CHAT, "tools": given, "chat_template_kwargs": {"style": "terse", "date": None}}
+        prompt = render(
+            fields, format="chat", template=template + "{% if date is defined %}{{ 1 / 0 }}{% endif %}"
+        ).prompt
+        assert prompt.startswith('[{"type": "function", "function": {"name": "look"}}] terse <|im_start|>')
+    assert render({**CHAT, "tools": []}, format="chat", template=template).prompt.startswith("none  <|im_start|>")
+
+
+def test_render_takes_tool_calls_without_text_as_answers():
+    call = {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "look"}}]}
+    template = CHATML.replace("m.content", "m.content + (m.tool_calls | tojson if m.tool_calls else '')")
+    assert "look" in render({**CHAT, "chosen": [call]}, format="chat", template=template).chosen
+
+
+@pytest.mark.parametrize(
+    ("changes", "got"),
+    [
+        ({"chosen": [{"role": "assistant", "content": 3}]}, "message 1 of 'chosen'"),
+        ({"chosen": [{"role": "assistant", "content": [{"type": "text", "text": "yes"}]}]}, "message 1 of 'chosen'"),
+        ({"prompt": [USER, {"content": "a"}]}, "message 2 of 'prompt'"),
+        ({"rejected": ["no"]}, "message 1 of 'rejected'"),
+        ({"rejected": "no"}, "'rejected' is a str"),
+        ({"prompt": []}, "no prompt message"),
+        ({"prompt": None}, "no prompt message"),
+        ({"prompt": "Another question", "chosen": [USER, YES], "rejected": [USER, NO]}, "a text prompt that is not"),
+        ({"chosen": [USER, YES]}, "starts with a 'user' message"),
+        ({"tools": "[{"}, "'tools' is broken JSON"),
+        ({"tools": {"a": 1}}, "'tools' is a dict"),
+        ({"chat_template_kwargs": ["terse"]}, "'chat_template_kwargs' a list"),
+        ({"chat_template_kwargs": {"tokenize": True}}, "cannot write this conversation"),
+    ],
+)
+def test_render_says_what_is_wrong_with_a_conversation(changes, got):
+    assert got in failure({**CHAT, **changes}, format="chat").got
+
+
+def test_render_says_that_there_is_no_template_or_that_it_refuses():
+    assert "without a chat template" in failure(CHAT, format="chat", template=None).got
+    refusing = "{{ raise_exception('roles must alternate') }}"
+    assert "roles must alternate" in failure(CHAT, format="chat", template=refusing).got
+
+
+def public_templates():
+    """Chat templates of well-known models, as they lie in an installed TRL."""
+    found = importlib.util.find_spec("trl")
+    folder = Path(found.origin).parent / "chat_templates" if found and found.origin else None
+    return sorted(folder.glob("*.jinja")) if folder else []
+
+
+@pytest.mark.skipif(not public_templates(), reason="needs the templates in an installed trl")
+def test_render_splits_under_every_public_template():
+    turns = [USER, {"role": "assistant", "content": "Earlier."}, {"role": "user", "content": "Why?"}]
+    failed = set()
+    for path in public_templates():
+        for prompt in ([USER], turns):
+            try:
+                pair = render({**CHAT, "prompt": prompt}, format="chat", template=path.read_text())
+            except InputError:
+                failed.add(path.stem)
+                continue
+            assert prompt[-1]["content"] in pair.prompt and "yes" not in pair.prompt, path.stem
+            assert "yes" in pair.chosen and "no" in pair.rejected, path.stem
+            assert prompt[-1]["content"] not in pair.chosen + pair.rejected, path.stem
+    assert failed <= {"llava_next", "llava_next_training"}  # they want the parts of images

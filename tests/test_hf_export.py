@@ -1,0 +1,167 @@
+"""Exports: bit-exact, whole or not at all, and never over anything they did not write."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import pytest
+from safetensors.numpy import load_file
+
+from dpo_jax.models import hf_files, hf_io
+from dpo_jax.types import InputError
+from tests.hf_folders import CONFIG, CONFIGS, FILE, INDEX, LLAMA, assert_same, edit_weights, load, save, snapshot
+
+both_families = pytest.mark.parametrize("hf", CONFIGS.values(), ids=CONFIGS)
+
+
+@both_families
+def test_import_then_export_is_bit_exact_with_mixed_types(tmp_path, hf):
+    """Each tensor keeps its own type, through float32 parameters."""
+    save(tmp_path / "base", hf)
+
+    def mix(tensors):
+        for i, name in enumerate(sorted(tensors)):
+            tensors[name] = tensors[name].astype(("float32", ml_dtypes.bfloat16, "float16")[i % 3])
+
+    edit_weights(tmp_path / "base", mix)
+    params = hf_io.nest(load(tmp_path / "base"))
+    hf_io.export(params, base=tmp_path / "base", out=tmp_path / "out")
+    # Whole files: the same bytes as the safetensors library's own.
+    assert (tmp_path / "out" / FILE).read_bytes() == (tmp_path / "base" / FILE).read_bytes()
+    assert json.loads((tmp_path / "out" / CONFIG).read_text()) == json.loads((tmp_path / "base" / CONFIG).read_text())
+
+
+def test_export_takes_jax_arrays(tmp_path):
+    leaves = save(tmp_path / "base")
+    hf_io.export(jax.tree.map(jnp.asarray, hf_io.nest(leaves)), base=tmp_path / "base", out=tmp_path / "out")
+    assert snapshot(tmp_path / "out") == snapshot(tmp_path / "base")
+
+
+def test_export_in_another_type_says_so_in_config(tmp_path):
+    leaves = save(tmp_path / "base")
+    hf_io.export(hf_io.nest(leaves), base=tmp_path / "base", out=tmp_path / "out", dtype="bfloat16")
+    assert {t.dtype.name for t in load_file(tmp_path / "out" / FILE).values()} == {"bfloat16"}
+    assert json.loads((tmp_path / "out" / CONFIG).read_text())["torch_dtype"] == "bfloat16"
+    back = load(tmp_path / "out", dtype="bfloat16")
+    assert_same(back, {path: leaf.astype(ml_dtypes.bfloat16) for path, leaf in leaves.items()})
+
+
+def test_config_keeps_the_key_it_names_its_type_by():
+    assert hf_io.with_dtype({"dtype": "float32"}, "float16") == {"dtype": "float16"}
+    assert hf_io.with_dtype({"torch_dtype": "float32"}, "float16") == {"torch_dtype": "float16"}
+
+
+def test_numbers_too_large_for_the_type_are_refused(tmp_path):
+    """float16 ends at 65504: an infinity in its place would be a broken model."""
+    leaves = save(tmp_path / "base")
+    leaves["final_norm/scale"][0] = 1e5
+    with pytest.raises(InputError, match="model.norm.weight.*beyond the range of float16"):
+        hf_io.export(hf_io.nest(leaves), base=tmp_path / "base", out=tmp_path / "out", dtype="float16")
+    assert not (tmp_path / "out").exists()
+    hf_io.export(hf_io.nest(leaves), base=tmp_path / "base", out=tmp_path / "out")
+    with pytest.raises(InputError, match="model.norm.weight.*beyond the range of float16"):
+        load(tmp_path / "out", dtype="float16")
+
+
+# Exports.
+
+
+def folder_with_tokenizer(folder, hf=LLAMA):
+    leaves = save(folder, hf)
+    (folder / "tokenizer.json").write_text("base")
+    (folder / "chat_template.jinja").write_text("base")
+    (folder / "generation_config.json").write_text("{}")
+    (folder / "additional_chat_templates").mkdir()
+    (folder / "additional_chat_templates" / "tools.jinja").write_text("base")
+    (folder / "modeling_llama.py").write_text("import os")
+    return leaves
+
+
+def test_export_copies_the_small_files_and_no_code(tmp_path):
+    leaves = folder_with_tokenizer(tmp_path / "base")
+    hf_io.export(hf_io.nest(leaves), base=tmp_path / "base", out=tmp_path / "deep" / "out", card="# A model\n")
+    written = {str(path): data for path, data in snapshot(tmp_path / "deep" / "out").items()}
+    assert written.keys() == {
+        "README.md",
+        "additional_chat_templates/tools.jinja",
+        "chat_template.jinja",
+        "config.json",
+        "generation_config.json",
+        "model.safetensors",
+        "tokenizer.json",
+    }
+    assert written["README.md"] == b"# A model\n"
+
+
+def test_export_takes_the_tokenizer_from_its_own_folder(tmp_path):
+    leaves = folder_with_tokenizer(tmp_path / "base")
+    (tmp_path / "tokenizer").mkdir()
+    with pytest.raises(InputError, match="no tokenizer files"):
+        hf_io.export(hf_io.nest(leaves), base=tmp_path / "base", out=tmp_path / "out", tokenizer=tmp_path / "tokenizer")
+    assert not (tmp_path / "out").exists()
+    (tmp_path / "tokenizer" / "tokenizer.json").write_text("other")
+    (tmp_path / "tokenizer" / "config.json").write_text("other")
+    hf_io.export(hf_io.nest(leaves), base=tmp_path / "base", out=tmp_path / "out", tokenizer=tmp_path / "tokenizer")
+    assert (tmp_path / "out" / "tokenizer.json").read_text() == "other"
+    assert (tmp_path / "out" / CONFIG).read_text() != "other"
+    assert not (tmp_path / "out" / "chat_template.jinja").exists()
+
+
+def test_export_replaces_an_earlier_one_whole(tmp_path):
+    leaves = folder_with_tokenizer(tmp_path / "base")
+    base, out = tmp_path / "base", tmp_path / "out"
+    hf_io.export(hf_io.nest(leaves), base=base, out=out, card="old", max_shard_bytes=4000)
+    hf_io.export(hf_io.nest(leaves), base=base, out=out)
+    assert not (out / "README.md").exists() and not (out / INDEX).exists()
+    assert [path.name for path in out.glob("*.safetensors")] == [FILE]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["base", "out"]
+
+
+def test_failed_export_leaves_the_old_one_and_nothing_else(tmp_path, monkeypatch):
+    leaves = save(tmp_path / "base")
+    base, out = tmp_path / "base", tmp_path / "out"
+    hf_io.export(hf_io.nest(leaves), base=base, out=out, card="old")
+    before = snapshot(out)
+    calls = []
+    write_file = hf_files.write_file
+
+    def fail_on_the_second(*arguments):
+        calls.append(arguments)
+        if len(calls) == 2:
+            raise OSError("No space left on device")
+        write_file(*arguments)
+
+    monkeypatch.setattr(hf_files, "write_file", fail_on_the_second)
+    with pytest.raises(OSError, match="No space left"):
+        hf_io.export(hf_io.nest(leaves), base=base, out=out, card="new", max_shard_bytes=4000)
+    assert len(calls) == 2
+    assert snapshot(out) == before
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["base", "out"]
+
+
+def test_export_refuses_to_replace_what_it_did_not_write(tmp_path):
+    leaves = save(tmp_path / "base")
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "thesis.tex").write_text("years of work")
+    with pytest.raises(InputError, match="thesis.tex"):
+        hf_io.export(hf_io.nest(leaves), base=tmp_path / "base", out=tmp_path / "out")
+    assert (tmp_path / "out" / "thesis.tex").exists()
+
+
+def test_export_refuses_the_folder_it_reads_from(tmp_path):
+    leaves = save(tmp_path / "base")
+    (tmp_path / "link").symlink_to(tmp_path / "base")
+    with pytest.raises(InputError, match="also the folder read from"):
+        hf_io.export(hf_io.nest(leaves), base=tmp_path / "base", out=tmp_path / "link")
+
+
+def test_export_names_every_leaf_that_does_not_fit(tmp_path):
+    leaves = save(tmp_path / "base")
+    leaves["final_norm/bias"] = leaves.pop("final_norm/scale")
+    leaves["head/embedding"] = leaves["head/embedding"][1:]
+    with pytest.raises(InputError) as error:
+        hf_io.export(hf_io.nest(leaves), base=tmp_path / "base", out=tmp_path / "out")
+    assert error.value.got == (
+        "missing final_norm/scale [16]; unexpected final_norm/bias; head/embedding is [39, 16], not [40, 16]"
+    )

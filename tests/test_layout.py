@@ -1,0 +1,142 @@
+"""A pair's layout against its drawing, and what packing must never change."""
+
+import numpy as np
+import pytest
+
+from dpo_jax.data import layout
+from dpo_jax.types import Encoded, InputError
+
+PAIR = Encoded(np.array([10, 11, 12]), np.array([20, 21, 22]), np.array([30, 31, 32]))
+SHAPE = layout.Shape(pairs=8, rows=2, row_length=64, microbatches=4)
+
+
+def random_pairs(count, seed=0, longest=20):
+    rng = np.random.default_rng(seed)
+    return [Encoded(*(rng.integers(1, 99, rng.integers(1, longest)) for _ in range(3))) for _ in range(count)]
+
+
+def test_shared_layout_is_the_one_drawn():
+    unit = layout.lay_out(PAIR, "shared")
+    assert unit.tokens.tolist() == [21, 20, 10, 11, 12, 30, 31]
+    assert unit.positions.tolist() == [4, 3, 0, 1, 2, 3, 4]
+    assert unit.key_start.tolist() == [0, 1, 2, 2, 2, 2, 2]
+    assert unit.key_end.tolist() == [5, 5, 3, 4, 5, 6, 7]
+    assert unit.target.tolist() == [20, 21, 22, 30, 31, 32]
+    assert unit.source.tolist() == [4, 1, 0, 4, 5, 6]
+    assert unit.side.tolist() == [0, 0, 0, 1, 1, 1]
+
+
+def test_repeated_layout_stores_the_prompt_twice():
+    unit = layout.lay_out(PAIR, "repeated")
+    assert unit.tokens.tolist() == [10, 11, 12, 20, 21, 10, 11, 12, 30, 31]
+    assert unit.positions.tolist() == [0, 1, 2, 3, 4, 0, 1, 2, 3, 4]
+    assert unit.key_start.tolist() == [0] * 5 + [5] * 5
+    assert unit.key_end.tolist() == list(range(1, 11))
+    assert unit.source.tolist() == [2, 3, 4, 7, 8, 9]
+
+
+def seen_sequence(rows, row, at):
+    """The tokens that an index of a row attends to, in order of their positions."""
+    keys = np.arange(rows.key_start[row, at], rows.key_end[row, at])
+    return rows.tokens[row, keys[np.argsort(rows.positions[row, keys])]].tolist()
+
+
+@pytest.mark.parametrize("name", layout.LAYOUTS)
+def test_every_target_is_predicted_from_exactly_its_own_prefix(name):
+    # The claim the project rests on: what a source index sees is the prompt and the answer up to there, of its own
+    # completion, and nothing of its neighbours in the row.
+    pairs = random_pairs(8)
+    batch = layout.collate(pairs, None, SHAPE, layout=name)
+    rows = type(batch.rows)(*(x.reshape(-1, 64) for x in batch.rows))
+    seen = {(pair, side): 0 for pair in range(8) for side in (0, 1)}
+    for row, entry in np.argwhere(rows.slot >= 0):
+        pair, side = divmod(int(rows.slot[row, entry]), 2)
+        answer = pairs[pair][1 + side]
+        scored = seen[pair, side]
+        source = rows.source[row, entry]
+        assert seen_sequence(rows, row, source) == [*pairs[pair].prompt, *answer[:scored]]
+        assert rows.positions[row, source] == len(pairs[pair].prompt) + scored - 1
+        assert rows.target[row, entry] == answer[scored]
+        seen[pair, side] += 1
+    assert seen == {(i, s): len(p[1 + s]) for i, p in enumerate(pairs) for s in (0, 1)}
+
+
+@pytest.mark.parametrize("name", layout.LAYOUTS)
+def test_every_position_attends_to_itself_and_padding_to_nothing_else(name):
+    batch = layout.collate(random_pairs(5), None, SHAPE, layout=name)
+    rows, index = batch.rows, np.arange(64)
+    assert np.all((rows.key_start <= index) & (index < rows.key_end) & (rows.key_end <= 64))
+    real = layout.unit_lengths(np.array([[len(x) for x in p] for p in random_pairs(5)]), name).sum()
+    alone = (rows.key_end - rows.key_start == 1) & (rows.tokens == 0)
+    assert alone.sum() >= rows.tokens.size - real
+
+
+def test_unit_lengths_count_what_is_laid_out():
+    pairs = random_pairs(20)
+    lengths = np.array([[len(x) for x in p] for p in pairs])
+    for name in layout.LAYOUTS:
+        counted = [len(layout.lay_out(p, name).tokens) for p in pairs]
+        assert layout.unit_lengths(lengths, name).tolist() == counted
+
+
+def test_batch_marks_pairs_present_in_one_microbatch_each_and_padding_in_none():
+    pairs = random_pairs(5)
+    batch = layout.collate(pairs, np.arange(10).reshape(5, 2), SHAPE, layout="shared")
+    assert batch.present.sum(0).tolist() == [1, 1, 1, 1, 1, 0, 0, 0]
+    assert batch.reference[:5].tolist() == np.arange(10).reshape(5, 2).tolist() and not batch.reference[5:].any()
+    assert batch.lengths.tolist() == [[len(p.chosen), len(p.rejected)] for p in pairs] + [[0, 0]] * 3
+    for micro in range(4):
+        held = {s // 2 for s in batch.rows.slot[micro].ravel() if s >= 0}
+        assert held == set(np.flatnonzero(batch.present[micro]))
+    assert not batch.present[int(batch.count) :].any() and batch.present[int(batch.count) - 1].any()
+
+
+def test_rows_never_overflow_and_hold_every_pair_once():
+    lengths = np.random.default_rng(0).integers(1, 65, 200)
+    rows = layout.fill_rows(lengths, 64)
+    assert sorted(sum(rows, [])) == list(range(200))
+    assert max(lengths[row].sum() for row in rows) <= 64
+    assert len(rows) <= np.ceil(lengths.sum() / 64) * 11 / 9 + 1  # the bound of best-fit decreasing
+
+
+def test_rows_are_filled_by_the_best_fit():
+    # 40 + 24 and 33 + 31 fill two rows of 64; first come first served would open a third.
+    assert [sorted(row) for row in layout.fill_rows(np.array([24, 31, 33, 40]), 64)] == [[0, 3], [1, 2]]
+
+
+def test_pair_longer_than_a_row_is_refused():
+    with pytest.raises(InputError, match="a pair takes 65 positions and a row holds 64"):
+        layout.fill_rows(np.array([65]), 64)
+
+
+def choose(lengths, **changes):
+    settings = dict(pairs=64, row_length=None, rows=None, row_multiple=1, target_positions=1024)
+    return layout.choose_shape(np.asarray(lengths), **settings | changes)
+
+
+def test_shape_has_rows_for_the_longest_pair_and_microbatches_for_the_worst_batch():
+    shape = choose([100, 700, 300])
+    assert (shape.row_length, shape.rows, shape.microbatches) == (768, 1, 64)
+
+
+def test_shape_spreads_rows_over_all_devices():
+    shape = choose([100, 700, 300], row_multiple=8, target_positions=10**9)
+    assert shape.rows % 8 == 0 and shape.microbatches * shape.rows >= 64
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"row_length": 512}, "config.data.row_length: got 512; expected a multiple of 8 of at least 700"),
+        ({"row_length": 701}, "config.data.row_length: got 701"),
+        ({"rows": 3, "row_multiple": 2}, "config.train.microbatch_rows: got 3; expected a positive multiple of 2"),
+    ],
+)
+def test_shape_that_cannot_be_is_refused(changes, message):
+    with pytest.raises(InputError, match=message):
+        choose([700], **changes)
+
+
+def test_unknown_layout_is_refused():
+    with pytest.raises(InputError, match="config.data.layout: got 'packed'"):
+        layout.check_layout("packed")

@@ -1,0 +1,235 @@
+"""Optimizers and schedules against their formulas, and against torch and transformers."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from dpo_jax import config, optim
+from dpo_jax.types import InputError
+
+PEAK, WARMUP, TOTAL = 1e-2, 3, 10
+
+
+def make(**changes):
+    fields = {"learning_rate": PEAK, "schedule": "constant", "clip_norm": 0.0} | changes
+    return optim.make_optimizer(**dataclasses.asdict(config.Optimizer(**fields)), total_steps=TOTAL)
+
+
+@pytest.fixture
+def problem():
+    """Parameters of two stacked blocks, and six gradients of growing size."""
+    draw = np.random.default_rng(0)
+    shapes = {"kernel": (2, 4, 3), "bias": (2, 3), "scale": (2, 4)}
+    params = {name: draw.normal(size=shape).astype(np.float32) for name, shape in shapes.items()}
+    grads = [
+        {name: (step + 1) * draw.normal(size=shape).astype(np.float32) for name, shape in shapes.items()}
+        for step in range(6)
+    ]
+    return {"blocks": params}, [{"blocks": each} for each in grads]
+
+
+def run(tx, params, grads):
+    """Parameters after every update, as the jitted train step makes them."""
+
+    @jax.jit
+    def step(params, state, grad):
+        updates, state = tx.update(grad, state, params)
+        return optax.apply_updates(params, updates), state
+
+    state, history = tx.init(params), []
+    for grad in grads:
+        params, state = step(params, state, grad)
+        history.append(params)
+    return history
+
+
+def adamw(params, grads, *, rates, b1, b2, eps, weight_decay, clip_norm, no_decay=("bias", "scale")):
+    """torch.optim.AdamW and clip_grad_norm_, transcribed in float64."""
+    params = {name: value.astype(np.float64) for name, value in params.items()}
+    m = {name: np.zeros_like(value) for name, value in params.items()}
+    v = {name: np.zeros_like(value) for name, value in params.items()}
+    for t, (grad, rate) in enumerate(zip(grads, rates, strict=True), start=1):
+        norm = np.sqrt(sum(np.square(g.astype(np.float64)).sum() for g in grad.values()))
+        coefficient = min(1.0, clip_norm / (norm + 1e-6))
+        for name, g in grad.items():
+            g = coefficient * g.astype(np.float64)
+            params[name] *= 1 - rate * (0 if name in no_decay else weight_decay)
+            m[name] = b1 * m[name] + (1 - b1) * g
+            v[name] = b2 * v[name] + (1 - b2) * g * g
+            denominator = np.sqrt(v[name]) / np.sqrt(1 - b2**t) + eps
+            params[name] -= rate / (1 - b1**t) * m[name] / denominator
+    return params
+
+
+def test_adamw_equals_its_formula(problem):
+    params, grads = problem
+    options = {"b1": 0.8, "b2": 0.95, "eps": 1e-6, "weight_decay": 0.3, "clip_norm": 12.0}
+    norms = [float(optax.tree.norm(grad)) for grad in grads]
+    assert norms[0] < options["clip_norm"] < norms[-1], "clips some and not others"
+    tx, rate = make(schedule="linear", warmup_steps=WARMUP, **options)
+    rates = [PEAK * t / 3 for t in range(3)] + [PEAK * (10 - t) / 7 for t in range(3, 6)]
+    expected = adamw(params["blocks"], [grad["blocks"] for grad in grads], rates=rates, **options)
+    found = run(tx, params, grads)[-1]["blocks"]
+    for name in expected:
+        np.testing.assert_allclose(found[name], expected[name], rtol=2e-5, atol=1e-6)
+    np.testing.assert_allclose([rate(t) for t in range(6)], rates, rtol=1e-6)
+
+
+TORCH = {
+    "adamw": ({"b1": 0.8, "b2": 0.95, "eps": 1e-6}, "AdamW", {"betas": (0.8, 0.95), "eps": 1e-6}),
+    "rmsprop": ({"b2": 0.99}, "RMSprop", {"alpha": 0.99, "eps": 1e-8}),
+    "sgd": ({"b1": 0.8}, "SGD", {"momentum": 0.8}),
+}
+
+
+@pytest.mark.parametrize("name", TORCH)
+def test_optimizer_parity_with_torch(problem, name):
+    torch = pytest.importorskip("torch")
+    params, grads = problem
+    ours, theirs, options = TORCH[name]
+    tx, rate = make(name=name, clip_norm=12.0, schedule="cosine", warmup_steps=WARMUP, **ours)
+    # No decay: outside AdamW, torch's weight_decay is an L2 penalty, another thing.
+    tensors = {key: torch.nn.Parameter(torch.tensor(value)) for key, value in params["blocks"].items()}
+    optimizer = getattr(torch.optim, theirs)(tensors.values(), lr=PEAK, weight_decay=0.0, **options)
+    for step, (grad, found) in enumerate(zip(grads, run(tx, params, grads), strict=True)):
+        for key, tensor in tensors.items():
+            tensor.grad = torch.tensor(grad["blocks"][key])
+        torch.nn.utils.clip_grad_norm_(tensors.values(), 12.0)
+        optimizer.param_groups[0]["lr"] = float(rate(step))
+        optimizer.step()
+        for key, tensor in tensors.items():
+            np.testing.assert_allclose(found["blocks"][key], tensor.detach().numpy(), rtol=2e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", optim.DECAYS)
+@pytest.mark.parametrize("warmup, total", [(0, 7), (3, 10), (10, 10), (20, 10)])
+def test_schedule_parity_with_transformers(name, warmup, total):
+    torch = pytest.importorskip("torch")
+    from transformers import optimization
+
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=PEAK)
+    steps = {} if name == "constant" else {"num_training_steps": total}
+    make_theirs = getattr(optimization, f"get_{name}_schedule_with_warmup")
+    theirs = make_theirs(optimizer, num_warmup_steps=warmup, **steps)
+    ours = optim.make_schedule(name, PEAK, warmup_steps=warmup, total_steps=total)
+    for step in range(total):
+        np.testing.assert_allclose(ours(step), theirs.get_last_lr()[0], rtol=1e-5, atol=1e-9)
+        optimizer.step()
+        theirs.step()
+
+
+def test_schedules_equal_their_formulas():
+    t = np.arange(TOTAL)
+    warm, done = t / WARMUP, (t - WARMUP) / (TOTAL - WARMUP)
+    after = {"constant": np.ones(TOTAL), "linear": 1 - done, "cosine": (1 + np.cos(np.pi * done)) / 2}
+    for name, decay in after.items():
+        rate = optim.make_schedule(name, PEAK, warmup_steps=WARMUP, total_steps=TOTAL)
+        expected = PEAK * np.where(t < WARMUP, warm, decay)
+        np.testing.assert_allclose(jax.vmap(rate)(jnp.arange(TOTAL)), expected, rtol=1e-5)
+    assert set(after) == set(optim.DECAYS)
+
+
+def test_lion_equals_its_formula(problem):
+    params, grads = problem
+    tx, _ = make(name="lion", b1=0.9, b2=0.99, weight_decay=0.1)
+    value, m = params["blocks"]["kernel"].astype(np.float64), 0.0
+    for grad in (each["blocks"]["kernel"] for each in grads):
+        value = value - PEAK * (np.sign(0.9 * m + 0.1 * grad) + 0.1 * value)
+        m = 0.99 * m + 0.01 * grad
+    np.testing.assert_allclose(run(tx, params, grads)[-1]["blocks"]["kernel"], value, rtol=1e-5, atol=1e-7)
+
+
+def test_adafactor_factors_large_matrices_and_takes_relative_steps():
+    """At the first update the second moment is the squared gradient; a matrix keeps only its row and column means."""
+    draw = np.random.default_rng(0)
+    params = {"small": draw.normal(size=(4, 3)), "large": draw.normal(size=(2, 128, 256))}
+    params = {name: value.astype(np.float32) for name, value in params.items()}
+    grads = {name: draw.normal(size=value.shape).astype(np.float32) for name, value in params.items()}
+    tx, _ = make(name="adafactor")
+    found = run(tx, params, [grads])[-1]
+
+    def relative_step(param, direction):
+        rms = np.sqrt(np.mean(np.square(direction)))
+        return param - PEAK * np.sqrt(np.mean(np.square(param))) * direction / max(1, rms)
+
+    square = np.square(grads["large"].astype(np.float64))
+    rows, columns = square.mean(-1, keepdims=True), square.mean(-2, keepdims=True)
+    direction = grads["large"] / np.sqrt(rows * columns / rows.mean(-2, keepdims=True))
+    np.testing.assert_allclose(found["large"], relative_step(params["large"], direction), rtol=2e-5, atol=1e-6)
+    expected = relative_step(params["small"], np.sign(grads["small"]))
+    np.testing.assert_allclose(found["small"], expected, rtol=2e-5, atol=1e-6)
+    held = sum(leaf.size for leaf in jax.tree.leaves(tx.init({"large": params["large"]})))
+    assert held < 0.02 * params["large"].size
+
+
+@pytest.mark.parametrize("name", optim.OPTIMIZERS)
+def test_weight_decay_is_decoupled_and_spares_scales_and_biases(problem, name):
+    """Decay changes an update by exactly -rate * decay * parameter, whatever the optimizer."""
+    params, grads = problem
+    with_decay, without = (run(make(name=name, weight_decay=d)[0], params, grads[:1])[0] for d in (0.5, 0.0))
+    difference = jax.tree.map(lambda a, b: a - b, with_decay, without)["blocks"]
+    np.testing.assert_allclose(difference["kernel"], -PEAK * 0.5 * params["blocks"]["kernel"], rtol=1e-3, atol=1e-6)
+    assert not np.any(difference["bias"]) and not np.any(difference["scale"])
+
+
+@pytest.mark.parametrize("name", optim.OPTIMIZERS)
+def test_state_and_updates_are_float32_for_bfloat16_parameters(problem, name):
+    params, grads = problem
+    half, grad = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.bfloat16), (params, grads[0]))
+    tx, _ = make(name=name, weight_decay=0.1, clip_norm=1.0)
+    updates, state = jax.eval_shape(tx.update, grad, jax.eval_shape(tx.init, half), half)
+    types = {leaf.dtype for leaf in jax.tree.leaves((updates, state)) if jnp.issubdtype(leaf.dtype, jnp.floating)}
+    assert types == {jnp.dtype("float32")}
+    assert jax.tree.map(lambda x: x.shape, updates) == jax.tree.map(jnp.shape, params)
+
+
+@pytest.mark.parametrize("name", optim.OPTIMIZERS)
+def test_state_keeps_its_structure_and_types_over_updates(problem, name):
+    """A checkpoint of any step restores into the state of a new run."""
+    params, grads = problem
+    tx, _ = make(name=name, weight_decay=0.1, clip_norm=1.0)
+    first = jax.eval_shape(tx.init, params)
+    _, second = jax.eval_shape(tx.update, grads[0], first, params)
+    assert jax.tree.structure(first) == jax.tree.structure(second)
+    assert [(x.shape, x.dtype) for x in jax.tree.leaves(first)] == [(x.shape, x.dtype) for x in jax.tree.leaves(second)]
+
+
+def test_the_first_update_of_a_warm_up_changes_nothing(problem):
+    params, grads = problem
+    first, second = run(make(warmup_steps=2)[0], params, grads[:2])
+    np.testing.assert_array_equal(first["blocks"]["kernel"], params["blocks"]["kernel"])
+    assert np.abs(second["blocks"]["kernel"] - first["blocks"]["kernel"]).max() > 1e-4
+
+
+@pytest.mark.parametrize(
+    "changes, place, part",
+    [
+        ({"name": "adam"}, "config.optimizer.name", "adamw, adafactor, rmsprop, lion, sgd"),
+        ({"schedule": "polynomial"}, "config.optimizer.schedule", "constant, linear, cosine"),
+        ({"name": "sgd", "b2": 0.99}, "config.optimizer.b2", "the default 0.999"),
+        ({"name": "rmsprop", "b1": 0.5}, "config.optimizer.b1", "the default 0.9"),
+        ({"name": "lion", "eps": 1e-6}, "config.optimizer.eps", "the default 1e-08"),
+        ({"name": "adafactor", "b1": 0.0}, "config.optimizer.b1", "the default 0.9"),
+    ],
+)
+def test_unknown_names_and_options_without_effect_are_refused(changes, place, part):
+    with pytest.raises(InputError) as caught:
+        make(**changes)
+    assert caught.value.place == place
+    assert part in caught.value.expected
+
+
+@pytest.mark.parametrize("name", optim.OPTIMIZERS)
+def test_every_accepted_option_changes_the_updates(problem, name):
+    params, grads = problem
+    # A first gradient that outweighs the next ones, or every mean has the sign of the newest.
+    grads = [jax.tree.map(lambda g: 30 * g, grads[0]), *grads[1:3]]
+    plain = run(make(name=name)[0], params, grads)[-1]
+    others = {"b1": 0.5, "b2": 0.5, "eps": 1e-1}
+    for option in optim.OPTIMIZERS[name][1]:
+        changed = run(make(name=name, **{option: others[option]})[0], params, grads)[-1]
+        assert np.abs(changed["blocks"]["kernel"] - plain["blocks"]["kernel"]).max() > 1e-5, option

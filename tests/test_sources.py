@@ -1,0 +1,209 @@
+import csv
+import gzip
+import json
+from pathlib import Path
+
+import datasets
+import pyarrow
+import pyarrow.parquet
+import pytest
+
+from dpo_jax.data import sources
+from dpo_jax.types import InputError
+
+ROWS = [{"prompt": f"p{i}", "chosen": f'line\none, "{i}"', "rejected": "ü"} for i in range(3)]
+LINES = "".join(json.dumps(row) + "\n" for row in ROWS)
+
+
+def write(path, content):
+    """Writes text or bytes as they are (compressed for .gz), a list of rows as Parquet or CSV."""
+    if isinstance(content, str):
+        content = content.encode()
+    if isinstance(content, bytes):
+        path.write_bytes(gzip.compress(content) if path.suffix == ".gz" else content)
+    elif path.suffix == ".parquet":
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(content), path)
+    else:
+        with path.open("w", newline="") as file:
+            writer = csv.DictWriter(file, content[0])
+            writer.writeheader()
+            writer.writerows(content)
+    return str(path)
+
+
+def read_one(spec, split="train"):
+    (source,) = sources.read(str(spec), split=split)
+    return source
+
+
+def failure(spec, split="train"):
+    """The error of reading a specification to its end."""
+    with pytest.raises(InputError) as caught:
+        for source in sources.read(str(spec), split=split):
+            list(source.rows)
+    return caught.value
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "numbers"),
+    [
+        ("a.jsonl", LINES, (1, 2, 3)),
+        ("b.jsonl", "\ufeff" + LINES.replace("\n", "\n\n"), (1, 3, 5)),
+        ("c.jsonl.gz", LINES, (1, 2, 3)),
+        ("d.json", LINES, (1, 2, 3)),
+        ("e.json", " " + json.dumps(ROWS, indent=1), (1, 2, 3)),
+        ("f.parquet", ROWS, (1, 2, 3)),
+        ("g.CSV", ROWS, (2, 4, 6)),
+    ],
+)
+def test_read_gives_the_rows_of_every_kind_of_file_with_their_places_each_time(tmp_path, name, content, numbers):
+    path = write(tmp_path / name, content)
+    source = read_one(path)
+    for _ in range(2):
+        rows = list(source.rows)
+        assert [row.fields for row in rows] == ROWS
+        assert [row.place for row in rows] == [f"{path}:{number}" for number in numbers]
+
+
+def test_read_takes_folders_that_datasets_wrote_and_the_split_asked_for(tmp_path):
+    every, last = datasets.Dataset.from_list(ROWS), datasets.Dataset.from_list(ROWS[2:])
+    every.save_to_disk(tmp_path / "one")
+    datasets.DatasetDict(train=every, test=last).save_to_disk(tmp_path / "two")
+    assert [row.fields for row in read_one(tmp_path / "one").rows] == ROWS
+    assert [row.fields for row in read_one(tmp_path / "two", split="test").rows] == ROWS[2:]
+    error = failure(tmp_path / "two", split="eval")
+    assert "no split 'eval'" in error.got and "train, test" in error.expected
+
+
+def test_read_takes_several_parts_each_with_its_weight(tmp_path):
+    a, b = write(tmp_path / "a.jsonl", LINES), write(tmp_path / "b.parquet", ROWS[:1])
+    found = sources.read(f"{a}, {b}*0.5,{a}*2", split="train")
+    assert [(source.name, source.weight) for source in found] == [(a, 1.0), (b, 0.5), (a, 2.0)]
+    assert [len(list(source.rows)) for source in found] == [3, 1, 3]
+
+
+def test_digest_follows_the_content_and_not_where_it_lies(tmp_path):
+    first, same = write(tmp_path / "a.jsonl", LINES), write(tmp_path / "b.jsonl", LINES)
+    other = write(tmp_path / "c.jsonl", LINES.replace("p2", "p9"))
+    digests = [read_one(path).digest for path in (first, same, other)]
+    assert digests[0] == digests[1] != digests[2]
+
+
+def test_digest_of_a_dataset_is_that_of_its_values(tmp_path):
+    whole = datasets.Dataset.from_list(ROWS)
+    whole.save_to_disk(tmp_path / "a")
+    datasets.Dataset.from_list([ROWS[2], *ROWS]).select([1, 2, 3]).save_to_disk(tmp_path / "b")
+    whole.select([0, 2, 1]).save_to_disk(tmp_path / "c")
+    digests = [read_one(tmp_path / name).digest for name in "abc"]
+    assert digests[0] == digests[1] != digests[2]
+
+
+def test_rows_are_read_lazily(tmp_path):
+    source = read_one(write(tmp_path / "a.jsonl", LINES + "{broken\n"))
+    rows = iter(source.rows)
+    assert [next(rows).fields for _ in ROWS] == ROWS
+    with pytest.raises(InputError, match=r"a\.jsonl:4: broken JSON at column 2"):
+        next(rows)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "place", "got"),
+    [
+        ("a.jsonl", LINES + '\n{"prompt": 1,}\n', ":5", "broken JSON"),
+        ("b.jsonl", LINES + "[1, 2]\n", ":4", "a JSON list"),
+        ("c.jsonl", LINES.encode() + b'{"a": "\xff"}\n', ":4", "byte 8 is not UTF-8"),
+        ("d.json", '[{"a": 1},\n{"a"}]', "", "line 2, column"),
+        ("e.json", '[{"a": 1}, "b"]', ":2", "a JSON str"),
+        ("f.json", '{\n"a": 1\n}', ":1", "broken JSON"),
+        ("g.csv", 'a,b\nx,"y\nz"\nx\n', ":4", "number of fields"),
+        ("h.csv", "a,b\nx,y,z\n", ":2", "number of fields"),
+        ("i.txt", LINES, "", "extension '.txt'"),
+        ("j", LINES, "", "extension ''"),
+    ],
+)
+def test_read_says_where_a_file_is_broken(tmp_path, name, content, place, got):
+    path = write(tmp_path / name, content)
+    error = failure(path)
+    assert error.place == f"{path}{place}"
+    assert got in error.got
+    assert error.expected and error.remedy
+
+
+def test_read_says_which_line_of_a_truncated_gz_is_missing(tmp_path):
+    many = "".join(json.dumps({"chosen": str(i) * 50}) + "\n" for i in range(5000))
+    whole = gzip.compress(many.encode())
+    (tmp_path / "a.jsonl.gz").write_bytes(whole[: len(whole) // 2])
+    error = failure(tmp_path / "a.jsonl.gz")
+    assert "damaged gzip" in error.got
+    assert 1 < int(error.place.rpartition(":")[2]) < 5000
+
+
+def test_read_says_that_a_parquet_file_is_truncated(tmp_path):
+    whole = Path(write(tmp_path / "whole.parquet", ROWS)).read_bytes()
+    write(tmp_path / "a.parquet", whole[:-20])
+    assert "not readable as Parquet" in failure(tmp_path / "a.parquet").got
+
+
+@pytest.mark.parametrize(
+    ("name", "content"), [("a.jsonl", ""), ("b.jsonl", "\n \n"), ("c.json", "[]"), ("d.csv", "a,b\n"), ("e.csv", "")]
+)
+def test_read_refuses_files_without_rows(tmp_path, name, content):
+    path = write(tmp_path / name, content)
+    error = failure(path)
+    assert (error.place, error.got) == (path, "no rows")
+
+
+@pytest.mark.parametrize("name", ["none.jsonl", "no/such.parquet", "/no/such", "none"])
+def test_read_says_that_a_file_is_missing_without_asking_the_hub(monkeypatch, name):
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: pytest.fail("asked the Hub"))
+    error = failure(name)
+    assert error.place == name and "no such file" in error.got
+
+
+@pytest.mark.parametrize("weight", ["", "0", "-1", "nan", "inf", "two", ".jsonl"])
+def test_read_refuses_weights_that_are_no_number_above_zero(tmp_path, weight):
+    path = write(tmp_path / "a.jsonl", LINES)
+    error = failure(f"{path}*{weight}")
+    assert repr(weight) in error.got and "above 0" in error.expected
+
+
+def test_read_refuses_parts_without_a_name(tmp_path):
+    path = write(tmp_path / "a.jsonl", LINES)
+    for spec in ("", f"{path},", f"{path},,{path}", "*2"):
+        assert "without a name" in failure(spec).got
+
+
+def test_read_refuses_folders_of_other_things(tmp_path):
+    write(tmp_path / "a.jsonl", LINES)
+    assert "save_to_disk" in failure(tmp_path).got
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("owner/name", ("owner/name", None, "train")),
+        ("owner/na.me-2:test", ("owner/na.me-2", None, "test")),
+        ("owner/name:config:test", ("owner/name", "config", "test")),
+    ],
+)
+def test_read_loads_hub_ids_with_their_config_and_split(monkeypatch, name, expected):
+    asked = []
+
+    def load_dataset(path, config, *, split):
+        asked.append((path, config, split))
+        return datasets.Dataset.from_list(ROWS)
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    source = read_one(f"{name}*3")
+    assert asked == [expected]
+    assert (source.name, source.weight) == (name, 3.0)
+    assert [(row.place, row.fields) for row in source.rows] == [(f"{name}:{i + 1}", row) for i, row in enumerate(ROWS)]
+
+
+def test_read_says_why_a_hub_id_cannot_be_loaded(monkeypatch):
+    def load_dataset(*_, **__):
+        raise ConnectionError("the network is down")
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    error = failure("owner/name")
+    assert "no such file or folder, and not a Hub data set" in error.got and "the network is down" in error.got
