@@ -100,7 +100,7 @@ def load_inputs(config: Config, *, training: bool) -> Inputs:
     folder = hf_io.resolve(config.model.path)
     model, _ = hf_io.read_config(folder)
     tokenizer_folder = hf_io.resolve(config.tokenizer.path) if config.tokenizer.path else folder
-    tokenizer = load_tokenizer(tokenizer_folder)
+    tokenizer = load_tokenizer(str(tokenizer_folder))
     if training and not config.data.train:
         raise InputError(
             "config.data.train", got="is empty", expected="a path or Hub id", remedy="Name the training pairs."

@@ -1,99 +1,125 @@
 """Inputs made on the spot for `configs/quickstart.py`: preferences with a known reward, a tokenizer, a small model.
 
-The preferences are messages to a shop's help desk, each with two answers. What makes an answer good is written down in
-`reward`, so a run can be judged by the truth and not only by its loss:
+The preferences are messages to the help desk of a shop, each with two answers. What makes an answer good is written
+down in `reward`, so that a run can be judged by the truth and not by its loss alone:
 
     prompt     Customer: Hello, I bought a blue kettle last week. How do I get a refund?\\nDesk:
     chosen      Thank you for asking us. For your blue kettle, the refund reaches your card in five days.
-    rejected    For your red ladder, the refund reaches your card in five days. Nobody has time for such nonsense.
+    rejected    For your red ladder, the refund reaches your card in five days. It is your own fault anyway.
 
-Both answers of a pair have the same make-up (a sentence with the answer and a remark, in either order), drawn from
-lists of equal length, so that length says nothing about which is better.
+Every answer has the same make-up (a sentence that answers and a remark, in either order) drawn from lists whose
+entries are equally long, so that length does not tell the better answer.
 """
 
 from __future__ import annotations
 
 import itertools
+import json
 import random
 import re
-from collections.abc import Iterator, Sequence
+import shutil
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
 from typing import NamedTuple, TypeVar
 
-_T = TypeVar("_T")
+import jax
+import tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from dpo_jax.models import decoder, hf_io
+from dpo_jax.models.families import family
+from dpo_jax.types import InputError
 
 SEED = 0
-TRAIN_PAIRS, EVAL_PAIRS = 4000, 400
-MIN_GAP = 2.0  # least difference in reward between the answers of a pair
-VOCAB_SIZE = 1024
+TRAIN_PAIRS, EVAL_PAIRS = 3200, 400
+MIN_GAP = 2  # least difference in reward between the answers of a pair
+VOCAB_SIZE = 1024  # of the model; the tokenizer stops sooner, once every word of the text is a token
 EOS = "<|endoftext|>"
+MODEL = {  # the config.json of the model, but for the id of EOS
+    "model_type": "llama",
+    "vocab_size": VOCAB_SIZE,
+    "hidden_size": 192,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+    "intermediate_size": 512,
+    "max_position_embeddings": 256,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 10000.0,
+    "hidden_act": "silu",
+    "tie_word_embeddings": False,
+}
+# What `prepare` leaves in WORKDIR/inputs.
+FILES = (
+    "train.jsonl",
+    "eval.jsonl",
+    "model/config.json",
+    "model/model.safetensors",
+    "model/tokenizer.json",
+    "model/tokenizer_config.json",
+)
 
 COLOURS = "black blue brown green grey red white yellow".split()
-THINGS = (
-    "backpack bench bike blanket blender camera chair clock curtain drill fan freezer grill guitar heater helmet "
-    "jacket kettle keyboard ladder lamp mattress mirror monitor phone pillow printer radio rug scooter shelf sofa "
-    "speaker stroller suitcase table tablet tent toaster vacuum"
-).split()
-GREETINGS = ("Hello,", "Hi there,", "Good morning,", "Good evening,", "Dear team,")
+THINGS = "backpack bike blanket camera chair clock guitar jacket kettle lamp radio tent".split()
+GREETINGS = ("Hello,", "Hi there,", "Good morning,", "Good evening,", "Dear team,", "Excuse me,")
 STORIES = (
-    "I bought a {thing} last week.",
-    "my {thing} came on Monday.",
-    "I ordered a {thing} from your site.",
-    "we got a {thing} as a gift.",
-    "there is a crack in my {thing}.",
-    "this is about the {thing} in my last order.",
+    "I bought a {article} last week.",
+    "my {article} came on Monday.",
+    "I ordered a {article} from your site.",
+    "we got a {article} as a gift.",
+    "there is a crack in my {article}.",
+    "this is about the {article} in my last order.",
+    "a {article} was left at my door.",
+    "my mother bought a {article} here.",
 )
 # Each request is known by one word, which stands in every question about it and in every answer to it.
 REQUESTS = {
     "delivery": (
-        ("When is the delivery?", "Can I change the delivery day?", "How much is delivery?"),
+        ("When is the delivery?", "Can I change the delivery day?", "How much is delivery?", "Is delivery free?"),
         ("the delivery comes on Friday before noon", "pick a new delivery day on your order page",
          "we do not charge for delivery in town"),
     ),
     "exchange": (
-        ("Can I exchange it?", "How does an exchange work?", "I want to exchange it for a larger one."),
+        ("Can I exchange it?", "How does an exchange work?", "I want to exchange it.", "Do you exchange gifts?"),
         ("any of our shops can exchange it for you", "open the exchange page and choose a new size",
          "we exchange it if the box is unopened"),
     ),
     "invoice": (
-        ("Where is my invoice?", "Can you send the invoice again?", "The name on the invoice is wrong."),
+        ("Where is my invoice?", "Please send the invoice again.", "The invoice is wrong.", "I need an invoice."),
         ("the invoice is in your account under orders", "we have sent the invoice to you by mail",
          "you can change the invoice on your order page"),
     ),
     "manual": (
-        ("Where can I find the manual?", "There was no manual in the box.", "Is there a manual in French?"),
+        ("Where is the manual?", "There was no manual in the box.", "I lost the manual.", "Have you got a manual?"),
         ("the manual is at the bottom of the box", "you can read the manual on our site",
          "we will post you a new manual tomorrow"),
     ),
     "refund": (
-        ("How do I get a refund?", "When does my refund arrive?", "Is a refund still possible?"),
+        ("How do I get a refund?", "When does my refund arrive?", "Is a refund possible?", "I want a refund."),
         ("the refund reaches your card in five days", "ask for the refund on your order page",
          "we send the refund when the box is here"),
     ),
     "repair": (
-        ("Who can repair it?", "What does a repair cost?", "How long does a repair take?"),
+        ("Who can repair it?", "What does a repair cost?", "How long does a repair take?", "Can you repair it?"),
         ("a repair takes two weeks in our workshop", "book the repair on our site or in town",
          "we do the first repair free of charge"),
     ),
     "return": (
-        ("How do I return it?", "Can I return it this month?", "I would like to return it."),
+        ("How do I return it?", "Can I return it this month?", "I would like to return it.", "May I return it?"),
         ("print the return label and post the box", "fill in the return form on our site",
          "you can return it to any of our shops"),
     ),
     "warranty": (
-        ("How long is the warranty?", "Is this under warranty?", "Does the warranty cover it?"),
+        ("How long is the warranty?", "Is this under warranty?", "What is the warranty?", "Is there a warranty?"),
         ("the warranty lasts two years from today", "the warranty covers every part of it",
          "your warranty card is inside the box"),
     ),
 }  # fmt: skip
-ANSWERS = ("For your {thing}, {step}.", "With the {thing}, {step}.", "About the {thing}: {step}.")
-# The words by which `reward` knows a remark, and the remarks; plain ones count for nothing.
-COURTEOUS = frozenset({"thank", "glad", "sorry", "please"})
-RUDE = frozenset({"fool", "nonsense", "whining", "fault"})
-RAMBLING = frozenset({"weather", "cousin", "soup", "football"})
+ANSWERS = ("For your {article}, {step}.", "With the {article}, {step}.", "About the {article}: {step}.")
 REMARKS = {
     "courteous": (
         "Thank you for asking us.", "Thank you for your message today.", "We are glad to be of help.",
-        "We are glad that you asked.", "We are sorry for the trouble.", "We are sorry about the wait.",
+        "We are glad that you asked us.", "We are sorry for the trouble.", "We are sorry about the long wait.",
         "Please write again at any time.", "Please tell us how it goes.",
     ),
     "plain": (
@@ -102,51 +128,49 @@ REMARKS = {
         "Your number in line was nine.", "Your message came in this morning.",
     ),
     "rambling": (
-        "The weather has been odd here.", "Such weather makes me think of home.", "My cousin used to have one.",
+        "The weather is odd here.", "Such weather makes me think of home.", "My cousin used to have one.",
         "My cousin lives by the sea.", "There was soup for lunch today.", "I never liked soup that much.",
-        "The football was on last night.", "I would rather be playing football.",
+        "The football was on last night.", "I would rather watch football.",
     ),
     "rude": (
-        "Only a fool would ask that.", "Any fool could work this out.", "Nobody has time for such nonsense.",
+        "Only a fool would ask that.", "Any fool could work this out.", "We have no time for nonsense.",
         "We get this nonsense every day.", "Stop whining about it to us.", "All this whining makes us tired.",
-        "It is your own fault anyway.", "Most of this is your fault.",
+        "It is your own fault anyway.", "Most of it is your fault.",
     ),
 }  # fmt: skip
+# The words by which `reward` tells an article, a request and the kinds of remark; a plain remark has none of them.
+ARTICLE_WORDS = frozenset([*COLOURS, *THINGS])
+REQUEST_WORDS = frozenset(REQUESTS)
+COURTEOUS_WORDS = frozenset({"thank", "glad", "sorry", "please"})
+RAMBLING_WORDS = frozenset({"weather", "cousin", "soup", "football"})
+RUDE_WORDS = frozenset({"fool", "nonsense", "whining", "fault"})
+
+_T = TypeVar("_T")
 
 
 class Preference(NamedTuple):
-    """One line of the files written: the reader's three columns, and the truth for whoever wants to check."""
+    """One line of the files: the columns a reader needs, and the truth for whoever wants to check."""
 
     prompt: str
     chosen: str
     rejected: str
-    chosen_reward: float
-    rejected_reward: float
+    chosen_reward: int
+    rejected_reward: int
 
 
-def reward(prompt: str, answer: str) -> float:
-    """How good an answer is, told from the words in it.
+def reward(prompt: str, answer: str) -> int:
+    """How good an answer is, told from its words; any text has a reward, so what a model writes has one too.
 
-    2 * (names the customer's thing and no other) + 2 * (speaks of the request made and no other)
+    2 * (names the customer's article, its colour and no other) + 2 * (speaks of the request and of no other)
       + 1 * (courteous) - 1 * (rambling) - 2 * (rude)
 
-    Any text has a reward, so what a model generates can be scored too.
-
-    Returns: a whole number from -3 to 5; answers made here have no two kinds of remark and lie from -2 to 5.
+    Returns: from -3 to 5; an answer made here has one remark, so from -2 to 5.
     """
     asked, said = _words(prompt), _words(answer)
-    names_thing = bool(said & _THINGS) and said & _THINGS == asked & _THINGS
-    meets_request = bool(said & _REQUESTS) and said & _REQUESTS == asked & _REQUESTS
-    return float(
-        2 * names_thing
-        + 2 * meets_request
-        + bool(said & COURTEOUS)
-        - bool(said & RAMBLING)
-        - 2 * bool(said & RUDE)
-    )
-
-
-_THINGS, _REQUESTS = frozenset(THINGS), frozenset(REQUESTS)
+    names_article = bool(said & ARTICLE_WORDS) and said & ARTICLE_WORDS == asked & ARTICLE_WORDS
+    meets_request = bool(said & REQUEST_WORDS) and said & REQUEST_WORDS == asked & REQUEST_WORDS
+    courteous, rambling, rude = (bool(said & words) for words in (COURTEOUS_WORDS, RAMBLING_WORDS, RUDE_WORDS))
+    return 2 * names_article + 2 * meets_request + courteous - rambling - 2 * rude
 
 
 def _words(text: str) -> frozenset[str]:
@@ -154,13 +178,13 @@ def _words(text: str) -> frozenset[str]:
 
 
 def preferences(seed: int, *, held_out: bool) -> Iterator[Preference]:
-    """Yields pairs without end, no prompt twice; the one with the higher reward is chosen.
+    """Pairs without end, no prompt twice, the answer of higher reward chosen by at least MIN_GAP.
 
-    A tenth of the (thing, request) combinations is kept for `held_out`, so the two streams share no prompt, and
+    A tenth of the combinations of thing and request is kept for `held_out`: the two sides share no prompt, and
     held-out pairs ask for what training never asked for.
 
     Args:
-      seed: any integer; equal seeds give equal streams on every platform.
+      seed: any integer; equal seeds give equal pairs on every platform.
       held_out: which side of the split to draw from.
     """
     rng = random.Random(seed)
@@ -172,35 +196,103 @@ def preferences(seed: int, *, held_out: bool) -> Iterator[Preference]:
     seen = set()
     while True:
         thing, request = _pick(rng, combinations)
-        coloured = f"{_pick(rng, COLOURS)} {thing}"
-        prompt = _prompt(rng, coloured, request)
-        first, second = _answer(rng, coloured, request), _answer(rng, coloured, request)
-        first_reward, second_reward = reward(prompt, first), reward(prompt, second)
-        if prompt in seen or abs(first_reward - second_reward) < MIN_GAP:
-            continue
-        seen.add(prompt)
-        if first_reward > second_reward:
-            yield Preference(prompt, first, second, first_reward, second_reward)
-        else:
-            yield Preference(prompt, second, first, second_reward, first_reward)
+        colour = _pick(rng, COLOURS)
+        story = _pick(rng, STORIES).format(article=f"{colour} {thing}")
+        prompt = f"Customer: {_pick(rng, GREETINGS)} {story} {_pick(rng, REQUESTS[request][0])}\nDesk:"
+        answers = [_answer(rng, colour, thing, request) for _ in range(2)]
+        (low, rejected), (high, chosen) = sorted((reward(prompt, answer), answer) for answer in answers)
+        if prompt not in seen and high - low >= MIN_GAP:
+            seen.add(prompt)
+            yield Preference(prompt, chosen, rejected, high, low)
 
 
-def _prompt(rng: random.Random, thing: str, request: str) -> str:
-    story = _pick(rng, STORIES).format(thing=thing)
-    return f"Customer: {_pick(rng, GREETINGS)} {story} {_pick(rng, REQUESTS[request][0])}\nDesk:"
+def _answer(rng: random.Random, colour: str, thing: str, request: str) -> str:
+    """An answer with any kind of remark; three in ten are about another article, as many about another request.
 
-
-def _answer(rng: random.Random, thing: str, request: str) -> str:
-    """One answer, starting with a space: wrong about the thing or the request 2 times in 5 each, any kind of remark."""
-    if rng.random() < 0.4:
-        thing = f"{_pick(rng, COLOURS)} {_pick(rng, [other for other in THINGS if other not in thing.split()])}"
-    if rng.random() < 0.4:
-        request = _pick(rng, [other for other in REQUESTS if other != request])
-    body = _pick(rng, ANSWERS).format(thing=thing, step=_pick(rng, REQUESTS[request][1]))
+    It starts with a space: the prompt ends with a colon, and byte-level tokens carry the space before their word.
+    """
+    if rng.random() < 0.3:
+        colour, thing = _other(rng, COLOURS, colour), _other(rng, THINGS, thing)
+    if rng.random() < 0.3:
+        request = _other(rng, list(REQUESTS), request)
+    step = _pick(rng, REQUESTS[request][1])
+    answer = _pick(rng, ANSWERS).format(article=f"{colour} {thing}", step=step)
     remark = _pick(rng, REMARKS[_pick(rng, list(REMARKS))])
-    return f" {remark} {body}" if rng.random() < 0.5 else f" {body} {remark}"
+    return f" {remark} {answer}" if rng.random() < 0.5 else f" {answer} {remark}"
 
 
 def _pick(rng: random.Random, options: Sequence[_T]) -> _T:
     # random() is the one method whose sequence Python promises to keep from version to version.
     return options[int(rng.random() * len(options))]
+
+
+def _other(rng: random.Random, options: Sequence[str], this: str) -> str:
+    return _pick(rng, [option for option in options if option != this])
+
+
+def train_tokenizer(texts: Iterable[str]) -> PreTrainedTokenizerFast:
+    """A byte-level BPE tokenizer of at most VOCAB_SIZE tokens; EOS is id 0, nothing is added to a text."""
+    backend = tokenizers.Tokenizer(tokenizers.models.BPE())
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = tokenizers.decoders.ByteLevel()
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=VOCAB_SIZE,
+        special_tokens=[EOS],
+        # All 256 bytes, so that any text can be encoded, not only what it was trained on.
+        initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    backend.train_from_iterator(texts, trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        eos_token=EOS,
+        model_max_length=MODEL["max_position_embeddings"],
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def initial_params(seed: int, hf_config: dict) -> dict:
+    """Random parameters for a `config.json`: normal with standard deviation 0.06, norms 1."""
+    config = family(hf_config, "quickstart").decoder_config(hf_config, "quickstart")
+    params = decoder.init(jax.random.key(seed), config)
+    # 0.02 suits a width of thousands. At 192, three times that is near 1 / sqrt(width), and copying a word from the
+    # prompt, which the task is about, is learnt in some 100 updates instead of several hundred.
+    return jax.tree_util.tree_map_with_path(lambda path, x: x if path[-1].key == "scale" else 3 * x, params)
+
+
+def prepare(workdir: Path) -> None:
+    """Makes WORKDIR/inputs with all of FILES; does nothing if they are there.
+
+    The folder appears complete or not at all: what a killed call left is in WORKDIR/inputs.partial, and is redone.
+
+    Raises: InputError if WORKDIR/inputs exists and lacks a file, for it may not be ours to replace.
+    """
+    inputs = Path(workdir) / "inputs"
+    missing = [name for name in FILES if not (inputs / name).is_file()]
+    if not missing:
+        return
+    if inputs.exists():
+        raise InputError(
+            str(inputs),
+            got=f"lacks {', '.join(missing)}",
+            expected="all that the quickstart makes, or no such folder",
+            remedy="Delete it if an earlier quickstart made it, or choose another working folder.",
+        )
+    partial = inputs.with_name("inputs.partial")
+    if partial.exists():
+        shutil.rmtree(partial)
+    partial.mkdir(parents=True)
+    _write(partial)
+    partial.rename(inputs)
+
+
+def _write(folder: Path) -> None:
+    train = list(itertools.islice(preferences(SEED, held_out=False), TRAIN_PAIRS))
+    held_out = list(itertools.islice(preferences(SEED, held_out=True), EVAL_PAIRS))
+    for name, pairs in (("train.jsonl", train), ("eval.jsonl", held_out)):
+        lines = (json.dumps(pair._asdict()) + "\n" for pair in pairs)
+        (folder / name).write_text("".join(lines), encoding="utf-8")
+    tokenizer = train_tokenizer(text for pair in train for text in pair[:3])
+    hf_config = MODEL | {"eos_token_id": tokenizer.eos_token_id}
+    hf_io.save_new(initial_params(SEED, hf_config), hf_config=hf_config, out=folder / "model")
+    tokenizer.save_pretrained(folder / "model")

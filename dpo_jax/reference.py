@@ -17,7 +17,7 @@ import jax
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from jaxtyping import Float, Int
+from jaxtyping import Float
 
 from dpo_jax.data.layout import Shape
 from dpo_jax.scoring import score_pairs
@@ -65,20 +65,20 @@ def check_identity(folder: Path, identity: dict[str, Any]) -> None:
         )
 
 
-def read_store(folder: Path) -> dict[bytes, tuple[float, float]]:
+def read_store(folder: Path) -> dict[str, tuple[float, float]]:
     """All finished parts: pair key to (chosen, rejected) log-probs in nats."""
-    values: dict[bytes, tuple[float, float]] = {}
+    values: dict[str, tuple[float, float]] = {}
     for part in sorted(folder.glob("part-*.parquet")):
         table = pq.read_table(part)
         columns = (table.column(name).to_pylist() for name in ("key", "chosen", "rejected"))
-        values.update((key.encode(), (chosen, rejected)) for key, chosen, rejected in zip(*columns, strict=True))
+        values.update((key, (chosen, rejected)) for key, chosen, rejected in zip(*columns, strict=True))
     return values
 
 
 def run_pass(
     folder: Path,
     identity: dict[str, Any],
-    sets: Sequence[tuple[Pairs, Int[np.ndarray, "N 3"], np.ndarray, Float[np.ndarray, "N 2"]]],
+    sets: Sequence[tuple[Pairs, np.ndarray, np.ndarray, np.ndarray]],
     score: Callable[[Batch], tuple[Any, dict[str, Any]]],
     *,
     shape: Shape,
@@ -89,41 +89,46 @@ def run_pass(
 
     Args:
       identity: everything besides a pair's tokens that changes its values.
-      sets: of each set of pairs: the pairs, their token counts, their keys, and values given with the data (nan
-        where there are none), which are used as they are.
+      sets: of each set of N pairs: the pairs, their token counts [N, 3], their keys (digests of their token ids)
+        [N, 2] uint64, and values given with the data [N, 2] in nats, nan where there are none; given ones are used
+        as they are.
       score: a host batch to its log-probs under the reference; called only for pairs that have no value.
       report: told the number of pairs done and to do, as parts finish.
     Raises: InputError if the store's identity differs.
     """
     check_identity(folder, identity)
     known = read_store(folder)
-    needed = {bytes(key) for _, _, keys, given in sets for key in keys[~np.isfinite(given).all(1)]}
+    named = [(pairs, lengths, _names(keys), np.isfinite(given).all(1)) for pairs, lengths, keys, given in sets]
+    needed = {name for _, _, names, has_value in named for name in names[~has_value]}
     total = len(needed - known.keys())
     found, scored, passes = len(needed) - total, 0, 0
     if total:
         _write_manifest(folder, identity)
-    for pairs, lengths, keys, given in sets:
-        skip = lambda part, keys=keys, given=given: ~_missing(keys[part], given[part], known)  # noqa: E731
+    for pairs, lengths, names, has_value in named:
+
+        def skip(part, names=names, has_value=has_value):
+            return has_value[part] | np.array([name in known for name in names[part]])
+
         for done in score_pairs(score, pairs, lengths, shape=shape, layout=layout, skip=skip):
-            new = {bytes(keys[i]): (float(c), float(r)) for i, (c, r) in zip(done.indices, done.logps, strict=True)}
+            new = {
+                str(name): (float(chosen), float(rejected))
+                for name, (chosen, rejected) in zip(names[done.indices], done.logps, strict=True)
+            }
             _write_part(folder, new)
             known.update(new)
             scored, passes = scored + len(new), passes + done.forward_passes
             report(scored, total)
-    values = [_values(keys, given, known) for _, _, keys, given in sets]
-    from_data = sum(int(np.isfinite(given).all(1).sum()) for *_, given in sets)
+    values = [
+        np.array([pair if own else known[name] for name, own, pair in zip(names, has_value, given, strict=True)])
+        for (_, _, names, has_value), (*_, given) in zip(named, sets, strict=True)
+    ]
+    from_data = sum(int(has_value.sum()) for *_, has_value in named)
     return Pass(values, from_data, found, scored, passes)
 
 
-def _missing(keys: np.ndarray, given: np.ndarray, known: dict) -> np.ndarray:
-    return np.array([bytes(key) not in known for key in keys], bool) & ~np.isfinite(given).all(1)
-
-
-def _values(keys: np.ndarray, given: np.ndarray, known: dict) -> np.ndarray:
-    rows = [
-        pair if np.isfinite(pair).all() else known[bytes(key)] for key, pair in zip(keys, np.asarray(given), strict=True)
-    ]
-    return np.array(rows, np.float64).reshape(-1, 2)
+def _names(keys: np.ndarray) -> np.ndarray:
+    """Keys as they stand in the store, in hexadecimal."""
+    return np.array([key.tobytes().hex() for key in keys])
 
 
 def _write_manifest(folder: Path, identity: dict[str, Any]) -> None:
@@ -131,11 +136,11 @@ def _write_manifest(folder: Path, identity: dict[str, Any]) -> None:
     _write_whole(folder / "manifest.json", json.dumps({"identity": identity}, indent=2, sort_keys=True).encode())
 
 
-def _write_part(folder: Path, values: dict[bytes, tuple[float, float]]) -> None:
+def _write_part(folder: Path, values: dict[str, tuple[float, float]]) -> None:
     taken = [int(part.stem.removeprefix("part-")) for part in folder.glob("part-*.parquet")]
     table = pa.table(
         {
-            "key": [key.decode() for key in values],
+            "key": list(values),
             "chosen": np.array([chosen for chosen, _ in values.values()], np.float64),
             "rejected": np.array([rejected for _, rejected in values.values()], np.float64),
         }

@@ -22,7 +22,7 @@ def describe_data(config: Config, inputs: Inputs) -> None:
         if pairs is None:
             continue
         longest = int((pairs.lengths[:, 0] + pairs.lengths[:, 1:].max(1)).max())
-        say(f"{name}: {len(pairs):,} pairs, {pairs.lengths.sum():,} tokens, longest {longest}; {losses_of(pairs.report)}")
+        say(f"{name}: {len(pairs):,} pairs, {pairs.lengths.sum():,} tokens, longest {longest}; {cuts(pairs.report)}")
         if longest > inputs.model.max_positions:
             say(
                 f"warning: {name} has sequences of up to {longest} tokens and the model was trained on "
@@ -30,10 +30,10 @@ def describe_data(config: Config, inputs: Inputs) -> None:
             )
 
 
-def losses_of(report: Mapping[str, Any]) -> str:
+def cuts(report: Mapping[str, Any]) -> str:
     """What was cut and dropped, in words."""
-    dropped = sum(report["dropped"].values()) if isinstance(report["dropped"], Mapping) else report["dropped"]
-    return f"{report['prompt_cut']} prompts and {report['answer_cut']} answers cut, {dropped} rows dropped"
+    dropped = "; ".join(f"{entry['rows']} rows dropped: {entry['reason']}" for entry in report["dropped"])
+    return f"{report['prompts_cut']} prompts and {report['answers_cut']} answers cut; {dropped or 'no row dropped'}"
 
 
 def describe_run(

@@ -88,7 +88,7 @@ def score_pairs(
         wanted = part if skip is None else part[~skip(part)]
         if not len(wanted):
             continue
-        batch = collate([pairs[i] for i in wanted], None, shape, layout=layout)
+        batch = collate([pairs[i] for i in wanted.tolist()], None, shape, layout=layout)
         logps, sums = jax.device_get(score(batch))
         kept = len(wanted)
         yield Scored(wanted, logps[:kept], {k: v[:kept] for k, v in sums.items()}, int(batch.count))

@@ -77,7 +77,7 @@ def make_train_step(
         losses = loss_fn(policy, batch.reference, lengths=batch.lengths)
         metrics = pair_metrics(
             losses, policy, batch.reference, batch.lengths, present, beta=beta, token_sums=aux
-        ) | {"grad_norm": optax.global_norm(grads)}
+        ) | {"grad_norm": optax.tree.norm(grads)}
         return TrainState(state.step + 1, params, opt_state), metrics
 
     return step

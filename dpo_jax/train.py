@@ -151,7 +151,7 @@ def train(config: Config, inputs: Inputs, folder: Path, total: int) -> None:
         if step == total:
             break
         chosen = order(step)
-        pairs = [inputs.train[i] for i in chosen]
+        pairs = [inputs.train[i] for i in chosen.tolist()]
         batch = layout.collate(pairs, reference[0][chosen], shape, layout=config.data.layout)
         state, metrics = update(state, sharding.put(batch, mesh))
         flush()

@@ -167,11 +167,12 @@ def test_freeze_refuses_a_value_of_another_type(name, value, expected):
     assert caught.value.expected.startswith(expected)
 
 
-def test_freeze_turns_a_whole_number_into_a_float():
+def test_a_whole_number_becomes_a_float_from_a_recipe_and_from_json():
     fields = usable()
     fields.loss.beta = 1
-    beta = config.freeze(fields).loss.beta
-    assert beta == 1.0 and type(beta) is float
+    text = '{"model": {"path": "m"}, "loss": {"beta": 1}}'
+    for beta in (config.freeze(fields).loss.beta, config.from_json(text, "config.json").loss.beta):
+        assert beta == 1.0 and type(beta) is float
 
 
 def test_freeze_names_an_unknown_field_and_the_valid_ones():
@@ -298,13 +299,17 @@ def test_an_override_that_cannot_be_used_is_an_input_error(recipe, override, par
         ("config.loss.beta = 1 / 0", ["recipe.py:8: ZeroDivisionError"]),
         ("config.loss.beta = = 1", ["recipe.py", "SyntaxError", "line 8"]),
         ("return None", ["recipe.py", "lock"]),
-        ("raise fields.InputError('arg', got='x', expected='y', remedy='z')", ["arg: x; expected y. z"]),
     ],
 )
 def test_a_recipe_that_fails_is_an_input_error_with_its_line(recipe, line, parts):
     with pytest.raises(InputError) as caught:
         config.load(recipe(line))
     assert all(part in str(caught.value) for part in parts), str(caught.value)
+
+
+def test_what_a_recipe_says_of_its_argument_comes_through_as_it_is(recipe):
+    with pytest.raises(InputError, match=r"^arg: 7b; expected 1b or 3b\. Choose\.$"):
+        config.load(recipe("raise fields.InputError('arg', got='7b', expected='1b or 3b', remedy='Choose.')") + ":7b")
 
 
 def test_a_source_that_is_no_configuration_is_an_input_error(tmp_path, recipe):

@@ -245,7 +245,7 @@ def test_header_left_out_is_what_only_the_generation_header_has():
 @pytest.mark.parametrize(
     "template",
     [
-        CHATML.replace("{{ '<|im_start|>assistant\n' }}", "{{ '<|model|>' }}"),  # another header
+        CHATML.replace("{{ '<|im_start|>assistant\n' }}", "{{ '<|im_end|>' }}"),  # another header
         CHATML.replace("m.content", "(m.content if loop.last else '...')"),  # earlier messages rewritten
         CHATML.replace("{% for", "{{ messages | length }}{% for", 1),
     ],
@@ -321,4 +321,5 @@ def test_render_splits_under_every_public_template():
             assert prompt[-1]["content"] in pair.prompt and "yes" not in pair.prompt, path.stem
             assert "yes" in pair.chosen and "no" in pair.rejected, path.stem
             assert prompt[-1]["content"] not in pair.chosen + pair.rejected, path.stem
-    assert failed <= {"llava_next", "llava_next_training"}  # they want the parts of images
+    images = {"idefics3", "llava_next", "smolvlm"}  # they do not take text content
+    assert {name.removesuffix("_training") for name in failed} <= images

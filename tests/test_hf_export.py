@@ -1,6 +1,7 @@
 """Exports: bit-exact, whole or not at all, and never over anything they did not write."""
 
 import json
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -62,9 +63,6 @@ def test_numbers_too_large_for_the_type_are_refused(tmp_path):
     hf_io.export(hf_io.nest(leaves), base=tmp_path / "base", out=tmp_path / "out")
     with pytest.raises(InputError, match="model.norm.weight.*beyond the range of float16"):
         load(tmp_path / "out", dtype="float16")
-
-
-# Exports.
 
 
 def folder_with_tokenizer(folder, hf=LLAMA):
@@ -138,6 +136,35 @@ def test_failed_export_leaves_the_old_one_and_nothing_else(tmp_path, monkeypatch
     assert len(calls) == 2
     assert snapshot(out) == before
     assert sorted(path.name for path in tmp_path.iterdir()) == ["base", "out"]
+
+
+def test_export_that_cannot_take_its_place_puts_the_old_one_back(tmp_path, monkeypatch):
+    leaves = save(tmp_path / "base")
+    base, out = tmp_path / "base", tmp_path / "out"
+    hf_io.export(hf_io.nest(leaves), base=base, out=out, card="old")
+    before = snapshot(out)
+    rename = Path.rename
+
+    def fail_on_the_new(path, target):
+        if ".new-" in path.name:
+            raise OSError("Stale file handle")
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", fail_on_the_new)
+    with pytest.raises(OSError, match="Stale"):
+        hf_io.export(hf_io.nest(leaves), base=base, out=out, card="new")
+    assert snapshot(out) == before
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["base", "out"]
+
+
+def test_export_through_a_link_replaces_what_it_points_to(tmp_path):
+    leaves = save(tmp_path / "base")
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to("real")
+    for card in ("old", "new"):
+        hf_io.export(hf_io.nest(leaves), base=tmp_path / "base", out=tmp_path / "link", card=card)
+    assert (tmp_path / "real" / "README.md").read_text() == "new" and (tmp_path / "link").is_symlink()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["base", "link", "real"]
 
 
 def test_export_refuses_to_replace_what_it_did_not_write(tmp_path):

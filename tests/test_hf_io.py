@@ -5,9 +5,10 @@ import shutil
 import tracemalloc
 
 import jax
+import ml_dtypes
 import numpy as np
 import pytest
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 
 from dpo_jax.models import decoder, hf_io, weights
 from dpo_jax.types import InputError
@@ -250,8 +251,15 @@ def test_unknown_dtypes_are_refused(tmp_path):
 def test_digest_sees_one_bit_but_not_sharding_or_harmless_fields(tmp_path):
     save(tmp_path / "m")
     before = hf_io.digest(tmp_path / "m")
-    save(tmp_path / "shards", max_shard_bytes=4000)
-    assert hf_io.digest(tmp_path / "shards") == before
+    # Shards whose names interleave, so that the order of files is not the order of tensors.
+    shards, tensors = tmp_path / "shards", load_file(tmp_path / "m" / FILE)
+    shutil.copytree(tmp_path / "m", shards)
+    (shards / FILE).unlink()
+    files = {name: f"model-{i % 3}.safetensors" for i, name in enumerate(sorted(tensors))}
+    for file in set(files.values()):
+        save_file({name: tensors[name] for name in files if files[name] == file}, shards / file)
+    (shards / INDEX).write_text(json.dumps({"weight_map": files}))
+    assert hf_io.digest(shards) == before
     edit_config(tmp_path / "m", transformers_version="9", eos_token_id=7)
     assert hf_io.digest(tmp_path / "m") == before
 
@@ -284,10 +292,9 @@ def test_digest_sees_names_and_types(tmp_path):
 
     edit_weights(tmp_path / "m", swap)
     digests.append(hf_io.digest(tmp_path / "m"))
-    edit_weights(tmp_path / "m", lambda tensors: tensors.update({up(0): np.zeros((24, 16), "float32")}))
-    digests.append(hf_io.digest(tmp_path / "m"))
-    edit_weights(tmp_path / "m", lambda tensors: tensors.update({up(0): np.zeros((24, 16), "float16")}))
-    digests.append(hf_io.digest(tmp_path / "m"))
+    for dtype in (ml_dtypes.bfloat16, np.float16):  # zeros are the same bytes in both
+        edit_weights(tmp_path / "m", lambda tensors, dtype=dtype: tensors.update({up(0): np.zeros((24, 16), dtype)}))
+        digests.append(hf_io.digest(tmp_path / "m"))
     assert len(set(digests)) == 4
 
 

@@ -68,7 +68,7 @@ def test_read_gives_the_rows_of_every_kind_of_file_with_their_places_each_time(t
 def test_read_takes_folders_that_datasets_wrote_and_the_split_asked_for(tmp_path):
     every, last = datasets.Dataset.from_list(ROWS), datasets.Dataset.from_list(ROWS[2:])
     every.save_to_disk(tmp_path / "one")
-    datasets.DatasetDict(train=every, test=last).save_to_disk(tmp_path / "two")
+    datasets.DatasetDict({"train": every, "test": last}).save_to_disk(tmp_path / "two")
     assert [row.fields for row in read_one(tmp_path / "one").rows] == ROWS
     assert [row.fields for row in read_one(tmp_path / "two", split="test").rows] == ROWS[2:]
     error = failure(tmp_path / "two", split="eval")
@@ -96,6 +96,20 @@ def test_digest_of_a_dataset_is_that_of_its_values(tmp_path):
     whole.select([0, 2, 1]).save_to_disk(tmp_path / "c")
     digests = [read_one(tmp_path / name).digest for name in "abc"]
     assert digests[0] == digests[1] != digests[2]
+
+
+def test_digest_of_a_dataset_does_not_depend_on_how_arrow_holds_it(monkeypatch):
+    table = pyarrow.Table.from_pylist(ROWS)
+    held = [
+        datasets.Dataset(table),
+        datasets.Dataset(pyarrow.concat_tables([table.slice(0, 1), table.slice(1)])),
+        datasets.Dataset(table).cast_column("prompt", datasets.Value("string")),  # leaves a note in the metadata
+    ]
+    digests = set()
+    for data in held:
+        monkeypatch.setattr(datasets, "load_dataset", lambda *_, data=data, **__: data)
+        digests.add(read_one("owner/name").digest)
+    assert len(digests) == 1
 
 
 def test_rows_are_read_lazily(tmp_path):

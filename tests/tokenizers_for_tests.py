@@ -41,20 +41,18 @@ def _trained() -> str:
 
 
 def make_tokenizer(
-    *, adds: str = "", pad: str | None = None, bos: str | None = "<bos>", template: str | None = None
+    *, adds: str = "$A", pad: str | None = None, bos: str | None = "<bos>", template: str | None = None
 ) -> PreTrainedTokenizerFast:
     """A tokenizer with the special tokens above.
 
     Args:
-      adds: what it adds to plain text: nothing, bos, eos or both ("bos eos").
+      adds: what it puts around a text, such as "<bos> $A <eos>".
       pad, bos: the tokens of these names; eos is <eos>.
       template: its chat template.
     """
     backend = tokenizers.Tokenizer.from_str(_trained())
-    if adds:
-        parts = ["<bos>" if "bos" in adds else "", "$A", "<eos>" if "eos" in adds else ""]
-        ids = [(token, backend.token_to_id(token)) for token in ("<bos>", "<eos>")]
-        backend.post_processor = processors.TemplateProcessing(" ".join(filter(None, parts)), None, ids)
+    ids = [(token, backend.token_to_id(token)) for token in SPECIALS]
+    backend.post_processor = processors.TemplateProcessing(adds, None, ids)
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, bos_token=bos, eos_token="<eos>", pad_token=pad)
     tokenizer.chat_template = template
     return tokenizer

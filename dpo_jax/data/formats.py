@@ -6,7 +6,7 @@ import functools
 import json
 import math
 import os.path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jinja2
 from transformers import PreTrainedTokenizerBase
@@ -65,7 +65,7 @@ def render(row: Row, *, format: str, tokenizer: PreTrainedTokenizerBase) -> Pair
 
     Args:
       format: one of FORMATS; every row must be of it.
-      tokenizer: only its chat template is used.
+      tokenizer: for its chat template.
     Raises: InputError for a row that is not of the format, an empty answer, two equal answers, half a reference or a
       conversation that the template cannot write.
     """
@@ -248,7 +248,7 @@ def _templated(row: Row, tokenizer: PreTrainedTokenizerBase) -> tuple[str, str, 
         # Some templates end the generation header with text that a finished answer lacks. The prompt then ends where
         # header and finished turn part; a stand-in answer keeps the answers' own letters out of the comparison.
         turn = write([*prompt, {"role": "assistant", "content": _PROBE}])
-        start = os.path.commonprefix([head, turn[: turn.rfind(_PROBE)]])
+        start = _common_tokens(tokenizer, head, turn[: turn.rfind(_PROBE)])
         if len(start) <= len(write(prompt)):
             start = head  # not even the role is in common
     if not all(whole.startswith(start) for whole in wholes):
@@ -260,6 +260,15 @@ def _templated(row: Row, tokenizer: PreTrainedTokenizerBase) -> tuple[str, str, 
         )
     chosen, rejected = (whole[len(start) :] for whole in wholes)
     return start, chosen, rejected, head[len(start) :]
+
+
+def _common_tokens(tokenizer: PreTrainedTokenizerBase, text: str, other: str) -> str:
+    """The beginning that two texts share in whole tokens, so that no special token is cut in two."""
+    encoded = tokenizer([text, other], add_special_tokens=False, return_offsets_mapping=True)
+    ids, others = cast("list[list[int]]", encoded["input_ids"])
+    shared = len(os.path.commonprefix([ids, others]))
+    spans = cast("list[list[tuple[int, int]]]", encoded["offset_mapping"])[0]
+    return text[: spans[shared - 1][1]] if shared else ""
 
 
 def _joined(prompt: list[Message], answer: list[Message]) -> list[Message]:

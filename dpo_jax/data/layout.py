@@ -27,6 +27,8 @@ from jaxtyping import Int
 from dpo_jax.types import Batch, Encoded, InputError, Rows
 
 LAYOUTS = ("shared", "repeated")
+FULL_ENOUGH = 0.95  # share of a batch's rows that should hold something
+SAMPLED_BATCHES = 32  # batches drawn to find out
 ROW_MULTIPLE = 128  # row lengths are multiples of this: what TPU lanes and attention blocks like
 
 
@@ -144,8 +146,7 @@ def choose_shape(
     Args:
       lengths: positions of every pair that will be laid out, training and evaluation.
       row_length: positions in a row; None: the longest pair, rounded up to ROW_MULTIPLE.
-      rows: rows in a microbatch; None: as many as a batch needs on average, in equal microbatches of about
-        `target_positions`, so that few rows run empty.
+      rows: rows in a microbatch; None: as many as `target_positions` allow while few of them run empty.
       row_multiple: rows are a multiple of this, the number of devices that rows are spread over.
     Raises: InputError if `rows` does not divide so, or `row_length` is not a positive multiple of 8.
     """
@@ -160,9 +161,7 @@ def choose_shape(
             remedy="Unset it to have it chosen from the data, or lower data.max_length.",
         )
     if rows is None:
-        needed = int(np.ceil(pairs * np.mean(lengths) / row_length))
-        microbatches = -(-needed // max(1, round(target_positions / row_length)))
-        rows = -(-needed // (microbatches * row_multiple)) * row_multiple
+        rows = _choose_rows(lengths, pairs, row_length, row_multiple, target_positions // row_length)
     if rows < 1 or rows % row_multiple:
         raise InputError(
             "config.train.microbatch_rows",
@@ -171,6 +170,18 @@ def choose_shape(
             remedy="Change it, or mesh.replica and mesh.fsdp, or unset it.",
         )
     return Shape(pairs=pairs, rows=rows, row_length=row_length, microbatches=-(-pairs // rows))
+
+
+def _choose_rows(lengths: np.ndarray, pairs: int, row_length: int, multiple: int, most: int) -> int:
+    """The most rows a microbatch may have with batches still FULL_ENOUGH, judged by batches drawn at random.
+
+    The last microbatch of a batch is seldom full, so the number must suit how many rows batches come out at.
+    """
+    rng = np.random.default_rng(0)
+    drawn = [rng.choice(lengths, pairs) for _ in range(SAMPLED_BATCHES)]
+    needed = np.array([len(fill_rows(batch, row_length)) for batch in drawn])
+    full = {rows: needed.sum() / (-(-needed // rows) * rows).sum() for rows in range(multiple, most + 1, multiple)}
+    return max((rows for rows in full if full[rows] >= FULL_ENOUGH), default=max(full, key=full.get, default=multiple))
 
 
 def collate(

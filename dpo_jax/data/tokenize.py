@@ -54,7 +54,7 @@ def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
     except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError) as error:
         raise InputError(
             f"tokenizer {path!r}",
-            got=f"not loadable ({error})",
+            got=f"not loadable ({' '.join(str(error).split())})",
             expected="a folder or Hub id with tokenizer.json and tokenizer_config.json",
             remedy="Set tokenizer.path, or save a tokenizer there with save_pretrained.",
         ) from error
@@ -230,6 +230,5 @@ def _truncated(pair: Pair, parts: Parts, max_length: int, max_prompt: int, mode:
 
 def _cut_prompt(prompt: list[int], lead: int, size: int, mode: str) -> list[int]:
     """The first `size` ids, or the `lead` first ones and the last ones."""
-    if mode == "keep_start" or size <= lead:
-        return prompt[:size]
-    return prompt[:lead] + prompt[len(prompt) - (size - lead) :]
+    first = size if mode == "keep_start" else min(lead, size)
+    return prompt[:first] + prompt[len(prompt) - (size - first) :]

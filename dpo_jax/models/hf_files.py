@@ -236,7 +236,11 @@ def check_replaceable(out: Path) -> None:
 
 @contextlib.contextmanager
 def replacing(out: Path) -> Iterator[Path]:
-    """An empty folder beside `out` that takes its place if the body succeeds, and vanishes if it does not."""
+    """An empty folder beside `out` that takes its place if the body succeeds, and vanishes if it does not.
+
+    A process killed meanwhile leaves a hidden folder beside `out`, and never half of one in its place.
+    """
+    out = out.resolve()  # through a link, so that what it points to is replaced
     out.parent.mkdir(parents=True, exist_ok=True)
     token = uuid.uuid4().hex[:8]
     new, old = out.with_name(f".{out.name}.new-{token}"), out.with_name(f".{out.name}.old-{token}")
@@ -247,10 +251,10 @@ def replacing(out: Path) -> Iterator[Path]:
             out.rename(old)
         try:
             new.rename(out)
-        except OSError:
+        except BaseException:
             if old.exists():
                 old.rename(out)
             raise
     finally:
         shutil.rmtree(new, ignore_errors=True)
-        shutil.rmtree(old, ignore_errors=True)
+    shutil.rmtree(old, ignore_errors=True)

@@ -1,0 +1,141 @@
+"""`dpo-jax inspect`: what the data looks like to a model, before any device is touched."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dpo_jax import inputs as run_inputs
+from dpo_jax.config import Config
+from dpo_jax.data import layout
+from dpo_jax.data.order import make_order
+from dpo_jax.data.pairs import PairSet
+from dpo_jax.inputs import Inputs
+from dpo_jax.programs import ACCELERATOR_POSITIONS, CPU_POSITIONS
+from dpo_jax.types import InputError
+
+BAR, BINS, SAMPLED_STEPS = 40, 8, 64
+PADDED_PAIRS = 8  # pairs in the padded batches that packing is compared with
+
+
+def show(config: Config, folder: Path, *, pairs: int) -> None:
+    """Prints `pairs` examples of each set, what was cut and dropped, lengths, and how full packed rows are."""
+    config = run_inputs.resolve_paths(config, folder)
+    run_inputs.check_names(config)
+    run_inputs.prepare(config, folder)
+    inputs = run_inputs.load_inputs(config, training=False)
+    for name, found in (("train", inputs.train), ("eval", inputs.eval)):
+        if found is None:
+            continue
+        for section in (
+            [f"=== {name}: {len(found):,} pairs of {found.report['rows']:,} rows"],
+            *(example(found, inputs.tokenizer, i) for i in range(min(pairs, len(found)))),
+            cuts(found),
+            lengths(found, config.data.layout),
+        ):
+            print("\n".join(section), end="\n\n")
+    if inputs.train is not None:
+        print("\n".join(packing(config, inputs)))
+
+
+def example(pairs: PairSet, tokenizer: Any, index: int) -> list[str]:
+    """One pair, token by token: `|` stands between tokens, and only what follows `scored` counts in a loss."""
+
+    def text(ids: np.ndarray) -> str:
+        return "|".join(tokenizer.decode([int(i)]) for i in ids).replace("\n", "\\n")
+
+    pair = pairs[index]
+    return [
+        f"--- {pairs.place(index)}",
+        f"prompt, {len(pair.prompt)} tokens:             {text(pair.prompt)}",
+        f"chosen, {len(pair.chosen)} tokens, scored:     {text(pair.chosen)}",
+        f"rejected, {len(pair.rejected)} tokens, scored: {text(pair.rejected)}",
+    ]
+
+
+def cuts(pairs: PairSet) -> list[str]:
+    """What truncation cut, what was dropped and where, and how sources were read."""
+    report = pairs.report
+    lines = [
+        f"cut: {report['prompts_cut']} prompts by {report['prompt_tokens_cut']:,} tokens, "
+        f"{report['answers_cut']} answers by {report['answer_tokens_cut']:,}",
+        f"tokenised apart, since a token would have spanned the boundary: {report['boundary_split']}",
+        f"with reference log-probs of their own: {report['reference_given']}",
+    ]
+    for name, source in zip(pairs.names, report["sources"], strict=True):
+        lines.append(f"read as {source['format']}: {name}, {source['pairs']:,} of {source['rows']:,} rows")
+    for entry in report["dropped"]:
+        lines.append(f"dropped {entry['rows']}: {entry['reason']} (such as {', '.join(entry['places'])})")
+    return lines
+
+
+def lengths(pairs: PairSet, name: str) -> list[str]:
+    """Histograms of token counts and of the positions that a pair takes."""
+    prompt, chosen, rejected = np.asarray(pairs.lengths).T
+    columns = {
+        "prompt tokens": prompt,
+        "chosen tokens": chosen,
+        "rejected tokens": rejected,
+        f"positions of a pair, prompt {name}": layout.unit_lengths(pairs.lengths, name),
+    }
+    lines = []
+    for title, values in columns.items():
+        lines.append(f"{title}: mean {values.mean():.1f}, median {np.median(values):.0f}, most {values.max()}")
+        lines.extend(histogram(values))
+    return lines
+
+
+def histogram(values: np.ndarray) -> list[str]:
+    """A line a bin, its bar in proportion to the fullest."""
+    edges = np.unique(np.linspace(values.min(), values.max() + 1, BINS + 1).astype(int))
+    counts, _ = np.histogram(values, edges)
+    return [
+        f"  {low:>6}-{high - 1:<6}{count:>8}  {'#' * round(BAR * count / counts.max())}"
+        for low, high, count in zip(edges[:-1], edges[1:], counts, strict=True)
+    ]
+
+
+def packing(config: Config, inputs: Inputs) -> list[str]:
+    """How full the rows of the first epoch are, and what padding instead would compute."""
+    assert inputs.train is not None
+    run_inputs.check_lengths(config, inputs)
+    found = [f"=== rows of {config.train.batch_pairs} pairs a step, prompt {config.data.layout}, empty rows counted"]
+    for backend, target in (("a CPU", CPU_POSITIONS), ("an accelerator", ACCELERATOR_POSITIONS)):
+        shape = layout.choose_shape(
+            inputs.unit_lengths(config.data.layout),
+            pairs=config.train.batch_pairs,
+            row_length=config.data.row_length,
+            rows=config.train.microbatch_rows,
+            row_multiple=1,
+            target_positions=target,
+        )
+        computed, real, padded = np.sum([*counts(config, inputs.train, shape)], axis=0)
+        found.append(
+            f"on one device, {backend}: {shape.rows} rows of {shape.row_length} at a time, {computed:,} positions, "
+            f"{real / computed:.3f} of them real"
+        )
+        found.append(
+            f"  {computed / padded:.3f} of the {padded:,} positions of batches of {PADDED_PAIRS} pairs, prompt twice, "
+            "padded to the longest"
+        )
+    return found
+
+
+def counts(config: Config, pairs: PairSet, shape: layout.Shape) -> Iterator[tuple[int, int, int]]:
+    """Of each step of the first epoch, at most SAMPLED_STEPS: positions computed, real ones, and padded instead."""
+    order = make_order(
+        pairs.source, pairs.weights, batch_pairs=shape.pairs, seed=config.seed, shuffle=config.data.shuffle
+    )
+    for step in range(min(SAMPLED_STEPS, len(pairs) // shape.pairs)):
+        tokens = np.asarray(pairs.lengths[order(step)])
+        units = layout.unit_lengths(tokens, config.data.layout)
+        rows = len(layout.fill_rows(units, shape.row_length))
+        longest = tokens[:, 0] + tokens[:, 1:].max(1)
+        padded = sum(
+            2 * len(group) * group.max()
+            for group in (longest[at : at + PADDED_PAIRS] for at in range(0, len(longest), PADDED_PAIRS))
+        )
+        yield -(-rows // shape.rows) * shape.rows * shape.row_length, int(units.sum()), int(padded)

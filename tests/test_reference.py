@@ -1,0 +1,139 @@
+"""The reference store: computed once, never reused under another identity, continued after a kill."""
+
+import jax
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+
+from dpo_jax import reference
+from dpo_jax.data import layout
+from dpo_jax.types import Encoded, InputError
+
+IDENTITY = {"weights": "w", "tokenizer": "t", "template": "p", "max_length": 64}
+SHAPE = layout.Shape(pairs=4, rows=2, row_length=64, microbatches=2)
+
+
+def make_set(count, seed=0):
+    rng = np.random.default_rng(seed)
+    pairs = [Encoded(*(rng.integers(1, 99, rng.integers(2, 15)) for _ in range(3))) for _ in range(count)]
+    lengths = np.array([[len(x) for x in p] for p in pairs])
+    keys = np.array([[p.prompt.sum() * 1000 + p.chosen.sum(), p.rejected.sum()] for p in pairs], np.uint64)
+    return pairs, lengths, keys, np.full((count, 2), np.nan)
+
+
+def values_of(pairs):
+    return np.array([[-p.chosen.sum(), -p.rejected.sum()] for p in pairs], float)
+
+
+class Scorer:
+    """Stands in for the model: the sum of the targets, negated; counts its calls and may fail at one."""
+
+    def __init__(self, fail_at=None):
+        self.calls, self.fail_at = 0, fail_at
+
+    def __call__(self, batch):
+        self.calls += 1
+        if self.calls == self.fail_at:
+            raise KeyboardInterrupt
+        logps = np.zeros((SHAPE.pairs, 2))
+        slot, target = batch.rows.slot.ravel(), batch.rows.target.ravel()
+        np.add.at(logps.reshape(-1), slot[slot >= 0], -target[slot >= 0])
+        return logps, {}
+
+
+def run(folder, *sets, identity=IDENTITY, score=None):
+    score = score or Scorer()
+    done = reference.run_pass(folder, identity, sets, score, shape=SHAPE, layout="shared")
+    return done, score.calls
+
+
+def test_values_come_back_in_the_order_of_the_pairs(tmp_path):
+    train, held_out = make_set(10), make_set(5, seed=1)
+    done, calls = run(tmp_path / "r", train, held_out)
+    np.testing.assert_allclose(done.values[0], values_of(train[0]))
+    np.testing.assert_allclose(done.values[1], values_of(held_out[0]))
+    assert (done.given, done.stored, done.scored) == (0, 0, 15) and calls == 3 + 2
+
+
+def test_a_second_pass_computes_nothing(tmp_path):
+    train = make_set(10)
+    first, _ = run(tmp_path / "r", train)
+    second, calls = run(tmp_path / "r", train)
+    assert calls == 0 and (second.stored, second.scored, second.forward_passes) == (10, 0, 0)
+    np.testing.assert_array_equal(second.values[0], first.values[0])
+
+
+def test_values_follow_pairs_not_rows(tmp_path):
+    # Filtering and reordering the data must not shift stored values to other pairs.
+    pairs, lengths, keys, given = make_set(10)
+    run(tmp_path / "r", (pairs, lengths, keys, given))
+    kept = [7, 2, 9]
+    done, calls = run(tmp_path / "r", ([pairs[i] for i in kept], lengths[kept], keys[kept], given[kept]))
+    assert calls == 0
+    np.testing.assert_allclose(done.values[0], values_of([pairs[i] for i in kept]))
+
+
+def test_new_pairs_alone_are_scored(tmp_path):
+    run(tmp_path / "r", make_set(10))
+    both = [np.concatenate([a, b]) if isinstance(a, np.ndarray) else a + b for a, b in zip(make_set(10), make_set(3, 1))]
+    done, calls = run(tmp_path / "r", tuple(both))
+    assert (done.stored, done.scored, calls <= 3) == (10, 3, True)
+    np.testing.assert_allclose(done.values[0], values_of(both[0]))
+
+
+@pytest.mark.parametrize("fail_at", [1, 2, 3])
+def test_killed_pass_does_not_repeat_finished_parts(tmp_path, fail_at):
+    train = make_set(10)
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "r", train, score=Scorer(fail_at))
+    done, calls = run(tmp_path / "r", train)
+    assert calls == 3 - (fail_at - 1) and done.stored == 4 * (fail_at - 1)
+    np.testing.assert_allclose(done.values[0], values_of(train[0]))
+
+
+def test_values_given_with_the_data_are_used_as_they_are(tmp_path):
+    pairs, lengths, keys, given = make_set(6)
+    given[[1, 4]] = [[-1.5, -2.5], [-3.5, -4.5]]
+    done, _ = run(tmp_path / "r", (pairs, lengths, keys, given))
+    np.testing.assert_array_equal(done.values[0][[1, 4]], given[[1, 4]])
+    assert (done.given, done.scored) == (2, 4)
+    stored = sum(len(pq.read_table(part)) for part in (tmp_path / "r").glob("*.parquet"))
+    assert stored == 4
+
+
+def test_all_values_given_write_no_store(tmp_path):
+    pairs, lengths, keys, given = make_set(6)
+    done, calls = run(tmp_path / "r", (pairs, lengths, keys, np.full((6, 2), -1.0)))
+    assert calls == 0 and not (tmp_path / "r").exists() and done.given == 6
+
+
+@pytest.mark.parametrize("part", IDENTITY)
+def test_another_identity_is_refused_and_names_the_part(tmp_path, part):
+    run(tmp_path / "r", make_set(4))
+    before = sorted(p.name for p in (tmp_path / "r").iterdir())
+    with pytest.raises(InputError, match=f"reference log-probs of another {part} .*{part} was .* is other") as error:
+        run(tmp_path / "r", make_set(4), identity=IDENTITY | {part: "other"})
+    assert all(name not in error.value.got.split("(")[0] for name in IDENTITY if name != part)
+    assert sorted(p.name for p in (tmp_path / "r").iterdir()) == before
+
+
+def test_parts_without_a_manifest_are_not_taken_for_a_store(tmp_path):
+    run(tmp_path / "r", make_set(4))
+    (tmp_path / "r" / "manifest.json").unlink()
+    with pytest.raises(InputError, match="holds Parquet files and no manifest.json"):
+        run(tmp_path / "r", make_set(4))
+
+
+def test_a_part_cut_short_is_never_read(tmp_path, monkeypatch):
+    # The process dies between writing and renaming: the next pass sees no part and scores it again.
+    monkeypatch.setattr(reference.os, "replace", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "r", make_set(4))
+    monkeypatch.undo()
+    done, _ = run(tmp_path / "r", make_set(4))
+    assert done.scored == 4
+    np.testing.assert_allclose(done.values[0], values_of(make_set(4)[0]))
+
+
+def test_platform_names_the_hardware():
+    assert reference.platform() == jax.devices()[0].device_kind.lower()

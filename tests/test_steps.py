@@ -1,0 +1,165 @@
+"""The update: what one batch does must not depend on how it was cut up, padded or spread over devices."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from dpo_jax import losses, scoring, sharding, steps
+from dpo_jax.data import layout
+from dpo_jax.models import decoder
+from dpo_jax.models.config import DecoderConfig
+from dpo_jax.types import Batch, Encoded
+
+CONFIG = DecoderConfig(
+    vocab_size=64, width=32, layers=2, heads=8, kv_heads=8, head_dim=8, mlp_width=64, max_positions=64, rotary_dim=8
+)
+PAIRS, LENGTH = 12, 128
+
+
+def random_pairs(count=PAIRS, seed=0):
+    rng = np.random.default_rng(seed)
+    return [Encoded(*(rng.integers(1, 64, rng.integers(1, 25)) for _ in range(3))) for _ in range(count)]
+
+
+@functools.cache
+def params():
+    init = jax.jit(lambda key: jax.tree.map(lambda x: 4 * x, decoder.init(key, CONFIG)))
+    return init(jax.random.key(0))
+
+
+def make_batch(pairs, rows, *, total=PAIRS, layout_name="shared"):
+    reference = np.random.default_rng(1).normal(-60, 3, (len(pairs), 2))
+    shape = layout.Shape(pairs=total, rows=rows, row_length=LENGTH, microbatches=-(-total // rows))
+    return layout.collate(pairs, reference, shape, layout=layout_name)
+
+
+def make_step(loss="sigmoid", tx=None, total=PAIRS, **options):
+    logps_fn = scoring.make_logps_fn(CONFIG, pairs=total, dtype=jnp.float32)
+    return steps.make_train_step(logps_fn, losses.make_loss(loss, options), tx or optax.sgd(0.1), has_aux=True)
+
+
+def update(batch, loss="sigmoid", total=PAIRS):
+    tx = optax.sgd(0.1)
+    state, metrics = jax.jit(make_step(loss, tx, total))(steps.init_state(params(), tx), batch)
+    return state.params, metrics
+
+
+def assert_same_update(one, other):
+    for a, b in zip(jax.tree.leaves(one[0]), jax.tree.leaves(other[0]), strict=True):
+        np.testing.assert_allclose(a, b, rtol=0, atol=1e-5 * np.abs(b).max())
+    for name in one[1]:
+        np.testing.assert_allclose(one[1][name], other[1][name], rtol=1e-5, atol=1e-6, err_msg=name)
+
+
+@pytest.fixture(scope="module")
+def whole():
+    """The same batch in one microbatch, by loss."""
+    return {loss: update(make_batch(random_pairs(), PAIRS), loss) for loss in losses.LOSSES}
+
+
+@pytest.mark.parametrize("loss", losses.LOSSES)
+def test_microbatches_change_nothing(whole, loss):
+    batch = make_batch(random_pairs(), 2)
+    assert batch.count > 1
+    assert_same_update(update(batch, loss), whole[loss])
+
+
+@pytest.mark.parametrize("loss", ["sigmoid", "sft"])
+def test_padding_pairs_change_nothing(whole, loss):
+    # Twenty slots for twelve pairs: a masked margin of zero would add log 2 eight times and shrink every mean.
+    assert_same_update(update(make_batch(random_pairs(), 2, total=20), loss, total=20), whole[loss])
+
+
+def test_layout_changes_nothing(whole):
+    assert_same_update(update(make_batch(random_pairs(), 3, layout_name="repeated")), whole["sigmoid"])
+
+
+def test_order_of_pairs_changes_nothing(whole):
+    batch = make_batch(random_pairs(), 2)
+    order = np.random.default_rng(2).permutation(PAIRS)
+    shuffled = make_batch([random_pairs()[i] for i in order], 2)._replace(reference=batch.reference[order])
+    assert_same_update(update(shuffled), whole["sigmoid"])
+
+
+def test_only_microbatches_in_use_are_computed():
+    # Poison in a microbatch beyond `count` would reach the gradient if it were computed, masked or not.
+    batch = make_batch(random_pairs(4), 1, total=4)
+    used = int(batch.count)
+    assert used < batch.rows.tokens.shape[0]
+    positions = batch.rows.positions.astype(np.float32)
+    positions[used:] = np.nan
+
+    def logps_fn(params, rows):
+        logps, aux = scoring.make_logps_fn(CONFIG, pairs=4, dtype=jnp.float32)(
+            params, rows._replace(positions=jnp.zeros_like(rows.tokens))
+        )
+        return logps + rows.positions.sum() * 0, aux
+
+    tx = optax.sgd(0.1)
+    step = steps.make_train_step(logps_fn, losses.make_loss("sigmoid", {}), tx, has_aux=True)
+    poisoned = batch._replace(rows=batch.rows._replace(positions=positions))
+    state, metrics = jax.jit(step)(steps.init_state(params(), tx), poisoned)
+    assert all(np.isfinite(x).all() for x in jax.tree.leaves((state.params, metrics)))
+
+
+@pytest.mark.parametrize(
+    "sizes", [(1, 8, 1), (1, 1, 8), (1, 4, 2), (2, 2, 2)], ids=["fsdp", "tensor", "fsdp-tensor", "all"]
+)
+def test_mesh_shape_changes_nothing(whole, sizes):
+    mesh = sharding.make_mesh(*sizes)
+    batch = make_batch(random_pairs(), 8)
+    tx = optax.sgd(0.1)
+    state = jax.device_put(steps.init_state(params(), tx), sharding.shardings(mesh, jax.eval_shape(
+        lambda: steps.init_state(params(), tx))))
+    found = jax.jit(make_step(tx=tx))(state, sharding.put(batch, mesh))
+    assert_same_update((found[0].params, found[1]), whole["sigmoid"])
+
+
+def test_policy_equal_to_reference_gives_log_two_and_no_margin():
+    batch = make_batch(random_pairs(), 2)
+    logps_fn = scoring.make_logps_fn(CONFIG, pairs=PAIRS, dtype=jnp.float32)
+    logps, _ = jax.jit(steps.make_score_step(logps_fn, has_aux=True))(params(), batch)
+    _, metrics = update(batch._replace(reference=np.asarray(logps)))
+    assert float(metrics["loss"]) == pytest.approx(np.log(2), abs=1e-6)
+    assert abs(float(metrics["rewards/margins"])) < 1e-5
+
+
+def test_reported_gradient_norm_is_that_of_the_mean_loss():
+    batch = make_batch(random_pairs(), PAIRS)
+    logps_fn = scoring.make_logps_fn(CONFIG, pairs=PAIRS, dtype=jnp.float32)
+    one = jax.tree.map(lambda x: jnp.asarray(x[0]), batch.rows)
+    loss = lambda p: losses.sigmoid(logps_fn(p, one)[0], jnp.asarray(batch.reference)).mean()
+    _, metrics = update(batch)
+    assert float(metrics["grad_norm"]) == pytest.approx(float(optax.tree.norm(jax.grad(loss)(params()))), rel=1e-5)
+
+
+def test_gradients_of_bfloat16_parameters_are_summed_in_float32():
+    seen = []
+    spy = optax.GradientTransformation(lambda p: (), lambda g, s, p=None: (seen.append(jax.tree.leaves(g)) or g, s))
+    low = jax.tree.map(lambda x: x.astype(jnp.bfloat16), params())
+    state, _ = jax.eval_shape(make_step(tx=spy), steps.init_state(low, spy), make_batch(random_pairs(), 1))
+    assert {g.dtype for g in seen[0]} == {jnp.dtype("float32")}
+    assert {p.dtype for p in jax.tree.leaves(state.params)} == {jnp.dtype("bfloat16")}
+
+
+def test_any_model_that_scores_pairs_can_be_trained():
+    # A table of log-odds, no tokens at all: preferring what it is told to takes the loss down.
+    table, tx = jnp.zeros(4), optax.sgd(1.0)
+    logps_fn = lambda table, rows: jax.nn.log_softmax(table)[rows]
+    batch = Batch(
+        rows=np.array([[[0, 1], [0, 2], [3, 2]]]),
+        count=np.int32(1),
+        present=np.ones((1, 3), bool),
+        reference=np.full((3, 2), np.log(0.25), np.float32),
+        lengths=np.ones((3, 2), np.int32),
+    )
+    step = jax.jit(steps.make_train_step(logps_fn, losses.make_loss("sigmoid", {"beta": 1.0}), tx, beta=1.0))
+    state, first = step(steps.init_state(table, tx), batch)
+    for _ in range(50):
+        state, last = step(state, batch)
+    assert float(first["loss"]) == pytest.approx(np.log(2), abs=1e-6) and float(last["loss"]) < 0.1
+    assert float(last["rewards/accuracies"]) == 1 and int(state.step) == 51

@@ -1,0 +1,275 @@
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+from transformers import PreTrainedTokenizerFast
+
+from dpo_jax.data import tokenize
+from dpo_jax.data.formats import render
+from dpo_jax.types import InputError, Pair, Row
+from tests.tokenizers_for_tests import BOS_AND_EOS, CHATML, make_tokenizer
+
+NEOX = Path(__file__).parents[2] / "shared/data/gpt_neox_20b_tokenizer.json"
+PAIR = Pair("a.jsonl:1", "Human: is the sky blue?\n\nAssistant:", " yes, the sky is blue.", " no")
+CHAT = {
+    "prompt": [{"role": "user", "content": "the sky"}],
+    "chosen": [{"role": "assistant", "content": "yes"}],
+    "rejected": [{"role": "assistant", "content": "no"}],
+}
+LIMITS = {"vocab_size": 1000, "max_length": 512, "max_prompt_length": 256, "truncate_prompt": "keep_end"}
+
+
+def encode(pairs, tokenizer, **limits):
+    return tokenize.encode(pairs, tokenizer, **{**LIMITS, **limits})
+
+
+def encode_one(pair, tokenizer, **limits):
+    (outcome,) = encode([pair], tokenizer, **limits)
+    assert isinstance(outcome, tokenize.Outcome), outcome
+    return outcome
+
+
+def fault(pair, tokenizer, **limits):
+    """The error that stands in for a pair."""
+    (error,) = encode([pair], tokenizer, **limits)
+    assert isinstance(error, InputError) and error.place == pair.place
+    return error
+
+
+def words(tokenizer, encoded):
+    return [str(tokenizer.decode(ids)) for ids in encoded]
+
+
+# The boundary
+
+
+def test_encode_keeps_the_ids_that_prompt_and_answer_have_together():
+    tokenizer = make_tokenizer()
+    encoded, *cuts, split = encode_one(PAIR, tokenizer)
+    for side, text in ((encoded.chosen, PAIR.chosen), (encoded.rejected, PAIR.rejected)):
+        assert [*encoded.prompt, *side[:-1]] == tokenizer(PAIR.prompt + text)["input_ids"]
+    assert encoded.prompt.tolist() == tokenizer(PAIR.prompt)["input_ids"]
+    assert (cuts, split) == ([0, 0, 0], False)
+    assert all(ids.dtype == np.int32 for ids in encoded)
+
+
+@pytest.mark.parametrize(("chosen", "rejected"), [("the sky", "\nno"), ("\nno", "the sky"), ("the sky", "sky")])
+def test_encode_tokenises_both_answers_apart_when_a_token_would_reach_across(chosen, rejected):
+    tokenizer = make_tokenizer()
+    pair = Pair("a:1", "is ", chosen, rejected)  # " the" and " sky" are one token each
+    together = tokenizer("is the")["input_ids"]
+    assert together[: len(tokenizer("is ")["input_ids"])] != tokenizer("is ")["input_ids"]
+    outcome = encode_one(pair, tokenizer)
+    assert outcome.boundary_split
+    assert outcome.encoded.prompt.tolist() == tokenizer(pair.prompt)["input_ids"]
+    assert outcome.encoded.chosen.tolist() == tokenizer(chosen + "<eos>")["input_ids"]
+    assert outcome.encoded.rejected.tolist() == tokenizer(rejected + "<eos>")["input_ids"]
+
+
+def test_encode_gives_each_pair_what_it_would_get_alone():
+    tokenizer = make_tokenizer(adds="<bos> $A", template=CHATML)
+    merging = [Pair("a:2", "is ", "the", "sky"), Pair("a:4", "the ", "sky", "blue")]
+    chat = render(Row("a:3", CHAT), format="chat", tokenizer=tokenizer)
+    pairs = [PAIR, merging[0], chat, merging[1], PAIR]
+    for pair, outcome in zip(pairs, encode(pairs, tokenizer), strict=True):
+        assert isinstance(outcome, tokenize.Outcome)
+        alone = encode_one(pair, tokenizer)
+        assert [ids.tolist() for ids in outcome.encoded] == [ids.tolist() for ids in alone.encoded]
+        assert outcome[1:] == alone[1:]
+    assert encode([], tokenizer) == []
+
+
+# BOS and EOS
+
+
+@pytest.mark.parametrize(
+    ("adds", "first"), [("$A", ""), ("<bos> $A", "<bos>"), ("$A <eos>", ""), ("<bos> $A <eos>", "<bos>")]
+)
+def test_encode_starts_plain_text_as_the_tokenizer_does_and_ends_it_with_one_eos(adds, first):
+    tokenizer = make_tokenizer(adds=adds)
+    prompt, chosen, rejected = words(tokenizer, encode_one(PAIR, tokenizer).encoded)
+    assert prompt == first + PAIR.prompt
+    assert (chosen, rejected) == (PAIR.chosen + "<eos>", PAIR.rejected + "<eos>")
+
+
+def test_encode_adds_no_second_bos_or_eos_to_text_that_has_them():
+    tokenizer = make_tokenizer(adds="<bos> $A <eos>")
+    pair = Pair("a:1", "<bos>the sky", " is blue<eos>", " is")
+    prompt, chosen, rejected = words(tokenizer, encode_one(pair, tokenizer).encoded)
+    assert (prompt, chosen, rejected) == ("<bos>the sky", " is blue<eos>", " is<eos>")
+
+
+def test_encode_keeps_the_real_eos_when_the_pad_token_is_the_same():
+    outcomes = [encode_one(PAIR, make_tokenizer(pad=pad)) for pad in (None, "<eos>")]
+    assert outcomes[0].encoded.chosen.tolist() == outcomes[1].encoded.chosen.tolist()
+    assert outcomes[1].encoded.chosen[-1] == make_tokenizer().eos_token_id
+
+
+@pytest.mark.parametrize(("template", "end"), [(CHATML, "<|im_end|>\n"), (BOS_AND_EOS, "<eos>")])
+def test_encode_adds_nothing_to_templated_text(template, end):
+    tokenizer = make_tokenizer(adds="<bos> $A <eos>", template=template)
+    pair = render(Row("a:1", CHAT), format="chat", tokenizer=tokenizer)
+    prompt, chosen, _ = words(tokenizer, encode_one(pair, tokenizer).encoded)
+    assert (prompt, chosen) == (pair.prompt, pair.chosen)
+    assert chosen.endswith("yes" + end) and chosen.count(end) == 1
+
+
+def test_encode_takes_an_empty_prompt_only_where_bos_precedes_it():
+    pair = Pair("a:1", "", "the sky", "blue")
+    assert words(make_tokenizer(), encode_one(pair, make_tokenizer(adds="<bos> $A")).encoded)[0] == "<bos>"
+    assert fault(pair, make_tokenizer()).got == "'prompt' has no token"
+
+
+def test_encode_needs_an_eos_token_for_plain_text_only():
+    tokenizer = make_tokenizer(template=CHATML)
+    tokenizer.eos_token = None
+    with pytest.raises(InputError, match=r"a\.jsonl:1: plain text, and a tokenizer without an eos_token"):
+        encode([PAIR], tokenizer)
+    pair = render(Row("a:1", CHAT), format="chat", tokenizer=tokenizer)
+    assert words(tokenizer, encode_one(pair, tokenizer).encoded)[1] == pair.chosen
+
+
+# Truncation: digits and capitals are one token each
+
+
+def letters(prompt, chosen, rejected="Z"):
+    return Pair("a:1", "0123456789"[:prompt], "NOPQRSTUVWXYZ"[:chosen], rejected)
+
+
+@pytest.mark.parametrize(
+    ("adds", "mode", "expected", "cuts"),
+    [
+        ("$A", "keep_end", ("6789", "NOPQRS", "Z<eos>"), (6, 3, 0)),
+        ("$A", "keep_start", ("0123", "NOPQRS", "Z<eos>"), (6, 3, 0)),
+        ("<bos> $A", "keep_end", ("<bos>789", "NOPQRS", "Z<eos>"), (7, 3, 0)),
+        ("<bos> $A", "keep_start", ("<bos>012", "NOPQRS", "Z<eos>"), (7, 3, 0)),
+    ],
+)
+def test_encode_cuts_the_prompt_first_then_each_answer(adds, mode, expected, cuts):
+    tokenizer = make_tokenizer(adds=adds)
+    outcome = encode_one(letters(10, 8), tokenizer, max_length=10, max_prompt_length=4, truncate_prompt=mode)
+    assert tuple(words(tokenizer, outcome.encoded)) == expected
+    assert (outcome.prompt_cut, outcome.chosen_cut, outcome.rejected_cut) == cuts
+
+
+@pytest.mark.parametrize(
+    ("prompt", "chosen", "cuts"),
+    [
+        (10, 4, (0, 0, 0)),  # 10 and 5 with EOS fill 15: a prompt above its limit stays whole
+        (10, 5, (6, 0, 0)),
+        (4, 10, (0, 0, 0)),
+        (4, 11, (0, 1, 0)),  # only EOS is cut
+        (3, 12, (0, 1, 0)),
+    ],
+)
+def test_encode_cuts_nothing_before_it_must(prompt, chosen, cuts):
+    outcome = encode_one(letters(prompt, chosen), make_tokenizer(), max_length=15, max_prompt_length=4)
+    assert outcome[1:4] == cuts
+    assert outcome.encoded.chosen[-1] != make_tokenizer().eos_token_id or not cuts[1]
+
+
+def test_encode_keeps_the_assistant_header_when_it_cuts_the_prompt():
+    tokenizer = make_tokenizer(template="{{ bos_token }}" + CHATML)
+    fields = {**CHAT, "prompt": [{"role": "user", "content": "the sky " * 50}]}
+    pair = render(Row("a:1", fields), format="chat", tokenizer=tokenizer)
+    outcome = encode_one(pair, tokenizer, max_length=40, max_prompt_length=30)
+    prompt = words(tokenizer, outcome.encoded)[0]
+    assert prompt.startswith("<bos>") and prompt.endswith("<|im_end|>\n<|im_start|>assistant\n")
+    assert len(outcome.encoded.prompt) == 30 and outcome.prompt_cut > 0
+
+
+@pytest.mark.parametrize(("size", "left"), [(1, "<bos>"), (2, "<bos><|im_start|>"), (3, "<bos><|im_start|>9")])
+def test_encode_cuts_a_prompt_down_to_what_the_tokenizer_puts_first(size, left):
+    tokenizer = make_tokenizer(adds="<bos> <|im_start|> $A")
+    outcome = encode_one(letters(10, 8), tokenizer, max_length=6, max_prompt_length=size)
+    assert words(tokenizer, outcome.encoded)[0] == left
+
+
+def test_encode_refuses_a_long_prompt_if_asked_to():
+    limits = {"max_length": 10, "max_prompt_length": 4, "truncate_prompt": "error"}
+    error = fault(letters(8, 8), make_tokenizer(), **limits)
+    assert "a prompt of 8 tokens" in error.got and error.expected == "at most data.max_prompt_length 4"
+    assert "data.on_bad_row" in error.remedy
+    encode_one(letters(8, 1), make_tokenizer(), **limits)  # fits as it is
+    assert encode_one(letters(4, 8), make_tokenizer(), **limits).chosen_cut == 3
+
+
+def test_encode_refuses_answers_that_truncation_makes_equal():
+    pair = letters(3, 8, "NOPQRZ")
+    limits = {"max_length": 8, "max_prompt_length": 4}
+    assert "the same tokens after truncation to max_length 8" in fault(pair, make_tokenizer(), **limits).got
+    encode_one(pair, make_tokenizer(), **{**limits, "max_length": 9})
+
+
+def test_encode_refuses_answers_that_are_the_same_tokens_from_the_start():
+    pair = Pair("a:1", "the sky", " is<eos>", " is")
+    assert fault(pair, make_tokenizer()).got == "the answers are the same tokens"
+
+
+@pytest.mark.parametrize(
+    ("limits", "place"),
+    [
+        ({"truncate_prompt": "left"}, "data.truncate_prompt"),
+        ({"max_prompt_length": 0}, "data.max_prompt_length"),
+        ({"max_length": 256}, "data.max_prompt_length"),
+    ],
+)
+def test_encode_refuses_bad_options(limits, place):
+    with pytest.raises(InputError) as caught:
+        encode([PAIR], make_tokenizer(), **limits)
+    assert caught.value.place == place
+
+
+# The vocabulary and the tokenizer's identity
+
+
+def test_encode_refuses_ids_that_the_model_does_not_have():
+    tokenizer = make_tokenizer()
+    pair = Pair("a.jsonl:7", "<bos>", "<|im_start|>", "<|im_end|>")
+    ids = tokenizer.convert_tokens_to_ids(["<bos>", "<eos>", "<|im_start|>", "<|im_end|>"])
+    assert ids == [0, 1, 2, 3]
+    encode_one(pair, tokenizer, vocab_size=4)
+    with pytest.raises(InputError, match=re.escape("a.jsonl:7: token id 3 ('<|im_end|>'); expected ids below 3")):
+        encode([pair], tokenizer, vocab_size=3)
+
+
+def test_identity_changes_with_the_tokenizer_and_the_template_and_with_nothing_else():
+    base = make_tokenizer(template=CHATML)
+    assert tokenize.identity(base) == tokenize.identity(make_tokenizer(template=CHATML))
+    before = tokenize.identity(base)
+    base(["the sky is blue"], truncation=True, max_length=2)  # leaves its truncation behind in the backend
+    assert tokenize.identity(base) == before
+    for other, changed in (
+        (make_tokenizer(template=CHATML, adds="<bos> $A"), {"tokenizer"}),
+        (make_tokenizer(template=CHATML, bos="<|im_start|>"), {"tokenizer"}),
+        (make_tokenizer(template=BOS_AND_EOS), {"template"}),
+        (make_tokenizer(), {"template"}),
+    ):
+        assert {k for k, v in tokenize.identity(other).items() if v != before[k]} == changed
+
+
+def test_load_tokenizer_gives_back_what_was_saved(tmp_path):
+    saved = make_tokenizer(adds="<bos> $A", template=CHATML)
+    saved.save_pretrained(tmp_path)
+    loaded = tokenize.load_tokenizer(str(tmp_path))
+    assert tokenize.identity(loaded)["template"] == tokenize.identity(saved)["template"]
+    assert words(loaded, encode_one(PAIR, loaded).encoded) == words(saved, encode_one(PAIR, saved).encoded)
+
+
+def test_load_tokenizer_says_that_there_is_none(tmp_path):
+    for path in (tmp_path, tmp_path / "missing"):
+        with pytest.raises(InputError) as caught:
+            tokenize.load_tokenizer(str(path))
+        assert str(path) in caught.value.place and "tokenizer.json" in caught.value.expected
+
+
+@pytest.mark.skipif(not NEOX.exists(), reason="needs ../shared/data/gpt_neox_20b_tokenizer.json")
+def test_encode_handles_a_tokenizer_whose_bos_eos_and_pad_are_one_token():
+    end = "<|endoftext|>"
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_file=str(NEOX), bos_token=end, eos_token=end, unk_token=end, pad_token=end
+    )
+    encoded = encode_one(PAIR, tokenizer, vocab_size=50304).encoded
+    assert words(tokenizer, encoded) == [PAIR.prompt, PAIR.chosen + end, PAIR.rejected + end]
+    assert tokenizer(PAIR.prompt)["input_ids"] == encoded.prompt.tolist()

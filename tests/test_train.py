@@ -1,0 +1,276 @@
+"""Whole runs: what they write, how they resume, and what they refuse."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+import transformers
+
+from dpo_jax import programs, train
+from dpo_jax.models import hf_io
+from dpo_jax.types import InputError
+from tests.hf_folders import edit_weights
+from tests.runs import EVAL_PAIRS, STEPS, TRAIN_PAIRS, make_config, make_inputs, read_rows, untimed
+
+METRICS = {
+    "step",
+    "loss",
+    "grad_norm",
+    "learning_rate",
+    "epoch",
+    "rewards/chosen",
+    "rewards/rejected",
+    "rewards/margins",
+    "rewards/accuracies",
+    "logps/chosen",
+    "logps/rejected",
+    "logits/chosen",
+    "logits/rejected",
+    "step_time_s",
+    "pairs_per_s",
+    "positions_computed",
+    "tokens_real",
+}
+NOT_IN_EVALUATION = {
+    "step", "grad_norm", "learning_rate", "epoch", "step_time_s", "pairs_per_s", "positions_computed", "tokens_real",
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory):
+    return make_inputs(tmp_path_factory.mktemp("inputs"))
+
+
+@pytest.fixture(scope="module")
+def finished(inputs, tmp_path_factory):
+    """A whole run, and its working folder."""
+    folder = tmp_path_factory.mktemp("runs") / "whole"
+    train.run(make_config(inputs), folder)
+    return folder
+
+
+def weights(folder):
+    config, _ = hf_io.read_config(folder)
+    return hf_io.flatten(hf_io.load_params(folder, config))
+
+
+def test_run_writes_what_a_workdir_holds(finished):
+    names = {path.name for path in finished.iterdir()}
+    assert names == {"config.json", "metrics.jsonl", "eval.jsonl", "reference", "checkpoints", "export"}
+    rows = read_rows(finished / "metrics.jsonl")
+    assert [row["step"] for row in rows] == list(range(STEPS)) and all(set(row) == METRICS for row in rows)
+    evaluations = read_rows(finished / "eval.jsonl")
+    assert [row["step"] for row in evaluations] == [0, STEPS]
+    expected = {f"eval/{name}" for name in METRICS - NOT_IN_EVALUATION} | {"step", "eval/pairs", "eval_time_s"}
+    assert all(set(row) == expected and row["eval/pairs"] == EVAL_PAIRS for row in evaluations)
+
+
+def test_policy_is_the_reference_at_step_zero(finished):
+    first = read_rows(finished / "metrics.jsonl")[0]
+    assert first["loss"] == pytest.approx(np.log(2), abs=1e-5) and abs(first["rewards/margins"]) < 1e-5
+    assert read_rows(finished / "eval.jsonl")[0]["eval/loss"] == pytest.approx(np.log(2), abs=1e-5)
+
+
+def test_training_learns_the_preferences(finished):
+    # Six steps at a high rate over forty pairs: the loss of what was seen falls clearly.
+    rows = read_rows(finished / "metrics.jsonl")
+    assert rows[-1]["loss"] < rows[0]["loss"] - 0.05 and rows[-1]["rewards/margins"] > 0.1
+
+
+def test_counts_of_work_are_those_of_the_layout(finished):
+    for row in read_rows(finished / "metrics.jsonl"):
+        assert row["tokens_real"] <= row["positions_computed"] and row["positions_computed"] % 8 == 0
+        assert row["pairs_per_s"] == pytest.approx(8 / row["step_time_s"])
+    epochs = [row["epoch"] for row in read_rows(finished / "metrics.jsonl")]
+    assert epochs == pytest.approx([step * 8 / TRAIN_PAIRS for step in range(STEPS)])
+
+
+def test_export_is_a_folder_that_transformers_reads(finished, inputs):
+    export = finished / "export"
+    tokenizer = transformers.AutoTokenizer.from_pretrained(export)
+    assert tokenizer.decode(tokenizer("Customer: Hello").input_ids) == "Customer: Hello"
+    assert transformers.AutoConfig.from_pretrained(export).vocab_size == 1024
+    changed = [name for name, array in weights(export).items() if np.any(array != weights(inputs / "model")[name])]
+    assert set(changed) == set(weights(export))
+    card = (export / "README.md").read_text()
+    for shown in ("sigmoid, beta 0.1", "train.jsonl: 40 pairs", "eval/rewards/accuracies", "6 of 8 pairs"):
+        assert shown in card
+    assert str(inputs) not in card
+
+
+def test_config_json_reproduces_the_run(finished, tmp_path):
+    from dpo_jax import config
+
+    again = config.from_json((finished / "config.json").read_text(), "config.json")
+    train.run(again, tmp_path / "again")
+    assert untimed(read_rows(tmp_path / "again" / "metrics.jsonl")) == untimed(read_rows(finished / "metrics.jsonl"))
+
+
+def test_complete_run_is_left_alone(finished, inputs, capsys):
+    before = {path: path.stat().st_mtime_ns for path in finished.rglob("*")}
+    train.run(make_config(inputs), finished)
+    assert "complete at step 6" in capsys.readouterr().err
+    assert {path: path.stat().st_mtime_ns for path in finished.rglob("*")} == before
+
+
+class Killed(BaseException):
+    """Raised in place of a signal."""
+
+
+@pytest.mark.parametrize("at", [1, 3, 5])
+def test_interrupted_run_goes_on_bit_for_bit(finished, inputs, tmp_path, monkeypatch, at):
+    steps = iter(range(100))
+    real = train.layout.collate
+
+    def collate(pairs, *args, **kwargs):
+        if len(pairs) == 8 and args[1].pairs == 8 and next(steps) == at:
+            raise Killed
+        return real(pairs, *args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train.layout, "collate", collate)
+        with pytest.raises(Killed):
+            train.run(make_config(inputs), tmp_path / "run")
+    train.run(make_config(inputs), tmp_path / "run")
+    for name in ("metrics.jsonl", "eval.jsonl"):
+        assert untimed(read_rows(tmp_path / "run" / name)) == untimed(read_rows(finished / name))
+    ours, theirs = weights(tmp_path / "run" / "export"), weights(finished / "export")
+    assert all(np.array_equal(ours[name], theirs[name]) for name in theirs)
+
+
+def test_second_run_on_the_same_data_makes_no_reference_pass(finished, inputs, tmp_path, monkeypatch, capsys):
+    # Another learning rate, the same model and data. Weights loaded for scoring would be a reference pass.
+    config = make_config(inputs, reference__path=str(finished / "reference"), optimizer__learning_rate=1e-3, data__eval="")
+    forwards = []
+    real = programs.make_programs
+
+    def counting(*args):
+        built = real(*args)
+        return built._replace(score=lambda p, b: forwards.append(1) or built.score(p, b))
+
+    monkeypatch.setattr(programs, "make_programs", counting)
+    train.run(config, tmp_path / "run")
+    assert forwards == [] and f"{TRAIN_PAIRS} were in" in capsys.readouterr().err
+
+
+def other_weights(folder):
+    edit_weights(folder / "model", lambda tensors: tensors["model.norm.weight"].__iadd__(0.01))
+
+
+def other_template(folder):
+    (folder / "model" / "chat_template.jinja").write_text("{{ messages[0].content }}")
+
+
+def other_tokenizer(folder):
+    path = folder / "model" / "tokenizer.json"
+    content = json.loads(path.read_text())
+    content["model"]["merges"] = content["model"]["merges"][:-1]
+    path.write_text(json.dumps(content))
+
+
+@pytest.mark.parametrize(
+    ("part", "change", "fields"),
+    [
+        ("weights", other_weights, {}),
+        ("template", other_template, {}),
+        ("tokenizer", other_tokenizer, {}),
+        ("max_length", lambda folder: None, {"data__max_length": 127}),
+    ],
+)
+def test_reference_of_something_else_is_refused(finished, inputs, tmp_path, part, change, fields):
+    shutil.copytree(inputs, tmp_path / "inputs")
+    change(tmp_path / "inputs")
+    config = make_config(tmp_path / "inputs", reference__path=str(finished / "reference"), **fields)
+    with pytest.raises(InputError, match=rf"reference log-probs of another {part} \("):
+        train.run(config, tmp_path / "run")
+    assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+def test_reference_command_leaves_train_nothing_to_score(inputs, tmp_path, capsys):
+    train.score_reference(make_config(inputs), tmp_path / "run")
+    assert f"{TRAIN_PAIRS + EVAL_PAIRS} scored" in capsys.readouterr().err
+    train.run(make_config(inputs, train__steps=1), tmp_path / "run")
+    assert " 0 scored in 0 forward passes" in capsys.readouterr().err
+
+
+def test_evaluate_repeats_the_last_evaluation(finished, inputs):
+    row = train.evaluate_checkpoint(make_config(inputs), finished)
+    assert untimed([row]) == untimed([read_rows(finished / "eval.jsonl")[-1]])
+
+
+def test_export_command_writes_the_newest_checkpoint(finished, inputs, tmp_path):
+    train.export_checkpoint(make_config(inputs), finished, tmp_path / "out")
+    ours, theirs = weights(tmp_path / "out"), weights(finished / "export")
+    assert all(np.array_equal(ours[name], theirs[name]) for name in theirs)
+    assert (tmp_path / "out" / "README.md").read_text() == (finished / "export" / "README.md").read_text()
+
+
+def test_supervised_stage_comes_first_and_is_its_own_reference(inputs, tmp_path):
+    config = make_config(inputs, sft__steps=3, sft__batch_pairs=8, sft__learning_rate=1e-2, train__steps=2)
+    train.run(config, tmp_path / "run")
+    stage = read_rows(tmp_path / "run" / "sft" / "metrics.jsonl")
+    assert stage[-1]["loss"] < stage[0]["loss"] - 0.05
+    assert not any(name.startswith("rewards/") for name in stage[0])
+    first = read_rows(tmp_path / "run" / "metrics.jsonl")[0]
+    assert first["loss"] == pytest.approx(np.log(2), abs=1e-5)
+    # What the second stage starts from is what the first one ended with.
+    assert first["logps/chosen"] > read_rows(tmp_path / "run" / "sft" / "eval.jsonl")[0]["eval/logps/chosen"]
+
+
+def test_log_every_steps_keeps_the_last_step(inputs, tmp_path):
+    train.run(make_config(inputs, log__every_steps=4, data__eval=""), tmp_path / "run")
+    assert [row["step"] for row in read_rows(tmp_path / "run" / "metrics.jsonl")] == [0, 4, 5]
+
+
+def test_evaluation_comes_every_so_many_steps(inputs, tmp_path):
+    train.run(make_config(inputs, eval__every_steps=2, train__steps=5), tmp_path / "run")
+    assert [row["step"] for row in read_rows(tmp_path / "run" / "eval.jsonl")] == [0, 2, 4, 5]
+
+
+# --- refused before anything is written ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"loss__name": "sgimoid"}, "config.loss.name: got 'sgimoid'"),
+        ({"optimizer__name": "adam"}, "config.optimizer.name"),
+        ({"model__attention": "flash"}, "config.model.attention: got 'flash'"),
+        ({"model__remat": "all"}, "config.model.remat: got 'all'"),
+        ({"data__train": ""}, "config.data.train: is empty"),
+        ({"data__train": "nowhere.jsonl"}, "nowhere.jsonl"),
+        ({"train__batch_pairs": 41}, "config.train.batch_pairs: got 41, and an epoch has 40 pairs"),
+        ({"sft__steps": 1, "sft__batch_pairs": 64}, "config.sft.batch_pairs: got 64"),
+        ({"prepare": "dpo_jax.nowhere:make"}, "config.prepare"),
+        ({"model__path": "no/such/folder"}, "no/such/folder"),
+    ],
+)
+def test_bad_run_is_refused_and_leaves_nothing(inputs, tmp_path, fields, message):
+    with pytest.raises(InputError) as error:
+        train.run(make_config(inputs, **fields), tmp_path / "run")
+    assert message in str(error.value)
+    assert not (tmp_path / "run").exists()
+
+
+def test_workdir_of_another_run_is_refused_and_names_the_field(finished, inputs):
+    before = (finished / "config.json").read_text()
+    with pytest.raises(InputError, match=r"optimizer\.learning_rate: 0\.01 -> 0\.02"):
+        train.run(make_config(inputs, optimizer__learning_rate=2e-2), finished)
+    assert (finished / "config.json").read_text() == before
+
+
+def test_data_changed_under_a_run_is_refused(inputs, tmp_path):
+    shutil.copytree(inputs, tmp_path / "inputs")
+    config = make_config(tmp_path / "inputs")
+    train.run(config, tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "export")
+    path = tmp_path / "inputs" / "train.jsonl"
+    path.write_text("".join(path.read_text().splitlines(keepends=True)[:-1]))
+    with pytest.raises(InputError, match="with which the checkpoint at step 6 was made"):
+        train.run(config, tmp_path / "run")
+
+
+def test_evaluate_without_a_checkpoint_is_refused(inputs, tmp_path):
+    with pytest.raises(InputError, match="no checkpoint; expected one of a training run"):
+        train.evaluate_checkpoint(make_config(inputs), tmp_path)
