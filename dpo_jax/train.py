@@ -23,7 +23,7 @@ from dpo_jax.data import layout
 from dpo_jax.data.order import epoch_size, make_order
 from dpo_jax.evaluate import evaluate
 from dpo_jax.inputs import Inputs
-from dpo_jax.models import hf_io
+from dpo_jax.models import hf_files, hf_io
 from dpo_jax.report import before_and_after, describe_data, describe_run, one_line
 from dpo_jax.trackers import say
 from dpo_jax.types import InputError
@@ -41,6 +41,7 @@ def run(config: Config, folder: Path) -> None:
     run_inputs.check_names(config)
     trackers.check_available(tensorboard=config.log.tensorboard, wandb=config.log.wandb)
     workdir.check(given, folder)
+    hf_files.check_replaceable(folder / "export")
     run_inputs.prepare(config, folder)
     inputs = run_inputs.load_inputs(config, training=True)
     total = run_inputs.check_lengths(config, inputs)
@@ -112,6 +113,9 @@ def train(config: Config, inputs: Inputs, folder: Path, total: int) -> None:
     describe_run(config, inputs, built, state.params, start, total)
     progress = trackers.Progress(total, start=start)
     clock = Clock(start)
+    closing = contextlib.ExitStack()
+    for resource in (checkpoints, *others, *logs.values(), progress):
+        closing.callback(resource.close)
 
     def write(name: str, step: int, row: dict[str, float]) -> None:
         for writer in (logs[name], *others):
@@ -143,30 +147,27 @@ def train(config: Config, inputs: Inputs, folder: Path, total: int) -> None:
             write("metrics.jsonl", step, row | {"step_time_s": step_time, "pairs_per_s": shape.pairs / step_time})
             progress.update(step + 1, row | {"pairs_per_s": shape.pairs / step_time})
 
-    for step in range(start, total + 1):
-        if step in (0, total) or (config.eval.every_steps and step % config.eval.every_steps == 0):
+    with closing:
+        for step in range(start, total + 1):
+            if step in (0, total) or (config.eval.every_steps and step % config.eval.every_steps == 0):
+                flush()
+                with clock.paused(state):
+                    evaluate_at(step)
+            if step == total:
+                break
+            chosen = order(step)
+            pairs = [inputs.train[i] for i in chosen.tolist()]
+            batch = layout.collate(pairs, reference[0][chosen], shape, layout=config.data.layout)
+            state, metrics = update(state, sharding.put(batch, mesh))
             flush()
-            with clock.paused(state):
-                evaluate_at(step)
-        if step == total:
-            break
-        chosen = order(step)
-        pairs = [inputs.train[i] for i in chosen.tolist()]
-        batch = layout.collate(pairs, reference[0][chosen], shape, layout=config.data.layout)
-        state, metrics = update(state, sharding.put(batch, mesh))
-        flush()
-        if step % config.log.every_steps == 0 or step + 1 == total:
-            counts = layout.work_counts(batch, inputs.train.lengths[chosen], config.data.layout)
-            place = {"epoch": step * shape.pairs / epoch, "learning_rate": float(schedule(step))}
-            pending.append((step, metrics, place | counts))
-        if (step + 1) % config.checkpoint.every_steps == 0 or step + 1 == total:
-            flush()
-            with clock.paused(state):
-                checkpoints.save(step + 1, state, record)
-    progress.close()
-    checkpoints.close()
-    for writer in (*logs.values(), *others):
-        writer.close()
+            if step % config.log.every_steps == 0 or step + 1 == total:
+                counts = layout.work_counts(batch, inputs.train.lengths[chosen], config.data.layout)
+                place = {"epoch": step * shape.pairs / epoch, "learning_rate": float(schedule(step))}
+                pending.append((step, metrics, place | counts))
+            if (step + 1) % config.checkpoint.every_steps == 0 or step + 1 == total:
+                flush()
+                with clock.paused(state):
+                    checkpoints.save(step + 1, state, record)
     export(config, inputs, state.params, folder / "export", workdir.read_rows(folder / "eval.jsonl"), total)
     before_and_after(workdir.read_rows(folder / "eval.jsonl"))
 

@@ -91,7 +91,6 @@ def test_host_holds_one_leaf_while_loading_and_one_tensor_while_exporting(tmp_pa
     hf_io.export(hf_io.nest(leaves), base=tmp_path / "m", out=tmp_path / "out")
     exporting = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    print(f"{total=} {largest=} {loading=} {exporting=}")
     assert loading < 1.5 * largest < total / 3
     assert exporting < 0.6 * largest
 
