@@ -12,10 +12,10 @@ steps = len((folder / "metrics.jsonl").read_text().splitlines())
 weights = sorted(path.name for path in (folder / "export").glob("*.safetensors"))
 checks = {
     f"the policy begins as the reference: loss {first['eval/loss']:.6f} is log 2": math.isclose(
-        first["eval/loss"], math.log(2), abs_tol=1e-3
+        first["eval/loss"], math.log(2), abs_tol=1e-4
     ),
     f"the loss falls: {first['eval/loss']:.4f} to {last['eval/loss']:.4f}": last["eval/loss"] < first["eval/loss"],
-    f"held-out accuracy {last['eval/rewards/accuracies']:.3f} beats chance": last["eval/rewards/accuracies"] > 0.6,
+    f"held-out accuracy {last['eval/rewards/accuracies']:.3f} is at least 0.90": last["eval/rewards/accuracies"] >= 0.90,
     f"steps were logged: {steps} rows": steps > 0,
     f"weights were exported: {weights}": bool(weights),
 }

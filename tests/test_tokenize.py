@@ -8,7 +8,7 @@ from transformers import PreTrainedTokenizerFast
 from dpo_jax.data import tokenize
 from dpo_jax.data.formats import render
 from dpo_jax.types import InputError, Pair, Row
-from tests.tokenizers_for_tests import BOS_AND_EOS, CHATML, make_tokenizer
+from tests.tokenizers_for_tests import BOS_AND_EOS, CHATML, THINKING, make_tokenizer
 
 NEOX = Path(__file__).parents[2] / "shared/data/gpt_neox_20b_tokenizer.json"
 PAIR = Pair("a.jsonl:1", "Human: is the sky blue?\n\nAssistant:", " yes, the sky is blue.", " no")
@@ -113,6 +113,16 @@ def test_encode_adds_nothing_to_templated_text(template, end):
     prompt, chosen, _ = words(tokenizer, encode_one(pair, tokenizer).encoded)
     assert (prompt, chosen) == (pair.prompt, pair.chosen)
     assert chosen.endswith("yes" + end) and chosen.count(end) == 1
+
+
+@pytest.mark.parametrize("template", [CHATML, THINKING, BOS_AND_EOS])
+def test_encode_gives_chat_the_ids_that_transformers_gives_the_conversation(template):
+    tokenizer = make_tokenizer(adds="<bos> $A <eos>", template=template)
+    pair = render(Row("a:1", CHAT), format="chat", tokenizer=tokenizer)
+    encoded = encode_one(pair, tokenizer).encoded
+    for name, answer in (("chosen", encoded.chosen), ("rejected", encoded.rejected)):
+        whole = tokenizer.apply_chat_template(CHAT["prompt"] + CHAT[name], tokenize=True, return_dict=False)
+        assert [*encoded.prompt, *answer] == whole
 
 
 def test_encode_takes_an_empty_prompt_only_where_bos_precedes_it():

@@ -27,7 +27,7 @@ from dpo_jax.types import Encoded, InputError, Pair, Row
 
 CACHE_VERSION = 1  # raised when the same rows would be tokenised, ordered or stored in another way
 
-_CHUNK_ROWS = 1000  # in memory at a time
+_CHUNK_ROWS = 250  # in memory at a time
 _PLACES = 5  # named for each reason that rows were dropped
 _REASONS = 20  # told apart; further ones are counted together
 
@@ -108,7 +108,8 @@ def load(
 
     Args:
       spec, split: as in `sources.read`.
-      format: one of `formats.FORMATS`, or auto: each source's first row decides for all its rows.
+      format: one of `formats.FORMATS`, or auto: each source's first row (the first of a known format, under
+        skip) decides for all its rows.
       tokenizer, vocab_size, max_length, max_prompt_length, truncate_prompt: as in `tokenize.encode`.
       on_bad_row: error, or skip: rows that cannot be rendered or encoded are left out and counted. A source that
         cannot be read on, such as broken JSON, is an error either way.
@@ -308,18 +309,13 @@ def _convert(
             writer.begin(format, _left_out(chunk, tokenizer) if format == "chat" else "")
             first = False
         rendered = [_caught(functools.partial(render, row, format=format, tokenizer=tokenizer)) for row in chunk]
-        pairs = [pair for pair in rendered if isinstance(pair, Pair)]
-        encoded = iter(zip(pairs, encoder(pairs), strict=True))
-        results = [item if isinstance(item, InputError) else next(encoded) for item in rendered]
-        good, bad = [], []
-        for result in results:
-            pair, outcome = (None, result) if isinstance(result, InputError) else result
-            if isinstance(outcome, InputError):
-                bad.append(outcome)
-            else:
-                good.append((pair, outcome))
+        encoded = iter(encoder([item for item in rendered if isinstance(item, Pair)]))
+        results = [next(encoded) if isinstance(item, Pair) else item for item in rendered]
+        bad = [result for result in results if isinstance(result, InputError)]
         if bad and not skip:
             raise bad[0]
+        kept = zip(rendered, results, strict=True)
+        good = [(pair, result) for pair, result in kept if isinstance(pair, Pair) and isinstance(result, Outcome)]
         writer.add(good)
         writer.drop(bad)
 

@@ -1,0 +1,92 @@
+"""The command line: results on standard output, one line of error and status 2, nothing half-written."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from dpo_jax import cli
+from tests.runs import EVAL_PAIRS, make_inputs
+
+RECIPE = """
+from dpo_jax.config import base
+
+def get_config(arg=""):
+    config = base()
+    config.data.max_length, config.data.max_prompt_length = 128, 64
+    config.train.batch_pairs, config.train.steps = 8, 2
+    config.optimizer.learning_rate = 1e-2
+    return config
+"""
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory):
+    folder = make_inputs(tmp_path_factory.mktemp("inputs"))
+    (folder / "recipe.py").write_text(RECIPE)
+    return folder
+
+
+def arguments(inputs, *rest):
+    data = (f"--config.data.{split}={inputs / split}.jsonl" for split in ("train", "eval"))
+    return [f"--config={inputs / 'recipe.py'}", f"--config.model.path={inputs / 'model'}", *data, *rest]
+
+
+def run(*argv):
+    cli.main(["dpo-jax", *map(str, argv)])
+
+
+def fails(capsys, *argv):
+    with pytest.raises(SystemExit) as status:
+        run(*argv)
+    assert status.value.code == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and "Traceback" not in error
+    return error
+
+
+def test_train_evaluate_export_and_inspect_from_the_command_line(inputs, tmp_path, capsys):
+    workdir = f"--workdir={tmp_path / 'run'}"
+    run("inspect", *arguments(inputs, workdir, "--pairs=1"))
+    shown = capsys.readouterr().out
+    assert "chosen, " in shown and "scored" in shown and "of them real" in shown and not (tmp_path / "run").exists()
+    run("train", *arguments(inputs, workdir))
+    capsys.readouterr()
+    run("evaluate", workdir)
+    assert json.loads(capsys.readouterr().out)["eval/pairs"] == EVAL_PAIRS
+    run("export", workdir, f"--out={tmp_path / 'out'}")
+    assert (tmp_path / "out" / "config.json").exists()
+
+
+def test_module_is_the_same_program():
+    shown = subprocess.run([sys.executable, "-m", "dpo_jax", "--help"], capture_output=True, text=True, check=True)
+    assert shown.stdout == cli.USAGE and all(f"  {name} " in cli.USAGE for name in cli.COMMANDS)
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["tran"], "unknown command 'tran'; expected one of train, reference, evaluate, inspect, export"),
+        (["train"], "--workdir: not given"),
+        (["train", "--workdir=x"], "--config: not given"),
+        (["train", "--config=no.py", "--workdir=x"], "no such file"),
+        (["train", "--config=configs/hh.py", "--config.loss.bta=1", "--workdir=x"], "no field 'loss.bta'"),
+        (["train", "--config=configs/hh.py", "--config.loss.beta=much", "--workdir=x"], "beta"),
+        (["train", "--config=configs/hh.py", "--config.loss.beta=-1", "--workdir=x"], "config.loss.beta"),
+        (["train", "configs/hh.py", "--workdir=x"], "unexpected 'configs/hh.py'"),
+        (["evaluate", "--workdir=nowhere"], "no config.json"),
+    ],
+)
+def test_mistakes_are_one_line_and_status_two(capsys, monkeypatch, argv, message):
+    monkeypatch.chdir(Path(__file__).parents[1])
+    assert message in fails(capsys, *argv)
+    assert not Path("x").exists() and not Path("nowhere").exists()
+
+
+def test_bad_data_names_its_place_and_leaves_nothing(inputs, tmp_path, capsys):
+    (tmp_path / "bad.jsonl").write_text('{"prompt": "a", "chosen": "b", "rejected": "c"}\n{"prompt": "a", "cho\n')
+    argv = [*arguments(inputs), f"--config.data.train={tmp_path / 'bad.jsonl'}", f"--workdir={tmp_path / 'run'}"]
+    error = fails(capsys, "train", *argv)
+    assert "bad.jsonl:2" in error and not (tmp_path / "run").exists()
