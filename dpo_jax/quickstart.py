@@ -187,7 +187,7 @@ def preferences(seed: int, *, held_out: bool) -> Iterator[Preference]:
       seed: any integer; equal seeds give equal pairs on every platform.
       held_out: which side of the split to draw from.
     """
-    rng = random.Random(seed)
+    rng = random.Random(2 * seed + held_out)  # two streams, or both sides would share their answers
     combinations = [
         (thing, request)
         for (i, thing), (j, request) in itertools.product(enumerate(THINGS), enumerate(REQUESTS))

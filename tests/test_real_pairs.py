@@ -96,14 +96,14 @@ def folded_pairs(models, family, count):
 
 def model_of(family):
     """A model whose numbers are of ordinary size, so that log-probs are no accident of tiny weights."""
-    rotary = dict(rotary_dim=8) if family == "llama" else dict(rotary_dim=2, norm="layernorm", gated=False)
+    rotary = dict(rotary_dim=16) if family == "llama" else dict(rotary_dim=4, norm="layernorm", gated=False)
     shape = DecoderConfig(
         vocab_size=VOCABULARY,
         width=64,
-        layers=3,
-        heads=8,
-        kv_heads=4 if family == "llama" else 8,
-        head_dim=8,
+        layers=2,
+        heads=4,
+        kv_heads=2 if family == "llama" else 4,
+        head_dim=16,
         mlp_width=128,
         max_positions=2048,
         parallel_residual=family == "gpt_neox",
