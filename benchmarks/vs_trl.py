@@ -120,11 +120,12 @@ def run_trl(work: Path, args: argparse.Namespace) -> dict[str, Any]:
     import datasets
     import torch
     import transformers
-    import trl
+    from trl.trainer.dpo_config import DPOConfig
+    from trl.trainer.dpo_trainer import DPOTrainer
 
     losses, starts, positions = [], [], {"policy": 0, "reference": 0}
 
-    class Recorded(trl.DPOTrainer):
+    class Recorded(DPOTrainer):
         def _get_train_sampler(self, dataset=None):
             return torch.utils.data.SequentialSampler(dataset if dataset is not None else self.train_dataset)
 
@@ -141,7 +142,7 @@ def run_trl(work: Path, args: argparse.Namespace) -> dict[str, Any]:
         return hook
 
     model = transformers.AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32)
-    settings = trl.DPOConfig(
+    settings = DPOConfig(
         output_dir=str(work / "trl"),
         per_device_train_batch_size=args.pairs,
         max_steps=args.steps,
@@ -162,8 +163,9 @@ def run_trl(work: Path, args: argparse.Namespace) -> dict[str, Any]:
         train_dataset=datasets.load_dataset("json", data_files=args.pairs_file, split="train"),
         processing_class=transformers.AutoTokenizer.from_pretrained(args.model),
     )
-    trainer.model.register_forward_pre_hook(count("policy"), with_kwargs=True)
-    trainer.ref_model.register_forward_pre_hook(count("reference"), with_kwargs=True)
+    for kind, module in (("policy", trainer.model), ("reference", trainer.ref_model)):
+        assert isinstance(module, torch.nn.Module)
+        module.register_forward_pre_hook(count(kind), with_kwargs=True)
     trainer.train()
     starts.append(time.perf_counter())
     return {

@@ -23,6 +23,7 @@ def get_config(arg: str = ""):
     config.train.batch_pairs = 64
     config.sft.learning_rate = 5e-7
     config.optimizer.name = "rmsprop"
+    config.optimizer.b2 = 0.99  # torch's default, which the paper's code leaves
     config.optimizer.learning_rate = 5e-7
     config.optimizer.schedule = "constant"
     config.optimizer.warmup_steps = 150

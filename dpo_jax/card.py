@@ -56,8 +56,12 @@ def model_card(
 
 
 def _words(options: Mapping[str, object]) -> str:
-    return ", ".join(f"{key} {value:g}" if isinstance(value, float) else f"{key} {value}" for key, value in options.items())
+    return ", ".join(
+        f"{key} {value:g}" if isinstance(value, float) else f"{key} {value}" for key, value in options.items()
+    )
 
 
 def _names(spec: str) -> str:
-    return ", ".join(Path(part.strip()).name if Path(part.strip()).exists() else part.strip() for part in spec.split(","))
+    return ", ".join(
+        Path(part.strip()).name if Path(part.strip()).exists() else part.strip() for part in spec.split(",")
+    )

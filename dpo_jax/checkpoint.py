@@ -21,9 +21,7 @@ class Checkpoints:
         options = ocp.CheckpointManagerOptions(
             max_to_keep=None if read_only else keep, read_only=read_only, create=not read_only
         )
-        self._manager = ocp.CheckpointManager(
-            Path(folder).absolute(), options=options, item_names=("state", "record")
-        )
+        self._manager = ocp.CheckpointManager(Path(folder).absolute(), options=options, item_names=("state", "record"))
 
     def latest_step(self) -> int | None:
         """Updates made at the newest whole checkpoint; None if there is none."""

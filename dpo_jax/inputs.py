@@ -1,4 +1,4 @@
-"""What a run reads before it computes: recipe inputs, tokenizer, architecture and tokenised pairs. No device is touched."""
+"""What a run reads before it touches a device: recipe inputs, tokenizer, architecture and tokenised pairs."""
 
 from __future__ import annotations
 

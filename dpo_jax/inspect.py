@@ -15,7 +15,6 @@ from dpo_jax.data.order import make_order
 from dpo_jax.data.pairs import PairSet
 from dpo_jax.inputs import Inputs
 from dpo_jax.programs import ACCELERATOR_POSITIONS, CPU_POSITIONS
-from dpo_jax.types import InputError
 
 BAR, BINS, SAMPLED_STEPS = 40, 8, 64
 PADDED_PAIRS = 8  # pairs in the padded batches that packing is compared with

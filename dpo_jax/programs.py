@@ -47,9 +47,7 @@ def make_programs(config: Config, inputs: Inputs) -> Programs:
         row_length=config.data.row_length,
         row_multiple=sharding.row_shards(mesh),
     )
-    update_shape = choose(
-        pairs=config.train.batch_pairs, rows=config.train.microbatch_rows, target_positions=positions
-    )
+    update_shape = choose(pairs=config.train.batch_pairs, rows=config.train.microbatch_rows, target_positions=positions)
     # Without a backward pass far more rows fit.
     score_shape = choose(
         pairs=reference.PART_PAIRS,

@@ -98,7 +98,7 @@ def run_pass(
     """
     check_identity(folder, identity)
     known = read_store(folder)
-    named = [(pairs, lengths, _names(keys), np.isfinite(given).all(1)) for pairs, lengths, keys, given in sets]
+    named = [(pairs, lengths, _names(keys), _given(given)) for pairs, lengths, keys, given in sets]
     needed = {name for _, _, names, has_value in named for name in names[~has_value]}
     total = len(needed - known.keys())
     found, scored, passes = len(needed) - total, 0, 0
@@ -129,6 +129,11 @@ def run_pass(
 def _names(keys: np.ndarray) -> np.ndarray:
     """Keys as they stand in the store, in hexadecimal."""
     return np.array([key.tobytes().hex() for key in keys])
+
+
+def _given(values: np.ndarray) -> np.ndarray:
+    """Which pairs came with both values."""
+    return np.asarray(np.isfinite(values).all(1))
 
 
 def _write_manifest(folder: Path, identity: dict[str, Any]) -> None:

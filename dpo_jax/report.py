@@ -10,7 +10,6 @@ import numpy as np
 
 from dpo_jax import sharding
 from dpo_jax.config import Config
-from dpo_jax.data import layout
 from dpo_jax.inputs import Inputs
 from dpo_jax.programs import Programs
 from dpo_jax.trackers import say
@@ -36,9 +35,7 @@ def cuts(report: Mapping[str, Any]) -> str:
     return f"{report['prompts_cut']} prompts and {report['answers_cut']} answers cut; {dropped or 'no row dropped'}"
 
 
-def describe_run(
-    config: Config, inputs: Inputs, programs: Programs, params: Any, start: int, total: int
-) -> None:
+def describe_run(config: Config, inputs: Inputs, programs: Programs, params: Any, start: int, total: int) -> None:
     """The run's size: parameters, mesh, shapes, steps."""
     count = sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(params))
     mesh = " x ".join(f"{axis} {size}" for axis, size in programs.mesh.shape.items())

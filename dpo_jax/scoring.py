@@ -3,7 +3,7 @@ the evaluation and the reference pass share, so that at step 0 the policy is the
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import jax

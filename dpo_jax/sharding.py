@@ -79,7 +79,8 @@ def partition(name: str, shape: Sequence[int], axis_sizes: Any) -> P:
     if len(spec) != len(shape):  # such as the factored moments of adafactor
         return P()
     fits = [
-        axis if axis is not None and size % axis_sizes[axis] == 0 else None for axis, size in zip(spec, shape, strict=True)
+        axis if axis is not None and size % axis_sizes[axis] == 0 else None
+        for axis, size in zip(spec, shape, strict=True)
     ]
     return P(*fits)
 

@@ -75,9 +75,9 @@ def make_train_step(
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         losses = loss_fn(policy, batch.reference, lengths=batch.lengths)
-        metrics = pair_metrics(
-            losses, policy, batch.reference, batch.lengths, present, beta=beta, token_sums=aux
-        ) | {"grad_norm": optax.tree.norm(grads)}
+        metrics = pair_metrics(losses, policy, batch.reference, batch.lengths, present, beta=beta, token_sums=aux) | {
+            "grad_norm": optax.tree.norm(grads)
+        }
         return TrainState(state.step + 1, params, opt_state), metrics
 
     return step

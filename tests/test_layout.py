@@ -1,5 +1,7 @@
 """A pair's layout against its drawing, and what packing must never change."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 
@@ -110,7 +112,7 @@ def test_pair_longer_than_a_row_is_refused():
 
 
 def choose(lengths, **changes):
-    settings = dict(pairs=64, row_length=None, rows=None, row_multiple=1, target_positions=1024)
+    settings: dict[str, Any] = dict(pairs=64, row_length=None, rows=None, row_multiple=1, target_positions=1024)
     return layout.choose_shape(np.asarray(lengths), **settings | changes)
 
 

@@ -82,6 +82,7 @@ def peak_bytes(tokens, vocab):
     rows = Rows(*(jax.ShapeDtypeStruct((1, tokens), jnp.int32) for _ in Rows._fields))
     grad = jax.grad(lambda h, w, rows: logprobs.completion_logps(h, w, rows, pairs=2)[0].sum(), (0, 1))
     memory = jax.jit(grad).lower(*args, rows).compile().memory_analysis()
+    assert memory is not None
     return memory.temp_size_in_bytes - 6 * 4 * vocab * width  # less copies of the head and of its gradient
 
 

@@ -96,19 +96,21 @@ def folded_pairs(models, family, count):
 
 def model_of(family):
     """A model whose numbers are of ordinary size, so that log-probs are no accident of tiny weights."""
-    rotary = dict(rotary_dim=16) if family == "llama" else dict(rotary_dim=4, norm="layernorm", gated=False)
+    llama = family == "llama"
     shape = DecoderConfig(
         vocab_size=VOCABULARY,
         width=64,
         layers=2,
         heads=4,
-        kv_heads=2 if family == "llama" else 4,
+        kv_heads=2 if llama else 4,
         head_dim=16,
         mlp_width=128,
         max_positions=2048,
-        parallel_residual=family == "gpt_neox",
-        activation="silu" if family == "llama" else "gelu",
-        **rotary,
+        rotary_dim=16 if llama else 4,
+        norm="rmsnorm" if llama else "layernorm",
+        gated=llama,
+        parallel_residual=not llama,
+        activation="silu" if llama else "gelu",
     )
     return shape, jax.jit(lambda key: jax.tree.map(lambda x: 4 * x, decoder.init(key, shape)))(jax.random.key(0))
 
@@ -147,13 +149,16 @@ def test_packed_and_shared_equals_each_completion_alone(models, family, dtype, b
         shape, params = model_of(family)
         params = jax.tree.map(lambda x: x.astype(dtype), params)
         grid = layout.choose_shape(
-            layout.unit_lengths(lengths, "shared"), pairs=250, row_length=None, rows=2, row_multiple=1, target_positions=1
+            layout.unit_lengths(lengths, "shared"),
+            pairs=250,
+            row_length=None,
+            rows=2,
+            row_multiple=1,
+            target_positions=1,
         )
         score = jax.jit(steps.make_score_step(scorer(shape, jnp.dtype(dtype), 250), has_aux=True))
         packed = np.zeros((1000, 2))
-        for part in scoring.score_pairs(
-            functools.partial(score, params), some, lengths, shape=grid, layout="shared"
-        ):
+        for part in scoring.score_pairs(functools.partial(score, params), some, lengths, shape=grid, layout="shared"):
             packed[part.indices] = part.logps
         single = np.zeros((1000, 2))
         one = jax.jit(scorer(shape, jnp.dtype(dtype), 8))
@@ -195,7 +200,9 @@ def test_gradient_of_a_packed_batch_equals_that_of_completions_alone(models, fam
         ours, theirs = jax.jit(jax.grad(packed))(params), jax.jit(jax.grad(single))(params)
     finally:
         jax.config.update("jax_enable_x64", False)
-    distance = [np.linalg.norm(a - b) / np.linalg.norm(b) for a, b in zip(*map(jax.tree.leaves, (ours, theirs)), strict=True)]
+    distance = [
+        np.linalg.norm(a - b) / np.linalg.norm(b) for a, b in zip(*map(jax.tree.leaves, (ours, theirs)), strict=True)
+    ]
     print(f"{family} {dtype}: largest relative distance of a leaf's gradient {max(distance):.2e}")
     assert max(distance) < bound
 
@@ -215,7 +222,9 @@ def test_rows_are_full_and_compute_a_quarter_of_padded_batches(models):
 
 @pytest.mark.parametrize("family", SHAPES)
 def test_hh_recipe_trains_resumes_and_exports(models, tmp_path, family):
-    fields = dict(family=family, train__batch_pairs=8, train__steps=4, checkpoint__every_steps=2, optimizer__warmup_steps=1)
+    fields = dict(
+        family=family, train__batch_pairs=8, train__steps=4, checkpoint__every_steps=2, optimizer__warmup_steps=1
+    )
     chosen = configured(models, **fields)
     with pytest.MonkeyPatch.context() as patch:
         saved = train.Checkpoints.save

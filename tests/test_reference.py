@@ -75,7 +75,10 @@ def test_values_follow_pairs_not_rows(tmp_path):
 
 def test_new_pairs_alone_are_scored(tmp_path):
     run(tmp_path / "r", make_set(10))
-    both = [np.concatenate([a, b]) if isinstance(a, np.ndarray) else a + b for a, b in zip(make_set(10), make_set(3, 1))]
+    both = [
+        np.concatenate([a, b]) if isinstance(a, np.ndarray) else a + b
+        for a, b in zip(make_set(10), make_set(3, 1), strict=True)
+    ]
     done, calls = run(tmp_path / "r", tuple(both))
     assert (done.stored, done.scored, calls <= 3) == (10, 3, True)
     np.testing.assert_allclose(done.values[0], values_of(both[0]))

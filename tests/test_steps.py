@@ -113,8 +113,9 @@ def test_mesh_shape_changes_nothing(whole, sizes):
     mesh = sharding.make_mesh(*sizes)
     batch = make_batch(random_pairs(), 8)
     tx = optax.sgd(0.1)
-    state = jax.device_put(steps.init_state(params(), tx), sharding.shardings(mesh, jax.eval_shape(
-        lambda: steps.init_state(params(), tx))))
+    state = jax.device_put(
+        steps.init_state(params(), tx), sharding.shardings(mesh, jax.eval_shape(lambda: steps.init_state(params(), tx)))
+    )
     found = jax.jit(make_step(tx=tx))(state, sharding.put(batch, mesh))
     assert_same_update((found[0].params, found[1]), whole["sigmoid"])
 
@@ -139,7 +140,12 @@ def test_reported_gradient_norm_is_that_of_the_mean_loss():
 
 def test_gradients_of_bfloat16_parameters_are_summed_in_float32():
     seen = []
-    spy = optax.GradientTransformation(lambda p: (), lambda g, s, p=None: (seen.append(jax.tree.leaves(g)) or g, s))
+
+    def update(updates, state, params=None):
+        seen.append(jax.tree.leaves(updates))
+        return updates, state
+
+    spy = optax.GradientTransformation(lambda params: (), update)
     low = jax.tree.map(lambda x: x.astype(jnp.bfloat16), params())
     state, _ = jax.eval_shape(make_step(tx=spy), steps.init_state(low, spy), make_batch(random_pairs(), 1))
     assert {g.dtype for g in seen[0]} == {jnp.dtype("float32")}

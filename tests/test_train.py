@@ -141,7 +141,9 @@ def test_interrupted_run_goes_on_bit_for_bit(finished, inputs, tmp_path, monkeyp
 
 def test_second_run_on_the_same_data_makes_no_reference_pass(finished, inputs, tmp_path, monkeypatch, capsys):
     # Another learning rate, the same model and data. Weights loaded for scoring would be a reference pass.
-    config = make_config(inputs, reference__path=str(finished / "reference"), optimizer__learning_rate=1e-3, data__eval="")
+    config = make_config(
+        inputs, reference__path=str(finished / "reference"), optimizer__learning_rate=1e-3, data__eval=""
+    )
     forwards = []
     real = programs.make_programs
 

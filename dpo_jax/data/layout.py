@@ -181,12 +181,11 @@ def _choose_rows(lengths: np.ndarray, pairs: int, row_length: int, multiple: int
     drawn = [rng.choice(lengths, pairs) for _ in range(SAMPLED_BATCHES)]
     needed = np.array([len(fill_rows(batch, row_length)) for batch in drawn])
     full = {rows: needed.sum() / (-(-needed // rows) * rows).sum() for rows in range(multiple, most + 1, multiple)}
-    return max((rows for rows in full if full[rows] >= FULL_ENOUGH), default=max(full, key=full.get, default=multiple))
+    enough = [rows for rows in full if full[rows] >= FULL_ENOUGH]
+    return max(enough, default=max(full, key=lambda rows: full[rows], default=multiple))
 
 
-def collate(
-    pairs: Sequence[Encoded], reference: np.ndarray | None, shape: Shape, *, layout: str
-) -> Batch:
+def collate(pairs: Sequence[Encoded], reference: np.ndarray | None, shape: Shape, *, layout: str) -> Batch:
     """Packs at most `shape.pairs` pairs into one batch of fixed shape.
 
     Args:

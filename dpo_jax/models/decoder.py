@@ -6,7 +6,7 @@ file a model is the nested dict of arrays that `DecoderConfig` documents, and th
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -36,12 +36,12 @@ class Run(nn.Module):
     implementation: str = "auto"
 
     @property
-    def fields(self):
+    def fields(self) -> dict[str, Any]:
         return dict(
             config=self.config, dtype=self.dtype, param_dtype=self.param_dtype, implementation=self.implementation
         )
 
-    def dense(self, name, features, bias, axis=-1):
+    def dense(self, name: str, features: Any, bias: bool, axis: Any = -1) -> nn.DenseGeneral:
         return nn.DenseGeneral(
             features,
             axis=axis,
@@ -135,7 +135,7 @@ class Decoder(Run):
             block,
             variable_axes={"params": 0},
             split_rngs={"params": True},
-            in_axes=nn.broadcast,
+            in_axes=cast(Any, nn.broadcast),  # typed as an int
             length=self.config.layers,
         )
         x, _ = blocks(**self.fields, name="blocks")(x, rotation, key_start, key_end)
@@ -170,7 +170,7 @@ def rotate(x: Float[Array, "R S H d"], rotation) -> Float[Array, "R S H d"]:
 def init(key: Array, config: DecoderConfig, *, dtype: Any = jnp.float32) -> dict:
     """Random parameters, normal with standard deviation 0.02, in the tree that `DecoderConfig` documents."""
     rows = jnp.zeros((1, 1), jnp.int32)
-    return Decoder(config, dtype, dtype).init(key, rows, rows, rows, rows + 1)["params"]
+    return dict(Decoder(config, dtype, dtype).init(key, rows, rows, rows, rows + 1)["params"])
 
 
 def forward(
@@ -196,7 +196,7 @@ def forward(
       implementation: of attention, see `attention`.
     """
     module = Decoder(config, dtype, implementation=implementation, remat=remat)
-    return module.apply({"params": params}, tokens, positions, key_start, key_end)
+    return cast(jax.Array, module.apply({"params": params}, tokens, positions, key_start, key_end))
 
 
 def head(params: dict) -> Float[Array, "V D"]:
