@@ -3,14 +3,14 @@
     dpo-jax train --config=configs/quickstart.py --workdir=runs/quickstart
 
 It makes pairs of answers from a help desk with a known reward, a tokenizer and a random Llama of 1.7M parameters
-(dpo_jax/quickstart.py), fine-tunes that on the chosen answers, scores the reference, runs one epoch of DPO, evaluates on
-requests that training never saw, and exports. No accelerator is needed.
+(dpo_jax/quickstart.py), fine-tunes that on the chosen answers, scores the reference, runs one epoch of DPO, evaluates
+on requests that training never saw, and exports. No accelerator is needed.
 """
 
 from dpo_jax.config import base
 
 
-def get_config(arg: str = ""):
+def get_config():
     config = base()
     config.prepare = "dpo_jax.quickstart:prepare"
     config.model.path = "{workdir}/inputs/model"
@@ -26,8 +26,8 @@ def get_config(arg: str = ""):
     config.sft.learning_rate = 3e-3
     config.sft.warmup_steps = 10
     config.train.batch_pairs = 32
-    config.train.microbatch_rows = 8  # two microbatches of 16 pairs, none of them padding
-    config.optimizer.learning_rate = 1e-4
+    config.train.microbatch_rows = 4  # four microbatches of eight pairs, with no row left over
+    config.optimizer.learning_rate = 2e-4
     config.optimizer.warmup_steps = 10
     # A model this small soon writes nonsense as it leaves its reference: 0.5 holds it five times closer than 0.1.
     config.loss.beta = 0.5

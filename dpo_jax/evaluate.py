@@ -18,9 +18,27 @@ from dpo_jax.scoring import score_pairs
 from dpo_jax.types import Batch, Pairs
 
 
+def make_summary(loss_fn: Callable[..., jax.Array]) -> Callable[..., dict[str, jax.Array]]:
+    """Returns `summary(policy, reference, lengths, token_sums)`, the metrics of a whole set as one small program."""
+
+    @jax.jit
+    def summary(policy: Any, reference: Any, lengths: Any, token_sums: Any) -> dict[str, jax.Array]:
+        return pair_metrics(
+            loss_fn(policy, reference, lengths=lengths),
+            policy,
+            reference,
+            lengths,
+            jnp.ones(len(policy), bool),
+            beta=reward_scale(loss_fn),
+            token_sums=token_sums,
+        )
+
+    return summary
+
+
 def evaluate(
     score: Callable[[Batch], tuple[Any, dict[str, Any]]],
-    loss_fn: Callable[..., jax.Array],
+    summary: Callable[..., dict[str, jax.Array]],
     pairs: Pairs,
     lengths: Int[np.ndarray, "N 3"],
     reference: Float[np.ndarray, "N 2"],
@@ -31,6 +49,12 @@ def evaluate(
     """Metrics of `pair_metrics` over all pairs, named `eval/...`, with `eval/pairs` and `eval_time_s`.
 
     Every mean is over the set as a whole, so batching does not change it.
+
+    Args:
+      score: a host batch to (logps [P, 2], token sums), such as a jitted score step with its parameters bound.
+      summary: of `make_summary`.
+      lengths: token counts of prompt, chosen and rejected.
+      reference: stored log-probs in nats; not read by reference-free losses.
     """
     started = time.perf_counter()
     logps = np.zeros((len(lengths), 2), np.float32)
@@ -39,17 +63,6 @@ def evaluate(
         logps[part.indices] = part.logps
         for name, values in part.token_sums.items():
             sums.setdefault(name, np.zeros_like(logps))[part.indices] = values
-    policy, stored = jnp.asarray(logps), jnp.asarray(reference, jnp.float32)
-    answers = jnp.asarray(lengths[:, 1:])
-    losses = loss_fn(policy, stored, lengths=answers)
-    found = pair_metrics(
-        losses,
-        policy,
-        stored,
-        answers,
-        jnp.ones(len(lengths), bool),
-        beta=reward_scale(loss_fn),
-        token_sums={name: jnp.asarray(values) for name, values in sums.items()},
-    )
+    found = summary(logps, np.asarray(reference, np.float32), np.asarray(lengths[:, 1:]), sums)
     named = {f"eval/{name}": float(value) for name, value in found.items()}
     return named | {"eval/pairs": len(lengths), "eval_time_s": time.perf_counter() - started}

@@ -135,7 +135,11 @@ def first_state(
     if step is None:
         params = load_params(config, inputs, mesh) if params is None else params
         placed = sharding.shardings(mesh, jax.eval_shape(lambda p: init_state(p, tx), params))
-        return jax.jit(lambda p: init_state(p, tx), out_shardings=placed, donate_argnums=0)(params)
+
+        def first(params: Any) -> TrainState:
+            return init_state(params, tx)
+
+        return jax.jit(first, out_shardings=placed, donate_argnums=0)(params)
     assert inputs.train is not None
     saved = checkpoints.record(step)["data"]
     if saved != inputs.train.digest:

@@ -21,7 +21,7 @@ from dpo_jax.checkpoint import Checkpoints
 from dpo_jax.config import Config
 from dpo_jax.data import layout
 from dpo_jax.data.order import epoch_size, make_order
-from dpo_jax.evaluate import evaluate
+from dpo_jax.evaluate import evaluate, make_summary
 from dpo_jax.inputs import Inputs
 from dpo_jax.models import hf_files, hf_io
 from dpo_jax.report import before_and_after, describe_data, describe_run, one_line
@@ -88,6 +88,7 @@ def train(config: Config, inputs: Inputs, folder: Path, total: int) -> None:
     shape, mesh = built.update_shape, built.mesh
     reference, params = reference_of(config, inputs, folder, built)
     tx, schedule = run_inputs.optimizer_of(config, total_steps=total)
+    rate, summary = jax.jit(schedule), make_summary(run_inputs.loss_of(config))
     checkpoints = Checkpoints(folder / "checkpoints", keep=config.checkpoint.keep)
     state = programs.first_state(config, inputs, mesh, tx, checkpoints, params)
     del params  # donated to the state: from here on one model is held
@@ -126,7 +127,7 @@ def train(config: Config, inputs: Inputs, folder: Path, total: int) -> None:
             return
         row = evaluate(
             functools.partial(built.score, state.params),
-            run_inputs.loss_of(config),
+            summary,
             inputs.eval,
             inputs.eval.lengths,
             reference[1],
@@ -162,7 +163,7 @@ def train(config: Config, inputs: Inputs, folder: Path, total: int) -> None:
             flush()
             if step % config.log.every_steps == 0 or step + 1 == total:
                 counts = layout.work_counts(batch, inputs.train.lengths[chosen], config.data.layout)
-                place = {"epoch": step * shape.pairs / epoch, "learning_rate": float(schedule(step))}
+                place = {"epoch": step * shape.pairs / epoch, "learning_rate": float(rate(step))}
                 pending.append((step, metrics, place | counts))
             if (step + 1) % config.checkpoint.every_steps == 0 or step + 1 == total:
                 flush()
@@ -253,7 +254,7 @@ def evaluate_checkpoint(config: Config, folder: Path) -> dict[str, float]:
     reference, _ = reference_of(config, inputs, folder, built)
     row = evaluate(
         functools.partial(built.score, params),
-        run_inputs.loss_of(config),
+        make_summary(run_inputs.loss_of(config)),
         inputs.eval,
         inputs.eval.lengths,
         reference[-1],

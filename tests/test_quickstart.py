@@ -101,11 +101,11 @@ def test_pairs_are_a_function_of_the_seed_alone():
 def test_pairs_are_the_same_on_every_platform():
     assert draw(0, 1) == [
         quickstart.Preference(
-            prompt="PROMPT",
-            chosen="CHOSEN",
-            rejected="REJECTED",
-            chosen_reward=0,
-            rejected_reward=0,
+            prompt="Customer: Hi there, we got a white radio as a gift. I want to exchange it.\nDesk:",
+            chosen=" With the white radio, any of our shops can exchange it for you. I would rather watch football.",
+            rejected=" About the red guitar: your warranty card is inside the box. We have no time for nonsense.",
+            chosen_reward=3,
+            rejected_reward=-2,
         )
     ]
 
@@ -139,12 +139,19 @@ def test_pairs_are_readable_text(train):
             assert "  " not in answer
 
 
+def test_held_out_pairs_are_drawn_on_their_own(train, held_out):
+    # From one stream of random numbers the two sides would have the same answers, one after another.
+    repeated = {(pair.chosen, pair.rejected) for pair in train} & {(pair.chosen, pair.rejected) for pair in held_out}
+    assert not repeated
+
+
 def test_pairs_come_from_more_than_100_000_texts():
-    articles = len(quickstart.COLOURS) * len(quickstart.THINGS)
-    prompts = len(quickstart.GREETINGS) * len(quickstart.STORIES) * articles * 4 * len(quickstart.REQUESTS)
+    q = quickstart
+    questions = sum(len(questions) for questions, _ in q.REQUESTS.values())
+    prompts = len(q.GREETINGS) * len(q.STORIES) * len(q.COLOURS) * len(q.THINGS) * questions
     assert prompts > 100_000
-    # Drawn evenly: among 20,000 prompts, few were drawn before, though each is skipped if it was.
-    assert len({pair.chosen for pair in draw(1, 20_000)}) > 15_000
+    # And they are drawn evenly: 5,000 draws from N texts, N >> 5,000, hold about 5,000 - 5,000^2 / 2N different ones.
+    assert len({pair.chosen for pair in draw(1, 5_000)}) > 4_000
 
 
 def test_length_does_not_tell_the_better_answer(train, tokenizer):
@@ -223,14 +230,14 @@ def test_prepare_writes_a_model_and_its_tokenizer(few, tmp_path):
     assert hf["eos_token_id"] == tokenizer.eos_token_id == 0
     params = hf_io.load_params(folder, shape)
     kernel = params["blocks"]["mlp"]["up"]["kernel"]
-    assert kernel.std() == pytest.approx(0.06, rel=0.02) and abs(kernel.mean()) < 1e-3
+    assert kernel.std() == pytest.approx(quickstart.INIT_STD, rel=0.01) and abs(kernel.mean()) < 1e-3
     assert (params["blocks"]["attention_norm"]["scale"] == 1).all() and (params["final_norm"]["scale"] == 1).all()
     tokens = jnp.arange(4)[None]
     hidden = decoder.forward(params, shape, tokens, tokens, 0 * tokens, tokens + 1)
     assert jnp.isfinite(hidden).all()
 
 
-def test_prepare_makes_the_same_files_everywhere(few, tmp_path):
+def test_prepare_makes_the_same_files_each_time(few, tmp_path):
     for name in ("first", "second"):
         quickstart.prepare(tmp_path / name)
     for name in quickstart.FILES:

@@ -1,8 +1,10 @@
 """Whole runs: what they write, how they resume, and what they refuse."""
 
 import json
+import re
 import shutil
 
+import jax
 import numpy as np
 import pytest
 import transformers
@@ -187,6 +189,18 @@ def test_reference_of_something_else_is_refused(finished, inputs, tmp_path, part
     with pytest.raises(InputError, match=rf"reference log-probs of another {part} \("):
         train.run(config, tmp_path / "run")
     assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+def test_a_run_compiles_three_programs_of_the_model(inputs, tmp_path, caplog):
+    jax.config.update("jax_log_compiles", True)
+    try:
+        train.run(make_config(inputs, eval__every_steps=2), tmp_path / "run")
+    finally:
+        jax.config.update("jax_log_compiles", False)
+    compiled = re.findall(r"Compiling jit\((\w+)\)", caplog.text)
+    ours = {"step", "score", "first"}
+    assert sorted(name for name in compiled if name in ours) == sorted(ours)
+    assert len(compiled) < 40 and compiled.count("summary") == 1
 
 
 def test_reference_command_leaves_train_nothing_to_score(inputs, tmp_path, capsys):

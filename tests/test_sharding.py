@@ -1,0 +1,80 @@
+"""The mesh and the rules that lay parameters across it."""
+
+import jax
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec as P
+
+from dpo_jax import sharding, steps
+from dpo_jax.models import decoder
+from dpo_jax.models.config import DecoderConfig
+from dpo_jax.optim import make_optimizer
+from dpo_jax.types import InputError
+
+CONFIG = DecoderConfig(
+    vocab_size=64,
+    width=32,
+    layers=2,
+    heads=4,
+    kv_heads=2,
+    head_dim=8,
+    mlp_width=64,
+    max_positions=64,
+    qkv_bias=True,
+    output_bias=True,
+    mlp_bias=True,
+    norm="layernorm",
+)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "filled"),
+    [((1, -1, 1), (1, 8, 1)), ((2, -1, 2), (2, 2, 2)), ((-1, 2, 1), (4, 2, 1)), ((1, 1, 8), (1, 1, 8))],
+)
+def test_mesh_takes_what_is_left(sizes, filled):
+    assert sharding.mesh_shape(sizes, 8) == filled
+    assert tuple(sharding.make_mesh(*sizes).shape.values()) == filled
+
+
+@pytest.mark.parametrize("sizes", [(1, 4, 1), (3, -1, 1), (2, 8, 1)])
+def test_mesh_that_does_not_cover_the_devices_is_refused(sizes):
+    with pytest.raises(InputError, match="on 8 devices; expected sizes whose product is 8"):
+        sharding.mesh_shape(sizes, 8)
+
+
+def test_every_matrix_and_its_moments_are_cut_and_no_norm_is():
+    mesh = sharding.make_mesh(1, 4, 2)
+    tx, _ = make_optimizer(
+        name="adamw",
+        learning_rate=1e-3,
+        schedule="constant",
+        warmup_steps=0,
+        weight_decay=0.0,
+        clip_norm=0.0,
+        b1=0.9,
+        b2=0.999,
+        eps=1e-8,
+        total_steps=10,
+    )
+    state = jax.eval_shape(lambda: steps.init_state(decoder.init(jax.random.key(0), CONFIG), tx))
+    placed = jax.tree_util.tree_flatten_with_path(sharding.shardings(mesh, state))[0]
+    for path, place in placed:
+        name = jax.tree_util.keystr(path)
+        cut = {axis for axis in place.spec if axis}
+        if "kernel" in name or "embedding" in name:
+            assert cut == {"fsdp", "tensor"}, name
+        elif "norm" in name:
+            assert not cut, name
+    assert sum("kernel" in jax.tree_util.keystr(path) for path, _ in placed) == 3 * 7
+
+
+def test_axis_that_does_not_divide_a_dimension_is_left_out():
+    sizes = {"replica": 1, "fsdp": 4, "tensor": 2}
+    assert sharding.partition("blocks/attention/k/kernel", (2, 32, 1, 8), sizes) == P(None, "fsdp", None, None)
+    assert sharding.partition("embed/embedding", (63, 32), sizes) == P(None, "fsdp")
+
+
+def test_bytes_of_a_placed_array_are_those_one_device_holds():
+    mesh = sharding.make_mesh(1, 8, 1)
+    array = jax.device_put(np.zeros((64, 2), np.float32), jax.sharding.NamedSharding(mesh, P("fsdp")))
+    assert sharding.bytes_per_device({"a": array}) == 64 * 2 * 4 // 8
