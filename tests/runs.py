@@ -9,8 +9,8 @@ from tests import hf_folders
 TRAIN_PAIRS, EVAL_PAIRS, STEPS = 40, 12, 6
 
 
-def make_inputs(folder, *, train_pairs=TRAIN_PAIRS, eval_pairs=EVAL_PAIRS, hf=None):
-    """Writes train.jsonl, eval.jsonl and model/ into the folder."""
+def make_inputs(folder, *, train_pairs=TRAIN_PAIRS, eval_pairs=EVAL_PAIRS, base=hf_folders.LLAMA):
+    """Writes train.jsonl, eval.jsonl and model/, of the family of `base`, into the folder."""
     folder.mkdir(parents=True, exist_ok=True)
     pairs = {
         "train": list(itertools.islice(quickstart.preferences(0, held_out=False), train_pairs)),
@@ -19,8 +19,8 @@ def make_inputs(folder, *, train_pairs=TRAIN_PAIRS, eval_pairs=EVAL_PAIRS, hf=No
     for name, rows in pairs.items():
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row._asdict()) + "\n" for row in rows))
     tokenizer = quickstart.train_tokenizer(text for row in pairs["train"] for text in row[:3])
-    shape = dict(vocab_size=quickstart.VOCAB_SIZE, head_dim=8, max_position_embeddings=256, num_hidden_layers=2)
-    hf_folders.save(folder / "model", hf_folders.LLAMA | shape | dict(eos_token_id=0) | (hf or {}))
+    shape = dict(vocab_size=quickstart.VOCAB_SIZE, max_position_embeddings=256, num_hidden_layers=2, eos_token_id=0)
+    hf_folders.save(folder / "model", base | shape)
     tokenizer.save_pretrained(folder / "model")
     return folder
 
