@@ -26,7 +26,6 @@ def get_config():
     config.sft.learning_rate = 3e-3
     config.sft.warmup_steps = 10
     config.train.batch_pairs = 32
-    config.train.microbatch_rows = 4  # four microbatches of eight pairs, with no row left over
     config.optimizer.learning_rate = 2e-4
     config.optimizer.warmup_steps = 10
     # A model this small soon writes nonsense as it leaves its reference: 0.5 holds it five times closer than 0.1.
