@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from dpo_jax.types import InputError
+from dpo_jax.types import InputError, check_choice
 
 Loss = Callable[..., Array]
 
@@ -123,10 +123,7 @@ def make_loss(name: str, options: dict[str, Any]) -> Loss:
 
     Raises: InputError for an unknown name, an option the loss does not have, or a value out of range.
     """
-    if name not in LOSSES:
-        raise InputError(
-            "config.loss.name", got=f"got {name!r}", expected=f"one of {', '.join(LOSSES)}", remedy="Name one of these."
-        )
+    check_choice("config.loss.name", name, LOSSES)
     known = options_of(LOSSES[name])
     for option in options:
         if option not in known:

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import optax
 
 from dpo_jax.config import Optimizer
-from dpo_jax.types import InputError
+from dpo_jax.types import InputError, check_choice
 
 Schedule = Callable[[Any], jax.Array]
 
@@ -77,8 +77,7 @@ def make_optimizer(
     Raises: InputError for an unknown name, or for an option that the optimizer does not have and that is not at
       its default.
     """
-    if name not in OPTIMIZERS:
-        raise _unknown("name", name, OPTIMIZERS)
+    check_choice("config.optimizer.name", name, OPTIMIZERS)
     transform, options = OPTIMIZERS[name]
     given = {"b1": b1, "b2": b2, "eps": eps}
     for option, value in given.items():
@@ -107,8 +106,7 @@ def make_schedule(name: str, peak: float, *, warmup_steps: int, total_steps: int
     Raises: InputError for an unknown name.
     Source: transformers.optimization.get_{constant,linear,cosine}_schedule_with_warmup.
     """
-    if name not in DECAYS:
-        raise _unknown("schedule", name, DECAYS)
+    check_choice("config.optimizer.schedule", name, DECAYS)
 
     def rate(step: Any) -> jax.Array:
         step = jnp.asarray(step, jnp.float32)
@@ -135,9 +133,3 @@ def _in_float32(tx: optax.GradientTransformation) -> optax.GradientTransformatio
         return tx.update(optax.tree.cast(updates, jnp.float32), state, optax.tree.cast(params, jnp.float32))
 
     return optax.GradientTransformation(init, update)
-
-
-def _unknown(field: str, got: str, known: dict[str, Any]) -> InputError:
-    return InputError(
-        f"config.optimizer.{field}", got=repr(got), expected=f"one of {', '.join(known)}", remedy="Choose one of them."
-    )

@@ -46,7 +46,7 @@ def describe_run(config: Config, inputs: Inputs, programs: Programs, params: Any
     )
     say(
         f"steps {start} to {total} of {shape.pairs} pairs, packed into rows of {shape.row_length} positions, "
-        f"{shape.rows} rows at a time; two programs to compile, one for updates and one for scoring"
+        f"{shape.rows} rows at a time; three programs of the model to compile: update, scoring, first state"
     )
 
 

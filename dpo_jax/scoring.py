@@ -15,7 +15,7 @@ from dpo_jax.data.layout import Shape, collate, unit_lengths
 from dpo_jax.logprobs import completion_logps
 from dpo_jax.models import decoder
 from dpo_jax.models.config import DecoderConfig
-from dpo_jax.types import Batch, InputError, Pairs
+from dpo_jax.types import Batch, Pairs
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "float16": jnp.float16}
 
@@ -27,13 +27,6 @@ class Scored(NamedTuple):
     logps: Float[np.ndarray, "n 2"]  # nats, summed over the answer
     token_sums: dict[str, Float[np.ndarray, "n 2"]]
     forward_passes: int
-
-
-def check_dtype(field: str, name: str, *, auto: bool) -> None:
-    """Raises InputError unless `name` is a compute or parameter type."""
-    valid = [*DTYPES, "auto"] if auto else [*DTYPES]
-    if name not in valid:
-        raise InputError(field, got=f"got {name!r}", expected=f"one of {', '.join(valid)}", remedy="Set one of these.")
 
 
 def compute_dtype(name: str) -> Any:

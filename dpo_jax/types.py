@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterable
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
@@ -15,6 +16,15 @@ class InputError(ValueError):
     def __init__(self, place: str, *, got: str, expected: str, remedy: str):
         self.place, self.got, self.expected, self.remedy = place, got, expected, remedy
         super().__init__(f"{place}: {got}; expected {expected}. {remedy}")
+
+
+def check_choice(place: str, value: str, valid: Iterable[str]) -> None:
+    """Raises InputError unless `value`, which stands at `place`, is one of the valid names."""
+    names = list(valid)
+    if value not in names:
+        raise InputError(
+            place, got=f"got {value!r}", expected=f"one of {', '.join(names)}", remedy="Name one of these."
+        )
 
 
 class Row(NamedTuple):

@@ -137,8 +137,3 @@ def test_shape_spreads_rows_over_all_devices():
 def test_shape_that_cannot_be_is_refused(changes, message):
     with pytest.raises(InputError, match=message):
         choose([700], **changes)
-
-
-def test_unknown_layout_is_refused():
-    with pytest.raises(InputError, match="config.data.layout: got 'packed'"):
-        layout.check_layout("packed")

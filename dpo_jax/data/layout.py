@@ -54,17 +54,6 @@ class Unit(NamedTuple):
     side: Int[np.ndarray, "T"]
 
 
-def check_layout(layout: str) -> None:
-    """Raises InputError unless `layout` names one."""
-    if layout not in LAYOUTS:
-        raise InputError(
-            "config.data.layout",
-            got=f"got {layout!r}",
-            expected=" or ".join(map(repr, LAYOUTS)),
-            remedy="Set one of these.",
-        )
-
-
 def unit_lengths(lengths: Int[np.ndarray, "N 3"], layout: str) -> Int[np.ndarray, "N"]:
     """Positions each pair takes, from its prompt, chosen and rejected token counts."""
     prompts = 1 if layout == "shared" else 2

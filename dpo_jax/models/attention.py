@@ -10,21 +10,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from dpo_jax.types import InputError
+from dpo_jax.types import check_choice
 
 IMPLEMENTATIONS = ("auto", "xla")
 QUERY_BLOCK = 512  # queries whose scores are alive at once on the XLA path; bounds memory at S * QUERY_BLOCK
-
-
-def check_implementation(name: str) -> None:
-    """Raises InputError unless `name` is an attention implementation."""
-    if name not in IMPLEMENTATIONS:
-        raise InputError(
-            "config.model.attention",
-            got=f"got {name!r}",
-            expected=" or ".join(map(repr, IMPLEMENTATIONS)),
-            remedy="Set one of these.",
-        )
 
 
 def attention(
@@ -47,7 +36,7 @@ def attention(
     Returns: the weighted values in v's dtype; the softmax itself is computed in float32 or wider.
     Raises: InputError for an unknown implementation.
     """
-    check_implementation(implementation)
+    check_choice("config.model.attention", implementation, IMPLEMENTATIONS)
     rows, queries, heads, width = q.shape
     q = q.reshape(rows, queries, k.shape[2], heads // k.shape[2], width) * width**-0.5
     block = _query_block(queries)

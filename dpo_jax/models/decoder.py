@@ -13,9 +13,9 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Float, Int
 
-from dpo_jax.models.attention import attention, check_implementation
+from dpo_jax.models.attention import IMPLEMENTATIONS, attention
 from dpo_jax.models.config import DecoderConfig
-from dpo_jax.types import InputError
+from dpo_jax.types import check_choice
 
 REMAT = ("none", "block")
 ACTIVATIONS = {
@@ -206,11 +206,5 @@ def head(params: dict) -> Float[Array, "V D"]:
 
 def check_options(*, remat: str, implementation: str) -> None:
     """Raises InputError unless both name something this decoder can do."""
-    check_implementation(implementation)
-    if remat not in REMAT:
-        raise InputError(
-            "config.model.remat",
-            got=f"got {remat!r}",
-            expected=" or ".join(map(repr, REMAT)),
-            remedy="Set one of these.",
-        )
+    check_choice("config.model.attention", implementation, IMPLEMENTATIONS)
+    check_choice("config.model.remat", remat, REMAT)
