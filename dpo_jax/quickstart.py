@@ -5,7 +5,7 @@ down in `reward`, so that a run can be judged by the truth and not by its loss a
 
     prompt     Customer: Hello, I bought a blue kettle last week. How do I get a refund?\\nDesk:
     chosen      Thank you for asking us. For your blue kettle, the refund reaches your card in five days.
-    rejected    For your red ladder, the refund reaches your card in five days. It is your own fault anyway.
+    rejected    For your red lamp, the refund reaches your card in five days. It is your own fault anyway.
 
 Every answer has the same make-up (a sentence that answers and a remark, in either order) drawn from lists whose
 entries are equally long, so that length does not tell the better answer.
@@ -50,8 +50,8 @@ MODEL = {  # the config.json of the model, but for the id of EOS
     "hidden_act": "silu",
     "tie_word_embeddings": False,
 }
-# Large models start at 0.02. This is near 1 / sqrt(width), and with it copying a word from the prompt, which is what
-# the task is about, is learnt in some 80 updates; with 0.02 it was not in 150.
+# Large models start at 0.02. This is near 1 / sqrt(width), and with it copying words from the prompt, which is what the
+# task is about, is learnt within 100 updates; from 0.02, colours still are not after 200.
 INIT_STD = 0.06
 # What `prepare` leaves in WORKDIR/inputs.
 FILES = (
