@@ -91,7 +91,7 @@ def prepare(config: Config, workdir: Path) -> None:
 
 
 def load_inputs(config: Config, *, training: bool) -> Inputs:
-    """Reads and checks everything that needs no device.
+    """Reads and checks everything that needs no device; without rejected answers where the loss compares none.
 
     Args:
       config: with its paths resolved.
@@ -110,7 +110,7 @@ def load_inputs(config: Config, *, training: bool) -> Inputs:
         if not spec:
             return None
         data = config.data
-        return load(
+        found = load(
             spec,
             split=split,
             format=data.format,
@@ -122,6 +122,7 @@ def load_inputs(config: Config, *, training: bool) -> Inputs:
             on_bad_row=data.on_bad_row,
             cache_dir=data.cache_dir,
         )
+        return found.without_rejected() if losses.reward_scale(loss_of(config)) is None else found
 
     found = Inputs(
         name=config.model.path,

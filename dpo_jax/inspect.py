@@ -47,12 +47,11 @@ def example(pairs: PairSet, tokenizer: Any, index: int) -> list[str]:
         return "|".join(tokenizer.decode([int(i)]) for i in ids).replace("\n", "\\n")
 
     pair = pairs[index]
-    return [
-        f"--- {pairs.place(index)}",
-        f"prompt, {len(pair.prompt)} tokens:             {text(pair.prompt)}",
-        f"chosen, {len(pair.chosen)} tokens, scored:     {text(pair.chosen)}",
-        f"rejected, {len(pair.rejected)} tokens, scored: {text(pair.rejected)}",
-    ]
+    shown = [f"--- {pairs.place(index)}", f"prompt, {len(pair.prompt)} tokens:             {text(pair.prompt)}"]
+    for name, answer in (("chosen", pair.chosen), ("rejected", pair.rejected)):
+        if len(answer):  # an objective such as sft reads no rejected one
+            shown.append(f"{f'{name}, {len(answer)} tokens, scored:':<31}{text(answer)}")
+    return shown
 
 
 def cuts(pairs: PairSet) -> list[str]:

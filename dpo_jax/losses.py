@@ -148,7 +148,7 @@ def options_of(loss: Loss) -> dict[str, Any]:
 
 
 def reward_scale(loss: Loss) -> float | None:
-    """beta, which turns log-ratios into rewards; None for a loss without one."""
+    """beta, which turns log-ratios into rewards; None for a loss that compares no answers and so has none."""
     return options_of(loss).get("beta")
 
 

@@ -23,7 +23,8 @@ def pair_metrics(
 
     Args:
       losses: one per pair, masked here, after the nonlinearity.
-      beta: scale of the rewards; None: the loss has no rewards and none are reported.
+      beta: scale of the rewards; None: the loss compares no answers, and neither rewards nor anything of the rejected
+        ones is reported.
       token_sums: quantities summed over an answer's tokens, reported as means over all tokens of that side.
     """
     weight = present.astype(policy.dtype)
@@ -42,9 +43,9 @@ def pair_metrics(
             "rewards/margins": mean(margins),
             "rewards/accuracies": mean((margins > 0).astype(policy.dtype)),
         }
-    found |= {"logps/chosen": mean(policy[:, 0]), "logps/rejected": mean(policy[:, 1])}
     tokens = jnp.maximum(jnp.where(present[:, None], lengths, 0).sum(0), 1)
-    for name, sums in (token_sums or {}).items():
-        means = jnp.where(present[:, None], sums, 0).sum(0) / tokens
-        found |= {f"{name}/chosen": means[0], f"{name}/rejected": means[1]}
+    for side, name in enumerate(("chosen", "rejected") if beta is not None else ("chosen",)):
+        found[f"logps/{name}"] = mean(policy[:, side])
+        for quantity, sums in (token_sums or {}).items():
+            found[f"{quantity}/{name}"] = jnp.where(present, sums[:, side], 0).sum() / tokens[side]
     return found

@@ -66,9 +66,10 @@ def make_logps_fn(config: Config, inputs: Inputs, dtype: Any, *, pairs: int) -> 
     )
 
 
-def make_update(config: Config, inputs: Inputs, programs: Programs, tx: Any, state: TrainState) -> Any:
+def make_update(
+    config: Config, inputs: Inputs, programs: Programs, loss_fn: losses.Loss, tx: Any, state: TrainState
+) -> Any:
     """The jitted update: the state is donated and stays where it is on the mesh."""
-    loss_fn = run_inputs.loss_of(config)
     logps_fn = make_logps_fn(config, inputs, programs.dtype, pairs=programs.update_shape.pairs)
     step = make_train_step(logps_fn, loss_fn, tx, beta=losses.reward_scale(loss_fn), has_aux=True)
     return jax.jit(step, donate_argnums=0, out_shardings=(jax.tree.map(lambda x: x.sharding, state), None))

@@ -51,7 +51,7 @@ def make_train_step(
         microbatch of `batch.rows`, holds, and finite values for the others.
       loss_fn: `(policy, reference, *, lengths) -> [P]`.
       tx: the optimizer; it sees float32 gradients.
-      beta: scale of the reported rewards; None reports none.
+      beta: scale of the reported rewards; None: `loss_fn` compares no answers, see `pair_metrics`.
       has_aux: `logps_fn` returns `(logps, {name: [P, 2] sums over answer tokens})`, reported as means over tokens.
     Returns: the step. Its metrics describe the parameters that enter it: those of `pair_metrics` and `grad_norm`,
       the global norm before any clipping.

@@ -88,11 +88,12 @@ def train(config: Config, inputs: Inputs, folder: Path, total: int) -> None:
     shape, mesh = built.update_shape, built.mesh
     reference, params = reference_of(config, inputs, folder, built)
     tx, schedule = run_inputs.optimizer_of(config, total_steps=total)
-    rate, summary = jax.jit(schedule), make_summary(run_inputs.loss_of(config))
+    loss_fn = run_inputs.loss_of(config)
+    rate, summary = jax.jit(schedule), make_summary(loss_fn)
     checkpoints = Checkpoints(folder / "checkpoints", keep=config.checkpoint.keep)
     state = programs.first_state(config, inputs, mesh, tx, checkpoints, params)
     del params  # donated to the state: from here on one model is held
-    update = programs.make_update(config, inputs, built, tx, state)
+    update = programs.make_update(config, inputs, built, loss_fn, tx, state)
     start = int(state.step)
     order = make_order(
         inputs.train.source,

@@ -227,7 +227,9 @@ def test_supervised_stage_comes_first_and_is_its_own_reference(inputs, tmp_path)
     train.run(config, tmp_path / "run")
     stage = read_rows(tmp_path / "run" / "sft" / "metrics.jsonl")
     assert stage[-1]["loss"] < stage[0]["loss"] - 0.05
-    assert not any(name.startswith("rewards/") for name in stage[0])
+    assert not any(name.startswith("rewards/") or name.endswith("/rejected") for name in stage[0])
+    # Nor is a rejected answer computed: what is real is the prompts and the chosen answers.
+    assert stage[0]["tokens_real"] < 0.75 * read_rows(tmp_path / "run" / "metrics.jsonl")[0]["tokens_real"]
     first = read_rows(tmp_path / "run" / "metrics.jsonl")[0]
     assert first["loss"] == pytest.approx(np.log(2), abs=1e-5)
     # What the second stage starts from is what the first one ended with.

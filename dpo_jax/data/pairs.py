@@ -81,6 +81,10 @@ class PairSet:
         ends = start + np.cumsum(self.lengths[i])
         return Encoded(*(self.tokens[a:b] for a, b in zip((start, *ends), ends, strict=False)))
 
+    def without_rejected(self) -> PairSet:
+        """The same pairs with no token in their rejected answers, for an objective that does not read them."""
+        return dataclasses.replace(self, lengths=self.lengths * np.array([1, 1, 0], np.int32))
+
     def place(self, i: int) -> str:
         """Where a pair comes from, such as `prefs.jsonl:17`."""
         return f"{self.names[self.source[i]]}:{self.numbers[i]}"
