@@ -15,7 +15,6 @@ def get_config(arg: str = ""):
     config = base()
     config.data.train = "Anthropic/hh-rlhf:train"
     config.data.eval = "Anthropic/hh-rlhf:test"
-    config.data.format = "hh"
     config.data.on_bad_row = "skip"  # some transcripts end in an empty answer, or in the same one twice
     config.data.max_length = 512
     config.data.max_prompt_length = 256

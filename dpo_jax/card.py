@@ -31,8 +31,9 @@ def model_card(
       steps: updates made.
       final: the row of the last evaluation; empty where there was none.
     """
-    hub = not Path(base).exists()
-    name = base if hub else Path(base).resolve().name
+    folder = Path(base).expanduser()
+    hub = not folder.exists()
+    name = base if hub else folder.resolve().name
     head = ["---", "library_name: transformers", "pipeline_tag: text-generation", "tags:", "- dpo_jax"]
     head += [f"base_model: {json.dumps(base)}"] if hub else []
     rows = {
@@ -62,6 +63,11 @@ def _words(options: Mapping[str, object]) -> str:
 
 
 def _names(spec: str) -> str:
-    return ", ".join(
-        Path(part.strip()).name if Path(part.strip()).exists() else part.strip() for part in spec.split(",")
-    )
+    """A data specification with the names of files and folders in place of their paths."""
+
+    def name(part: str) -> str:
+        path, star, weight = part.strip().partition("*")
+        found = Path(path).expanduser()
+        return (found.resolve().name if found.exists() else path) + star + weight
+
+    return ", ".join(map(name, spec.split(",")))

@@ -41,6 +41,11 @@ class Checkpoints:
         args = ocp.args.Composite(state=ocp.args.StandardRestore(like))
         return self._manager.restore(step, args=args)["state"]
 
+    def restore_params(self, step: int, like: Any) -> Any:
+        """The parameters of that step alone, placed as `like`."""
+        args = ocp.args.Composite(state=ocp.args.PyTreeRestore({"params": like}, partial_restore=True))
+        return self._manager.restore(step, args=args)["state"]["params"]
+
     def close(self) -> None:
         """Waits until everything is on disk."""
         self._manager.wait_until_finished()

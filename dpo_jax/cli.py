@@ -21,7 +21,8 @@ dpo-jax COMMAND --config=configs/NAME.py [--config.section.field=value ...] --wo
   reference  only the reference pass, into reference.path
   evaluate   metrics of the newest checkpoint of DIR on data.eval, as JSON
   inspect    what the data looks like once rendered, tokenised, cut and packed; touches no device
-  export     the newest checkpoint of DIR as a Hugging Face folder, into --out (default DIR/export)
+  export     the newest checkpoint of DIR as a Hugging Face folder, into --out (default DIR/export, or DIR/export-STEP
+             while the run goes on)
 
 evaluate and export read DIR/config.json where no --config is given. The fields are listed in README.md.
 """
@@ -42,18 +43,22 @@ def main(argv: Sequence[str] | None = None) -> None:
                 expected=f"one of {', '.join(COMMANDS)}",
                 remedy="See dpo-jax --help.",
             )
-        command(*_parse([argv[0], *argv[2:]], needs_config=argv[1] not in OF_A_RUN))
+        if "" not in sys.path:
+            sys.path.insert(0, "")  # as `python -m` has it: a configuration may name a module beside it
+        command(*_parse(argv[1], [argv[0], *argv[2:]]))
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
 
 
-def _parse(argv: list[str], *, needs_config: bool) -> tuple[Config, Path, flags.FlagValues]:
+def _parse(command: str, argv: list[str]) -> tuple[Config, Path, flags.FlagValues]:
     values = flags.FlagValues()
     configs.define_flags(argv, values)
     flags.DEFINE_string("workdir", None, "working folder of the run", flag_values=values)
-    flags.DEFINE_string("out", None, "export: folder to write", flag_values=values)
-    flags.DEFINE_integer("pairs", 3, "inspect: pairs to show", lower_bound=0, flag_values=values)
+    if command == "export":
+        flags.DEFINE_string("out", None, "folder to write", flag_values=values)
+    if command == "inspect":
+        flags.DEFINE_integer("pairs", 3, "pairs to show", lower_bound=0, flag_values=values)
     rest = configs.parse_flags(argv, values)[1:]
     if rest:
         raise InputError(
@@ -62,7 +67,7 @@ def _parse(argv: list[str], *, needs_config: bool) -> tuple[Config, Path, flags.
     if not values["workdir"].value:
         raise InputError("--workdir", got="not given", expected="a folder", remedy="Give for example --workdir=runs/1.")
     workdir = Path(values["workdir"].value)
-    if values["config"].value is None and not needs_config:
+    if values["config"].value is None and command in OF_A_RUN:
         from dpo_jax.workdir import read_config
 
         return read_config(workdir), workdir, values
@@ -99,7 +104,8 @@ def _inspect(config: Config, workdir: Path, values: Any) -> None:
 def _export(config: Config, workdir: Path, values: Any) -> None:
     from dpo_jax import train
 
-    train.export_checkpoint(config, workdir, Path(values["out"].value or workdir / "export"))
+    out = values["out"].value
+    train.export_checkpoint(config, workdir, Path(out) if out else None)
 
 
 COMMANDS: dict[str, Callable[[Config, Path, Any], None]] = {

@@ -34,8 +34,8 @@ from dpo_jax.types import InputError
 @dataclasses.dataclass(frozen=True)
 class Model:
     path: str = ""  # Hugging Face folder or Hub id; required
-    dtype: str = "auto"  # compute: float32 | bfloat16 | float16; auto: bfloat16 on accelerators, float32 on CPU
-    param_dtype: str = "float32"  # parameters and optimizer state: float32 | bfloat16
+    dtype: str = "auto"  # compute: float32 | bfloat16; auto: bfloat16 on accelerators, float32 on CPU
+    param_dtype: str = "float32"  # parameters: float32 | bfloat16, rounded at random; optimizer state is float32
     remat: str = "none"  # none | block: recompute each block's activations in the backward pass
     attention: str = "auto"  # auto | xla
 
@@ -48,7 +48,7 @@ class Tokenizer:
 @dataclasses.dataclass(frozen=True)
 class Data:
     train: str = ""  # path or Hub id (owner/name:split), or several: "a.jsonl,b.parquet*0.5"; required to train
-    eval: str = ""  # the same form; empty means no evaluation
+    eval: str = ""  # the same form, without weights; empty means no evaluation
     format: str = "auto"  # auto | plain | chat | hh
     shuffle: bool = True  # a new order each epoch, from seed; false: file order
     max_length: int = 1024  # tokens of prompt and answer together, >= 2
@@ -157,7 +157,7 @@ class Config:
 RESUMABLE = (
     "model.remat model.attention data.cache_dir train.microbatch_rows reference.path reference.microbatch_rows "
     "eval.every_steps checkpoint.every_steps checkpoint.keep mesh.replica mesh.fsdp mesh.tensor log.every_steps "
-    "log.tensorboard log.wandb export.dtype"
+    "log.tensorboard log.wandb"
 ).split()
 
 Rule = tuple[Callable[[Any], object], str]  # whether a value will do, and what will, in words
@@ -185,7 +185,7 @@ _RULES: tuple[tuple[str, Rule], ...] = (  # what the comments above say; an unse
     ("optimizer.b1 optimizer.b2", _within(0, 1)),
     ("mesh.replica mesh.fsdp mesh.tensor", _AXIS),
     ("model.path", (bool, "a Hugging Face folder or Hub id")),
-    ("model.dtype", _one_of("auto", "float32", "bfloat16", "float16")),
+    ("model.dtype", _one_of("auto", "float32", "bfloat16")),  # float16 loses most gradients of the head to underflow
     ("model.param_dtype", _one_of("float32", "bfloat16")),
     ("data.truncate_prompt", _one_of("keep_end", "keep_start", "error")),
     ("data.on_bad_row", _one_of("error", "skip")),
@@ -250,10 +250,11 @@ def from_json(text: str, place: str) -> Config:
     return _checked(fields, f"{place}: config")
 
 
-def changed(old: Config, new: Config) -> list[str]:
-    """Fields that differ and may not when a run resumes, as `optimizer.b1: 0.9 -> 0.95`."""
+def changed(old: Config, new: Config, fields: Sequence[str] | None = None) -> list[str]:
+    """Of `fields`, or of all that may not differ when a run resumes, those that do, as `optimizer.b1: 0.9 -> 0.95`."""
     before, after = _flat(old), _flat(new)
-    names = [name for name in before if name not in RESUMABLE and before[name] != after[name]]
+    fields = [name for name in before if name not in RESUMABLE] if fields is None else fields
+    names = [name for name in fields if before[name] != after[name]]
     return [f"{name}: {before[name]!r} -> {after[name]!r}" for name in names]
 
 
@@ -314,21 +315,25 @@ def _unknown(name: str, known: Iterable[str]) -> tuple[str, str, str]:
 def define_flags(argv: Sequence[str] | None = None, flag_values: flags.FlagValues = flags.FLAGS) -> None:
     """Defines --config and, as ml_collections does, --config.SECTION.FIELD for what `argv` (sys.argv) overrides."""
     help_text = "recipe configs/NAME.py[:ARG], or the config.json of a run"
-    config_flags.DEFINE_config_file("config", None, help_text, flag_values, sys_argv=list(argv or sys.argv))
+    argv = _check_overrides(list(sys.argv if argv is None else argv), flag_values)
+    config_flags.DEFINE_config_file("config", None, help_text, flag_values, sys_argv=_with_values(argv))
     flag_values["config"].parser = _Source()  # theirs reads Python only, and answers with tracebacks
 
 
 def parse_flags(argv: Sequence[str] | None = None, flag_values: flags.FlagValues = flags.FLAGS) -> list[str]:
     """Parses the `argv` given to `define_flags`; returns what is no flag. Raises: InputError for all that fails."""
-    argv = list(sys.argv if argv is None else argv)
-    _check_overrides(flag_values.read_flags_from_files(argv, force_gnu=False))
+    argv = _check_overrides(list(sys.argv if argv is None else argv), flag_values)
     try:
-        return flag_values(argv)
+        rest = flag_values(_with_values(argv))
     except flags.Error as error:
         if isinstance(error.__context__, InputError):  # absl turns what _Source raised into its own error
             raise error.__context__ from None
         expected, remedy = "a flag that exists and a value of its type", "See dpo-jax --help."
         raise InputError("command line", got=str(error), expected=expected, remedy=remedy) from None
+    config = flag_values["config"].value
+    if config is not None:
+        config.update_from_flattened_dict({match[1]: None for arg in argv if (match := _UNSET.fullmatch(arg))})
+    return rest
 
 
 def from_flags(flag_values: flags.FlagValues = flags.FLAGS) -> Config:
@@ -346,9 +351,25 @@ def load(source: str, overrides: Sequence[str] = ()) -> Config:
     return from_flags(flag_values)
 
 
-def _check_overrides(argv: Sequence[str]) -> None:
-    """Raises InputError for an override of a field that does not exist, or before there is a config to override."""
-    names = [match[1] for arg in argv if (match := re.match(r"--?(?:no)?config\.([^=]+)", arg))]
+_UNSET = re.compile(r"--?config\.([^=]+)=None")
+
+
+def _with_values(argv: Sequence[str]) -> list[str]:
+    """The arguments less those that unset a field: absl's parsers know no None."""
+    return [arg for arg in argv if not _UNSET.fullmatch(arg)]
+
+
+def _check_overrides(argv: list[str], flag_values: flags.FlagValues) -> list[str]:
+    """The arguments, with those of flag files in place.
+
+    Raises: InputError for an override of a field that does not exist, one that unsets a field which always has a value,
+      or one without a config to override.
+    """
+    try:
+        argv = flag_values.read_flags_from_files(argv, force_gnu=False)
+    except flags.Error as error:
+        raise InputError("--flagfile", got=str(error), expected="a readable file", remedy="Check the path.") from None
+    names = [match[1] for arg in argv if (match := re.match(r"--?(?:no)?config\.([^=]*)", arg))]
     fields = _flat(Config())
     for name in names:
         if name not in fields:
@@ -356,8 +377,13 @@ def _check_overrides(argv: Sequence[str]) -> None:
             known = [field for field in fields if field.partition(".")[0] == head]
             got, expected, remedy = _unknown(name, known) if known else _unknown(head, _kinds(Config))
             raise InputError(f"--config.{name}", got=got, expected=expected, remedy=remedy)
+    for name in [match[1] for arg in argv if (match := _UNSET.fullmatch(arg))]:
+        if fields[name] is not None:  # the fields that may be unset are those that are so by default
+            remedy = f"Leave it out for the recipe's value; the default is {fields[name]!r}."
+            raise InputError(f"--config.{name}", got="None", expected="a value", remedy=remedy)
     if names and not any(re.match(r"--?config(=|$)", arg) for arg in argv):
         raise _no_config("--config", f"not given, but --config.{names[0]} is")
+    return argv
 
 
 def _no_config(place: str, got: str) -> InputError:
@@ -378,7 +404,12 @@ class _Source(flags.ArgumentParser):
             get_config = runpy.run_path(path).get("get_config")
             if get_config is None:
                 raise _no_config(path, "no function get_config")
-            return get_config(*args).lock()
+            config = get_config(*args)
+            if not isinstance(config, config_dict.ConfigDict) or not set(_kinds(Config)) <= set(config):
+                got = f"get_config returns {config!r:.80}"
+                expected, remedy = "dpo_jax.config.base() with fields changed", "Begin it with config = base()."
+                raise InputError(path, got=got, expected=expected, remedy=remedy)
+            return config.lock()
         except InputError:
             raise
         except Exception as error:

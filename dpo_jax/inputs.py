@@ -38,13 +38,29 @@ class Inputs:
         """The sets of pairs that there are."""
         return [pairs for pairs in (self.train, self.eval) if pairs is not None]
 
-    def unit_lengths(self, name: str) -> np.ndarray:
-        """Positions of every pair of every set in the named layout."""
-        return np.concatenate([layout.unit_lengths(pairs.lengths, name) for pairs in self.sets])
+    @property
+    def digests(self) -> dict[str, str | None]:
+        """Of each set of pairs, what tells it from any other; None where there is none."""
+        sets = {"train": self.train, "eval": self.eval}
+        return {name: None if pairs is None else pairs.digest for name, pairs in sets.items()}
+
+    def unit_room(self, name: str) -> np.ndarray:
+        """What every pair of every set takes of a row in the named layout."""
+        return np.concatenate([layout.unit_room(pairs.lengths, name) for pairs in self.sets])
 
 
 def resolve_paths(config: Config, workdir: Path) -> Config:
-    """Puts the working folder where text fields say `{workdir}`."""
+    """Puts the working folder where text fields say `{workdir}`.
+
+    Raises: InputError if `data.train` or `data.eval` say so and would read a part of its path as something else.
+    """
+    if {*",*"} & {*str(workdir)} and "{workdir}" in config.data.train + config.data.eval:
+        raise InputError(
+            "--workdir",
+            got=f"{str(workdir)!r}, and the data lie in it",
+            expected="a path without ',' and '*', which separate and weigh data",
+            remedy="Name another.",
+        )
 
     def fill(value: Any) -> Any:
         if dataclasses.is_dataclass(value) and not isinstance(value, type):
@@ -122,6 +138,7 @@ def load_inputs(config: Config, *, training: bool) -> Inputs:
             on_bad_row=data.on_bad_row,
             cache_dir=data.cache_dir,
         )
+        check_pairs(config, found, split)
         return found.without_rejected() if losses.reward_scale(loss_of(config)) is None else found
 
     found = Inputs(
@@ -144,10 +161,38 @@ def load_inputs(config: Config, *, training: bool) -> Inputs:
     return found
 
 
+def check_pairs(config: Config, pairs: PairSet, split: str) -> None:
+    """Raises InputError for what a set of pairs has and the run could only ignore."""
+    given = pairs.report["reference_given"]
+    if given and config.sft.steps:
+        raise InputError(
+            "config.sft.steps",
+            got=f"got {config.sft.steps}, and {given} pairs bring reference log-probs, of the model before those steps",
+            expected="0, or pairs without: the reference is the model after them",
+            remedy="Take the columns ref_chosen_logps and ref_rejected_logps away, or set sft.steps to 0.",
+        )
+    for source, weight in enumerate(pairs.weights):
+        name = pairs.names[source]
+        if split == "test" and weight != 1:
+            raise InputError(
+                "config.data.eval",
+                got=f"weight {weight:g} of {name}",
+                expected="no weights: an evaluation takes every pair once",
+                remedy="Leave the weight off.",
+            )
+        if not epoch_size(np.zeros(np.sum(pairs.source == source), int), [weight]):
+            raise InputError(
+                "config.data.train",
+                got=f"weight {weight:g} of {name} leaves none of its pairs in an epoch",
+                expected="a weight that leaves at least one",
+                remedy="Raise the weight or leave the file out.",
+            )
+
+
 def check_lengths(config: Config, inputs: Inputs) -> int:
     """Returns the number of updates: `train.steps`, or the whole batches in `train.epochs` epochs.
 
-    Raises: InputError if an epoch has fewer pairs than a batch of any stage, or rows cannot hold the longest pair.
+    Raises: InputError if an epoch has fewer pairs than a batch of any stage.
     """
     assert inputs.train is not None
     size = epoch_size(inputs.train.source, inputs.train.weights)
@@ -157,7 +202,7 @@ def check_lengths(config: Config, inputs: Inputs) -> int:
             raise InputError(
                 f"config.{section}.batch_pairs",
                 got=f"got {batch_pairs}, and an epoch has {size} pairs",
-                expected=f"at most {size}, so that no pair stands twice in a batch",
+                expected=f"at most {size}",
                 remedy="Lower it, or give more pairs.",
             )
     if config.train.steps is not None:

@@ -11,7 +11,7 @@ import numpy as np
 from dpo_jax import inputs as run_inputs
 from dpo_jax.config import Config
 from dpo_jax.data import layout
-from dpo_jax.data.order import make_order
+from dpo_jax.data.order import epoch_size, make_order
 from dpo_jax.data.pairs import PairSet
 from dpo_jax.inputs import Inputs
 from dpo_jax.programs import ACCELERATOR_POSITIONS, CPU_POSITIONS
@@ -65,6 +65,8 @@ def cuts(pairs: PairSet) -> list[str]:
     ]
     for name, source in zip(pairs.names, report["sources"], strict=True):
         lines.append(f"read as {source['format']}: {name}, {source['pairs']:,} of {source['rows']:,} rows")
+        if source["header_left_out"]:
+            lines.append(f"  its template ends the generation header in {source['header_left_out']!r}, left out here")
     for entry in report["dropped"]:
         lines.append(f"dropped {entry['rows']}: {entry['reason']} (such as {', '.join(entry['places'])})")
     return lines
@@ -103,7 +105,7 @@ def packing(config: Config, inputs: Inputs) -> list[str]:
     found = [f"=== rows of {config.train.batch_pairs} pairs a step, prompt {config.data.layout}, empty rows counted"]
     for backend, target in (("a CPU", CPU_POSITIONS), ("an accelerator", ACCELERATOR_POSITIONS)):
         shape = layout.choose_shape(
-            inputs.unit_lengths(config.data.layout),
+            inputs.unit_room(config.data.layout),
             pairs=config.train.batch_pairs,
             row_length=config.data.row_length,
             rows=config.train.microbatch_rows,
@@ -116,8 +118,8 @@ def packing(config: Config, inputs: Inputs) -> list[str]:
             f"{real / computed:.3f} of them real"
         )
         found.append(
-            f"  {computed / padded:.3f} of the {padded:,} positions of batches of {PADDED_PAIRS} pairs, prompt twice, "
-            "padded to the longest"
+            f"  {computed / padded:.3f} of the {padded:,} positions of batches of {PADDED_PAIRS} pairs, each answer "
+            "after its own prompt and padded to the longest"
         )
     return found
 
@@ -127,13 +129,14 @@ def counts(config: Config, pairs: PairSet, shape: layout.Shape) -> Iterator[tupl
     order = make_order(
         pairs.source, pairs.weights, batch_pairs=shape.pairs, seed=config.seed, shuffle=config.data.shuffle
     )
-    for step in range(min(SAMPLED_STEPS, len(pairs) // shape.pairs)):
+    for step in range(min(SAMPLED_STEPS, epoch_size(pairs.source, pairs.weights) // shape.pairs)):
         tokens = np.asarray(pairs.lengths[order(step)])
-        units = layout.unit_lengths(tokens, config.data.layout)
-        rows = len(layout.fill_rows(units, shape.row_length))
+        rows = len(layout.fill_rows(layout.unit_room(tokens, config.data.layout), shape.row_length))
         longest = tokens[:, 0] + tokens[:, 1:].max(1)
+        answers = int((tokens[:, 1:] > 0).any(0).sum())
         padded = sum(
-            2 * len(group) * group.max()
+            answers * len(group) * group.max()
             for group in (longest[at : at + PADDED_PAIRS] for at in range(0, len(longest), PADDED_PAIRS))
         )
-        yield -(-rows // shape.rows) * shape.rows * shape.row_length, int(units.sum()), int(padded)
+        real = int(layout.unit_lengths(tokens, config.data.layout).sum())
+        yield -(-rows // shape.rows) * shape.rows * shape.row_length, real, int(padded)

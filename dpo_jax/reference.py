@@ -7,9 +7,10 @@ one after the other; a pass that was killed continues after the last of them.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,6 +18,7 @@ import jax
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+import xxhash
 from jaxtyping import Float
 
 from dpo_jax.data.layout import Shape
@@ -44,6 +46,8 @@ def platform() -> str:
 def check_identity(folder: Path, identity: dict[str, Any]) -> None:
     """Raises InputError if a store exists whose identity differs, naming every part that does."""
     manifest = folder / "manifest.json"
+    if folder.exists() and not folder.is_dir():
+        raise InputError(str(folder), got="is a file", expected="a folder, or nothing yet", remedy="Name another.")
     if not manifest.exists():
         if folder.exists() and any(folder.glob("*.parquet")):
             raise InputError(
@@ -53,7 +57,8 @@ def check_identity(folder: Path, identity: dict[str, Any]) -> None:
                 remedy="Point reference.path elsewhere.",
             )
         return
-    stored = json.loads(manifest.read_text())["identity"]
+    with _undamaged(manifest):
+        stored = json.loads(manifest.read_text())["identity"]
     differ = [part for part in stored.keys() | identity.keys() if stored.get(part) != identity.get(part)]
     if differ:
         details = "; ".join(f"{part} was {stored.get(part)}, is {identity.get(part)}" for part in sorted(differ))
@@ -69,10 +74,24 @@ def read_store(folder: Path) -> dict[str, tuple[float, float]]:
     """All finished parts: pair key to (chosen, rejected) log-probs in nats."""
     values: dict[str, tuple[float, float]] = {}
     for part in sorted(folder.glob("part-*.parquet")):
-        table = pq.read_table(part)
+        with _undamaged(part):
+            table = pq.read_table(part)
         columns = (table.column(name).to_pylist() for name in ("key", "chosen", "rejected"))
         values.update((key, (chosen, rejected)) for key, chosen, rejected in zip(*columns, strict=True))
     return values
+
+
+@contextlib.contextmanager
+def _undamaged(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, ValueError, KeyError, TypeError, pa.ArrowException) as error:
+        raise InputError(
+            str(path),
+            got=f"a damaged file ({error})",
+            expected="a file as a reference pass wrote it",
+            remedy="Restore it, or delete the folder to score anew.",
+        ) from error
 
 
 def run_pass(
@@ -142,7 +161,8 @@ def _write_manifest(folder: Path, identity: dict[str, Any]) -> None:
 
 
 def _write_part(folder: Path, values: dict[str, tuple[float, float]]) -> None:
-    taken = [int(part.stem.removeprefix("part-")) for part in folder.glob("part-*.parquet")]
+    # Named by its pairs, so that two runs which share the folder never take each other's place.
+    name = xxhash.xxh3_64_hexdigest("".join(values).encode())
     table = pa.table(
         {
             "key": list(values),
@@ -152,7 +172,7 @@ def _write_part(folder: Path, values: dict[str, tuple[float, float]]) -> None:
     )
     sink = pa.BufferOutputStream()
     pq.write_table(table, sink)
-    _write_whole(folder / f"part-{max(taken, default=-1) + 1:06d}.parquet", sink.getvalue().to_pybytes())
+    _write_whole(folder / f"part-{name}.parquet", sink.getvalue().to_pybytes())
 
 
 def _write_whole(path: Path, content: bytes) -> None:

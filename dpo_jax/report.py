@@ -30,9 +30,11 @@ def describe_data(config: Config, inputs: Inputs) -> None:
 
 
 def cuts(report: Mapping[str, Any]) -> str:
-    """What was cut and dropped, in words."""
+    """What was cut, tokenised apart and dropped, in words."""
     dropped = "; ".join(f"{entry['rows']} rows dropped: {entry['reason']}" for entry in report["dropped"])
-    return f"{report['prompts_cut']} prompts and {report['answers_cut']} answers cut; {dropped or 'no row dropped'}"
+    apart = f"; {report['boundary_split']} pairs tokenised apart" if report["boundary_split"] else ""
+    counts = f"{report['prompts_cut']} prompts and {report['answers_cut']} answers cut{apart}"
+    return f"{counts}; {dropped or 'no row dropped'}"
 
 
 def describe_run(config: Config, inputs: Inputs, programs: Programs, params: Any, start: int, total: int) -> None:

@@ -17,7 +17,7 @@ from dpo_jax.models import decoder
 from dpo_jax.models.config import DecoderConfig
 from dpo_jax.types import Batch, Pairs
 
-DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "float16": jnp.float16}
+DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
 
 class Scored(NamedTuple):

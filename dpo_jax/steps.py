@@ -73,7 +73,7 @@ def make_train_step(
 
         grads, (policy, aux) = _sum_microbatches(grads_of, batch)
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
+        params = apply_updates(state.params, updates, state.step)
         losses = loss_fn(policy, batch.reference, lengths=batch.lengths)
         metrics = pair_metrics(losses, policy, batch.reference, batch.lengths, present, beta=beta, token_sums=aux) | {
             "grad_norm": optax.tree.norm(grads)
@@ -81,6 +81,28 @@ def make_train_step(
         return TrainState(state.step + 1, params, opt_state), metrics
 
     return step
+
+
+def apply_updates(params: Any, updates: Any, step: Int[Array, ""]) -> Any:
+    """The parameters plus their updates, bfloat16 ones rounded up or down at random, in proportion to what is cut off.
+
+    Rounded to nearest, an update below half a spacing (2^-9 of a parameter) would vanish, and with the learning rates
+    of preference training nearly all of them would. At random they add up: the expected sum is exact. The draw is a
+    function of `step`, so that a resumed run repeats it.
+    """
+    leaves, tree = jax.tree.flatten(params)
+    keys = jax.random.split(jax.random.fold_in(jax.random.key(0), step), len(leaves))
+    changes = tree.flatten_up_to(updates)
+    return tree.unflatten([_add(*each) for each in zip(leaves, changes, keys, strict=True)])
+
+
+def _add(param, update, key):
+    if param.dtype != jnp.bfloat16:
+        return (param + update).astype(param.dtype)
+    # A bfloat16 is the upper half of a float32: noise in the lower half carries into it as often as it should.
+    bits = jax.lax.bitcast_convert_type(param.astype(jnp.float32) + update, jnp.uint32)
+    noise = jax.random.bits(key, param.shape, jnp.uint16).astype(jnp.uint32)
+    return jax.lax.bitcast_convert_type((bits + noise) & 0xFFFF0000, jnp.float32).astype(jnp.bfloat16)
 
 
 def make_score_step(logps_fn: LogpsFn, *, has_aux: bool = False) -> Callable[[Any, Batch], tuple[Array, dict]]:

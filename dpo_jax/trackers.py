@@ -91,13 +91,14 @@ class TensorBoardWriter:
         package = _package("tensorboardX", "log.tensorboard")
         self._writer = package.SummaryWriter(
             str(workdir / "tensorboard"),
-            purge_step=resume_step or None,
+            purge_step=resume_step,
             filename_suffix=f".{resume_step}",  # its names differ only by the second, and it overwrites
         )
 
     def write(self, step: int, row: Mapping[str, float]) -> None:
         for name, value in row.items():
             self._writer.add_scalar(name, value, step)
+        self._writer.flush()  # a checkpoint must not be ahead of what is on disk
 
     def close(self) -> None:
         self._writer.close()

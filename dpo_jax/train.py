@@ -45,24 +45,33 @@ def run(config: Config, folder: Path) -> None:
     run_inputs.prepare(config, folder)
     inputs = run_inputs.load_inputs(config, training=True)
     total = run_inputs.check_lengths(config, inputs)
+    step = workdir.check_data(inputs.digests, folder)
     describe_data(config, inputs)
-    if (folder / "export").exists() and workdir.finished_steps(folder) == total:
+    # Nothing but the run that is done writes there: the command `export` keeps away until it is.
+    if (folder / "export").exists() and step == total:
         say(f"{folder} is complete at step {total}; the model is in {folder / 'export'}")
         return
+    built = programs.make_programs(config, inputs)
+    config, inputs = after_sft(given, config, inputs, folder)
+    programs.check_reference(config, inputs, folder, built)
     workdir.claim(given, folder)
-    train(*after_sft(config, inputs, folder), folder, total)
+    train(config, inputs, folder, built, total)
 
 
-def after_sft(config: Config, inputs: Inputs, folder: Path) -> tuple[Config, Inputs]:
+def after_sft(given: Config, config: Config, inputs: Inputs, folder: Path) -> tuple[Config, Inputs]:
     """Runs supervised fine-tuning in `WORKDIR/sft`, a working folder of its own, unless it is done or not asked for.
 
+    Args:
+      given: the configuration as it was before `{workdir}` was filled in.
     Returns: configuration and inputs that go on from the model it exported.
     """
     if not config.sft.steps:
         return config, inputs
     say(f"first: supervised fine-tuning on the chosen answers, in {folder / 'sft'}")
+    # Seen from the stage's own folder, so that both can be moved, or called by another path, together.
+    given = run_inputs.resolve_paths(given, Path("{workdir}") / "..")
     stage = dataclasses.replace(
-        config,
+        given,
         loss=configs.Loss(name="sft"),
         train=dataclasses.replace(config.train, batch_pairs=config.sft.batch_pairs, steps=config.sft.steps),
         optimizer=dataclasses.replace(
@@ -75,16 +84,29 @@ def after_sft(config: Config, inputs: Inputs, folder: Path) -> tuple[Config, Inp
     )
     run(stage, folder / "sft")
     say("then: preference optimization")
+    return from_sft(config, inputs, folder)
+
+
+def from_sft(config: Config, inputs: Inputs, folder: Path) -> tuple[Config, Inputs]:
+    """Configuration and inputs that go on from the model in `WORKDIR/sft/export`.
+
+    Raises: InputError if it should be there and is not.
+    """
+    if not config.sft.steps:
+        return config, inputs
     exported = folder / "sft" / "export"
+    if not exported.exists():
+        raise InputError(
+            str(exported), got="no such folder", expected="the model after sft.steps", remedy="Run train again first."
+        )
     model = dataclasses.replace(config.model, path=str(exported))
     return dataclasses.replace(config, model=model), dataclasses.replace(inputs, folder=exported)
 
 
-def train(config: Config, inputs: Inputs, folder: Path, total: int) -> None:
+def train(config: Config, inputs: Inputs, folder: Path, built: programs.Programs, total: int) -> None:
     """Reference pass, updates, evaluations, checkpoints and export."""
     assert inputs.train is not None
     # What the run computes with.
-    built = programs.make_programs(config, inputs)
     shape, mesh = built.update_shape, built.mesh
     reference, params = reference_of(config, inputs, folder, built)
     tx, schedule = run_inputs.optimizer_of(config, total_steps=total)
@@ -103,7 +125,7 @@ def train(config: Config, inputs: Inputs, folder: Path, total: int) -> None:
         shuffle=config.data.shuffle,
     )
     epoch = epoch_size(inputs.train.source, inputs.train.weights)
-    record = {"config": dataclasses.asdict(config), "data": inputs.train.digest, "version": dpo_jax.__version__}
+    record = {"config": dataclasses.asdict(config), "data": inputs.digests, "version": dpo_jax.__version__}
 
     # Where it writes; what an interrupted run logged after its last checkpoint is dropped, and comes again.
     logs = {name: trackers.JsonlWriter(folder / name) for name in ("metrics.jsonl", "eval.jsonl")}
@@ -235,13 +257,21 @@ def export(
 
 def score_reference(config: Config, folder: Path) -> None:
     """The reference pass alone, into `reference.path`. Raises: InputError as `run` does."""
-    config = run_inputs.resolve_paths(config, folder)
+    given, config = config, run_inputs.resolve_paths(config, folder)
     run_inputs.check_names(config)
+    if config.loss.name in losses.REFERENCE_FREE:
+        raise InputError(
+            "config.loss.name",
+            got=f"{config.loss.name!r}, which reads no reference",
+            expected="a loss that does",
+            remedy="Train without a reference pass.",
+        )
     run_inputs.prepare(config, folder)
     inputs = run_inputs.load_inputs(config, training=False)
     describe_data(config, inputs)
-    config, inputs = after_sft(config, inputs, folder)
-    reference_of(config, inputs, folder, programs.make_programs(config, inputs))
+    built = programs.make_programs(config, inputs)
+    config, inputs = after_sft(given, config, inputs, folder)
+    reference_of(config, inputs, folder, built)
 
 
 def evaluate_checkpoint(config: Config, folder: Path) -> dict[str, float]:
@@ -265,27 +295,43 @@ def evaluate_checkpoint(config: Config, folder: Path) -> dict[str, float]:
     return {"step": step} | row
 
 
-def export_checkpoint(config: Config, folder: Path, out: Path) -> None:
-    """Writes the newest checkpoint in `folder` as a Hugging Face folder. Raises: InputError if there is none."""
+def export_checkpoint(config: Config, folder: Path, out: Path | None) -> None:
+    """Writes the newest checkpoint in `folder` as a Hugging Face folder.
+
+    Args:
+      out: None: `folder`/export, or `folder`/export-STEP until the run has made that itself.
+    Raises: InputError if there is no checkpoint, or `out` is the place of an export that is still to come.
+    """
     config, inputs, _, step, params = open_checkpoint(config, folder)
+    final = folder / "export"
+    out = out or (final if final.exists() else folder / f"export-{step}")
+    if out.resolve() == final.resolve() and not final.exists():
+        raise InputError(
+            str(out),
+            got=f"the place of the finished run's export, and the run is at step {step}",
+            expected="another folder",
+            remedy="Leave --out off, or finish the run.",
+        )
     rows = [row for row in workdir.read_rows(folder / "eval.jsonl") if row["step"] == step]
     export(config, inputs, params, out, rows, step)
 
 
 def open_checkpoint(config: Config, folder: Path) -> tuple[Config, Inputs, programs.Programs, int, Any]:
-    """Configuration, inputs, programs, step and parameters of the newest checkpoint in `folder`."""
-    step = workdir.finished_steps(folder)
+    """Configuration, inputs, programs, step and parameters of the newest checkpoint in `folder`.
+
+    Raises: InputError if there is none, or the configuration names another model than the run's.
+    """
+    workdir.check(config, folder, fields=("model.path", "model.param_dtype", "sft.steps"))
+    config = run_inputs.resolve_paths(config, folder)
+    run_inputs.check_names(config)
+    checkpoints = Checkpoints(folder / "checkpoints", keep=1, read_only=True)
+    step = checkpoints.latest_step()
     if step is None:
         raise InputError(
             str(folder / "checkpoints"), got="no checkpoint", expected="one of a training run", remedy="Train first."
         )
-    config = run_inputs.resolve_paths(config, folder)
-    run_inputs.check_names(config)
-    config, inputs = after_sft(config, run_inputs.load_inputs(config, training=False), folder)
+    config, inputs = from_sft(config, run_inputs.load_inputs(config, training=False), folder)
     built = programs.make_programs(config, inputs)
-    tx, _ = run_inputs.optimizer_of(config, total_steps=1)
-    like = programs.abstract_state(config, inputs, built.mesh, tx)
-    checkpoints = Checkpoints(folder / "checkpoints", keep=1, read_only=True)
-    params = checkpoints.restore(step, like).params
+    params = checkpoints.restore_params(step, programs.abstract_params(config, inputs, built.mesh))
     checkpoints.close()
     return config, inputs, built, step, params

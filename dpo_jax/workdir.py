@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from dpo_jax import config as configs
@@ -12,14 +13,18 @@ from dpo_jax.config import Config
 from dpo_jax.types import InputError
 
 
-def check(config: Config, workdir: Path) -> None:
-    """Raises InputError if the folder holds a run whose configuration makes other updates."""
+def check(config: Config, workdir: Path, *, fields: Sequence[str] | None = None) -> None:
+    """Raises InputError if the folder holds a run whose configuration makes other updates.
+
+    Args:
+      fields: those that must be equal; None: all that change the run.
+    """
     path = workdir / "config.json"
     if workdir.exists() and not workdir.is_dir():
         raise InputError(str(workdir), got="is a file", expected="a folder, or nothing yet", remedy="Name another.")
     if not path.exists():
         return
-    changes = configs.changed(read_config(workdir), config)
+    changes = configs.changed(read_config(workdir), config, fields)
     if changes:
         raise InputError(
             str(path),
@@ -30,10 +35,15 @@ def check(config: Config, workdir: Path) -> None:
 
 
 def claim(config: Config, workdir: Path) -> None:
-    """Writes `config.json`, whole or not at all."""
-    workdir.mkdir(parents=True, exist_ok=True)
+    """Writes `config.json`, whole or not at all. Raises: InputError if the folder cannot be written to."""
     beside = workdir / f".config.json.{os.getpid()}"
-    beside.write_text(configs.to_json(config))
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        beside.write_text(configs.to_json(config))
+    except OSError as error:
+        raise InputError(
+            str(workdir), got=f"cannot be written to ({error})", expected="a folder for the run", remedy="Name another."
+        ) from error
     os.replace(beside, workdir / "config.json")
 
 
@@ -47,16 +57,27 @@ def read_config(workdir: Path) -> Config:
     return configs.from_json(path.read_text(), str(path))
 
 
-def finished_steps(workdir: Path) -> int | None:
-    """Updates in the newest checkpoint; None if there is none."""
-    if not (workdir / "checkpoints").exists():
-        return None
+def check_data(digests: Mapping[str, str | None], workdir: Path) -> int | None:
+    """Returns the updates in the newest checkpoint, None if there is none.
+
+    Raises: InputError if it was made with other pairs.
+    """
     checkpoints = Checkpoints(workdir / "checkpoints", keep=1, read_only=True)
     step = checkpoints.latest_step()
+    made_with = digests if step is None else checkpoints.record(step)["data"]
     checkpoints.close()
+    for split, digest in digests.items():
+        if digest != made_with[split]:
+            raise InputError(
+                f"config.data.{split}",
+                got=f"pairs of digest {digest}",
+                expected=f"those of digest {made_with[split]}, with which the checkpoint at step {step} was made",
+                remedy="Restore the data, or give another --workdir.",
+            )
     return step
 
 
 def read_rows(path: Path) -> list[dict[str, float]]:
-    """The rows of a log; none if there is no such file."""
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    """The rows of a log, without a last one that an interruption left unfinished; none if there is no such file."""
+    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+    return [json.loads(line) for line in lines if line.endswith("\n")]

@@ -298,7 +298,8 @@ def test_an_override_that_cannot_be_used_is_an_input_error(recipe, override, par
         ("config.loss.beta = 'high'", ["recipe.py:8: TypeError", "'beta'", "float"]),
         ("config.loss.beta = 1 / 0", ["recipe.py:8: ZeroDivisionError"]),
         ("config.loss.beta = = 1", ["recipe.py", "SyntaxError", "line 8"]),
-        ("return None", ["recipe.py", "lock"]),
+        ("return None", ["recipe.py", "get_config returns None", "config.base()"]),
+        ("import ml_collections; return ml_collections.ConfigDict({'seed': 1})", ["recipe.py", "returns seed: 1"]),
     ],
 )
 def test_a_recipe_that_fails_is_an_input_error_with_its_line(recipe, line, parts):
@@ -326,14 +327,30 @@ def test_a_source_that_is_no_configuration_is_an_input_error(tmp_path, recipe):
             config.load(source)
 
 
+def test_a_field_that_may_be_unset_is_unset_by_none(recipe):
+    source = recipe("config.train.steps = 3; config.data.row_length = 512; config.loss.average = True")
+    found = config.load(source, ["train.steps=None", "loss.average=None", "data.max_length=900"])
+    assert (found.train.steps, found.loss.average, found.data.row_length, found.data.max_length) == (
+        None,
+        None,
+        512,
+        900,
+    )
+    for name in ("seed", "loss.name", "train.batch_pairs", "optimizer.b1"):
+        with pytest.raises(InputError, match=rf"--config\.{name}: None; expected a value\. .* the default is"):
+            config.load(source, [f"{name}=None"])
+
+
 def test_a_missing_or_unknown_flag_is_an_input_error(recipe):
     for argv, part in [
         (["x", "--config.loss.beta=1"], "not given, but --config.loss.beta is"),
         (["x", f"--config={recipe()}", "--wrkdir=a"], "wrkdir"),
+        (["x", f"--config={recipe()}", "--flagfile=/no/such"], "flagfile"),
+        (["x", f"--config={recipe()}", "--config."], "no field ''"),
     ]:
         values = flags.FlagValues()
-        config.define_flags(argv, values)
         with pytest.raises(InputError, match=part):
+            config.define_flags(argv, values)
             config.parse_flags(argv, values)
     values = flags.FlagValues()
     config.define_flags(["x"], values)

@@ -125,7 +125,7 @@ def test_render_passes_reference_log_probabilities_on():
         (None, -1.0, "no 'ref_chosen_logps'"),
         (-1.0, float("nan"), "'ref_rejected_logps' is nan"),
         (float("-inf"), -1.0, "'ref_chosen_logps' is -inf"),
-        ("-1.0", -1.0, "'ref_chosen_logps' is '-1.0'"),
+        ("x", -1.0, "'ref_chosen_logps' is 'x'"),
         (-1.0, True, "'ref_rejected_logps' is True"),
     ],
 )
@@ -323,3 +323,29 @@ def test_render_splits_under_every_public_template():
             assert prompt[-1]["content"] not in pair.chosen + pair.rejected, path.stem
     images = {"idefics3", "llava_next", "smolvlm"}  # they do not take text content
     assert {name.removesuffix("_training") for name in failed} <= images
+
+
+def test_render_takes_reference_values_as_csv_has_them():
+    fields = {"prompt": "a", "chosen": "b", "rejected": "c"}
+    assert render(fields | {"ref_chosen_logps": "-1.5", "ref_rejected_logps": "-2"}, format="plain").reference == (
+        -1.5,
+        -2,
+    )
+    assert render(fields | {"ref_chosen_logps": "", "ref_rejected_logps": ""}, format="plain").reference is None
+    for bad in ("x", "nan", "", 10**400, True):
+        assert (
+            "ref_rejected_logps"
+            in failure(fields | {"ref_chosen_logps": -1, "ref_rejected_logps": bad}, format="plain").got
+        )
+
+
+def test_render_leaves_out_nulls_that_arrow_fills_in_at_any_depth():
+    template = "{{ tools | tojson if tools else '' }}{% for m in messages %}{{ m | tojson }}{% endfor %}"
+    call = {
+        "role": "assistant",
+        "tool_calls": [{"function": {"name": "look", "arguments": {"city": "Rome", "date": None}}}],
+    }
+    schema = {"name": "look", "parameters": {"city": {"type": "string", "enum": None}}}
+    fields = {"prompt": CHAT["prompt"], "chosen": [call], "rejected": [NO], "tools": [schema]}
+    pair = render(fields, format="chat", template=template)
+    assert "null" not in pair.prompt + pair.chosen and "Rome" in pair.chosen and "string" in pair.prompt

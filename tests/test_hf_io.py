@@ -13,6 +13,7 @@ from safetensors.numpy import load_file, save_file
 from dpo_jax.models import decoder, hf_io, weights
 from dpo_jax.types import InputError
 from tests.hf_folders import (
+    CONFIG,
     CONFIGS,
     FILE,
     INDEX,
@@ -230,6 +231,24 @@ def test_damaged_file_is_refused(tmp_path):
     whole = (tmp_path / "m" / FILE).read_bytes()
     (tmp_path / "m" / FILE).write_bytes(whole[:-8])
     with pytest.raises(InputError, match="damaged"):
+        load(tmp_path / "m")
+
+
+@pytest.mark.parametrize("index", [{}, {"weight_map": []}, {"weight_map": {}}, {"weight_map": {"a": None}}])
+def test_index_that_names_no_files_is_refused(tmp_path, index):
+    save(tmp_path / "m")
+    (tmp_path / "m" / FILE).unlink()
+    (tmp_path / "m" / INDEX).write_text(json.dumps(index))
+    with pytest.raises(InputError, match="names no files|not in the folder: None"):
+        load(tmp_path / "m")
+
+
+@pytest.mark.parametrize("name", [FILE, CONFIG])
+def test_file_that_cannot_be_opened_is_refused(tmp_path, name):
+    save(tmp_path / "m")
+    (tmp_path / "m" / name).unlink()
+    (tmp_path / "m" / name).mkdir()  # as a file without permission is to root
+    with pytest.raises(InputError, match="cannot be read|no weights"):
         load(tmp_path / "m")
 
 

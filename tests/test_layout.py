@@ -84,6 +84,18 @@ def test_answer_that_nobody_asks_for_takes_no_position():
         assert sorted(unit.tokens.tolist()) == [10, 11, 12, 20, 21] and unit.side.tolist() == [0, 0, 0]
 
 
+@pytest.mark.parametrize("name", layout.LAYOUTS)
+def test_full_rows_have_room_for_what_prompts_of_one_token_score(name):
+    # Two answers after one token: a target more than positions, in rows that the positions alone would fill.
+    rng = np.random.default_rng(0)
+    pairs = [Encoded(*(rng.integers(1, 99, n) for n in (1, *rng.integers(1, 20, 2)))) for _ in range(40)]
+    lengths = np.array([[len(x) for x in p] for p in pairs])
+    shape = layout.Shape(pairs=40, rows=1, row_length=int(layout.unit_room(lengths, name).max()), microbatches=40)
+    batch = layout.collate(pairs, None, shape, layout=name)
+    assert np.bincount(batch.rows.slot[batch.rows.slot >= 0]).tolist() == lengths[:, 1:].ravel().tolist()
+    assert layout.work_counts(batch, lengths, name)["tokens_real"] == layout.unit_lengths(lengths, name).sum()
+
+
 def test_unit_lengths_count_what_is_laid_out():
     pairs = [*random_pairs(20), *chosen_only(random_pairs(20))]
     lengths = np.array([[len(x) for x in p] for p in pairs])
@@ -151,6 +163,10 @@ def test_shape_spreads_rows_over_all_devices():
         ({"row_length": 512}, "config.data.row_length: got 512; expected a multiple of 8 of at least 700"),
         ({"row_length": 701}, "config.data.row_length: got 701"),
         ({"rows": 3, "row_multiple": 2}, "config.train.microbatch_rows: got 3; expected a positive multiple of 2"),
+        (
+            {"rows": 3, "row_multiple": 2, "field": "reference.microbatch_rows"},
+            "config.reference.microbatch_rows: got 3",
+        ),
     ],
 )
 def test_shape_that_cannot_be_is_refused(changes, message):

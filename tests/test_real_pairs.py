@@ -149,7 +149,7 @@ def test_packed_and_shared_equals_each_completion_alone(models, family, dtype, b
         shape, params = model_of(family)
         params = jax.tree.map(lambda x: x.astype(dtype), params)
         grid = layout.choose_shape(
-            layout.unit_lengths(lengths, "shared"),
+            layout.unit_room(lengths, "shared"),
             pairs=250,
             row_length=None,
             rows=2,
@@ -182,7 +182,7 @@ def test_gradient_of_a_packed_batch_equals_that_of_completions_alone(models, fam
         shape, params = model_of(family)
         params = jax.tree.map(lambda x: x.astype(dtype), params)
         reference = np.array([[-200.0, -210.0]] * 8)
-        units = layout.unit_lengths(lengths, "shared")
+        units = layout.unit_room(lengths, "shared")
         grid = layout.choose_shape(units, pairs=8, row_length=None, rows=8, row_multiple=1, target_positions=1)
         batch = jax.tree.map(jnp.asarray, layout.collate(some, reference, grid, layout="shared"))
         ((group, rows),) = alone(some)
@@ -214,7 +214,7 @@ def test_rows_are_full_and_compute_a_quarter_of_padded_batches(models, max_lengt
     found = run_inputs.load_inputs(chosen, training=True)
     assert found.train is not None
     shape = layout.choose_shape(
-        found.unit_lengths("shared"), pairs=64, row_length=None, rows=None, row_multiple=1, target_positions=1024
+        found.unit_room("shared"), pairs=64, row_length=None, rows=None, row_multiple=1, target_positions=1024
     )
     computed, real, padded = np.sum([*inspect.counts(chosen, found.train, shape)], axis=0)
     print(f"at {max_length}/{max_prompt_length}: fill {real / computed:.4f}, of padded batches {computed / padded:.4f}")

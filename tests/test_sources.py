@@ -131,6 +131,8 @@ def test_rows_are_read_lazily(tmp_path):
         ("f.json", '{\n"a": 1\n}', ":1", "broken JSON"),
         ("g.csv", 'a,b\nx,"y\nz"\nx\n', ":4", "number of fields"),
         ("h.csv", "a,b\nx,y,z\n", ":2", "number of fields"),
+        ("k.jsonl", LINES + '{"a": ' + "9" * 5000 + "}\n", ":4", "cannot be read as JSON"),
+        ("l.jsonl", LINES + '{"a": ' + "[" * 100_000 + "\n", ":4", "cannot be read as JSON"),
         ("i.txt", LINES, "", "extension '.txt'"),
         ("j", LINES, "", "extension ''"),
     ],
@@ -150,6 +152,28 @@ def test_read_says_which_line_of_a_truncated_gz_is_missing(tmp_path):
     error = failure(tmp_path / "a.jsonl.gz")
     assert "damaged gzip" in error.got
     assert 1 < int(error.place.rpartition(":")[2]) < 5000
+
+
+def test_read_takes_csv_with_a_column_that_has_no_name(tmp_path):
+    # As pandas writes its index.
+    path = write(tmp_path / "a.csv", ",prompt,chosen,rejected\n0,p,c,r\n")
+    assert [row.fields for row in read_one(path).rows] == [{"": "0", "prompt": "p", "chosen": "c", "rejected": "r"}]
+
+
+def test_read_says_that_a_file_cannot_be_opened(tmp_path, monkeypatch):
+    path = write(tmp_path / "a.jsonl", LINES)
+
+    def refuse(*_, **__):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "open", refuse)
+    assert "cannot be read" in failure(path).got
+
+
+def test_read_says_that_parquet_text_is_not_utf8(tmp_path):
+    column = pyarrow.array([b"\xff"], pyarrow.binary()).view(pyarrow.string())
+    pyarrow.parquet.write_table(pyarrow.table({"chosen": column}), tmp_path / "a.parquet")
+    assert "not readable as Parquet" in failure(tmp_path / "a.parquet").got
 
 
 def test_read_says_that_a_parquet_file_is_truncated(tmp_path):

@@ -3,6 +3,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from dpo_jax.data import tokenize
@@ -283,3 +284,23 @@ def test_encode_handles_a_tokenizer_whose_bos_eos_and_pad_are_one_token():
     encoded = encode_one(PAIR, tokenizer, vocab_size=50304).encoded
     assert words(tokenizer, encoded) == [PAIR.prompt, PAIR.chosen + end, PAIR.rejected + end]
     assert tokenizer(PAIR.prompt)["input_ids"] == encoded.prompt.tolist()
+
+
+def test_encode_refuses_a_reference_of_tokens_that_are_cut():
+    # Log-probs of the whole answer beside a policy scored on a part of it would be a margin out of nothing.
+    tokenizer = make_tokenizer()
+    long = Pair("a:7", "is ", " the sky" * 40, " no", reference=(-1.0, -2.0))
+    assert (
+        "reference log-probs of a pair that data.max_length 16 cuts"
+        in fault(long, tokenizer, max_length=16, max_prompt_length=8).got
+    )
+    assert encode_one(long, tokenizer).encoded.chosen.size > 16
+
+
+def test_encode_finds_bos_where_the_tokenizer_knows_few_letters():
+    backend = tokenizers.Tokenizer(tokenizers.models.BPE({"<bos>": 0, "<eos>": 1, "A": 2, "C": 3, "G": 4, "T": 5}, []))
+    backend.add_special_tokens(["<bos>", "<eos>"])
+    backend.post_processor = tokenizers.processors.TemplateProcessing("<bos> $A", None, [("<bos>", 0)])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<bos>", eos_token="<eos>")
+    encoded = encode_one(Pair("dna:1", "ACG", "TT", "GA"), tokenizer).encoded
+    assert [ids.tolist() for ids in encoded] == [[0, 2, 3, 4], [5, 5, 1], [4, 2, 1]]

@@ -236,6 +236,15 @@ def test_supervised_stage_comes_first_and_is_its_own_reference(inputs, tmp_path)
     assert first["logps/chosen"] > read_rows(tmp_path / "run" / "sft" / "eval.jsonl")[0]["eval/logps/chosen"]
 
 
+def test_supervised_stage_refuses_reference_values_of_the_model_before_it(inputs, tmp_path):
+    rows = read_rows(inputs / "train.jsonl")
+    given = [row | {"ref_chosen_logps": -1.0, "ref_rejected_logps": -2.0} for row in rows]
+    (tmp_path / "given.jsonl").write_text("".join(json.dumps(row) + "\n" for row in given))
+    config = make_config(inputs, sft__steps=3, sft__batch_pairs=8, data__train=str(tmp_path / "given.jsonl"))
+    with pytest.raises(InputError, match=r"config\.sft\.steps: got 3, and 40 pairs bring reference log-probs"):
+        train.run(config, tmp_path / "run")
+
+
 def test_log_every_steps_keeps_the_last_step(inputs, tmp_path):
     train.run(make_config(inputs, log__every_steps=4, data__eval=""), tmp_path / "run")
     assert [row["step"] for row in read_rows(tmp_path / "run" / "metrics.jsonl")] == [0, 4, 5]
@@ -261,10 +270,13 @@ def test_evaluation_comes_every_so_many_steps(inputs, tmp_path):
         ({"train__batch_pairs": 41}, "config.train.batch_pairs: got 41, and an epoch has 40 pairs"),
         ({"sft__steps": 1, "sft__batch_pairs": 64}, "config.sft.batch_pairs: got 64"),
         ({"prepare": "dpo_jax.nowhere:make"}, "config.prepare"),
+        ({"data__eval": "{inputs}/eval.jsonl*0.5"}, "config.data.eval: weight 0.5 of"),
+        ({"data__train": "{inputs}/train.jsonl,{inputs}/train.jsonl*0.01"}, "leaves none of its pairs in an epoch"),
         ({"model__path": "no/such/folder"}, "no/such/folder"),
     ],
 )
 def test_bad_run_is_refused_and_leaves_nothing(inputs, tmp_path, fields, message):
+    fields = {k: v.replace("{inputs}", str(inputs)) if isinstance(v, str) else v for k, v in fields.items()}
     with pytest.raises(InputError) as error:
         train.run(make_config(inputs, **fields), tmp_path / "run")
     assert message in str(error.value)

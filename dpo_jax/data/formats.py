@@ -59,7 +59,7 @@ def render(row: Row, *, format: str, tokenizer: PreTrainedTokenizerBase) -> Pair
       the first difference, wherever inside the answers that difference is.
     chat: the same columns as message lists, with or without a prompt, written out by the tokenizer's chat template.
       The generation header belongs to the prompt; an answer continues an assistant message that ends the prompt.
-      Optional columns `tools`, `chat_template_kwargs`.
+      Optional columns `tools`, `chat_template_kwargs`; null keys in any of these count as absent.
 
     Columns `ref_chosen_logps` and `ref_rejected_logps` are passed on; other columns are not looked at.
 
@@ -133,20 +133,30 @@ def _check_characters(row: Row, text: str) -> None:
 def _reference(row: Row) -> tuple[float, float] | None:
     """Reference log-probabilities given with the row, in nats."""
     columns = ("ref_chosen_logps", "ref_rejected_logps")
-    given = [row.fields.get(name) for name in columns]
+    given = [None if (value := row.fields.get(name)) == "" else value for name in columns]  # CSV has no other null
     if given == [None, None]:
         return None
     values: list[float] = []
     for name, value in zip(columns, given, strict=True):
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+        number = _finite(value)
+        if number is None:
             raise InputError(
                 row.place,
                 got=f"no {name!r} beside the other one" if value is None else f"{name!r} is {value!r}",
                 expected="both reference log-probabilities, finite numbers, or neither",
                 remedy="Give both columns or take both away.",
             )
-        values.append(float(value))
+        values.append(number)
     return values[0], values[1]
+
+
+def _finite(value: Any) -> float | None:
+    """A number, or the text of one (all that CSV has), as a float; None for anything else."""
+    try:
+        number = float(value) if isinstance(value, (int, float, str)) and not isinstance(value, bool) else math.nan
+    except (ValueError, OverflowError):
+        return None
+    return number if math.isfinite(number) else None
 
 
 def _transcript(row: Row) -> tuple[str, str, str]:
@@ -169,16 +179,23 @@ def _transcript(row: Row) -> tuple[str, str, str]:
     return shared[:end], chosen[end:], rejected[end:]
 
 
+def _without_nulls(value: Any) -> Any:
+    """The same without the null keys that Arrow fills in, at any depth, where other rows have a value."""
+    if isinstance(value, dict):
+        return {name: _without_nulls(each) for name, each in value.items() if each is not None}
+    return [_without_nulls(each) for each in value] if isinstance(value, list) else value
+
+
 def _messages(row: Row, name: str) -> list[Message]:
-    """A column of chat messages, without the null keys that Arrow fills in where other messages have a value."""
-    value = _column(row, name)
+    """A column of chat messages."""
+    value = _without_nulls(_column(row, name))
     if not isinstance(value, list):
         raise InputError(
             row.place, got=f"{name!r} is a {type(value).__name__}", expected="a list of chat messages", remedy=_DROP
         )
     messages: list[Message] = []
     for message in value:
-        kept = {k: v for k, v in message.items() if v is not None} if isinstance(message, dict) else {}
+        kept = message if isinstance(message, dict) else {}
         content = kept.get("content", "" if kept.get("tool_calls") else None)
         if not isinstance(kept.get("role"), str) or not isinstance(content, str):
             raise InputError(
@@ -295,8 +312,8 @@ def _options(row: Row) -> dict[str, Any]:
             expected="a list of tool schemas and a mapping",
             remedy=_DROP,
         )
-    # An empty list makes some templates write a heading without tools; a null option is one the row does not have.
-    return {"tools": tools or None, **{name: value for name, value in options.items() if value is not None}}
+    # An empty list makes some templates write a heading without tools.
+    return {"tools": _without_nulls(tools) or None, **_without_nulls(options)}
 
 
 def _apply(

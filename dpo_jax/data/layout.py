@@ -62,6 +62,14 @@ def unit_lengths(lengths: Int[np.ndarray, "N 3"], layout: str) -> Int[np.ndarray
     return prompts * prompt + sum(np.maximum(answer - 1, 0) for answer in answers)
 
 
+def unit_room(lengths: Int[np.ndarray, "N 3"], layout: str) -> Int[np.ndarray, "N"]:
+    """What each pair takes of a row: its positions, and no less than its scored tokens, of which a row has as many.
+
+    After a prompt of one token both answers' first tokens are predicted from one position, so there is a token more.
+    """
+    return np.maximum(unit_lengths(lengths, layout), np.asarray(lengths)[:, 1:].sum(1))
+
+
 def lay_out(pair: Encoded, layout: str) -> Unit:
     """The pair's arrays in the given layout; see the drawing at the top of this file."""
     return _shared(pair) if layout == "shared" else _repeated(pair)
@@ -150,13 +158,15 @@ def choose_shape(
     rows: int | None,
     row_multiple: int,
     target_positions: int,
+    field: str = "train.microbatch_rows",
 ) -> Shape:
     """Fixes the shape of a run's batches from the positions its pairs take.
 
     Args:
-      lengths: positions of every pair that will be laid out, training and evaluation.
+      lengths: `unit_room` of every pair that will be laid out, training and evaluation.
       row_length: positions in a row; None: the longest pair, rounded up to ROW_MULTIPLE.
       rows: rows in a microbatch; None: as many as `target_positions` allow while few of them run empty.
+      field: what `rows` was given by, for errors.
       row_multiple: rows are a multiple of this, the number of devices that rows are spread over.
     Raises: InputError if `rows` does not divide so, or `row_length` is not a positive multiple of 8.
     """
@@ -174,7 +184,7 @@ def choose_shape(
         rows = _choose_rows(lengths, pairs, row_length, row_multiple, target_positions // row_length)
     if rows < 1 or rows % row_multiple:
         raise InputError(
-            "config.train.microbatch_rows",
+            f"config.{field}",
             got=f"got {rows}",
             expected=f"a positive multiple of {row_multiple}, the devices that rows are spread over",
             remedy="Change it, or mesh.replica and mesh.fsdp, or unset it.",
@@ -204,7 +214,9 @@ def collate(pairs: Sequence[Encoded], reference: np.ndarray | None, shape: Shape
     """
     units = [lay_out(pair, layout) for pair in pairs]
     assert len(units) <= shape.pairs
-    packed = fill_rows(np.array([len(unit.tokens) for unit in units]), shape.row_length)
+    lengths = np.array([[len(ids) for ids in pair] for pair in pairs])
+    room = unit_room(lengths, layout)
+    packed = fill_rows(room, shape.row_length)
     grid = (shape.microbatches * shape.rows, shape.row_length)
     index = np.arange(shape.row_length, dtype=np.int32)
     rows = Rows(
@@ -219,27 +231,26 @@ def collate(pairs: Sequence[Encoded], reference: np.ndarray | None, shape: Shape
     )
     present = np.zeros((shape.microbatches, shape.pairs), bool)
     for row, members in enumerate(packed):
-        _write_row(rows, row, [(pair, units[pair]) for pair in members])
+        _write_row(rows, row, [(pair, units[pair], int(room[pair])) for pair in members])
         present[row // shape.rows, members] = True
     stored = np.zeros((shape.pairs, 2), np.float32)
     if reference is not None:
         stored[: len(pairs)] = reference
-    lengths = np.zeros((shape.pairs, 2), np.int32)
-    for i, pair in enumerate(pairs):
-        lengths[i] = len(pair.chosen), len(pair.rejected)
+    scored = np.zeros((shape.pairs, 2), np.int32)
+    scored[: len(pairs)] = lengths[:, 1:]
     micro = (shape.microbatches, shape.rows, shape.row_length)
     return Batch(
         rows=Rows(*(array.reshape(micro) for array in rows)),
         count=np.int32(-(-len(packed) // shape.rows)),
         present=present,
         reference=stored,
-        lengths=lengths,
+        lengths=scored,
     )
 
 
-def _write_row(rows: Rows, row: int, members: list[tuple[int, Unit]]) -> None:
+def _write_row(rows: Rows, row: int, members: list[tuple[int, Unit, int]]) -> None:
     at, scored = 0, 0
-    for pair, unit in members:
+    for pair, unit, room in members:
         span = slice(at, at + len(unit.tokens))
         rows.tokens[row, span] = unit.tokens
         rows.positions[row, span] = unit.positions
@@ -249,7 +260,7 @@ def _write_row(rows: Rows, row: int, members: list[tuple[int, Unit]]) -> None:
         rows.source[row, into] = unit.source + at
         rows.target[row, into] = unit.target
         rows.slot[row, into] = 2 * pair + unit.side
-        at, scored = span.stop, into.stop
+        at, scored = at + room, into.stop
 
 
 def work_counts(batch: Batch, lengths: Int[np.ndarray, "P 3"], layout: str) -> dict[str, int]:

@@ -25,7 +25,7 @@ from dpo_jax.data.sources import Source, read
 from dpo_jax.data.tokenize import Outcome, encode, identity
 from dpo_jax.types import Encoded, InputError, Pair, Row
 
-CACHE_VERSION = 1  # raised when the same rows would be tokenised, ordered or stored in another way
+CACHE_VERSION = 2  # raised when the same rows would be tokenised, ordered or stored in another way
 
 _CHUNK_ROWS = 250  # in memory at a time
 _PLACES = 5  # named for each reason that rows were dropped
@@ -51,7 +51,6 @@ _COUNTS = (
     "answer_tokens_cut",
     "boundary_split",
     "reference_given",
-    "reference_given_cut",
 )
 
 T = TypeVar("T")
@@ -61,7 +60,7 @@ T = TypeVar("T")
 class PairSet:
     """Encoded pairs in the order of their sources, memory-mapped from disk; `pairs[i]` is the i-th."""
 
-    digest: str  # of sources, weights, tokenizer and every rule: equal digests mean equal pairs
+    digest: str  # of sources, weights, tokenizer, every rule and every token: equal digests mean equal pairs
     names: tuple[str, ...]  # of the sources
     weights: tuple[float, ...]  # of the sources: times their pairs appear in an epoch
     report: dict[str, Any]  # what was read, cut and dropped; see `load`
@@ -107,8 +106,8 @@ def load(
 
     The report holds `rows` read and `pairs` kept; `dropped`, a list of {reason, rows, places}; `prompts_cut`,
     `prompt_tokens_cut`, `answers_cut`, `answer_tokens_cut`; `boundary_split`, pairs whose answers were tokenised by
-    themselves; `reference_given` and, of those, `reference_given_cut`, pairs that were truncated here; and `sources`,
-    a list of {name, weight, digest, format, rows, pairs, header_left_out}.
+    themselves; `reference_given`; and `sources`, a list of {name, weight, digest, format, rows, pairs,
+    header_left_out}.
 
     Args:
       spec, split: as in `sources.read`.
@@ -286,9 +285,9 @@ class _Writer:
 def _tally(pair: Pair, outcome: Outcome) -> tuple[int, ...]:
     """What one pair adds to each of _COUNTS."""
     cuts = (outcome.prompt_cut, outcome.chosen_cut, outcome.rejected_cut)
-    given = pair.reference is not None
     answers = [bool(cut) for cut in cuts[1:]]
-    return 1, bool(cuts[0]), cuts[0], sum(answers), sum(cuts[1:]), outcome.boundary_split, given, given and any(cuts)
+    given = pair.reference is not None
+    return 1, bool(cuts[0]), cuts[0], sum(answers), sum(cuts[1:]), outcome.boundary_split, given
 
 
 def _number(place: str) -> int:
@@ -364,4 +363,6 @@ def _open(folder: Path, sources: Sequence[Source]) -> PairSet:
         entry.update(name=source.name, weight=source.weight, digest=source.digest)
     names = tuple(source.name for source in sources)
     weights = tuple(source.weight for source in sources)
-    return PairSet(folder.name, names, weights, report, **arrays)
+    # The rules alone do not tell the tokens: some chat templates write today's date.
+    digest = xxhash.xxh3_128(folder.name.encode() + arrays["keys"].tobytes()).hexdigest()
+    return PairSet(digest, names, weights, report, **arrays)

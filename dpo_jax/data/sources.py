@@ -94,7 +94,7 @@ def _source(name: str, weight: float, *, split: str) -> Source:
         rows, digest = _from_datasets(_folder(name, path, split), name)
     elif path.exists():
         reader = READERS[_extension(name)]
-        rows, digest = RowReader(lambda: reader(path, name)), _file_digest(path)
+        rows, digest = RowReader(lambda: reader(path, name)), _file_digest(path, name)
     else:
         rows, digest = _from_datasets(_hub(name, split), name)
     if next(iter(rows), None) is None:
@@ -114,11 +114,16 @@ def _extension(name: str) -> str:
     )
 
 
-def _file_digest(path: Path) -> str:
+def _file_digest(path: Path, name: str) -> str:
     digest = xxhash.xxh3_128()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
+    try:
+        with path.open("rb") as file:
+            while block := file.read(1 << 20):
+                digest.update(block)
+    except OSError as error:
+        raise InputError(
+            name, got=f"cannot be read ({error})", expected="a readable file", remedy="Check its permissions."
+        ) from error
     return digest.hexdigest()
 
 
@@ -156,14 +161,12 @@ def _parse(data: bytes, place: str) -> Any:
     except UnicodeDecodeError as error:
         got, expected = f"byte {error.start + 1} is not UTF-8", "UTF-8 text"
         raise InputError(place, got=got, expected=expected, remedy="Convert the file to UTF-8.") from error
-    except json.JSONDecodeError as error:
-        where = f"line {error.lineno}, column {error.colno}" if error.lineno > 1 else f"column {error.colno}"
-        raise InputError(
-            place,
-            got=f"broken JSON at {where} ({error.msg})",
-            expected="one whole JSON object",
-            remedy="Correct or remove it.",
-        ) from error
+    except (ValueError, RecursionError) as error:  # besides broken JSON: numbers of thousands of digits, deep nesting
+        got = f"cannot be read as JSON ({error})"
+        if isinstance(error, json.JSONDecodeError):
+            where = f"line {error.lineno}, column {error.colno}" if error.lineno > 1 else f"column {error.colno}"
+            got = f"broken JSON at {where} ({error.msg})"
+        raise InputError(place, got=got, expected="one whole JSON object", remedy="Correct or remove it.") from error
 
 
 def _row(place: str, value: Any) -> Row:
@@ -185,7 +188,7 @@ def _parquet(path: Path, name: str) -> Iterator[Row]:
                 for fields in batch.to_pylist():
                     number += 1
                     yield Row(f"{name}:{number}", fields)
-    except (pyarrow.ArrowException, OSError) as error:
+    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
         raise InputError(
             f"{name}:{number + 1}",
             got=f"not readable as Parquet ({error})",
@@ -200,10 +203,10 @@ def _csv(path: Path, name: str) -> Iterator[Row]:
     csv.field_size_limit(2**31 - 1)
     line = 1
     with path.open(encoding="utf-8-sig", newline="") as file:
-        reader = csv.DictReader(file, restkey="", strict=True)
+        reader = csv.DictReader(file, strict=True)
         try:
             for fields in reader:
-                if "" in fields or None in fields.values():
+                if None in fields or None in fields.values():  # further fields stand under None, missing ones are None
                     raise csv.Error("the number of fields is not that of the first line")
                 yield Row(f"{name}:{line + 1}", fields)
                 line = reader.line_num

@@ -104,7 +104,7 @@ def encode(
       max_length, max_prompt_length: tokens, 1 <= max_prompt_length < max_length.
       truncate_prompt: the end of a long prompt that survives, keep_end or keep_start; error: it is a bad row.
     Returns: per pair an Outcome, or an InputError if the prompt is too long under `error`, if prompt or answer has no
-      token, or if the answers are the same tokens once truncated.
+      token, if the answers are the same tokens once truncated, or if a pair that brings its reference is truncated.
     Raises: InputError for bad options, plain text without an EOS to end it, and ids the model does not have.
     """
     _check_options(max_length, max_prompt_length, truncate_prompt)
@@ -136,16 +136,17 @@ def _check_options(max_length: int, max_prompt_length: int, truncate_prompt: str
         )
 
 
-def _specials(tokenizer: PreTrainedTokenizerBase, place: str) -> Specials:
+def _specials(tokenizer: PreTrainedTokenizerBase, pair: Pair) -> Specials:
+    """What plain text is given, told by the chosen answer of a pair, which has a token."""
     if tokenizer.eos_token_id is None:
         raise InputError(
-            place,
+            pair.place,
             got="plain text, and a tokenizer without an eos_token",
             expected="a token that ends an answer",
             remedy="Set eos_token in the tokenizer's tokenizer_config.json.",
         )
-    (bare,) = _ids(tokenizer, ["a"])
-    dressed = cast("list[int]", tokenizer("a")["input_ids"])
+    (bare,) = _ids(tokenizer, [pair.chosen])
+    dressed = cast("list[int]", tokenizer(pair.chosen, verbose=False)["input_ids"])
     start = next(i for i in range(len(dressed)) if dressed[i : i + len(bare)] == bare)
     return Specials(dressed[:start], cast(int, tokenizer.eos_token_id))
 
@@ -163,10 +164,10 @@ def _tokenised(pairs: Sequence[Pair], tokenizer: PreTrainedTokenizerBase) -> lis
     alone = _ids(tokenizer, [text for i in apart for text in (pairs[i].chosen, pairs[i].rejected)])
     for n, i in enumerate(apart):
         parts[i] = parts[i]._replace(chosen=alone[2 * n], rejected=alone[2 * n + 1])
-    plain = next((pair for pair in pairs if not pair.templated), None)
+    plain = next((i for i, part in enumerate(parts) if part.chosen and not pairs[i].templated), None)
     if plain is None:
         return parts
-    specials = _specials(tokenizer, plain.place)
+    specials = _specials(tokenizer, pairs[plain])
     return [part if pair.templated else _dressed(part, specials) for pair, part in zip(pairs, parts, strict=True)]
 
 
@@ -216,6 +217,13 @@ def _truncated(pair: Pair, parts: Parts, max_length: int, max_prompt: int, mode:
     room = max_length - len(prompt)
     encoded = Encoded(*(np.array(ids, np.int32) for ids in (prompt, chosen[:room], rejected[:room])))
     cuts = [len(before) - len(after) for before, after in zip(parts[:3], encoded, strict=True)]
+    if pair.reference and any(cuts):
+        return InputError(
+            pair.place,
+            got=f"reference log-probs of a pair that data.max_length {max_length} cuts here by {sum(cuts)} tokens",
+            expected="those of the very tokens that are scored",
+            remedy=f"Raise the limits, or take the reference columns away. {_DROP}",
+        )
     if np.array_equal(encoded.chosen, encoded.rejected):
         return InputError(
             pair.place,

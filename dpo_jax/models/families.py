@@ -29,7 +29,7 @@ FAMILIES = {
 def family(hf: dict, place: str) -> Family:
     """The family of a `config.json`. Raises InputError listing the known ones; `place` names the file."""
     name = hf.get("model_type")
-    if name not in FAMILIES:
+    if not isinstance(name, str) or name not in FAMILIES:
         raise InputError(
             f"{place}: model_type",
             got=f"got {name!r}",

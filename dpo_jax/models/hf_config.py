@@ -172,11 +172,11 @@ def take_rope(
 
 def check_rope(rope: Any, place: str) -> None:
     """Raises InputError unless `rope` is plain rotary embedding: type "default", and no parameters of another."""
-    kinds = {rope[key] for key in ("rope_type", "type") if key in rope} if isinstance(rope, dict) else {repr(rope)}
+    kinds = {str(rope[key]) for key in ("rope_type", "type") if key in rope} if isinstance(rope, dict) else {repr(rope)}
     if kinds - {"default"}:
         raise InputError(
             place,
-            got=f"got type {', '.join(sorted(map(str, kinds)))}",
+            got=f"got type {', '.join(sorted(kinds))}",
             expected='type "default"',
             remedy="Scaled rotary positions are not implemented, and leaving them out would change every log-prob.",
         )

@@ -94,6 +94,8 @@ def read_json(path: Path) -> dict:
         reason = "" if isinstance(value, dict) else f"a JSON {type(value).__name__}"
     except FileNotFoundError:
         value, reason = {}, "no such file"
+    except OSError as error:
+        value, reason = {}, f"cannot be read ({error})"
     except ValueError as error:
         value, reason = {}, f"not JSON: {error}"
     if reason:
@@ -116,7 +118,8 @@ def weight_files(folder: Path) -> list[Path]:
             remedy="Pickle files can run code and are never read. Where torch is installed, convert them: "
             "AutoModelForCausalLM.from_pretrained(folder).save_pretrained(new_folder).",
         )
-    names = sorted(set(read_json(folder / INDEX).get("weight_map", {}).values()))
+    found = read_json(folder / INDEX).get("weight_map")
+    names = sorted({str(name) for name in found.values()}) if isinstance(found, dict) else []
     # Only plain names: an index must not reach outside its folder.
     absent = [name for name in names if Path(name).name != name or not (folder / name).is_file()]
     if absent or not names:
@@ -141,9 +144,12 @@ def open_weights(folder: Path) -> Iterator[Weights]:
         for path in weight_files(folder):
             try:
                 file = stack.enter_context(safe_open(path, framework="numpy"))
-            except SafetensorError as error:
+            except (SafetensorError, OSError) as error:
                 raise InputError(
-                    str(path), got=f"damaged ({error})", expected="a safetensors file", remedy="Download it again."
+                    str(path),
+                    got=f"damaged or not readable ({error})",
+                    expected="a safetensors file",
+                    remedy="Download it again.",
                 ) from error
             for name in file.keys():
                 if name in homes:
