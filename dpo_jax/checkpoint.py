@@ -18,9 +18,8 @@ class Checkpoints:
     """
 
     def __init__(self, folder: Path, *, keep: int, read_only: bool = False):
-        options = ocp.CheckpointManagerOptions(
-            max_to_keep=None if read_only else keep, read_only=read_only, create=not read_only
-        )
+        limits: dict[str, Any] = {"save_interval_steps": 0} if read_only else {"max_to_keep": keep}
+        options = ocp.CheckpointManagerOptions(read_only=read_only, create=not read_only, **limits)
         self._manager = ocp.CheckpointManager(Path(folder).absolute(), options=options, item_names=("state", "record"))
 
     def latest_step(self) -> int | None:
@@ -43,8 +42,10 @@ class Checkpoints:
 
     def restore_params(self, step: int, like: Any) -> Any:
         """The parameters of that step alone, placed as `like`."""
-        args = ocp.args.Composite(state=ocp.args.PyTreeRestore({"params": like}, partial_restore=True))
-        return self._manager.restore(step, args=args)["state"]["params"]
+        tree = {"params": like}
+        places = ocp.checkpoint_utils.construct_restore_args(tree)
+        state = ocp.args.PyTreeRestore(tree, restore_args=places, partial_restore=True)
+        return self._manager.restore(step, args=ocp.args.Composite(state=state))["state"]["params"]
 
     def close(self) -> None:
         """Waits until everything is on disk."""

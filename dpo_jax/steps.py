@@ -102,7 +102,7 @@ def _add(param, update, key):
     # A bfloat16 is the upper half of a float32: noise in the lower half carries into it as often as it should.
     bits = jax.lax.bitcast_convert_type(param.astype(jnp.float32) + update, jnp.uint32)
     noise = jax.random.bits(key, param.shape, jnp.uint16).astype(jnp.uint32)
-    return jax.lax.bitcast_convert_type((bits + noise) & 0xFFFF0000, jnp.float32).astype(jnp.bfloat16)
+    return jax.lax.bitcast_convert_type((bits + noise) & jnp.uint32(0xFFFF0000), jnp.float32).astype(jnp.bfloat16)
 
 
 def make_score_step(logps_fn: LogpsFn, *, has_aux: bool = False) -> Callable[[Any, Batch], tuple[Array, dict]]:

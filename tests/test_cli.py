@@ -1,6 +1,7 @@
 """The command line: results on standard output, one line of error and status 2, nothing half-written."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -60,6 +61,29 @@ def test_train_evaluate_export_and_inspect_from_the_command_line(inputs, tmp_pat
     assert (tmp_path / "out" / "config.json").exists()
 
 
+def test_data_that_make_an_epoch_by_their_weight_can_be_inspected(inputs, tmp_path, capsys):
+    train = f"--config.data.train={inputs / 'train.jsonl'}*2"
+    run("inspect", *arguments(inputs, train, "--config.train.batch_pairs=64", f"--workdir={tmp_path}"))
+    assert "rows of 64 pairs a step" in capsys.readouterr().out
+
+
+def test_inspect_of_supervised_fine_tuning_shows_and_counts_chosen_answers_alone(inputs, tmp_path, capsys):
+    shown = []
+    for loss in ("sft", "sigmoid"):
+        run("inspect", *arguments(inputs, f"--config.loss.name={loss}", f"--workdir={tmp_path}"))
+        shown.append(capsys.readouterr().out)
+    padded = [int(re.findall(r"of the ([\d,]+) positions", text)[0].replace(",", "")) for text in shown]
+    assert "rejected, " not in shown[0] and padded[0] < 0.6 * padded[1]
+
+
+def test_recipe_may_name_a_module_in_the_folder_it_is_called_from(inputs, tmp_path, monkeypatch):
+    (tmp_path / "own_inputs.py").write_text("def make(workdir):\n    workdir.joinpath('made').mkdir(parents=True)\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [entry for entry in sys.path if entry])
+    run("inspect", *arguments(inputs, "--config.prepare=own_inputs:make", "--workdir=run"))
+    assert (tmp_path / "run" / "made").exists()
+
+
 def test_module_is_the_same_program():
     shown = subprocess.run([sys.executable, "-m", "dpo_jax", "--help"], capture_output=True, text=True, check=True)
     assert shown.stdout == cli.USAGE and all(f"  {name} " in cli.USAGE for name in cli.COMMANDS)
@@ -77,6 +101,8 @@ def test_module_is_the_same_program():
         (["train", "--config=configs/hh.py", "--config.loss.beta=-1", "--workdir=x"], "config.loss.beta"),
         (["train", "configs/hh.py", "--workdir=x"], "unexpected 'configs/hh.py'"),
         (["evaluate", "--workdir=nowhere"], "no config.json"),
+        (["train", "--config=configs/hh.py", "--workdir=x", "--out=y"], "Unknown command line flag 'out'"),
+        (["export", "--config=configs/hh.py", "--workdir=x", "--pairs=1"], "Unknown command line flag 'pairs'"),
     ],
 )
 def test_mistakes_are_one_line_and_status_two(capsys, monkeypatch, argv, message):

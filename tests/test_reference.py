@@ -138,5 +138,34 @@ def test_a_part_cut_short_is_never_read(tmp_path, monkeypatch):
     np.testing.assert_allclose(done.values[0], values_of(make_set(4)[0]))
 
 
+def test_two_passes_into_one_folder_keep_each_others_parts(tmp_path):
+    # The second begins after the first has read the store and before it writes.
+    one, other = make_set(8), make_set(8, seed=3)
+
+    class Interleaved(Scorer):
+        def __call__(self, batch):
+            if self.calls == 0:
+                run(tmp_path / "r", other)
+            return super().__call__(batch)
+
+    run(tmp_path / "r", one, score=Interleaved())
+    done, calls = run(tmp_path / "r", one, other)
+    assert calls == 0 and done.stored == 16
+
+
+@pytest.mark.parametrize("name", ["manifest.json", "part-0.parquet"])
+def test_damaged_store_is_refused_and_named(tmp_path, name):
+    run(tmp_path / "r", make_set(4))
+    (tmp_path / "r" / name).write_bytes(b"")
+    with pytest.raises(InputError, match=f"{name}: a damaged file"):
+        run(tmp_path / "r", make_set(4))
+
+
+def test_store_in_the_place_of_a_file_is_refused(tmp_path):
+    (tmp_path / "r").write_text("")
+    with pytest.raises(InputError, match="is a file"):
+        run(tmp_path / "r", make_set(4))
+
+
 def test_platform_names_the_hardware():
     assert reference.platform() == jax.devices()[0].device_kind.lower()

@@ -152,6 +152,30 @@ def test_gradients_of_bfloat16_parameters_are_summed_in_float32():
     assert {p.dtype for p in jax.tree.leaves(state.params)} == {jnp.dtype("bfloat16")}
 
 
+def test_small_updates_of_bfloat16_parameters_add_up():
+    # A hundredth of a spacing each: rounded to nearest, all hundred would vanish.
+    params = {"w": jnp.full((4000,), 1.0, jnp.bfloat16), "x": jnp.full((3,), -0.5, jnp.float32)}
+    updates = {"w": jnp.full((4000,), 2.0**-7 / 100), "x": jnp.full((3,), 1e-3)}
+    add = jax.jit(steps.apply_updates)
+    moved = params
+    for step in range(100):
+        moved = add(moved, updates, jnp.int32(step))
+    assert moved["w"].dtype == jnp.bfloat16 and set(np.unique(moved["w"].astype(np.float32))) <= {
+        1 + n * 2.0**-7 for n in range(10)
+    }
+    # The mean of 4,000 sums of which each has a standard deviation of about one spacing.
+    assert float(moved["w"].astype(jnp.float32).mean()) == pytest.approx(1 + 2.0**-7, abs=5 * 2.0**-7 / 4000**0.5)
+    np.testing.assert_allclose(moved["x"], -0.4, rtol=1e-5)
+    again, other = (add(params, updates, jnp.int32(step))["w"] for step in (0, 1))
+    assert jnp.array_equal(again, add(params, updates, jnp.int32(0))["w"]) and not jnp.array_equal(again, other)
+
+
+def test_bfloat16_sums_that_need_no_rounding_are_exact_and_infinities_stay():
+    params = {"w": jnp.array([1.0, -2.0, 0.0, jnp.inf, 3e38], jnp.bfloat16)}
+    moved = steps.apply_updates(params, {"w": jnp.array([0.5, -1.0, 0.0, 1.0, 0.0])}, jnp.int32(0))
+    assert moved["w"].astype(jnp.float32).tolist()[:4] == [1.5, -3.0, 0.0, float("inf")]
+
+
 def test_any_model_that_scores_pairs_can_be_trained():
     # A table of log-odds, no tokens at all: preferring what it is told to takes the loss down.
     table, tx = jnp.zeros(4), optax.sgd(1.0)

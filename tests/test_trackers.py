@@ -3,6 +3,7 @@
 import io
 import json
 import sys
+import time
 import types
 from typing import Any
 
@@ -98,16 +99,20 @@ def test_tensorboard_reads_back_what_was_written_and_resuming_hides_the_rest(tmp
     pytest.importorskip("tensorboardX")
     accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     asked: dict[str, Any] = NONE | {"tensorboard": True}
-    for resume_step, steps, scale in [(0, range(4), 1.0), (2, range(2, 6), 10.0)]:
+    killed = []  # before the first checkpoint, and after the one at 2: nothing is closed
+    for resume_step, steps, scale in [(0, range(3), 7.0), (0, range(4), 1.0), (2, range(2, 6), 10.0)]:
         (tracker,) = trackers.open_trackers(tmp_path, **asked, config={}, resume_step=resume_step)
         for step in steps:
             tracker.write(step, {"loss": scale * step, "rewards/margins": -scale})
-        tracker.close()
+        killed.append(tracker)
+        time.sleep(1.5)
     events = accumulator.EventAccumulator(str(tmp_path / "tensorboard"))
     events.Reload()
     assert events.Tags()["scalars"] == ["loss", "rewards/margins"]
     found = [(event.step, event.value) for event in events.Scalars("loss")]
     assert found == [(0, 0.0), (1, 1.0), (2, 20.0), (3, 30.0), (4, 40.0), (5, 50.0)]
+    for tracker in killed:
+        tracker.close()
 
 
 @pytest.fixture

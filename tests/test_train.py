@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -14,6 +15,11 @@ from dpo_jax.models import hf_io
 from dpo_jax.types import InputError
 from tests.hf_folders import edit_weights
 from tests.runs import EVAL_PAIRS, STEPS, TRAIN_PAIRS, make_config, make_inputs, read_rows, untimed
+
+
+class Killed(BaseException):
+    """Raised in place of a signal."""
+
 
 METRICS = {
     "step",
@@ -74,6 +80,13 @@ def test_policy_is_the_reference_at_step_zero(finished):
     assert read_rows(finished / "eval.jsonl")[0]["eval/loss"] == pytest.approx(np.log(2), abs=1e-5)
 
 
+def test_policy_is_the_reference_at_step_zero_in_bfloat16_too(inputs, tmp_path):
+    # Rows, gradients and all: XLA must round the same intermediates in both programs.
+    train.run(make_config(inputs, model__dtype="bfloat16", train__steps=1, data__eval=""), tmp_path / "run")
+    (first,) = read_rows(tmp_path / "run" / "metrics.jsonl")
+    assert first["loss"] == pytest.approx(np.log(2), abs=1e-5) and abs(first["rewards/chosen"]) < 1e-5
+
+
 def test_training_learns_the_preferences(finished):
     # Six steps at a high rate over forty pairs: the loss of what was seen falls clearly.
     rows = read_rows(finished / "metrics.jsonl")
@@ -116,10 +129,6 @@ def test_complete_run_is_left_alone(finished, inputs, capsys):
     assert {path: path.stat().st_mtime_ns for path in finished.rglob("*")} == before
 
 
-class Killed(BaseException):
-    """Raised in place of a signal."""
-
-
 @pytest.mark.parametrize("at", [1, 3, 5])
 def test_interrupted_run_goes_on_bit_for_bit(finished, inputs, tmp_path, monkeypatch, at):
     steps = iter(range(100))
@@ -139,6 +148,22 @@ def test_interrupted_run_goes_on_bit_for_bit(finished, inputs, tmp_path, monkeyp
         assert untimed(read_rows(tmp_path / "run" / name)) == untimed(read_rows(finished / name))
     ours, theirs = weights(tmp_path / "run" / "export"), weights(finished / "export")
     assert all(np.array_equal(ours[name], theirs[name]) for name in theirs)
+
+
+def test_export_of_an_unfinished_run_is_not_taken_for_the_finished_one(finished, inputs, tmp_path, monkeypatch):
+    config, folder = make_config(inputs), tmp_path / "run"
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "export", lambda *_: (_ for _ in ()).throw(Killed))
+        with pytest.raises(Killed):
+            train.run(config, folder)
+    train.export_checkpoint(config, folder, None)
+    assert (folder / f"export-{STEPS}" / "config.json").exists() and not (folder / "export").exists()
+    with pytest.raises(InputError, match="the place of the finished run's export"):
+        train.export_checkpoint(config, folder, folder / "export")
+    train.run(config, folder)
+    ours, theirs = weights(folder / "export"), weights(finished / "export")
+    assert all(np.array_equal(ours[name], theirs[name]) for name in theirs)
+    assert untimed(read_rows(folder / "eval.jsonl")) == untimed(read_rows(finished / "eval.jsonl"))
 
 
 def test_second_run_on_the_same_data_makes_no_reference_pass(finished, inputs, tmp_path, monkeypatch, capsys):
@@ -188,7 +213,7 @@ def test_reference_of_something_else_is_refused(finished, inputs, tmp_path, part
     config = make_config(tmp_path / "inputs", reference__path=str(finished / "reference"), **fields)
     with pytest.raises(InputError, match=rf"reference log-probs of another {part} \("):
         train.run(config, tmp_path / "run")
-    assert not (tmp_path / "run" / "checkpoints").exists()
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_run_compiles_three_programs_of_the_model(inputs, tmp_path, caplog):
@@ -245,6 +270,26 @@ def test_supervised_stage_refuses_reference_values_of_the_model_before_it(inputs
         train.run(config, tmp_path / "run")
 
 
+def test_two_stages_can_be_moved_and_called_by_another_path(tmp_path, monkeypatch):
+    make_inputs(tmp_path / "run" / "inputs")
+    config = make_config(Path("{workdir}/inputs"), sft__steps=2, sft__batch_pairs=8, train__steps=2)
+    monkeypatch.chdir(tmp_path)
+    train.run(config, Path("run"))
+    first = untimed([train.evaluate_checkpoint(config, tmp_path / "run")])
+    (tmp_path / "run").rename(tmp_path / "moved")
+    assert untimed([train.evaluate_checkpoint(config, Path("moved"))]) == first
+    # What a command that only reads cannot find it does not make.
+    shutil.rmtree(tmp_path / "moved" / "sft")
+    with pytest.raises(InputError, match=r"sft/export: no such folder; expected the model after sft\.steps"):
+        train.evaluate_checkpoint(config, tmp_path / "moved")
+
+
+def test_data_inside_a_working_folder_whose_name_would_be_read_as_several_is_refused(inputs, tmp_path):
+    config = make_config(inputs, data__train="{workdir}/train.jsonl")
+    with pytest.raises(InputError, match=r"without ',' and '\*'"):
+        train.run(config, tmp_path / "lr=1,b=2")
+
+
 def test_log_every_steps_keeps_the_last_step(inputs, tmp_path):
     train.run(make_config(inputs, log__every_steps=4, data__eval=""), tmp_path / "run")
     assert [row["step"] for row in read_rows(tmp_path / "run" / "metrics.jsonl")] == [0, 4, 5]
@@ -290,15 +335,47 @@ def test_workdir_of_another_run_is_refused_and_names_the_field(finished, inputs)
     assert (finished / "config.json").read_text() == before
 
 
-def test_data_changed_under_a_run_is_refused(inputs, tmp_path):
+@pytest.mark.parametrize("split", ["train", "eval"])
+def test_data_changed_under_a_run_is_refused(inputs, tmp_path, split):
     shutil.copytree(inputs, tmp_path / "inputs")
-    config = make_config(tmp_path / "inputs")
+    config = make_config(tmp_path / "inputs", train__steps=2)
     train.run(config, tmp_path / "run")
-    shutil.rmtree(tmp_path / "run" / "export")
-    path = tmp_path / "inputs" / "train.jsonl"
+    path = tmp_path / "inputs" / f"{split}.jsonl"
     path.write_text("".join(path.read_text().splitlines(keepends=True)[:-1]))
-    with pytest.raises(InputError, match="with which the checkpoint at step 6 was made"):
-        train.run(config, tmp_path / "run")
+    # Whether it is complete, as here, or goes on.
+    for _ in range(2):
+        with pytest.raises(InputError, match=rf"config\.data\.{split}: .* the checkpoint at step 2 was made"):
+            train.run(config, tmp_path / "run")
+        shutil.rmtree(tmp_path / "run" / "export", ignore_errors=True)
+
+
+def test_refused_run_leaves_the_folder_to_the_corrected_one(inputs, tmp_path):
+    with pytest.raises(InputError, match=r"config\.data\.row_length: got 32"):
+        train.run(make_config(inputs, data__row_length=32, train__steps=1), tmp_path / "run")
+    train.run(make_config(inputs, train__steps=1), tmp_path / "run")
+
+
+def test_export_in_another_type_is_another_run(finished, inputs):
+    with pytest.raises(InputError, match=r"export\.dtype: '' -> 'bfloat16'"):
+        train.run(make_config(inputs, export__dtype="bfloat16"), finished)
+
+
+def test_evaluation_under_another_optimizer_reads_the_same_parameters(finished, inputs):
+    row = train.evaluate_checkpoint(make_config(inputs, optimizer__name="sgd", train__steps=1), finished)
+    assert untimed([row]) == untimed([read_rows(finished / "eval.jsonl")[-1]])
+    with pytest.raises(InputError, match=r"model\.path: .* -> '.*elsewhere'"):
+        train.evaluate_checkpoint(make_config(inputs, model__path=str(inputs / "elsewhere")), finished)
+
+
+def test_reference_pass_of_a_loss_that_reads_none_is_refused(inputs, tmp_path):
+    with pytest.raises(InputError, match=r"config\.loss\.name: 'sft', which reads no reference"):
+        train.score_reference(make_config(inputs, loss__name="sft"), tmp_path / "run")
+
+
+def test_folder_that_cannot_be_written_to_is_refused(inputs, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match=r"cannot be written to|is a file"):
+        train.run(make_config(inputs), tmp_path / "file" / "run")
 
 
 def test_evaluate_without_a_checkpoint_is_refused(inputs, tmp_path):
