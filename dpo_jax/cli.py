@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from absl import flags
+from absl import flags, logging
 
 from dpo_jax import config as configs
 from dpo_jax.config import Config
@@ -31,6 +31,7 @@ evaluate and export read DIR/config.json where no --config is given. The fields 
 def main(argv: Sequence[str] | None = None) -> None:
     """Runs a command; prints what is wrong with its input on one line and exits with status 2."""
     argv = list(sys.argv if argv is None else argv)
+    logging.set_verbosity(logging.ERROR)  # orbax warns of read-only folders that are meant to be
     if len(argv) < 2 or argv[1] in ("-h", "--help", "help"):
         print(USAGE, end="")
         sys.exit(0 if len(argv) > 1 else 2)

@@ -68,7 +68,7 @@ def after_sft(given: Config, config: Config, inputs: Inputs, folder: Path) -> tu
     if not config.sft.steps:
         return config, inputs
     say(f"first: supervised fine-tuning on the chosen answers, in {folder / 'sft'}")
-    (folder / "sft").mkdir(parents=True, exist_ok=True)
+    workdir.make(folder / "sft")
     # Seen from the stage's own folder, so that both can be moved, or called by another path, together.
     given = run_inputs.resolve_paths(given, Path("{workdir}") / "..")
     stage = dataclasses.replace(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -36,15 +37,22 @@ def check(config: Config, workdir: Path, *, fields: Sequence[str] | None = None)
 
 def claim(config: Config, workdir: Path) -> None:
     """Writes `config.json`, whole or not at all. Raises: InputError if the folder cannot be written to."""
+    make(workdir)
     beside = workdir / f".config.json.{os.getpid()}"
+    beside.write_text(configs.to_json(config))
+    os.replace(beside, workdir / "config.json")
+
+
+def make(folder: Path) -> None:
+    """Makes the folder if there is none. Raises: InputError if it cannot be, or cannot be written to."""
     try:
-        workdir.mkdir(parents=True, exist_ok=True)
-        beside.write_text(configs.to_json(config))
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
     except OSError as error:
         raise InputError(
-            str(workdir), got=f"cannot be written to ({error})", expected="a folder for the run", remedy="Name another."
+            str(folder), got=f"cannot be written to ({error})", expected="a folder for the run", remedy="Name another."
         ) from error
-    os.replace(beside, workdir / "config.json")
 
 
 def read_config(workdir: Path) -> Config:
