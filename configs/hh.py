@@ -5,7 +5,7 @@
         --config.data.train=Anthropic/hh-rlhf:train --config.data.eval=Anthropic/hh-rlhf:test
 
 The paper fine-tunes on the chosen answers first: give `--config.sft.steps`, or a model.path that already was.
-The same with local files, of this or any other form: `--config.data.train=train.jsonl.gz --config.data.eval=eval.jsonl.gz`.
+With local files, of this form or another: `--config.data.train=train.jsonl.gz --config.data.eval=eval.jsonl.gz`.
 """
 
 from dpo_jax.config import base
