@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -31,7 +32,9 @@ evaluate and export read DIR/config.json where no --config is given. The fields 
 def main(argv: Sequence[str] | None = None) -> None:
     """Runs a command; prints what is wrong with its input on one line and exits with status 2."""
     argv = list(sys.argv if argv is None else argv)
-    logging.set_verbosity(logging.ERROR)  # orbax warns of read-only folders that are meant to be
+    # What these two warn of is as it should be: folders that are only read, and an environment without torch.
+    logging.set_verbosity(logging.ERROR)
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     if len(argv) < 2 or argv[1] in ("-h", "--help", "help"):
         print(USAGE, end="")
         sys.exit(0 if len(argv) > 1 else 2)
