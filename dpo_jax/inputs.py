@@ -12,7 +12,7 @@ import numpy as np
 from dpo_jax import losses, optim
 from dpo_jax.config import Config
 from dpo_jax.data import layout
-from dpo_jax.data.order import epoch_size
+from dpo_jax.data.order import epoch_size, share
 from dpo_jax.data.pairs import PairSet, load
 from dpo_jax.data.tokenize import identity, load_tokenizer
 from dpo_jax.models import decoder, hf_io
@@ -171,8 +171,8 @@ def check_pairs(config: Config, pairs: PairSet, split: str) -> None:
             expected="0, or pairs without: the reference is the model after them",
             remedy="Take the columns ref_chosen_logps and ref_rejected_logps away, or set sft.steps to 0.",
         )
-    for source, weight in enumerate(pairs.weights):
-        name = pairs.names[source]
+    counts = np.bincount(pairs.source, minlength=len(pairs.names)).tolist()
+    for name, weight, count in zip(pairs.names, pairs.weights, counts, strict=True):
         if split == "test" and weight != 1:
             raise InputError(
                 "config.data.eval",
@@ -180,7 +180,7 @@ def check_pairs(config: Config, pairs: PairSet, split: str) -> None:
                 expected="no weights: an evaluation takes every pair once",
                 remedy="Leave the weight off.",
             )
-        if not epoch_size(np.zeros(np.sum(pairs.source == source), int), [weight]):
+        if count and not share(count, weight):
             raise InputError(
                 "config.data.train",
                 got=f"weight {weight:g} of {name} leaves none of its pairs in an epoch",

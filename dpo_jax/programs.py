@@ -40,6 +40,13 @@ class Programs(NamedTuple):
     score: Callable[[Any, Batch], tuple[jax.Array, dict[str, jax.Array]]]  # params, host batch -> logps, token sums
 
 
+class Store(NamedTuple):
+    """A place for reference log-probs, and all that decides them besides the pairs."""
+
+    folder: Path
+    identity: dict[str, Any]
+
+
 def make_programs(config: Config, inputs: Inputs) -> Programs:
     """Chooses shapes from data and backend, and builds the scoring program for the mesh."""
     mesh = sharding.make_mesh(config.mesh.replica, config.mesh.fsdp, config.mesh.tensor)
@@ -92,7 +99,7 @@ def load_params(config: Config, inputs: Inputs, mesh: Mesh) -> Any:
 
 
 def reference_values(
-    config: Config, inputs: Inputs, workdir: Path, programs: Programs, report: Callable[[int, int], None]
+    config: Config, inputs: Inputs, store: Store, programs: Programs, report: Callable[[int, int], None]
 ) -> tuple[reference.Pass, Any | None]:
     """Reference log-probs of every set of pairs, scored now only where neither data nor store have them.
 
@@ -107,8 +114,7 @@ def reference_values(
         return programs.score(loaded[0], batch)
 
     done = reference.run_pass(
-        reference_folder(config, workdir),
-        identity(config, inputs, programs),
+        *store,
         [(pairs, pairs.lengths, pairs.keys, pairs.reference) for pairs in inputs.sets],
         score,
         shape=programs.score_shape,
@@ -118,22 +124,18 @@ def reference_values(
     return done, loaded[0] if loaded else None
 
 
-def check_reference(config: Config, inputs: Inputs, workdir: Path, programs: Programs) -> None:
-    """Raises InputError if this run would read a store of another identity."""
-    if config.loss.name not in losses.REFERENCE_FREE:
-        reference.check_identity(reference_folder(config, workdir), identity(config, inputs, programs))
+def reference_store(config: Config, inputs: Inputs, workdir: Path, programs: Programs) -> Store | None:
+    """Where this run's reference log-probs are kept, and under what identity; None for a loss that reads none.
 
-
-def identity(config: Config, inputs: Inputs, programs: Programs) -> dict[str, Any]:
-    """See `inputs.reference_identity`."""
-    return run_inputs.reference_identity(
-        config, inputs, dtype=np.dtype(programs.dtype).name, platform=reference.platform()
-    )
-
-
-def reference_folder(config: Config, workdir: Path) -> Path:
-    """Where this run's reference log-probs are kept."""
-    return Path(config.reference.path) if config.reference.path else workdir / "reference"
+    Reads all weights, for their digest. Raises: InputError if there is a store of another identity.
+    """
+    if config.loss.name in losses.REFERENCE_FREE:
+        return None
+    folder = Path(config.reference.path) if config.reference.path else workdir / "reference"
+    dtype, platform = np.dtype(programs.dtype).name, reference.platform()
+    identity = run_inputs.reference_identity(config, inputs, dtype=dtype, platform=platform)
+    reference.check_identity(folder, identity)
+    return Store(folder, identity)
 
 
 def no_reference(inputs: Inputs) -> list[Float[np.ndarray, "N 2"]]:

@@ -53,9 +53,9 @@ def run(config: Config, folder: Path) -> None:
         return
     built = programs.make_programs(config, inputs)
     config, inputs = after_sft(given, config, inputs, folder)
-    programs.check_reference(config, inputs, folder, built)
+    store = programs.reference_store(config, inputs, folder, built)
     workdir.claim(given, folder)
-    train(config, inputs, folder, built, total)
+    train(config, inputs, folder, built, store, total)
 
 
 def after_sft(given: Config, config: Config, inputs: Inputs, folder: Path) -> tuple[Config, Inputs]:
@@ -104,12 +104,14 @@ def from_sft(config: Config, inputs: Inputs, folder: Path) -> tuple[Config, Inpu
     return dataclasses.replace(config, model=model), dataclasses.replace(inputs, folder=exported)
 
 
-def train(config: Config, inputs: Inputs, folder: Path, built: programs.Programs, total: int) -> None:
+def train(
+    config: Config, inputs: Inputs, folder: Path, built: programs.Programs, store: programs.Store | None, total: int
+) -> None:
     """Reference pass, updates, evaluations, checkpoints and export."""
     assert inputs.train is not None
     # What the run computes with.
     shape, mesh = built.update_shape, built.mesh
-    reference, params = reference_of(config, inputs, folder, built)
+    reference, params = reference_of(config, inputs, store, built)
     tx, schedule = run_inputs.optimizer_of(config, total_steps=total)
     loss_fn = run_inputs.loss_of(config)
     rate, summary = jax.jit(schedule), make_summary(loss_fn)
@@ -198,16 +200,16 @@ def train(config: Config, inputs: Inputs, folder: Path, built: programs.Programs
 
 
 def reference_of(
-    config: Config, inputs: Inputs, folder: Path, built: programs.Programs
+    config: Config, inputs: Inputs, store: programs.Store | None, built: programs.Programs
 ) -> tuple[list[np.ndarray], Any | None]:
     """Stored reference log-probs of training and evaluation pairs, and the weights if they had to be loaded."""
-    if config.loss.name in losses.REFERENCE_FREE:
+    if store is None:
         return programs.no_reference(inputs), None
     with trackers.Counter("reference pass", unit="pairs") as counter:
-        done, params = programs.reference_values(config, inputs, folder, built, counter.update)
+        done, params = programs.reference_values(config, inputs, store, built, counter.update)
     say(
         f"reference: {done.given} pairs came with values, {done.stored} were in "
-        f"{programs.reference_folder(config, folder)}, {done.scored} scored in {done.forward_passes} forward passes"
+        f"{store.folder}, {done.scored} scored in {done.forward_passes} forward passes"
     )
     return done.values, params
 
@@ -272,7 +274,7 @@ def score_reference(config: Config, folder: Path) -> None:
     describe_data(config, inputs)
     built = programs.make_programs(config, inputs)
     config, inputs = after_sft(given, config, inputs, folder)
-    reference_of(config, inputs, folder, built)
+    reference_of(config, inputs, programs.reference_store(config, inputs, folder, built), built)
 
 
 def evaluate_checkpoint(config: Config, folder: Path) -> dict[str, float]:
@@ -283,7 +285,7 @@ def evaluate_checkpoint(config: Config, folder: Path) -> dict[str, float]:
     config, inputs, built, step, params = open_checkpoint(config, folder)
     if inputs.eval is None:
         raise InputError("config.data.eval", got="empty", expected="a path or Hub id", remedy="Name the pairs.")
-    reference, _ = reference_of(config, inputs, folder, built)
+    reference, _ = reference_of(config, inputs, programs.reference_store(config, inputs, folder, built), built)
     row = evaluate(
         functools.partial(built.score, params),
         make_summary(run_inputs.loss_of(config)),

@@ -228,6 +228,21 @@ def test_a_run_compiles_three_programs_of_the_model(inputs, tmp_path, caplog):
     assert len(compiled) < 40 and compiled.count("summary") == 1
 
 
+def test_a_run_reads_the_weights_for_their_digest_once(inputs, tmp_path, monkeypatch):
+    digests = []
+    real = hf_io.digest
+    monkeypatch.setattr(hf_io, "digest", lambda folder: digests.append(folder) or real(folder))
+    train.run(make_config(inputs, train__steps=1), tmp_path / "run")
+    assert digests == [inputs / "model"]
+
+
+def test_source_whose_rows_are_all_skipped_is_not_blamed_on_its_weight(inputs, tmp_path):
+    (tmp_path / "bad.jsonl").write_text('{"prompt": "a", "chosen": "", "rejected": "b"}\n')
+    data = f"{inputs / 'train.jsonl'},{tmp_path / 'bad.jsonl'}"
+    config = make_config(inputs, data__train=data, data__format="plain", data__on_bad_row="skip", train__steps=1)
+    train.run(config, tmp_path / "run")
+
+
 def test_reference_command_leaves_train_nothing_to_score(inputs, tmp_path, capsys):
     train.score_reference(make_config(inputs), tmp_path / "run")
     assert f"{TRAIN_PAIRS + EVAL_PAIRS} scored" in capsys.readouterr().err

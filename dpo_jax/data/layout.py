@@ -166,8 +166,8 @@ def choose_shape(
       lengths: `unit_room` of every pair that will be laid out, training and evaluation.
       row_length: positions in a row; None: the longest pair, rounded up to ROW_MULTIPLE.
       rows: rows in a microbatch; None: as many as `target_positions` allow while few of them run empty.
-      field: what `rows` was given by, for errors.
       row_multiple: rows are a multiple of this, the number of devices that rows are spread over.
+      field: what `rows` was given by, for errors.
     Raises: InputError if `rows` does not divide so, or `row_length` is not a positive multiple of 8.
     """
     longest = int(np.max(lengths))

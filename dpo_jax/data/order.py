@@ -11,7 +11,7 @@ from jaxtyping import Int
 
 def epoch_size(source: Int[np.ndarray, "N"], weights: Sequence[float]) -> int:
     """Pairs in one epoch: each source's pairs times its weight, rounded."""
-    return sum(_share(int(np.sum(source == s)), w) for s, w in enumerate(weights))
+    return sum(share(int(np.sum(source == s)), w) for s, w in enumerate(weights))
 
 
 def make_order(
@@ -44,11 +44,12 @@ def make_order(
     return indices
 
 
-def _share(pairs: int, weight: float) -> int:
+def share(pairs: int, weight: float) -> int:
+    """Times that pairs of a source with this weight stand in one epoch, all together."""
     return int(round(weight * pairs))
 
 
 def _draw(pairs: np.ndarray, weight: float, rng: np.random.Generator | None) -> np.ndarray:
-    whole, rest = divmod(_share(len(pairs), weight), max(1, len(pairs)))
+    whole, rest = divmod(share(len(pairs), weight), max(1, len(pairs)))
     part = pairs[:rest] if rng is None else rng.permutation(pairs)[:rest]
     return np.concatenate([np.tile(pairs, whole), part])
