@@ -11,13 +11,13 @@ import numpy as np
 
 from dpo_jax import losses, optim
 from dpo_jax.config import Config
-from dpo_jax.data import layout
 from dpo_jax.data.order import epoch_size, share
 from dpo_jax.data.pairs import PairSet, load
 from dpo_jax.data.tokenize import identity, load_tokenizer
 from dpo_jax.models import decoder, hf_io
+from dpo_jax.models.attention import IMPLEMENTATIONS
 from dpo_jax.models.config import DecoderConfig
-from dpo_jax.types import InputError
+from dpo_jax.types import InputError, check_choice
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,9 +44,10 @@ class Inputs:
         sets = {"train": self.train, "eval": self.eval}
         return {name: None if pairs is None else pairs.digest for name, pairs in sets.items()}
 
-    def unit_room(self, name: str) -> np.ndarray:
-        """What every pair of every set takes of a row in the named layout."""
-        return np.concatenate([layout.unit_room(pairs.lengths, name) for pairs in self.sets])
+    @property
+    def lengths(self) -> np.ndarray:
+        """Token counts [N, 3] of every pair of every set."""
+        return np.concatenate([pairs.lengths for pairs in self.sets])
 
 
 def resolve_paths(config: Config, workdir: Path) -> Config:
@@ -75,7 +76,8 @@ def check_names(config: Config) -> None:
     """Raises InputError for any name or option that no module knows."""
     loss_of(config)
     optimizer_of(config, total_steps=1)
-    decoder.check_options(remat=config.model.remat, implementation=config.model.attention)
+    decoder.check_remat(config.model.remat)
+    check_choice("config.model.attention", config.model.attention, IMPLEMENTATIONS)
 
 
 def loss_of(config: Config) -> losses.Loss:
@@ -210,7 +212,7 @@ def check_lengths(config: Config, inputs: Inputs) -> int:
     return max(1, int(config.train.epochs * size) // config.train.batch_pairs)
 
 
-def reference_identity(config: Config, inputs: Inputs, *, dtype: str, platform: str) -> dict[str, Any]:
+def reference_identity(config: Config, inputs: Inputs, *, dtype: str, attention: str, platform: str) -> dict[str, Any]:
     """All that decides a pair's stored log-probs besides its own token ids."""
     data = config.data
     return {
@@ -223,6 +225,6 @@ def reference_identity(config: Config, inputs: Inputs, *, dtype: str, platform: 
         "layout": data.layout,
         "dtype": dtype,
         "param_dtype": config.model.param_dtype,
-        "attention": config.model.attention if config.model.attention != "auto" else "xla",
+        "attention": attention,
         "platform": platform,
     }

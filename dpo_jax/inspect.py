@@ -105,11 +105,12 @@ def packing(config: Config, inputs: Inputs) -> list[str]:
     found = [f"=== rows of {config.train.batch_pairs} pairs a step, prompt {config.data.layout}, empty rows counted"]
     for backend, target in (("a CPU", CPU_POSITIONS), ("an accelerator", ACCELERATOR_POSITIONS)):
         shape = layout.choose_shape(
-            inputs.unit_room(config.data.layout),
+            inputs.lengths,
+            layout=config.data.layout,
             pairs=config.train.batch_pairs,
             row_length=config.data.row_length,
             rows=config.train.microbatch_rows,
-            row_multiple=1,
+            shards=1,
             target_positions=target,
         )
         computed, real, padded = np.sum([*counts(config, inputs.train, shape)], axis=0)
@@ -131,7 +132,7 @@ def counts(config: Config, pairs: PairSet, shape: layout.Shape) -> Iterator[tupl
     )
     for step in range(min(SAMPLED_STEPS, epoch_size(pairs.source, pairs.weights) // shape.pairs)):
         tokens = np.asarray(pairs.lengths[order(step)])
-        rows = len(layout.fill_rows(layout.unit_room(tokens, config.data.layout), shape.row_length))
+        computed = sum(microbatch.positions for microbatch in layout.plan(tokens, shape, config.data.layout))
         longest = tokens[:, 0] + tokens[:, 1:].max(1)
         answers = int((tokens[:, 1:] > 0).any(0).sum())
         padded = sum(
@@ -139,4 +140,4 @@ def counts(config: Config, pairs: PairSet, shape: layout.Shape) -> Iterator[tupl
             for group in (longest[at : at + PADDED_PAIRS] for at in range(0, len(longest), PADDED_PAIRS))
         )
         real = int(layout.unit_lengths(tokens, config.data.layout).sum())
-        yield -(-rows // shape.rows) * shape.rows * shape.row_length, real, int(padded)
+        yield computed, real, int(padded)

@@ -1,38 +1,76 @@
 """Log-probabilities of completion tokens, without a logits array over all tokens.
 
-Only scored tokens meet the vocabulary matrix, a chunk of them at a time; the backward pass recomputes each chunk.
+Only scored tokens meet the vocabulary matrix: they are gathered into one list, and the product is made a block of
+tokens by a block of the vocabulary at a time, each small enough for a cache. The backward pass makes each block
+again. The vocabulary runs outermost, so a block of the matrix is read once, and its gradient written once.
+
+    log p(target) = h . w_target - log sum_v exp(h . w_v), the sum carried from block to block as (max, sum of exp)
+    d loss / d logit_v = (1[v = target] - p_v) * d loss / d log p
 """
 
 from __future__ import annotations
 
 import functools
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from dpo_jax.types import Rows
 
-LOGITS_BYTES = 64 * 2**20  # what one chunk of float32 logits may take
+
+class Blocks(NamedTuple):
+    """How much of the product is alive at once."""
+
+    tokens: int  # scored tokens in a block; what their number is rounded up to
+    logits_bytes: int  # of one block in float32
 
 
-def chunk_size(rows: int, tokens: int, vocab: int, *, logits_bytes: int = LOGITS_BYTES) -> int:
-    """Scored tokens of each row in a chunk: a power of two within the byte budget, at least 8, dividing `tokens`.
+CPU_BLOCKS = Blocks(64, 2 * 2**20 + 2**18)  # logits stay in the cache of a core
+ACCELERATOR_BLOCKS = Blocks(1024, 256 * 2**20)  # products large enough to keep a matrix unit busy
 
-    >>> chunk_size(rows=1, tokens=1024, vocab=50304)
-    256
-    >>> chunk_size(rows=64, tokens=1024, vocab=128256)
-    8
+
+class Spread(NamedTuple):
+    """Where rows and the vocabulary matrix lie on a mesh, and so what is summed across which of its axes."""
+
+    mesh: Mesh
+    rows: tuple[str, ...]  # axes that rows are spread over
+    vocab: str | None  # axis of the matrix's rows: each device sums over its part of the vocabulary
+    width: str | None  # axis of its columns: a block is gathered when it is used
+
+
+class _Plan(NamedTuple):
+    """Everything static that the two passes go by."""
+
+    blocks: Blocks
+    soft_cap: float | None
+    spread: Spread | None
+
+
+def vocab_block(vocab: int, blocks: Blocks) -> int:
+    """Vocabulary entries in a block: the most that divide the vocabulary and keep to the byte budget.
+
+    Where only small numbers divide it, the budget itself: the last block then overlaps the one before.
+
+    >>> [vocab_block(size, CPU_BLOCKS) for size in (50304, 128256, 50257, 50261, 1000)]
+    [8384, 8016, 1733, 8192, 1000]
     """
-    size = 8
-    while 2 * size * rows * vocab * 4 <= logits_bytes and tokens % (2 * size) == 0:
-        size *= 2
-    return size if tokens % size == 0 else tokens
+    most = max(1, min(vocab, blocks.logits_bytes // (4 * blocks.tokens)))
+    divisors = (size for size in range(most, most // 8, -1) if vocab % size == 0)
+    return next(divisors, most)
 
 
 def completion_logps(
-    hidden: Float[Array, "R S D"], head: Float[Array, "V D"], rows: Rows, *, pairs: int
+    hidden: Float[Array, "R S D"],
+    head: Float[Array, "V D"],
+    rows: Rows,
+    *,
+    pairs: int,
+    soft_cap: float | None = None,
+    blocks: Blocks = CPU_BLOCKS,
+    spread: Spread | None = None,
 ) -> tuple[Float[Array, "P 2"], dict[str, Float[Array, "P 2"]]]:
     """Summed log-probability of every completion, and the sum over its tokens of the mean logit.
 
@@ -41,17 +79,15 @@ def completion_logps(
       head: the vocabulary matrix, cast to the type of `hidden`.
       rows: where hidden states predict which tokens, of which completion.
       pairs: P; completions that these rows do not hold get 0.
+      soft_cap: logits become cap * tanh(logits / cap); None: they stay as they are.
+      blocks: what is computed at once.
+      spread: how rows and head lie on a mesh; None: on one device.
     Returns: logps in nats, float32 or wider, column 0 chosen, 1 rejected; and {"logits": ...}, without gradient.
     """
-    gathered = jnp.take_along_axis(hidden, rows.source[:, :, None], axis=1)
-    head = head.astype(hidden.dtype)
-    token_logps = score_tokens(gathered, head, rows.target, rows.slot >= 0)
-    # The mean over the vocabulary of h . w_v is h . mean(w): no logits needed.
-    wide = token_logps.dtype
-    mean_row = jnp.mean(head, axis=0, dtype=wide)
-    mean_logits = jax.lax.stop_gradient(jnp.einsum("rtd,d->rt", gathered, mean_row, preferred_element_type=wide))
+    plan = _Plan(blocks, soft_cap, spread)
+    logps, logits = score_tokens(hidden, head, rows.source, rows.target, rows.slot >= 0, plan)
     total = functools.partial(sum_by_slot, slot=rows.slot, pairs=pairs)
-    return total(token_logps), {"logits": total(mean_logits)}
+    return total(logps), {"logits": jax.lax.stop_gradient(total(logits))}
 
 
 def sum_by_slot(values: Float[Array, "R T"], slot: Int[Array, "R T"], pairs: int) -> Float[Array, "P 2"]:
@@ -60,71 +96,195 @@ def sum_by_slot(values: Float[Array, "R T"], slot: Int[Array, "R T"], pairs: int
     return jax.ops.segment_sum(values.ravel(), into, 2 * pairs + 1)[:-1].reshape(pairs, 2)
 
 
-def score_tokens(
-    hidden: Float[Array, "R T D"], head: Float[Array, "V D"], target: Int[Array, "R T"], scored: Any
-) -> Float[Array, "R T"]:
-    """log softmax(hidden . head^T)[target] of the scored entries, which come first in each row; 0 after the last chunk.
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
+def score_tokens(hidden, head, source, target, scored, plan):
+    """log softmax(hidden[source] . head^T)[target] and the mean logit, [R, T] each; 0 where `scored` is false.
 
-    Chunks without a scored entry in any row are neither computed nor differentiated.
+    Blocks of tokens beyond the number of scored ones are neither computed nor differentiated.
     """
-    used = jnp.max(jnp.sum(scored, axis=-1, dtype=jnp.int32))
-    size = chunk_size(hidden.shape[0], hidden.shape[1], head.shape[0])
-    return _score(hidden, head, target, (used + size - 1) // size, size)
+    return _forward(hidden, head, source, target, scored, plan)[0]
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
-def _score(hidden, head, target, chunks, size):
-    return _score_forward(hidden, head, target, chunks, size)[0]
+def _forward(hidden, head, source, target, scored, plan):
+    logps, logits, log_z = _everywhere(_forward_here, plan, "rwrrr", "rrr")(hidden, head, source, target, scored)
+    return (logps, logits), (hidden, head, source, target, scored, log_z)
 
 
-def _chunk(array, i, size):
-    return jax.lax.dynamic_slice_in_dim(array, i * size, size, axis=1)
+def _backward(plan, saved, cotangent):
+    grads = _everywhere(_backward_here, plan, "rwrrrrr", "rw")(*saved, cotangent[0])
+    return *grads, None, None, None
 
 
-def _put_chunk(array, chunk, i, size):
-    return jax.lax.dynamic_update_slice_in_dim(array, chunk, i * size, axis=1)
+score_tokens.defvjp(_forward, _backward)
 
 
-def _logits(hidden, head):
+def _everywhere(function, plan, takes, gives):
+    """`function` on each device's share: arguments and results marked r lie as rows do, w as the vocabulary matrix."""
+    here = functools.partial(function, plan)
+    if plan.spread is None:
+        return here
+    mesh, rows, vocab, width = plan.spread
+    specs = {"r": PartitionSpec(rows), "w": PartitionSpec(vocab, width)}
+    return jax.shard_map(
+        here,
+        mesh=mesh,
+        in_specs=tuple(specs[letter] for letter in takes),
+        out_specs=tuple(specs[letter] for letter in gives),
+        check_vma=False,
+    )
+
+
+class _Tokens(NamedTuple):
+    """The scored tokens of a device's rows, first in a list; the entries after them count for nothing."""
+
+    place: Int[Array, "N"]  # of the token among the R * T entries; out of bounds after the last
+    index: Int[Array, "N"]  # of the hidden state that predicts it among the R * S
+    target: Int[Array, "N"]
+    blocks: Int[Array, ""]  # that hold a scored token
+
+
+def _tokens(hidden, source, target, scored, size) -> _Tokens:
+    rows, length, _ = hidden.shape
+    entries = scored.size
+    listed = -(-entries // size) * size
+    place = jnp.nonzero(scored.ravel(), size=listed, fill_value=entries)[0]
+    index = (source + length * jnp.arange(rows)[:, None]).ravel()
+    take = functools.partial(jnp.take, indices=place, mode="fill", fill_value=0)
+    return _Tokens(place, take(index), take(target.ravel()), (jnp.sum(scored, dtype=jnp.int32) + size - 1) // size)
+
+
+def _forward_here(plan, hidden, head, source, target, scored):
+    size, spread = plan.blocks.tokens, plan.spread
+    tokens = _tokens(hidden, source, target, scored, size)
+    h = hidden.reshape(-1, hidden.shape[2])[tokens.index]
     wide = jnp.promote_types(hidden.dtype, jnp.float32)
-    return jnp.einsum("rtd,vd->rtv", hidden, head, preferred_element_type=wide)
+    vocab = _Vocabulary(plan, head, hidden.dtype)
+
+    def one_part(j, carry):
+        weights = vocab.part(j)
+
+        def one_block(i, carry):
+            most, exp_sum, picked, logit_sum = carry
+            logits, real, column = vocab.logits(_block(h, i, size), weights, j)
+            masked = logits if real is None else jnp.where(real, logits, -jnp.inf)
+            before = _block(most, i, size)
+            now = jnp.maximum(before, masked.max(-1))
+            total = _block(exp_sum, i, size) * jnp.exp(before - now) + jnp.exp(masked - now[:, None]).sum(-1)
+            at = _block(tokens.target, i, size) - column[0]
+            there = (at >= 0) & (at < len(column)) & (True if real is None else real[0, jnp.clip(at, 0, len(column) - 1)])
+            hit = jnp.take_along_axis(logits, jnp.clip(at, 0, len(column) - 1)[:, None], axis=1)[:, 0]
+            picked = _put(picked, _block(picked, i, size) + jnp.where(there, hit, 0), i, size)
+            summed = (logits if real is None else jnp.where(real, logits, 0)).sum(-1)
+            logit_sum = _put(logit_sum, _block(logit_sum, i, size) + summed, i, size)
+            return _put(most, now, i, size), _put(exp_sum, total, i, size), picked, logit_sum
+
+        return jax.lax.fori_loop(0, tokens.blocks, one_block, carry)
+
+    zeros = jnp.zeros(tokens.index.shape, wide)
+    start = jnp.full_like(zeros, jnp.finfo(wide).min), zeros, zeros, zeros
+    most, exp_sum, picked, logit_sum = jax.lax.fori_loop(0, vocab.parts, one_part, start)
+    if spread is not None and spread.vocab:
+        here, most = most, jax.lax.pmax(most, spread.vocab)
+        exp_sum, picked, logit_sum = jax.lax.psum((exp_sum * jnp.exp(here - most), picked, logit_sum), spread.vocab)
+    log_z = most + jnp.log(exp_sum)
+
+    def entries(values):
+        empty = jnp.zeros(scored.size, wide)
+        return empty.at[tokens.place].set(values, mode="drop").reshape(scored.shape)
+
+    return entries(picked - log_z), entries(logit_sum / vocab.size), entries(log_z)
 
 
-def _score_forward(hidden, head, target, chunks, size):
-    wide = jnp.promote_types(hidden.dtype, jnp.float32)
-    zeros = jnp.zeros(target.shape, wide)
+def _backward_here(plan, hidden, head, source, target, scored, log_z, cotangent):
+    size, spread = plan.blocks.tokens, plan.spread
+    tokens = _tokens(hidden, source, target, scored, size)
+    flat = hidden.reshape(-1, hidden.shape[2])
+    h = flat[tokens.index]
+    wide = log_z.dtype
+    vocab = _Vocabulary(plan, head, hidden.dtype)
+    take = functools.partial(jnp.take, indices=tokens.place, mode="fill", fill_value=0)
+    log_z, cotangent = take(log_z.ravel()), take(cotangent.ravel())
 
-    def one_chunk(i, carry):
-        logps, normaliser = carry
-        logits = _logits(_chunk(hidden, i, size), head)
-        log_z = jax.nn.logsumexp(logits, axis=-1)
-        picked = jnp.take_along_axis(logits, _chunk(target, i, size)[..., None], axis=-1)[..., 0]
-        return _put_chunk(logps, picked - log_z, i, size), _put_chunk(normaliser, log_z, i, size)
-
-    # The number of chunks is data: a loop with a dynamic bound, hence the hand-written backward pass.
-    logps, normaliser = jax.lax.fori_loop(0, chunks, one_chunk, (zeros, zeros))
-    return logps, (hidden, head, target, chunks, normaliser)
-
-
-def _score_backward(size, saved, cotangent):
-    hidden, head, target, chunks, normaliser = saved
-    wide = normaliser.dtype
-    vocabulary = jnp.arange(head.shape[0])[None, None, :]
-
-    def one_chunk(i, carry):
+    def one_part(j, carry):
         hidden_grad, head_grad = carry
-        h = _chunk(hidden, i, size)
-        probability = jnp.exp(_logits(h, head) - _chunk(normaliser, i, size)[..., None])
-        hit = vocabulary == _chunk(target, i, size)[..., None]
-        logits_grad = (jnp.where(hit, 1.0, 0.0) - probability) * _chunk(cotangent, i, size)[..., None]
-        logits_grad = logits_grad.astype(hidden.dtype)
-        h_grad = jnp.einsum("rtv,vd->rtd", logits_grad, head, preferred_element_type=wide)
-        head_grad = head_grad + jnp.einsum("rtv,rtd->vd", logits_grad, h, preferred_element_type=wide)
-        return _put_chunk(hidden_grad, h_grad.astype(hidden.dtype), i, size), head_grad
+        weights = vocab.part(j)
 
-    start = jnp.zeros_like(hidden), jnp.zeros(head.shape, wide)
-    hidden_grad, head_grad = jax.lax.fori_loop(0, chunks, one_chunk, start)
-    return hidden_grad, head_grad.astype(head.dtype), None, None
+        def one_block(i, carry):
+            hidden_grad, part_grad = carry
+            states = _block(h, i, size)
+            logits, real, column = vocab.logits(states, weights, j)
+            hit = column[None] == _block(tokens.target, i, size)[:, None]
+            slope = jnp.where(hit, 1.0, 0.0) - jnp.exp(logits - _block(log_z, i, size)[:, None])
+            slope = slope * _block(cotangent, i, size)[:, None]
+            if plan.soft_cap is not None:
+                slope = slope * (1 - jnp.square(logits / plan.soft_cap))
+            if real is not None:
+                slope = jnp.where(real, slope, 0)
+            slope = slope.astype(hidden.dtype)
+            pulled = jnp.einsum("tv,vd->td", slope, weights, preferred_element_type=wide)
+            hidden_grad = _put(hidden_grad, _block(hidden_grad, i, size) + pulled, i, size)
+            return hidden_grad, part_grad + jnp.einsum("tv,td->vd", slope, states, preferred_element_type=wide)
+
+        none = jnp.zeros(weights.shape, wide)
+        hidden_grad, part_grad = jax.lax.fori_loop(0, tokens.blocks, one_block, (hidden_grad, none))
+        return hidden_grad, vocab.add(head_grad, part_grad, j)
+
+    start = jnp.zeros(h.shape, wide), jnp.zeros(head.shape, wide)
+    hidden_grad, head_grad = jax.lax.fori_loop(0, vocab.parts, one_part, start)
+    if spread is not None and spread.vocab:
+        hidden_grad = jax.lax.psum(hidden_grad, spread.vocab)
+    # Entries after the last scored token have cotangent 0, so where they are added does not matter.
+    hidden_grad = jnp.zeros(flat.shape, wide).at[tokens.index].add(hidden_grad).reshape(hidden.shape)
+    return hidden_grad.astype(hidden.dtype), head_grad.astype(head.dtype)
 
 
-_score.defvjp(_score_forward, _score_backward)
+class _Vocabulary:
+    """This device's share of the vocabulary matrix, part by part; the last part overlaps the one before if it must."""
+
+    def __init__(self, plan: _Plan, head: Array, dtype: Any):
+        self._head, self._dtype, self._cap, self._spread = head, dtype, plan.soft_cap, plan.spread
+        self._here = head.shape[0]
+        self._length = vocab_block(self._here, plan.blocks)
+        self.parts = -(-self._here // self._length)
+        shards = plan.spread.mesh.shape[plan.spread.vocab] if plan.spread is not None and plan.spread.vocab else 1
+        self.size = shards * self._here
+
+    def _start(self, j):
+        return jnp.minimum(j * self._length, self._here - self._length)
+
+    def part(self, j) -> Float[Array, "v D"]:
+        """Rows of part j in the compute type, whole."""
+        rows = jax.lax.dynamic_slice_in_dim(self._head, self._start(j), self._length).astype(self._dtype)
+        if self._spread is not None and self._spread.width:
+            rows = jax.lax.all_gather(rows, self._spread.width, axis=1, tiled=True)
+        return rows
+
+    def logits(self, states, weights, j):
+        """Capped logits of a block; which of its columns are real, None for all; and the token id of each column."""
+        wide = jnp.promote_types(states.dtype, jnp.float32)
+        logits = jnp.einsum("td,vd->tv", states, weights, preferred_element_type=wide)
+        if self._cap is not None:
+            logits = self._cap * jnp.tanh(logits / self._cap)
+        column = self._start(j) + jnp.arange(self._length)
+        real = None if self._here % self._length == 0 else (column >= j * self._length)[None]
+        if self._spread is not None and self._spread.vocab:
+            column = column + jax.lax.axis_index(self._spread.vocab) * self._here
+        return logits, real, column
+
+    def add(self, total, grad, j):
+        """`total` with the gradient of part j added, summed over the devices that hold other rows."""
+        if self._spread is not None:
+            others = [axis for axis in self._spread.rows if axis != self._spread.width]
+            if self._spread.width:
+                grad = jax.lax.psum_scatter(grad, self._spread.width, scatter_dimension=1, tiled=True)
+            grad = jax.lax.psum(grad, tuple(others))
+        before = jax.lax.dynamic_slice_in_dim(total, self._start(j), self._length)
+        return jax.lax.dynamic_update_slice_in_dim(total, before + grad, self._start(j), axis=0)
+
+
+def _block(array, i, size):
+    return jax.lax.dynamic_slice_in_dim(array, i * size, size)
+
+
+def _put(array, block, i, size):
+    return jax.lax.dynamic_update_slice_in_dim(array, block, i * size, axis=0)

@@ -13,17 +13,18 @@ from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Float
 
 from dpo_jax import inputs as run_inputs
-from dpo_jax import losses, reference, scoring, sharding
+from dpo_jax import logprobs, losses, reference, scoring, sharding
 from dpo_jax.checkpoint import Checkpoints
 from dpo_jax.config import Config
 from dpo_jax.data import layout
 from dpo_jax.inputs import Inputs
-from dpo_jax.models import decoder, hf_io
-from dpo_jax.steps import TrainState, init_state, make_score_step, make_train_step
+from dpo_jax.models import attention, decoder, hf_io
+from dpo_jax.models.attention import make_attention
+from dpo_jax.steps import LogpsFn, TrainState, init_state, make_score_step, make_train_step
 from dpo_jax.types import Batch
 
 # Positions in a microbatch. On a CPU one short row at a time keeps temporaries in cache; an accelerator wants more.
-CPU_POSITIONS, ACCELERATOR_POSITIONS = 1_024, 16_384
+CPU_POSITIONS, ACCELERATOR_POSITIONS = 1_536, 16_384
 
 # XLA may leave out the rounding of bfloat16 intermediates, and does so in other places where a gradient is wanted too.
 # The update would then score the reference's own weights unlike the reference pass did: 0.15 nats apart in a trial.
@@ -35,6 +36,7 @@ class Programs(NamedTuple):
 
     mesh: Mesh
     dtype: Any
+    attention: str  # the implementation that was chosen
     update_shape: layout.Shape
     score_shape: layout.Shape
     score: Callable[[Any, Batch], tuple[jax.Array, dict[str, jax.Array]]]  # params, host batch -> logps, token sums
@@ -54,9 +56,10 @@ def make_programs(config: Config, inputs: Inputs) -> Programs:
     positions = ACCELERATOR_POSITIONS if accelerated else CPU_POSITIONS
     choose = functools.partial(
         layout.choose_shape,
-        inputs.unit_room(config.data.layout),
+        inputs.lengths,
+        layout=config.data.layout,
         row_length=config.data.row_length,
-        row_multiple=sharding.row_shards(mesh),
+        shards=sharding.row_shards(mesh),
     )
     update_shape = choose(pairs=config.train.batch_pairs, rows=config.train.microbatch_rows, target_positions=positions)
     # Without a backward pass far more rows fit.
@@ -67,24 +70,45 @@ def make_programs(config: Config, inputs: Inputs) -> Programs:
         field="reference.microbatch_rows",
     )
     dtype = scoring.compute_dtype(config.model.dtype)
-    score = make_score_step(make_logps_fn(config, inputs, dtype, pairs=score_shape.pairs), has_aux=True)
-    program = jax.jit(score, compiler_options=COMPILER_OPTIONS)
-    return Programs(mesh, dtype, update_shape, score_shape, lambda p, b: program(p, sharding.put(b, mesh)))
+    kernel = attention.choose(config.model.attention, mesh.devices.flat[0].platform, update_shape.row_length)
+    logps_fn = make_logps_fn(config, inputs, mesh, kernel, dtype, pairs=score_shape.pairs)
+    step = make_score_step(logps_fn, has_aux=True, crops=crops(score_shape))
+    program = jax.jit(step, compiler_options=COMPILER_OPTIONS)
+    return Programs(mesh, dtype, kernel, update_shape, score_shape, lambda p, b: program(p, sharding.put(b, mesh)))
 
 
-def make_logps_fn(config: Config, inputs: Inputs, dtype: Any, *, pairs: int) -> Callable[..., Any]:
-    """The scoring function of the configured model; see `scoring.make_logps_fn`."""
+def make_logps_fn(config: Config, inputs: Inputs, mesh: Mesh, kernel: str, dtype: Any, *, pairs: int) -> LogpsFn:
+    """The scoring function of the configured model on the mesh; see `scoring.make_logps_fn`."""
+    model, platform = inputs.model, mesh.devices.flat[0].platform
+    alone = mesh.size == 1
+    vocab, width = sharding.partition("head/embedding", (model.vocab_size, model.width), mesh.shape)
+    heads = sharding.divides("tensor", mesh, model.heads, model.kv_heads)
+    rows = sharding.ROW_AXES
     return scoring.make_logps_fn(
-        inputs.model, pairs=pairs, dtype=dtype, remat=config.model.remat, implementation=config.model.attention
+        model,
+        pairs=pairs,
+        dtype=dtype,
+        remat=config.model.remat,
+        attend=make_attention(
+            kernel, platform=platform, spread=None if alone else attention.Spread(mesh, rows, heads)
+        ),
+        blocks=logprobs.CPU_BLOCKS if platform == "cpu" else logprobs.ACCELERATOR_BLOCKS,
+        spread=None if alone else logprobs.Spread(mesh, rows, vocab, width),
     )
+
+
+def crops(shape: layout.Shape) -> list[Callable[[Any], Any]]:
+    """Of a shape, the functions that cut a microbatch."""
+    return [functools.partial(layout.crop_rows, crop=crop) for crop in shape.crops]
 
 
 def make_update(
     config: Config, inputs: Inputs, programs: Programs, loss_fn: losses.Loss, tx: Any, state: TrainState
 ) -> Any:
     """The jitted update: the state is donated and stays where it is on the mesh."""
-    logps_fn = make_logps_fn(config, inputs, programs.dtype, pairs=programs.update_shape.pairs)
-    step = make_train_step(logps_fn, loss_fn, tx, beta=losses.reward_scale(loss_fn), has_aux=True)
+    mesh, kernel, dtype, shape = programs.mesh, programs.attention, programs.dtype, programs.update_shape
+    logps_fn = make_logps_fn(config, inputs, mesh, kernel, dtype, pairs=shape.pairs)
+    step = make_train_step(logps_fn, loss_fn, tx, beta=losses.reward_scale(loss_fn), has_aux=True, crops=crops(shape))
     places = jax.tree.map(lambda x: x.sharding, state)
     return jax.jit(step, donate_argnums=0, out_shardings=(places, None), compiler_options=COMPILER_OPTIONS)
 
@@ -133,7 +157,9 @@ def reference_store(config: Config, inputs: Inputs, workdir: Path, programs: Pro
         return None
     folder = Path(config.reference.path) if config.reference.path else workdir / "reference"
     dtype, platform = np.dtype(programs.dtype).name, reference.platform()
-    identity = run_inputs.reference_identity(config, inputs, dtype=dtype, platform=platform)
+    identity = run_inputs.reference_identity(
+        config, inputs, dtype=dtype, attention=programs.attention, platform=platform
+    )
     reference.check_identity(folder, identity)
     return Store(folder, identity)
 

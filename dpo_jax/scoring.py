@@ -12,8 +12,9 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from dpo_jax.data.layout import Shape, collate, unit_lengths
-from dpo_jax.logprobs import completion_logps
+from dpo_jax.logprobs import CPU_BLOCKS, Blocks, Spread, completion_logps
 from dpo_jax.models import decoder
+from dpo_jax.models.attention import Attention, make_attention
 from dpo_jax.models.config import DecoderConfig
 from dpo_jax.types import Batch, Pairs
 
@@ -37,9 +38,19 @@ def compute_dtype(name: str) -> Any:
 
 
 def make_logps_fn(
-    config: DecoderConfig, *, pairs: int, dtype: Any, remat: str = "none", implementation: str = "auto"
+    config: DecoderConfig,
+    *,
+    pairs: int,
+    dtype: Any,
+    remat: str = "none",
+    attend: Attention = make_attention(),
+    blocks: Blocks = CPU_BLOCKS,
+    spread: Spread | None = None,
 ) -> Callable[[Any, Any], tuple[jax.Array, dict[str, jax.Array]]]:
-    """Returns `logps_fn(params, rows) -> (logps [P, 2], {"logits": [P, 2]})` for a decoder."""
+    """Returns `logps_fn(params, rows) -> (logps [P, 2], {"logits": [P, 2]})` for a decoder.
+
+    Args: see `decoder.forward` and `completion_logps`.
+    """
 
     def logps_fn(params: Any, rows: Any) -> tuple[jax.Array, dict[str, jax.Array]]:
         hidden = decoder.forward(
@@ -51,9 +62,9 @@ def make_logps_fn(
             rows.key_end,
             dtype=dtype,
             remat=remat,
-            implementation=implementation,
+            attend=attend,
         )
-        return completion_logps(hidden, decoder.head(params), rows, pairs=pairs)
+        return completion_logps(hidden, decoder.head(params), rows, pairs=pairs, blocks=blocks, spread=spread)
 
     return logps_fn
 

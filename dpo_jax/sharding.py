@@ -85,6 +85,11 @@ def partition(name: str, shape: Sequence[int], axis_sizes: Any) -> P:
     return P(*fits)
 
 
+def divides(axis: str, mesh: Mesh, *sizes: int) -> str | None:
+    """The axis if it divides all the sizes, else None."""
+    return axis if all(size % mesh.shape[axis] == 0 for size in sizes) else None
+
+
 def batch_shardings(mesh: Mesh, batch: Batch) -> Batch:
     """Rows across `replica` and `fsdp`; what is one number a pair on every device."""
     everywhere = NamedSharding(mesh, P())

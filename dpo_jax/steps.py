@@ -5,7 +5,7 @@ All they know of a model is `logps_fn(params, rows) -> [P, 2]`, so any model tha
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -17,6 +17,7 @@ from dpo_jax.metrics import pair_metrics
 from dpo_jax.types import Batch
 
 LogpsFn = Callable[[Any, Any], Any]
+Crop = Callable[[Any], Any]
 
 
 class TrainState(NamedTuple):
@@ -39,6 +40,7 @@ def make_train_step(
     *,
     beta: float | None = 0.1,
     has_aux: bool = False,
+    crops: Sequence[Crop] = (),
 ) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, Array]]]:
     """Builds `step(state, batch) -> (state, metrics)`.
 
@@ -53,6 +55,7 @@ def make_train_step(
       tx: the optimizer; it sees float32 gradients.
       beta: scale of the reported rewards; None: `loss_fn` compares no answers, see `pair_metrics`.
       has_aux: `logps_fn` returns `(logps, {name: [P, 2] sums over answer tokens})`, reported as means over tokens.
+      crops: functions of a microbatch's rows; `batch.crop` says which is applied to each. Every one is compiled.
     Returns: the step. Its metrics describe the parameters that enter it: those of `pair_metrics` and `grad_norm`,
       the global norm before any clipping.
     """
@@ -71,7 +74,7 @@ def make_train_step(
             (_, scored), grads = jax.value_and_grad(microbatch_loss, has_aux=True)(state.params, rows, here)
             return jax.tree.map(lambda g: g.astype(jnp.promote_types(g.dtype, jnp.float32)), grads), scored
 
-        grads, (policy, aux) = _sum_microbatches(grads_of, batch)
+        grads, (policy, aux) = _sum_microbatches(grads_of, batch, crops)
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
         params = apply_updates(state.params, updates, state.step)
         losses = loss_fn(policy, batch.reference, lengths=batch.lengths)
@@ -105,11 +108,13 @@ def _add(param, update, key):
     return jax.lax.bitcast_convert_type((bits + noise) & jnp.uint32(0xFFFF0000), jnp.float32).astype(jnp.bfloat16)
 
 
-def make_score_step(logps_fn: LogpsFn, *, has_aux: bool = False) -> Callable[[Any, Batch], tuple[Array, dict]]:
+def make_score_step(
+    logps_fn: LogpsFn, *, has_aux: bool = False, crops: Sequence[Crop] = ()
+) -> Callable[[Any, Batch], tuple[Array, dict]]:
     """Builds `score(params, batch) -> (logps [P, 2], aux)`: the same scoring as in the update, forward only."""
 
     def score(params: Any, batch: Batch) -> tuple[Float[Array, "P 2"], dict[str, Array]]:
-        return _sum_microbatches(lambda rows, here: _only(here, _score(logps_fn, has_aux, params, rows)), batch)
+        return _sum_microbatches(lambda rows, here: _only(here, _score(logps_fn, has_aux, params, rows)), batch, crops)
 
     return score
 
@@ -122,13 +127,20 @@ def _only(here, tree):
     return jax.tree.map(lambda x: jnp.where(here[:, None], x, 0), tree)
 
 
-def _sum_microbatches(fn: Callable[[Any, Array], Any], batch: Batch) -> Any:
+def _sum_microbatches(fn: Callable[[Any, Array], Any], batch: Batch, crops: Sequence[Crop]) -> Any:
     """Sum of `fn(rows, present)` over the microbatches in use; one at a time, so one's activations are alive."""
 
     def at(i):
-        return jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, i, keepdims=False), (batch.rows, batch.present))
+        def take(tree):
+            return jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, i, keepdims=False), tree)
+
+        rows, here = take((batch.rows, batch.present))
+        if batch.crop is None:
+            return fn(rows, here)
+        sizes = [lambda rows, here, crop=crop: fn(crop(rows), here) for crop in crops]
+        return jax.lax.switch(take(batch.crop), sizes, rows, here)
 
     if batch.present.shape[0] == 1:
-        return fn(*at(0))
-    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(lambda: fn(*at(0))))
-    return jax.lax.fori_loop(0, batch.count, lambda i, total: jax.tree.map(jnp.add, total, fn(*at(i))), zeros)
+        return at(0)
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(lambda: at(0)))
+    return jax.lax.fori_loop(0, batch.count, lambda i, total: jax.tree.map(jnp.add, total, at(i)), zeros)

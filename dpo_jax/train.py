@@ -188,7 +188,7 @@ def train(
             state, metrics = update(state, sharding.put(batch, mesh))
             flush()
             if step % config.log.every_steps == 0 or step + 1 == total:
-                counts = layout.work_counts(batch, inputs.train.lengths[chosen], config.data.layout)
+                counts = layout.work_counts(batch, inputs.train.lengths[chosen], shape, config.data.layout)
                 place = {"epoch": step * shape.pairs / epoch, "learning_rate": float(rate(step))}
                 pending.append((step, metrics, place | counts))
             if (step + 1) % config.checkpoint.every_steps == 0 or step + 1 == total:

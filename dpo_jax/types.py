@@ -96,3 +96,4 @@ class Batch(NamedTuple):
     present: Bool[Any, "A P"]  # which pairs a microbatch holds; a pair in none of them is padding
     reference: Float[Any, "P 2"]  # stored reference log-probs in nats; 0 where there are none
     lengths: Int[Any, "P 2"]  # scored tokens of each completion; 0 for padding pairs
+    crop: Int[Any, "A"] | None = None  # which of the step's crops each microbatch is cut to; None: none is

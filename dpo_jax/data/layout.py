@@ -33,6 +33,9 @@ SAMPLED_BATCHES = 32  # batches drawn to find out
 ROW_MULTIPLE = 128  # row lengths are multiples of this: what TPU lanes and attention blocks like
 
 
+Crop = tuple[int, int]  # rows and positions in them that a microbatch with less to do is cut down to
+
+
 @dataclasses.dataclass(frozen=True)
 class Shape:
     """The static shape of every batch of a run, so that a run compiles each program once."""
@@ -40,7 +43,14 @@ class Shape:
     pairs: int  # P, pairs in a batch
     rows: int  # R, rows in a microbatch
     row_length: int  # S, positions in a row
-    microbatches: int  # A, the most a batch can need: one row a pair
+    microbatches: int  # A, the most a batch can need
+    shards: int = 1  # devices that the rows of a microbatch are spread over
+    crops: tuple[Crop, ...] = ()  # sizes that a microbatch may be cut to, the whole one first; empty: none is cut
+
+    @property
+    def positions(self) -> int:
+        """Positions in a whole microbatch."""
+        return self.rows * self.row_length
 
 
 class Unit(NamedTuple):
@@ -70,9 +80,29 @@ def unit_room(lengths: Int[np.ndarray, "N 3"], layout: str) -> Int[np.ndarray, "
     return np.maximum(unit_lengths(lengths, layout), np.asarray(lengths)[:, 1:].sum(1))
 
 
+def piece_room(lengths: Int[np.ndarray, "N 3"], layout: str, row_length: int) -> list[list[int]]:
+    """What the pieces of each pair take of a row: the pair is one piece, or, longer than a row, one a completion."""
+    room = unit_room(lengths, layout).tolist()
+    apart = {i: _apart(np.asarray(lengths[i])) for i, size in enumerate(room) if size > row_length}
+    return [apart.get(i, [size]) for i, size in enumerate(room)]
+
+
+def _apart(lengths: np.ndarray) -> list[int]:
+    return [int(lengths[0] + answer - 1) for answer in lengths[1:] if answer]
+
+
 def lay_out(pair: Encoded, layout: str) -> Unit:
     """The pair's arrays in the given layout; see the drawing at the top of this file."""
     return _shared(pair) if layout == "shared" else _repeated(pair)
+
+
+def _pieces(pair: Encoded, layout: str, row_length: int) -> list[Unit]:
+    unit = lay_out(pair, layout)
+    if len(unit.tokens) <= row_length:
+        return [unit]
+    none = pair.prompt[:0]
+    apart = [pair._replace(rejected=none), pair._replace(chosen=none)]
+    return [_repeated(half) for half in apart if len(half.chosen) or len(half.rejected)]
 
 
 def _shared(pair: Encoded) -> Unit:
@@ -106,32 +136,40 @@ def _unit(pair, tokens, positions, key_start, key_end, source):
     return Unit(tokens, positions, key_start, key_end, np.concatenate(source), target, side)
 
 
-def fill_rows(lengths: Int[np.ndarray, "N"], row_length: int) -> list[list[int]]:
-    """Which units share a row: each row takes the longest unit left and, of the others, those that fill it best.
+def fill_rows(pieces: Sequence[Sequence[int]], row_length: int) -> list[list[list[tuple[int, int]]]]:
+    """Which pieces share a row: each row takes the longest left and, of the others, those that fill it best.
 
     On real pairs this comes out at the fewest rows that could hold them all, where best-fit decreasing often needs one
     more. Source: minimum bin slack, Gupta and Ho 1999, by dynamic programming over the sums.
 
-    Raises: InputError if a unit is longer than a row.
+    Args:
+      pieces: of each pair, what its pieces take, as `piece_room` has it.
+    Returns: groups of rows that one microbatch must hold: of one row, or of two for a pair in two pieces. A row is a list of
+      (pair, piece).
+    Raises: InputError if a piece is longer than a row.
     """
-    longest = int(np.max(lengths, initial=0))
+    longest = max((size for sizes in pieces for size in sizes), default=0)
     if longest > row_length:
         raise InputError(
             "config.data.row_length",
-            got=f"a pair takes {longest} positions and a row holds {row_length}",
+            got=f"a sequence takes {longest} positions and a row holds {row_length}",
             expected=f"at least {longest}",
             remedy="Unset data.row_length to have it chosen from the data, or lower data.max_length.",
         )
-    left = np.argsort(-lengths, kind="stable").tolist()
-    sizes = lengths.tolist()
-    rows: list[list[int]] = []
-    while left:
-        first, *rest = left
-        row = [first, *_best_fill(rest, sizes, row_length - sizes[first])]
-        taken = set(row)
-        left = [unit for unit in rest if unit not in taken]
-        rows.append(row)
-    return rows
+    sizes = [max(each) for each in pieces]
+    left = sorted((i for i, each in enumerate(pieces) if len(each) == 1), key=lambda i: -sizes[i])
+    begun = [[[(i, j)] for j in range(len(each))] for i, each in enumerate(pieces) if len(each) > 1]
+    groups: list[list[list[tuple[int, int]]]] = []
+    while begun or left:
+        group = begun.pop() if begun else [[(left.pop(0), 0)]]
+        for row in group:
+            (pair, piece), *_ = row
+            more = _best_fill(left, sizes, row_length - pieces[pair][piece])
+            row.extend((i, 0) for i in more)
+            taken = set(more)
+            left = [i for i in left if i not in taken]
+        groups.append(group)
+    return groups
 
 
 def _best_fill(units: list[int], sizes: list[int], room: int) -> list[int]:
@@ -151,58 +189,150 @@ def _best_fill(units: list[int], sizes: list[int], room: int) -> list[int]:
 
 
 def choose_shape(
-    lengths: Int[np.ndarray, "N"],
+    lengths: Int[np.ndarray, "N 3"],
     *,
+    layout: str,
     pairs: int,
     row_length: int | None,
     rows: int | None,
-    row_multiple: int,
+    shards: int,
     target_positions: int,
     field: str = "train.microbatch_rows",
 ) -> Shape:
-    """Fixes the shape of a run's batches from the positions its pairs take.
+    """Fixes the shape of a run's batches: microbatches as large as may be with batches still FULL_ENOUGH.
 
     Args:
-      lengths: `unit_room` of every pair that will be laid out, training and evaluation.
-      row_length: positions in a row; None: the longest pair, rounded up to ROW_MULTIPLE.
-      rows: rows in a microbatch; None: as many as `target_positions` allow while few of them run empty.
-      row_multiple: rows are a multiple of this, the number of devices that rows are spread over.
+      lengths: token counts of prompt, chosen and rejected of every pair that will be laid out, training and evaluation.
+      row_length: positions in a row; None: chosen from the data, no shorter than the longest pair.
+      rows: rows in a microbatch; None: chosen from the data.
+      shards: devices that rows are spread over; rows are a multiple of it.
+      target_positions: of a microbatch on one device, about the most.
       field: what `rows` was given by, for errors.
-    Raises: InputError if `rows` does not divide so, or `row_length` is not a positive multiple of 8.
+    Raises: InputError if `rows` does not divide so, or `row_length` is not a multiple of 8 that holds the longest pair or,
+      of a microbatch of two rows and more, its longer sequence.
     """
-    longest = int(np.max(lengths))
-    if row_length is None:
-        row_length = -(-longest // ROW_MULTIPLE) * ROW_MULTIPLE
-    if row_length < longest or row_length % 8:
+    longest = int(unit_room(lengths, layout).max())
+    least = longest if rows == 1 else max(max(_apart(each)) for each in lengths[np.argmax(_longer(lengths))][None])
+    if row_length is not None and (row_length < least or row_length % 8):
         raise InputError(
             "config.data.row_length",
             got=f"got {row_length}",
-            expected=f"a multiple of 8 of at least {longest}, the longest pair",
+            expected=f"a multiple of 8 of at least {least}, the longest {'pair' if rows == 1 else 'sequence'}",
             remedy="Unset it to have it chosen from the data, or lower data.max_length.",
         )
-    if rows is None:
-        rows = _choose_rows(lengths, pairs, row_length, row_multiple, target_positions // row_length)
-    if rows < 1 or rows % row_multiple:
+    if rows is not None and (rows < 1 or rows % shards):
         raise InputError(
             f"config.{field}",
             got=f"got {rows}",
-            expected=f"a positive multiple of {row_multiple}, the devices that rows are spread over",
+            expected=f"a positive multiple of {shards}, the devices that rows are spread over",
             remedy="Change it, or mesh.replica and mesh.fsdp, or unset it.",
         )
-    return Shape(pairs=pairs, rows=rows, row_length=row_length, microbatches=-(-pairs // rows))
+    return _fullest(lengths, layout, pairs, _candidates(longest, row_length, rows, shards, target_positions), shards)
 
 
-def _choose_rows(lengths: np.ndarray, pairs: int, row_length: int, multiple: int, most: int) -> int:
-    """The most rows a microbatch may have with batches still FULL_ENOUGH, judged by batches drawn at random.
+def _longer(lengths: np.ndarray) -> np.ndarray:
+    return np.asarray(lengths)[:, 0] + np.asarray(lengths)[:, 1:].max(1)
 
-    The last microbatch of a batch is seldom full, so the number must suit how many rows batches come out at.
+
+def _candidates(longest: int, row_length: int | None, rows: int | None, shards: int, target: int) -> list[Crop]:
+    """Sizes of a microbatch to choose from."""
+    step = max(ROW_MULTIPLE, target // 16)
+    if row_length is not None:
+        row_lengths = [row_length]
+    else:
+        first = -(-longest // ROW_MULTIPLE) * ROW_MULTIPLE
+        row_lengths = [first, *range(-(-(first + 1) // step) * step, target + 1, step)]
+    fewest = 1 if max(row_lengths) >= longest else 2  # the two sequences of a pair longer than a row stand in two
+    sizes = []
+    for length in row_lengths:
+        most = max(fewest, target // length)
+        each = range(fewest, most + 1) if rows is None else [rows / shards]
+        sizes += [(int(n * shards), length) for n in each]
+    return sizes
+
+
+def _fullest(lengths: np.ndarray, layout: str, pairs: int, sizes: Sequence[Crop], shards: int) -> Shape:
+    """The largest shape whose batches are full, judged by batches drawn at random.
+
+    Microbatches of one size are preferred, for every size that they are cut to is compiled. Where the batch is too small
+    for that, or they would be less than half as large as could be, the last one is cut to what it holds.
     """
     rng = np.random.default_rng(0)
-    drawn = [rng.choice(lengths, pairs) for _ in range(SAMPLED_BATCHES)]
-    needed = np.array([len(fill_rows(batch, row_length)) for batch in drawn])
-    full = {rows: needed.sum() / (-(-needed // rows) * rows).sum() for rows in range(multiple, most + 1, multiple)}
-    enough = [rows for rows in full if full[rows] >= FULL_ENOUGH]
-    return max(enough, default=max(full, key=lambda rows: full[rows], default=multiple))
+    drawn = [lengths[rng.integers(0, len(lengths), pairs)] for _ in range(max(4, min(SAMPLED_BATCHES, 2048 // pairs)))]
+    real = sum(int(unit_lengths(each, layout).sum()) for each in drawn)
+
+    def shape(size: Crop, cut: bool) -> Shape:
+        rows, row_length = size
+        most = int(np.sort(unit_room(lengths, layout))[-pairs:].sum())
+        # Any two rows together hold more than one could, or they would be one.
+        needed = min(2 * pairs, 2 * most // row_length + 1)
+        crops = _crops(rows, row_length, shards) if cut else ()
+        return Shape(pairs, rows, row_length, -(-needed // max(1, rows // 2 * 2)), shards, crops)
+
+    def fill(found: Shape) -> float:
+        plans = [plan(each, found, layout) for each in drawn]
+        return real / sum(microbatch.positions for each in plans for microbatch in each)
+
+    best: tuple[float, Shape] | None = None
+    for cut in (False, True):
+        shapes = [shape(size, cut) for size in sizes]
+        full = {found: fill(found) for found in shapes}
+        enough = [found for found in shapes if full[found] >= FULL_ENOUGH]
+        if enough:
+            largest = max(enough, key=lambda found: (found.positions, found.row_length))
+            if cut or 2 * largest.positions >= max(found.positions for found in shapes):
+                return largest
+        fullest = max(shapes, key=lambda found: full[found])
+        if best is None or full[fullest] > best[0]:
+            best = full[fullest], fullest
+    assert best is not None
+    return best[1]
+
+
+def _crops(rows: int, row_length: int, shards: int) -> tuple[Crop, ...]:
+    """The whole size, its half and its quarter: of the rows where their number allows, else of their length."""
+    crops = [(rows, row_length)]
+    for _ in range(2):
+        if rows % (2 * shards) == 0:
+            rows //= 2
+        elif row_length % (2 * ROW_MULTIPLE) == 0:
+            row_length //= 2
+        else:
+            break
+        crops.append((rows, row_length))
+    return tuple(crops) if len(crops) > 1 else ()
+
+
+class Microbatch(NamedTuple):
+    """Which pieces stand in which row, and the size that is computed."""
+
+    rows: list[list[tuple[int, int]]]  # (pair, piece)
+    crop: int  # index into the shape's crops
+    positions: int
+
+
+def plan(lengths: Int[np.ndarray, "P 3"], shape: Shape, layout: str) -> list[Microbatch]:
+    """Packs pairs into rows and rows into microbatches, rows with as much to score side by side.
+
+    Devices that work at the same time so have as much to do, and what is left over gathers in the last microbatch.
+    """
+    pieces = piece_room(lengths, layout, shape.row_length)
+    scored = np.asarray(lengths)[:, 1:].sum(1)
+    groups = fill_rows(pieces, shape.row_length)
+    groups.sort(key=lambda group: (-len(group), -sum(int(scored[pair]) for row in group for pair, _ in row)))
+    open_groups, found = groups, []
+    while open_groups:
+        rows: list[list[tuple[int, int]]] = []
+        rest = []
+        for group in open_groups:
+            fits = len(rows) + len(group) <= shape.rows
+            rows.extend(group) if fits else rest.append(group)
+        open_groups = rest
+        used = max(sum(pieces[pair][piece] for pair, piece in row) for row in rows)
+        crops = shape.crops or ((shape.rows, shape.row_length),)
+        crop = max(i for i, (count, length) in enumerate(crops) if count >= len(rows) and length >= used)
+        found.append(Microbatch(rows, crop, crops[crop][0] * crops[crop][1]))
+    return found
 
 
 def collate(pairs: Sequence[Encoded], reference: np.ndarray | None, shape: Shape, *, layout: str) -> Batch:
@@ -212,11 +342,11 @@ def collate(pairs: Sequence[Encoded], reference: np.ndarray | None, shape: Shape
       pairs: in batch order; fewer than `shape.pairs` leaves the rest as padding, marked absent.
       reference: stored log-probs [len(pairs), 2] in nats, or None where there are none.
     """
-    units = [lay_out(pair, layout) for pair in pairs]
-    assert len(units) <= shape.pairs
+    assert len(pairs) <= shape.pairs
     lengths = np.array([[len(ids) for ids in pair] for pair in pairs])
-    room = unit_room(lengths, layout)
-    packed = fill_rows(room, shape.row_length)
+    room = piece_room(lengths, layout, shape.row_length)
+    units = [_pieces(pair, layout, shape.row_length) for pair in pairs]
+    planned = plan(lengths, shape, layout)
     grid = (shape.microbatches * shape.rows, shape.row_length)
     index = np.arange(shape.row_length, dtype=np.int32)
     rows = Rows(
@@ -230,9 +360,12 @@ def collate(pairs: Sequence[Encoded], reference: np.ndarray | None, shape: Shape
         slot=np.full(grid, -1, np.int32),
     )
     present = np.zeros((shape.microbatches, shape.pairs), bool)
-    for row, members in enumerate(packed):
-        _write_row(rows, row, [(pair, units[pair], int(room[pair])) for pair in members])
-        present[row // shape.rows, members] = True
+    crop = np.zeros(shape.microbatches, np.int32)
+    for micro, microbatch in enumerate(planned):
+        crop[micro] = microbatch.crop
+        for at, members in zip(_dealt(shape), microbatch.rows, strict=False):
+            _write_row(rows, micro * shape.rows + at, [(p, units[p][j], room[p][j]) for p, j in members])
+            present[micro, [pair for pair, _ in members]] = True
     stored = np.zeros((shape.pairs, 2), np.float32)
     if reference is not None:
         stored[: len(pairs)] = reference
@@ -241,11 +374,27 @@ def collate(pairs: Sequence[Encoded], reference: np.ndarray | None, shape: Shape
     micro = (shape.microbatches, shape.rows, shape.row_length)
     return Batch(
         rows=Rows(*(array.reshape(micro) for array in rows)),
-        count=np.int32(-(-len(packed) // shape.rows)),
+        count=np.int32(len(planned)),
         present=present,
         reference=stored,
         lengths=scored,
+        crop=crop if shape.crops else None,
     )
+
+
+def _dealt(shape: Shape) -> list[int]:
+    """Where the rows of a microbatch go, the first to the first device, and back and forth over the devices."""
+    if shape.crops:
+        return list(range(shape.rows))  # what is cut off is at the end
+    each = np.arange(shape.rows).reshape(shape.shards, -1).T.copy()
+    each[1::2] = each[1::2, ::-1]
+    return each.ravel().tolist()
+
+
+def crop_rows(rows: Rows, crop: Crop) -> Rows:
+    """The first rows of a microbatch, and of them the first positions."""
+    count, length = crop
+    return Rows(*(array[:count, :length] for array in rows))
 
 
 def _write_row(rows: Rows, row: int, members: list[tuple[int, Unit, int]]) -> None:
@@ -263,10 +412,15 @@ def _write_row(rows: Rows, row: int, members: list[tuple[int, Unit, int]]) -> No
         at, scored = at + room, into.stop
 
 
-def work_counts(batch: Batch, lengths: Int[np.ndarray, "P 3"], layout: str) -> dict[str, int]:
+def work_counts(batch: Batch, lengths: Int[np.ndarray, "P 3"], shape: Shape, layout: str) -> dict[str, int]:
     """Positions that an update computes, padding and empty rows included, and how many of them hold a token."""
-    _, rows, row_length = batch.rows.tokens.shape
+    crops = shape.crops or ((shape.rows, shape.row_length),)
+    used = range(int(batch.count))
+    sizes = [crops[0 if batch.crop is None else int(batch.crop[micro])] for micro in used]
+    pieces = piece_room(lengths, layout, shape.row_length)
+    apart = sum(sum(_apart(np.asarray(lengths[i]))) for i, each in enumerate(pieces) if len(each) > 1)
+    whole = [i for i, each in enumerate(pieces) if len(each) == 1]
     return {
-        "positions_computed": int(batch.count) * rows * row_length,
-        "tokens_real": int(unit_lengths(lengths, layout).sum()),
+        "positions_computed": sum(count * length for count, length in sizes),
+        "tokens_real": int(unit_lengths(np.asarray(lengths)[whole], layout).sum()) + apart,
     }

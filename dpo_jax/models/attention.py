@@ -1,69 +1,105 @@
 """Interval attention: each query sees the keys in its own half-open interval, whatever that expresses.
 
 Causality, prompt sharing, packing and padding all arrive as the two bounds, so this one function is the only
-place where a backend's kernel may differ.
+place where backends differ: plain XLA (`blockwise`), splash attention on TPUs, a Pallas kernel on GPUs.
+
+    out[q] = sum_k softmax_k(q . k / sqrt(d)) v[k] over key_start[q] <= k < key_end[q]
 """
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+from typing import NamedTuple
+
 import jax
-import jax.numpy as jnp
+from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Float, Int
 
-from dpo_jax.types import check_choice
+from dpo_jax.models import blockwise
+from dpo_jax.types import InputError, check_choice
 
-IMPLEMENTATIONS = ("auto", "xla")
-QUERY_BLOCK = 512  # queries whose scores are alive at once on the XLA path; bounds memory at S * QUERY_BLOCK
+IMPLEMENTATIONS = ("auto", "xla", "splash", "triton")
+PLATFORM = {"splash": "tpu", "triton": "gpu"}  # where each kernel runs
+SPLASH_ROW = 128, 2**15 - 1  # splash takes rows of a multiple of the one and at most the other
+XLA_ACCELERATOR_BLOCK = 512  # of the plain path where products must be large to be fast
+
+Attention = Callable[..., Array]  # (q, k, v, key_start, key_end) -> out, as `attention`
 
 
-def attention(
-    q: Float[Array, "R Q H d"],
-    k: Float[Array, "R S K d"],
-    v: Float[Array, "R S K d"],
-    key_start: Int[Array, "R Q"],
-    key_end: Int[Array, "R Q"],
-    *,
-    implementation: str = "auto",
-) -> Float[Array, "R Q H d"]:
-    """Softmax attention of every query over its interval of keys.
+class Spread(NamedTuple):
+    """Where rows and heads lie on a mesh; a kernel runs on each device's share."""
 
-    out[q] = sum_k softmax_k(q . k / sqrt(d)) v[k] over key_start[q] <= k < key_end[q]
+    mesh: Mesh
+    rows: tuple[str, ...]
+    heads: str | None
+
+
+def choose(name: str, platform: str, row_length: int) -> str:
+    """The implementation that a configured name stands for.
 
     Args:
-      q, k, v: H query heads share K key and value heads in order, H a multiple of K.
-      key_start, key_end: bounds as indices into S; every interval holds at least one key.
-      implementation: one of IMPLEMENTATIONS; `auto` is the best there is for the backend, now always `xla`.
-    Returns: the weighted values in v's dtype; the softmax itself is computed in float32 or wider.
-    Raises: InputError for an unknown implementation.
+      name: one of IMPLEMENTATIONS; `auto` is the platform's own kernel where it takes rows of this length.
+      platform: of the devices: cpu, gpu, tpu.
+    Raises: InputError for an unknown name, or a kernel that does not run there or not on such rows.
     """
-    check_choice("config.model.attention", implementation, IMPLEMENTATIONS)
-    rows, queries, heads, width = q.shape
-    q = q.reshape(rows, queries, k.shape[2], heads // k.shape[2], width) * width**-0.5
-    block = _query_block(queries)
-    if block == queries:
-        return _attend(q, k, v, key_start, key_end).reshape(rows, queries, heads, width)
+    check_choice("config.model.attention", name, IMPLEMENTATIONS)
+    multiple, longest = SPLASH_ROW
+    fits = {"splash": row_length % multiple == 0 and row_length <= longest}
+    if name == "auto":
+        own = next((kernel for kernel, where in PLATFORM.items() if where == platform), "xla")
+        return own if fits.get(own, True) else "xla"
+    if PLATFORM.get(name, platform) != platform:
+        raise InputError(
+            "config.model.attention",
+            got=f"{name!r}, a kernel for {PLATFORM[name]}, on {platform}",
+            expected="auto or xla",
+            remedy="Change it, or run where it can.",
+        )
+    if not fits.get(name, True):
+        raise InputError(
+            "config.data.row_length",
+            got=f"got {row_length}",
+            expected=f"a multiple of {multiple} of at most {longest} for attention by {name!r}",
+            remedy="Change it, or set model.attention to auto.",
+        )
+    return name
 
-    # One block of queries at a time; its scores are recomputed in the backward pass instead of kept.
-    def blocks(x):
-        return jnp.moveaxis(x.reshape(rows, queries // block, block, *x.shape[2:]), 1, 0)
 
-    attend = jax.checkpoint(lambda args: _attend(args[0], k, v, args[1], args[2]))
-    out = jax.lax.map(attend, (blocks(q), blocks(key_start), blocks(key_end)))
-    return jnp.moveaxis(out, 0, 1).reshape(rows, queries, heads, width)
+def make_attention(name: str = "xla", *, platform: str = "cpu", spread: Spread | None = None) -> Attention:
+    """Returns `attention(q, k, v, key_start, key_end) -> out` of one implementation, with `choose` done.
 
+    q is [R, S, H, d], not yet scaled; k and v are [R, S, K, d], each of their heads shared by H / K query heads in
+    order; the bounds are indices into S, and no interval is empty. The result, [R, S, H, d], is of v's type; the softmax
+    itself is float32 or wider.
 
-def _query_block(queries: int) -> int:
-    """The largest divisor of `queries` not above QUERY_BLOCK; `queries` itself where it is short or has none."""
-    if queries <= 2 * QUERY_BLOCK:
-        return queries
-    return next((b for b in range(QUERY_BLOCK, QUERY_BLOCK // 8, -1) if queries % b == 0), queries)
+    Args:
+      spread: how rows and heads lie on a mesh; None: on one device.
+    """
+    if name == "splash":
+        from dpo_jax.models.splash import attention as kernel
+    elif name == "triton":
+        from dpo_jax.models.triton import attention as kernel
+    else:
+        block = blockwise.BLOCK if platform == "cpu" else XLA_ACCELERATOR_BLOCK
+        kernel = functools.partial(blockwise.attention, block=block)
 
+    def attention(
+        q: Float[Array, "R S H d"],
+        k: Float[Array, "R S K d"],
+        v: Float[Array, "R S K d"],
+        key_start: Int[Array, "R S"],
+        key_end: Int[Array, "R S"],
+    ) -> Float[Array, "R S H d"]:
+        return kernel(q * q.shape[-1] ** -0.5, k, v, key_start, key_end)
 
-def _attend(q, k, v, key_start, key_end):
-    wide = jnp.promote_types(q.dtype, jnp.float32)
-    keys = jnp.arange(k.shape[1])[None, None, :]
-    visible = (keys >= key_start[:, :, None]) & (keys < key_end[:, :, None])
-    scores = jnp.einsum("rqkgd,rskd->rkgqs", q, k, preferred_element_type=wide)
-    scores = jnp.where(visible[:, None, None], scores, jnp.finfo(wide).min)
-    weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
-    return jnp.einsum("rkgqs,rskd->rqkgd", weights, v)
+    if spread is None:
+        return attention
+    of_heads, of_rows = PartitionSpec(spread.rows, None, spread.heads), PartitionSpec(spread.rows)
+    return jax.shard_map(
+        attention,
+        mesh=spread.mesh,
+        in_specs=(of_heads, of_heads, of_heads, of_rows, of_rows),
+        out_specs=of_heads,
+        check_vma=False,
+    )

@@ -6,18 +6,34 @@ file a model is the nested dict of arrays that `DecoderConfig` documents, and th
 
 from __future__ import annotations
 
+import math
 from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import linen as nn
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
-from dpo_jax.models.attention import IMPLEMENTATIONS, attention
+from dpo_jax.models.attention import Attention, make_attention
 from dpo_jax.models.config import DecoderConfig
+from dpo_jax.models.layers import affine, normalise
 from dpo_jax.types import check_choice
 
-REMAT = ("none", "block")
+# What the forward pass of a block keeps for the backward pass besides its input; the rest is computed again.
+_KEPT = jax.checkpoint_policies.save_from_both_policies(
+    jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    jax.checkpoint_policies.save_only_these_names("attention"),
+)
+REMAT: dict[str, Any] = {
+    "none": None,  # everything: nothing is computed twice
+    "dots": _KEPT,  # products and attention's result
+    "block": jax.checkpoint_policies.nothing_saveable,
+    "offload": jax.checkpoint_policies.save_and_offload_only_these_names(  # nothing, and the input waits on the host
+        names_which_can_be_saved=[], names_which_can_be_offloaded=["block"], offload_src="device", offload_dst="pinned_host"
+    ),
+}
 ACTIVATIONS = {
     "silu": jax.nn.silu,
     "gelu": lambda x: jax.nn.gelu(x, approximate=False),
@@ -33,45 +49,47 @@ class Run(nn.Module):
     config: DecoderConfig
     dtype: Any = jnp.float32
     param_dtype: Any = jnp.float32
-    implementation: str = "auto"
+    attend: Attention = make_attention()
 
     @property
     def fields(self) -> dict[str, Any]:
-        return dict(
-            config=self.config, dtype=self.dtype, param_dtype=self.param_dtype, implementation=self.implementation
-        )
+        return dict(config=self.config, dtype=self.dtype, param_dtype=self.param_dtype, attend=self.attend)
 
-    def dense(self, name: str, features: Any, bias: bool, axis: Any = -1) -> nn.DenseGeneral:
-        return nn.DenseGeneral(
-            features,
-            axis=axis,
-            use_bias=bias,
-            dtype=self.dtype,
-            param_dtype=self.param_dtype,
-            kernel_init=INIT,
-            name=name,
-        )
+    def dense(self, name: str, features: int | tuple[int, ...], bias: bool, inputs: int = 1) -> Dense:
+        return Dense(**self.fields, features=features, bias=bias, inputs=inputs, name=name)
 
 
-class Norm(Run):
-    """RMSNorm or LayerNorm; statistics in float32 or wider."""
+class Dense(Run):
+    """A product over the last `inputs` axes of x, into axes of the sizes `features`."""
+
+    features: int | tuple[int, ...] = 1
+    bias: bool = False
+    inputs: int = 1
 
     @nn.compact
     def __call__(self, x):
-        scale = self.param("scale", nn.initializers.ones, (x.shape[-1],), self.param_dtype)
-        wide = jnp.promote_types(self.dtype, jnp.float32)
-        x = x.astype(wide)
-        if self.config.norm == "layernorm":
-            x = x - x.mean(-1, keepdims=True)
-        x = x * jax.lax.rsqrt(jnp.square(x).mean(-1, keepdims=True) + self.config.norm_eps)
-        x = x * scale[None, None].astype(wide)
-        if self.config.norm == "layernorm":
-            bias = self.param("bias", nn.initializers.zeros, (x.shape[-1],), self.param_dtype)
-            x = x + bias[None, None].astype(wide)
-        return x.astype(self.dtype)
+        given, made = x.shape[x.ndim - self.inputs :], np.atleast_1d(self.features).tolist()
+        kernel = self.param("kernel", INIT, (*given, *made), self.param_dtype)
+        bias = self.param("bias", nn.initializers.zeros, (*made,), self.param_dtype) if self.bias else None
+        width = math.prod(given)
+        flat = None if bias is None else bias.astype(self.dtype).ravel()
+        y = affine(x.reshape(-1, width), kernel.astype(self.dtype).reshape(width, -1), flat)
+        return y.reshape(*x.shape[: x.ndim - self.inputs], *made)
 
 
-class Attention(Run):
+class Norm(Run):
+    """RMSNorm or LayerNorm."""
+
+    @nn.compact
+    def __call__(self, x):
+        shape = x.shape[-1:]
+        scale = self.param("scale", nn.initializers.ones, shape, self.param_dtype)
+        layer = self.config.norm == "layernorm"
+        bias = self.param("bias", nn.initializers.zeros, shape, self.param_dtype) if layer else None
+        return normalise(x.reshape(-1, *shape), scale, bias, self.config.norm_eps).reshape(x.shape)
+
+
+class SelfAttention(Run):
     """Grouped-query self-attention with rotary positions on the leading `rotary_dim` of each head."""
 
     @nn.compact
@@ -80,8 +98,8 @@ class Attention(Run):
         q = rotate(self.dense("q", (c.heads, c.head_dim), c.qkv_bias)(x), rotation)
         k = rotate(self.dense("k", (c.kv_heads, c.head_dim), c.qkv_bias)(x), rotation)
         v = self.dense("v", (c.kv_heads, c.head_dim), c.qkv_bias)(x)
-        out = attention(q, k, v, key_start, key_end, implementation=self.implementation)
-        return self.dense("o", c.width, c.output_bias, axis=(-2, -1))(out)
+        out = self.attend(q, k, v, key_start, key_end)
+        return self.dense("o", c.width, c.output_bias, inputs=2)(out)
 
 
 class Mlp(Run):
@@ -101,7 +119,8 @@ class Block(Run):
 
     @nn.compact
     def __call__(self, x, rotation, key_start, key_end):
-        attended = Attention(**self.fields, name="attention")(
+        x = checkpoint_name(x, "block")
+        attended = SelfAttention(**self.fields, name="attention")(
             Norm(**self.fields, name="attention_norm")(x), rotation, key_start, key_end
         )
         if not self.config.parallel_residual:
@@ -130,7 +149,7 @@ class Decoder(Run):
             Table(**self.fields, name="head")()
         x = jnp.take(embedding, tokens, axis=0).astype(self.dtype)
         rotation = rotary_angles(self.config, positions, self.dtype)
-        block = nn.remat(Block, prevent_cse=False) if self.remat == "block" else Block
+        block = Block if self.remat == "none" else nn.remat(Block, prevent_cse=False, policy=REMAT[self.remat])
         blocks = nn.scan(
             block,
             variable_axes={"params": 0},
@@ -183,7 +202,7 @@ def forward(
     *,
     dtype: Any = jnp.float32,
     remat: str = "none",
-    implementation: str = "auto",
+    attend: Attention = make_attention(),
 ) -> Float[Array, "R S D"]:
     """Final hidden states, normalised, ready for the head.
 
@@ -193,9 +212,9 @@ def forward(
       key_start, key_end: the keys each token attends to, [key_start, key_end) in row indices, never empty.
       dtype: the compute type; parameters are cast to it where they are used.
       remat: what the backward pass recomputes, one of REMAT.
-      implementation: of attention, see `attention`.
+      attend: attention, of `attention.make_attention`.
     """
-    module = Decoder(config, dtype, implementation=implementation, remat=remat)
+    module = Decoder(config, dtype, attend=attend, remat=remat)
     return cast(jax.Array, module.apply({"params": params}, tokens, positions, key_start, key_end))
 
 
@@ -204,7 +223,6 @@ def head(params: dict) -> Float[Array, "V D"]:
     return params.get("head", params["embed"])["embedding"]
 
 
-def check_options(*, remat: str, implementation: str) -> None:
-    """Raises InputError unless both name something this decoder can do."""
-    check_choice("config.model.attention", implementation, IMPLEMENTATIONS)
-    check_choice("config.model.remat", remat, REMAT)
+def check_remat(name: str) -> None:
+    """Raises InputError unless it names a policy."""
+    check_choice("config.model.remat", name, REMAT)

@@ -1,0 +1,84 @@
+"""The two layers that a decoder is made of, with backward passes written so that every array is read as it lies.
+
+Left to itself, XLA on CPUs transposes the activations of a weight gradient together with all the arithmetic that makes
+them, and sums over rows a column at a time; here both are plain products.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+
+@jax.custom_vjp
+def affine(x: Float[Array, "N I"], kernel: Float[Array, "I F"], bias: Float[Array, "F"] | None) -> Float[Array, "N F"]:
+    """x . kernel + bias, in the type of x; kernel and bias are of it already."""
+    y = x @ kernel
+    return y if bias is None else y + bias[None]
+
+
+def _affine_forward(x, kernel, bias):
+    return affine(x, kernel, bias), (x, kernel, bias)
+
+
+def _affine_backward(saved, grad):
+    x, kernel, bias = saved
+    grad = jax.lax.optimization_barrier(grad)  # made once, for both products
+    to_bias = None if bias is None else column_sums(grad).astype(bias.dtype)
+    return jnp.einsum("nf,if->ni", grad, kernel), jnp.einsum("ni,nf->if", x, grad), to_bias
+
+
+affine.defvjp(_affine_forward, _affine_backward)
+
+
+def column_sums(x: Float[Array, "N D"]) -> Float[Array, "D"]:
+    """Sums over rows, float32 or wider."""
+    wide = jnp.promote_types(x.dtype, jnp.float32)
+    ones = jnp.ones(x.shape[0], wide)
+    return jnp.einsum("n,nd->d", ones, x.astype(wide), precision=jax.lax.Precision.HIGHEST)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def normalise(
+    x: Float[Array, "N D"], scale: Float[Array, "D"], bias: Float[Array, "D"] | None, eps: float
+) -> Float[Array, "N D"]:
+    """LayerNorm where there is a bias, RMSNorm where there is none; statistics float32 or wider, result of x's type.
+
+    y = (x - mean) / sqrt(var + eps) * scale + bias, Ba et al. 2016; y = x / sqrt(mean(x^2) + eps) * scale, Zhang and
+    Sennrich 2019.
+    """
+    return _normalise_forward(x, scale, bias, eps)[0]
+
+
+def _statistics(x, centred, eps):
+    x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    if centred:
+        x = x - x.mean(-1, keepdims=True)
+    inverse = jax.lax.rsqrt(jnp.square(x).mean(-1, keepdims=True) + eps)
+    return x * inverse, inverse
+
+
+def _normalise_forward(x, scale, bias, eps):
+    unit, _ = _statistics(x, bias is not None, eps)
+    y = unit * scale[None].astype(unit.dtype)
+    if bias is not None:
+        y = y + bias[None].astype(unit.dtype)
+    return y.astype(x.dtype), (x, scale, bias)
+
+
+def _normalise_backward(eps, saved, grad):
+    x, scale, bias = saved
+    unit, inverse = _statistics(x, bias is not None, eps)
+    grad = grad.astype(unit.dtype)
+    pulled = grad * scale[None].astype(unit.dtype)
+    to_x = pulled - unit * (pulled * unit).mean(-1, keepdims=True)
+    if bias is not None:
+        to_x = to_x - pulled.mean(-1, keepdims=True)
+    to_bias = None if bias is None else column_sums(grad).astype(bias.dtype)
+    return (to_x * inverse).astype(x.dtype), column_sums(grad * unit).astype(scale.dtype), to_bias
+
+
+normalise.defvjp(_normalise_forward, _normalise_backward)
