@@ -36,8 +36,8 @@ class Model:
     path: str = ""  # Hugging Face folder or Hub id; required
     dtype: str = "auto"  # compute: float32 | bfloat16; auto: bfloat16 on accelerators, float32 on CPU
     param_dtype: str = "float32"  # parameters: float32 | bfloat16, rounded at random; optimizer state is float32
-    remat: str = "none"  # none | block: recompute each block's activations in the backward pass
-    attention: str = "auto"  # auto | xla
+    remat: str = "none"  # none | dots | block | offload: what the backward pass computes again, see docs/performance.md
+    attention: str = "auto"  # auto | xla | splash (TPU) | triton (GPU)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -129,6 +129,11 @@ class Log:
 
 
 @dataclasses.dataclass(frozen=True)
+class Profile:
+    steps: int = 0  # updates, after two to warm up, that XProf traces into WORKDIR/profile; 0: none
+
+
+@dataclasses.dataclass(frozen=True)
 class Export:
     dtype: str = ""  # float32 | bfloat16 | float16; empty: each tensor as in model.path
 
@@ -149,6 +154,7 @@ class Config:
     checkpoint: Checkpoint = Checkpoint()
     mesh: Mesh = Mesh()
     log: Log = Log()
+    profile: Profile = Profile()
     export: Export = Export()
 
 
@@ -157,7 +163,7 @@ class Config:
 RESUMABLE = (
     "model.remat model.attention data.cache_dir train.microbatch_rows reference.path reference.microbatch_rows "
     "eval.every_steps checkpoint.every_steps checkpoint.keep mesh.replica mesh.fsdp mesh.tensor log.every_steps "
-    "log.tensorboard log.wandb"
+    "log.tensorboard log.wandb profile.steps"
 ).split()
 
 Rule = tuple[Callable[[Any], object], str]  # whether a value will do, and what will, in words
@@ -175,7 +181,7 @@ def _one_of(*names: str) -> Rule:
 _POSITIVE: Rule = (lambda value: 0 < value < math.inf, "a number > 0")
 _AXIS: Rule = (lambda value: value == -1 or value >= 1, "a number >= 1, or -1 for what is left")
 _RULES: tuple[tuple[str, Rule], ...] = (  # what the comments above say; an unset field (None) is not looked up
-    ("seed sft.steps sft.warmup_steps optimizer.warmup_steps eval.every_steps", _within(0)),
+    ("seed sft.steps sft.warmup_steps optimizer.warmup_steps eval.every_steps profile.steps", _within(0)),
     ("optimizer.weight_decay optimizer.clip_norm", _within(0)),
     ("data.max_prompt_length train.batch_pairs train.steps train.microbatch_rows sft.batch_pairs", _within(1)),
     ("reference.microbatch_rows checkpoint.every_steps checkpoint.keep log.every_steps", _within(1)),

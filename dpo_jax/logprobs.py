@@ -171,7 +171,9 @@ def _forward_here(plan, hidden, head, source, target, scored):
             now = jnp.maximum(before, masked.max(-1))
             total = _block(exp_sum, i, size) * jnp.exp(before - now) + jnp.exp(masked - now[:, None]).sum(-1)
             at = _block(tokens.target, i, size) - column[0]
-            there = (at >= 0) & (at < len(column)) & (True if real is None else real[0, jnp.clip(at, 0, len(column) - 1)])
+            there = (
+                (at >= 0) & (at < len(column)) & (True if real is None else real[0, jnp.clip(at, 0, len(column) - 1)])
+            )
             hit = jnp.take_along_axis(logits, jnp.clip(at, 0, len(column) - 1)[:, None], axis=1)[:, 0]
             picked = _put(picked, _block(picked, i, size) + jnp.where(there, hit, 0), i, size)
             summed = (logits if real is None else jnp.where(real, logits, 0)).sum(-1)

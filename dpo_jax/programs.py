@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,14 +14,15 @@ from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Float
 
 from dpo_jax import inputs as run_inputs
-from dpo_jax import logprobs, losses, reference, scoring, sharding
+from dpo_jax import losses, reference, scoring, sharding
 from dpo_jax.checkpoint import Checkpoints
 from dpo_jax.config import Config
 from dpo_jax.data import layout
+from dpo_jax.data.pairs import cache_folder
 from dpo_jax.inputs import Inputs
 from dpo_jax.models import attention, decoder, hf_io
-from dpo_jax.models.attention import make_attention
-from dpo_jax.steps import LogpsFn, TrainState, init_state, make_score_step, make_train_step
+from dpo_jax.steps import TrainState, init_state, make_score_step, make_train_step
+from dpo_jax.trackers import say
 from dpo_jax.types import Batch
 
 # Positions in a microbatch. On a CPU one short row at a time keeps temporaries in cache; an accelerator wants more.
@@ -42,6 +44,22 @@ class Programs(NamedTuple):
     score: Callable[[Any, Batch], tuple[jax.Array, dict[str, jax.Array]]]  # params, host batch -> logps, token sums
 
 
+class Compiled:
+    """A jitted function that is compiled at its first call and then once and for all: other shapes are an error."""
+
+    def __init__(self, name: str, function: Any, report: Callable[[str], None]):
+        self._name, self._function, self._report, self._program = name, function, report, None
+
+    def __call__(self, *args: Any) -> Any:
+        if self._program is None:
+            started = time.perf_counter()
+            self._program = self._function.lower(*args).compile()
+            memory = self._program.memory_analysis()
+            size = f", {memory.temp_size_in_bytes:,} bytes of temporaries a device" if memory is not None else ""
+            self._report(f"compiled {self._name} in {time.perf_counter() - started:.1f} s{size}")
+        return self._program(*args)
+
+
 class Store(NamedTuple):
     """A place for reference log-probs, and all that decides them besides the pairs."""
 
@@ -49,8 +67,15 @@ class Store(NamedTuple):
     identity: dict[str, Any]
 
 
+def keep_compiled() -> None:
+    """Has JAX keep compiled programs in the user's cache, unless a folder is set already or its cache is turned off."""
+    if jax.config.jax_compilation_cache_dir is None and jax.config.jax_enable_compilation_cache:
+        jax.config.update("jax_compilation_cache_dir", str(cache_folder("xla")))
+
+
 def make_programs(config: Config, inputs: Inputs) -> Programs:
     """Chooses shapes from data and backend, and builds the scoring program for the mesh."""
+    keep_compiled()
     mesh = sharding.make_mesh(config.mesh.replica, config.mesh.fsdp, config.mesh.tensor)
     accelerated = jax.default_backend() != "cpu"
     positions = ACCELERATOR_POSITIONS if accelerated else CPU_POSITIONS
@@ -71,30 +96,12 @@ def make_programs(config: Config, inputs: Inputs) -> Programs:
     )
     dtype = scoring.compute_dtype(config.model.dtype)
     kernel = attention.choose(config.model.attention, mesh.devices.flat[0].platform, update_shape.row_length)
-    logps_fn = make_logps_fn(config, inputs, mesh, kernel, dtype, pairs=score_shape.pairs)
-    step = make_score_step(logps_fn, has_aux=True, crops=crops(score_shape))
-    program = jax.jit(step, compiler_options=COMPILER_OPTIONS)
-    return Programs(mesh, dtype, kernel, update_shape, score_shape, lambda p, b: program(p, sharding.put(b, mesh)))
-
-
-def make_logps_fn(config: Config, inputs: Inputs, mesh: Mesh, kernel: str, dtype: Any, *, pairs: int) -> LogpsFn:
-    """The scoring function of the configured model on the mesh; see `scoring.make_logps_fn`."""
-    model, platform = inputs.model, mesh.devices.flat[0].platform
-    alone = mesh.size == 1
-    vocab, width = sharding.partition("head/embedding", (model.vocab_size, model.width), mesh.shape)
-    heads = sharding.divides("tensor", mesh, model.heads, model.kv_heads)
-    rows = sharding.ROW_AXES
-    return scoring.make_logps_fn(
-        model,
-        pairs=pairs,
-        dtype=dtype,
-        remat=config.model.remat,
-        attend=make_attention(
-            kernel, platform=platform, spread=None if alone else attention.Spread(mesh, rows, heads)
-        ),
-        blocks=logprobs.CPU_BLOCKS if platform == "cpu" else logprobs.ACCELERATOR_BLOCKS,
-        spread=None if alone else logprobs.Spread(mesh, rows, vocab, width),
+    logps_fn = scoring.make_logps_fn(
+        inputs.model, pairs=score_shape.pairs, dtype=dtype, remat=config.model.remat, attention=kernel, mesh=mesh
     )
+    step = make_score_step(logps_fn, has_aux=True, crops=crops(score_shape))
+    program = Compiled("scoring", jax.jit(step, compiler_options=COMPILER_OPTIONS), say)
+    return Programs(mesh, dtype, kernel, update_shape, score_shape, lambda p, b: program(p, sharding.put(b, mesh)))
 
 
 def crops(shape: layout.Shape) -> list[Callable[[Any], Any]]:
@@ -106,11 +113,19 @@ def make_update(
     config: Config, inputs: Inputs, programs: Programs, loss_fn: losses.Loss, tx: Any, state: TrainState
 ) -> Any:
     """The jitted update: the state is donated and stays where it is on the mesh."""
-    mesh, kernel, dtype, shape = programs.mesh, programs.attention, programs.dtype, programs.update_shape
-    logps_fn = make_logps_fn(config, inputs, mesh, kernel, dtype, pairs=shape.pairs)
+    shape = programs.update_shape
+    logps_fn = scoring.make_logps_fn(
+        inputs.model,
+        pairs=shape.pairs,
+        dtype=programs.dtype,
+        remat=config.model.remat,
+        attention=programs.attention,
+        mesh=programs.mesh,
+    )
     step = make_train_step(logps_fn, loss_fn, tx, beta=losses.reward_scale(loss_fn), has_aux=True, crops=crops(shape))
     places = jax.tree.map(lambda x: x.sharding, state)
-    return jax.jit(step, donate_argnums=0, out_shardings=(places, None), compiler_options=COMPILER_OPTIONS)
+    jitted = jax.jit(step, donate_argnums=0, out_shardings=(places, None), compiler_options=COMPILER_OPTIONS)
+    return Compiled("update", jitted, say)
 
 
 def load_params(config: Config, inputs: Inputs, mesh: Mesh) -> Any:

@@ -42,13 +42,14 @@ def describe_run(config: Config, inputs: Inputs, programs: Programs, params: Any
     count = sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(params))
     mesh = " x ".join(f"{axis} {size}" for axis, size in programs.mesh.shape.items())
     shape = programs.update_shape
+    cut = f", the last ones cut to {', '.join(f'{r} x {n}' for r, n in shape.crops[1:])}" if shape.crops else ""
     say(
         f"model: {count:,} parameters, {config.model.param_dtype}, computing in {np.dtype(programs.dtype).name} "
         f"on {mesh} {jax.devices()[0].platform}, {sharding.bytes_per_device(params):,} bytes a device"
     )
     say(
         f"steps {start} to {total} of {shape.pairs} pairs, packed into rows of {shape.row_length} positions, "
-        f"{shape.rows} rows at a time; three programs of the model to compile: update, scoring, first state"
+        f"{shape.rows} rows at a time{cut}; attention by {programs.attention}"
     )
 
 

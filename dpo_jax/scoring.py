@@ -9,12 +9,14 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 from jaxtyping import Float, Int
 
+from dpo_jax import feed, sharding
 from dpo_jax.data.layout import Shape, collate, unit_lengths
-from dpo_jax.logprobs import CPU_BLOCKS, Blocks, Spread, completion_logps
+from dpo_jax.logprobs import ACCELERATOR_BLOCKS, CPU_BLOCKS, Spread, completion_logps
+from dpo_jax.models import attention as attentions
 from dpo_jax.models import decoder
-from dpo_jax.models.attention import Attention, make_attention
 from dpo_jax.models.config import DecoderConfig
 from dpo_jax.types import Batch, Pairs
 
@@ -43,14 +45,25 @@ def make_logps_fn(
     pairs: int,
     dtype: Any,
     remat: str = "none",
-    attend: Attention = make_attention(),
-    blocks: Blocks = CPU_BLOCKS,
-    spread: Spread | None = None,
+    attention: str = "xla",
+    mesh: Mesh | None = None,
 ) -> Callable[[Any, Any], tuple[jax.Array, dict[str, jax.Array]]]:
     """Returns `logps_fn(params, rows) -> (logps [P, 2], {"logits": [P, 2]})` for a decoder.
 
-    Args: see `decoder.forward` and `completion_logps`.
+    Args:
+      pairs, dtype, remat: see `completion_logps` and `decoder.forward`.
+      attention: an implementation that `attention.choose` gave.
+      mesh: what rows and parameters lie across, as `sharding` has it; None: one device of JAX's default platform.
     """
+    platform = jax.default_backend() if mesh is None else mesh.devices.flat[0].platform
+    of_attention = of_head = None
+    if mesh is not None and mesh.size > 1:
+        heads = sharding.divides("tensor", mesh, config.heads, config.kv_heads)
+        vocab, width = sharding.partition("head/embedding", (config.vocab_size, config.width), mesh.shape)
+        of_attention = attentions.Spread(mesh, sharding.ROW_AXES, heads)
+        of_head = Spread(mesh, sharding.ROW_AXES, vocab, width)
+    attend = attentions.make_attention(attention, platform=platform, spread=of_attention)
+    blocks = CPU_BLOCKS if platform == "cpu" else ACCELERATOR_BLOCKS
 
     def logps_fn(params: Any, rows: Any) -> tuple[jax.Array, dict[str, jax.Array]]:
         hidden = decoder.forward(
@@ -64,7 +77,7 @@ def make_logps_fn(
             remat=remat,
             attend=attend,
         )
-        return completion_logps(hidden, decoder.head(params), rows, pairs=pairs, blocks=blocks, spread=spread)
+        return completion_logps(hidden, decoder.head(params), rows, pairs=pairs, blocks=blocks, spread=of_head)
 
     return logps_fn
 
@@ -87,12 +100,14 @@ def score_pairs(
         after an interruption is packed just as it would have been, as long as whole parts were finished.
     """
     order = np.argsort(-unit_lengths(lengths, layout), kind="stable")
-    for at in range(0, len(order), shape.pairs):
-        part = order[at : at + shape.pairs]
-        wanted = part if skip is None else part[~skip(part)]
-        if not len(wanted):
-            continue
-        batch = collate([pairs[i] for i in wanted.tolist()], None, shape, layout=layout)
+    parts = [order[at : at + shape.pairs] for at in range(0, len(order), shape.pairs)]
+    parts = [part if skip is None else part[~skip(part)] for part in parts]
+    parts = [part for part in parts if len(part)]
+
+    def make(at: int) -> Batch:
+        return collate([pairs[i] for i in parts[at].tolist()], None, shape, layout=layout)
+
+    for part, (batch, _) in zip(parts, feed.ahead(make, range(len(parts))), strict=True):
         logps, sums = jax.device_get(score(batch))
-        kept = len(wanted)
-        yield Scored(wanted, logps[:kept], {k: v[:kept] for k, v in sums.items()}, int(batch.count))
+        kept = len(part)
+        yield Scored(part, logps[:kept], {k: v[:kept] for k, v in sums.items()}, int(batch.count))

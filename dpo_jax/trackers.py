@@ -198,13 +198,13 @@ class Progress:
         self._last_line_s = -float("inf")
         self._bar = None
         if sys.stderr.isatty():
-            shape = "{desc} {n_fmt}/{total_fmt} {percentage:3.0f}%|{bar}|{postfix} [{elapsed}<{remaining}]"
+            shape = "{desc} {n_fmt}/{total_fmt} {percentage:3.0f}%|{bar}|{postfix} [{elapsed}<{remaining}, {rate_fmt}]"
             self._bar = tqdm(desc=title, total=total, initial=start, bar_format=shape, dynamic_ncols=True)
 
     def update(self, step: int, metrics: Mapping[str, float] | None = None) -> None:
         """Shows that `step` steps are done, with the metrics of the last."""
-        now, metrics = time.monotonic(), metrics or {}
-        parts = [form.format(metrics[name]) for name, form in SHOWN.items() if name in metrics]
+        now, shown = time.monotonic(), metrics or {}
+        parts = [form.format(shown[name]) for name, form in SHOWN.items() if name in shown]
         if self._bar is not None:
             self._bar.set_postfix_str(", ".join(parts), refresh=False)
             self._bar.update(step - self._bar.n)
@@ -216,6 +216,8 @@ class Progress:
         self._last_line_s = now
         done, elapsed = step - self._first[0], now - self._first[1]
         if done and step < self._total:
+            if metrics is None:
+                parts.append(f"{done / elapsed:.1f}/s")
             parts.append(f"{tqdm.format_interval(elapsed / done * (self._total - step))} left")
         say(f"{self._title} {step}/{self._total}" + (": " if parts else "") + ", ".join(parts))
 

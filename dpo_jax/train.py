@@ -8,13 +8,13 @@ import functools
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
 import dpo_jax
-from dpo_jax import card, losses, programs, sharding, trackers, workdir
+from dpo_jax import card, feed, losses, programs, sharding, trackers, workdir
 from dpo_jax import config as configs
 from dpo_jax import inputs as run_inputs
 from dpo_jax.checkpoint import Checkpoints
@@ -22,11 +22,14 @@ from dpo_jax.config import Config
 from dpo_jax.data import layout
 from dpo_jax.data.order import epoch_size, make_order
 from dpo_jax.evaluate import evaluate, make_summary
+from dpo_jax.flops import peak_flops, train_flops
 from dpo_jax.inputs import Inputs
 from dpo_jax.models import hf_files, hf_io
 from dpo_jax.report import before_and_after, describe_data, describe_run, one_line
 from dpo_jax.trackers import say
-from dpo_jax.types import InputError
+from dpo_jax.types import Batch, InputError
+
+WARM_UP = 2  # updates before a profile begins
 
 
 def run(config: Config, folder: Path) -> None:
@@ -108,7 +111,8 @@ def train(
     config: Config, inputs: Inputs, folder: Path, built: programs.Programs, store: programs.Store | None, total: int
 ) -> None:
     """Reference pass, updates, evaluations, checkpoints and export."""
-    assert inputs.train is not None
+    train_pairs, layout_name = inputs.train, config.data.layout
+    assert train_pairs is not None
     # What the run computes with.
     shape, mesh = built.update_shape, built.mesh
     reference, params = reference_of(config, inputs, store, built)
@@ -121,13 +125,15 @@ def train(
     update = programs.make_update(config, inputs, built, loss_fn, tx, state)
     start = int(state.step)
     order = make_order(
-        inputs.train.source,
-        inputs.train.weights,
+        train_pairs.source,
+        train_pairs.weights,
         batch_pairs=shape.pairs,
         seed=config.seed,
         shuffle=config.data.shuffle,
     )
-    epoch = epoch_size(inputs.train.source, inputs.train.weights)
+    epoch = epoch_size(train_pairs.source, train_pairs.weights)
+    peak = peak_flops(mesh.devices.flat[0].device_kind, np.dtype(built.dtype).name)
+    peak = None if peak is None else peak * mesh.size
     record = {"config": dataclasses.asdict(config), "data": inputs.digests, "version": dpo_jax.__version__}
 
     # Where it writes; what an interrupted run logged after its last checkpoint is dropped, and comes again.
@@ -140,8 +146,9 @@ def train(
     describe_run(config, inputs, built, state.params, start, total)
     progress = trackers.Progress(total, start=start)
     clock = Clock(start)
+    profile = Profile(folder / "profile", start + WARM_UP, config.profile.steps)
     closing = contextlib.ExitStack()
-    for resource in (checkpoints, *others, *logs.values(), progress):
+    for resource in (checkpoints, *others, *logs.values(), progress, profile):
         closing.callback(resource.close)
 
     def write(name: str, step: int, row: dict[str, float]) -> None:
@@ -163,18 +170,33 @@ def train(
         write("eval.jsonl", step, row)
         progress.say(f"step {step}: {one_line(row)}")
 
+    def make(step: int) -> Made:
+        chosen = order(step)
+        batch = layout.collate(
+            [train_pairs[i] for i in chosen.tolist()], reference[0][chosen], shape, layout=layout_name
+        )
+        counts = layout.work_counts(batch, train_pairs.lengths[chosen], shape, layout_name)
+        flops = train_flops(inputs.model, train_pairs.lengths[chosen], layout_name)
+        return Made(sharding.put(batch, mesh), counts, flops)
+
     # A step's metrics are fetched when the next is under way, so that the device does not wait for the host.
-    pending: list[tuple[int, dict[str, Any], dict[str, float]]] = []
+    pending: list[tuple[int, dict[str, Any], dict[str, float], float]] = []
 
     def flush() -> None:
         while pending:
-            step, metrics, row = pending.pop()
+            step, metrics, row, flops = pending.pop()
             row = {name: float(value) for name, value in jax.device_get(metrics).items()} | row
             step_time = clock.per_step(step + 1)
-            write("metrics.jsonl", step, row | {"step_time_s": step_time, "pairs_per_s": shape.pairs / step_time})
-            progress.update(step + 1, row | {"pairs_per_s": shape.pairs / step_time})
+            row |= {"step_time_s": step_time, "pairs_per_s": shape.pairs / step_time}
+            row |= {"tokens_real/s": row["tokens_real"] / step_time, "flops/s": flops / step_time}
+            if peak is not None:
+                row["mfu"] = flops / step_time / peak
+            write("metrics.jsonl", step, row)
+            progress.update(step + 1, row)
 
     with closing:
+        made = closing.enter_context(contextlib.closing(feed.ahead(make, range(start, total))))
+        waited = 0.0
         for step in range(start, total + 1):
             if step in (0, total) or (config.eval.every_steps and step % config.eval.every_steps == 0):
                 flush()
@@ -182,15 +204,15 @@ def train(
                     evaluate_at(step)
             if step == total:
                 break
-            chosen = order(step)
-            pairs = [inputs.train[i] for i in chosen.tolist()]
-            batch = layout.collate(pairs, reference[0][chosen], shape, layout=config.data.layout)
-            state, metrics = update(state, sharding.put(batch, mesh))
+            profile.at(step, state)
+            (batch, counts, flops), seconds = next(made)
+            waited += seconds
+            state, metrics = update(state, batch)
             flush()
             if step % config.log.every_steps == 0 or step + 1 == total:
-                counts = layout.work_counts(batch, inputs.train.lengths[chosen], shape, config.data.layout)
-                place = {"epoch": step * shape.pairs / epoch, "learning_rate": float(rate(step))}
-                pending.append((step, metrics, place | counts))
+                place = {"epoch": step * shape.pairs / epoch, "learning_rate": float(rate(step)), "data_wait_s": waited}
+                pending.append((step, metrics, place | counts, flops))
+                waited = 0.0
             if (step + 1) % config.checkpoint.every_steps == 0 or step + 1 == total:
                 flush()
                 with clock.paused(state):
@@ -205,13 +227,46 @@ def reference_of(
     """Stored reference log-probs of training and evaluation pairs, and the weights if they had to be loaded."""
     if store is None:
         return programs.no_reference(inputs), None
+    started = time.perf_counter()
     with trackers.Counter("reference pass", unit="pairs") as counter:
         done, params = programs.reference_values(config, inputs, store, built, counter.update)
+    speed = f", {done.scored / (time.perf_counter() - started):.1f} pairs/s in all" if done.scored else ""
     say(
         f"reference: {done.given} pairs came with values, {done.stored} were in "
-        f"{store.folder}, {done.scored} scored in {done.forward_passes} forward passes"
+        f"{store.folder}, {done.scored} scored in {done.forward_passes} forward passes{speed}"
     )
     return done.values, params
+
+
+class Made(NamedTuple):
+    """What the thread that feeds the device has ready for a step."""
+
+    batch: Batch  # on the mesh
+    counts: dict[str, int]
+    flops: float
+
+
+class Profile:
+    """Traces `steps` updates from `first` on with XProf, into a folder that TensorBoard's profile plugin reads."""
+
+    def __init__(self, folder: Path, first: int, steps: int):
+        self._folder, self._first, self._last, self._on = folder, first, first + steps, False
+
+    def at(self, step: int, running: Any) -> None:
+        """Starts or stops before update `step`, once the updates that make `running` are done."""
+        if step == self._first < self._last:
+            jax.block_until_ready(running)
+            jax.profiler.start_trace(str(self._folder))
+            self._on = True
+        if self._on and step == self._last:
+            jax.block_until_ready(running)
+            self.close()
+
+    def close(self) -> None:
+        if self._on:
+            jax.profiler.stop_trace()
+            say(f"profile: in {self._folder}")
+            self._on = False
 
 
 class Clock:

@@ -117,6 +117,7 @@ BAD = [
     ("mesh.fsdp", -2, "or -1"),
     ("mesh.tensor", 0, "or -1"),
     ("log.every_steps", 0, "a number >= 1"),
+    ("profile.steps", -1, "a number >= 0"),
     ("export.dtype", "int8", "'float32', 'bfloat16', 'float16'"),
 ]
 

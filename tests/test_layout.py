@@ -93,7 +93,7 @@ def test_full_rows_have_room_for_what_prompts_of_one_token_score(name):
     shape = layout.Shape(pairs=40, rows=1, row_length=int(layout.unit_room(lengths, name).max()), microbatches=40)
     batch = layout.collate(pairs, None, shape, layout=name)
     assert np.bincount(batch.rows.slot[batch.rows.slot >= 0]).tolist() == lengths[:, 1:].ravel().tolist()
-    assert layout.work_counts(batch, lengths, name)["tokens_real"] == layout.unit_lengths(lengths, name).sum()
+    assert layout.work_counts(batch, lengths, shape, name)["tokens_real"] == layout.unit_lengths(lengths, name).sum()
 
 
 def test_unit_lengths_count_what_is_laid_out():
@@ -116,9 +116,15 @@ def test_batch_marks_pairs_present_in_one_microbatch_each_and_padding_in_none():
     assert not batch.present[int(batch.count) :].any() and batch.present[int(batch.count) - 1].any()
 
 
+def rows_of(lengths, row_length):
+    """Pairs of each row, for pairs that fit one."""
+    groups = layout.fill_rows([[int(n)] for n in lengths], row_length)
+    return [[pair for pair, _ in row] for group in groups for row in group]
+
+
 def test_rows_never_overflow_and_hold_every_pair_once():
     lengths = np.random.default_rng(0).integers(1, 65, 200)
-    rows = layout.fill_rows(lengths, 64)
+    rows = rows_of(lengths, 64)
     assert sorted(sum(rows, [])) == list(range(200))
     assert max(lengths[row].sum() for row in rows) <= 64
 
@@ -128,43 +134,131 @@ def test_rows_are_as_few_as_could_hold_the_units():
     rng = np.random.default_rng(0)
     for _ in range(50):
         lengths = np.minimum(rng.lognormal(5, 0.6, 64).astype(int) + 8, 768)
-        assert len(layout.fill_rows(lengths, 768)) == np.ceil(lengths.sum() / 768)
+        assert len(rows_of(lengths, 768)) == np.ceil(lengths.sum() / 768)
 
 
 def test_rows_are_filled_where_the_best_single_fit_would_leave_room():
     # 50 + 25 + 25 and 34 + 33 + 33 fill two rows of 100; taking 34 to 50 would open a third.
-    rows = layout.fill_rows(np.array([25, 33, 50, 34, 33, 25]), 100)
+    rows = rows_of([25, 33, 50, 34, 33, 25], 100)
     assert [sorted(row) for row in rows] == [[0, 2, 5], [1, 3, 4]]
 
 
-def test_pair_longer_than_a_row_is_refused():
-    with pytest.raises(InputError, match="a pair takes 65 positions and a row holds 64"):
-        layout.fill_rows(np.array([65]), 64)
+def test_sequence_longer_than_a_row_is_refused():
+    with pytest.raises(InputError, match="a sequence takes 65 positions and a row holds 64"):
+        layout.fill_rows([[65]], 64)
 
 
-def choose(lengths, **changes):
-    settings: dict[str, Any] = dict(pairs=64, row_length=None, rows=None, row_multiple=1, target_positions=1024)
-    return layout.choose_shape(np.asarray(lengths), **settings | changes)
+def long_pair(prompt, chosen, rejected, seed=9):
+    rng = np.random.default_rng(seed)
+    return Encoded(*(rng.integers(1, 99, n) for n in (prompt, chosen, rejected)))
+
+
+def test_pair_longer_than_a_row_stands_in_two_of_one_microbatch():
+    # 90 positions with the prompt once, rows of 64: each answer after a prompt of its own.
+    pairs = [*random_pairs(6), long_pair(30, 31, 31), *random_pairs(6, seed=1), long_pair(20, 40, 25)]
+    shape = layout.Shape(pairs=14, rows=2, row_length=64, microbatches=14)
+    batch = layout.collate(pairs, None, shape, layout="shared")
+    seen = {}
+    for micro, row, entry in np.argwhere(batch.rows.slot >= 0):
+        rows = type(batch.rows)(*(x[micro] for x in batch.rows))
+        pair, side = divmod(int(rows.slot[row, entry]), 2)
+        scored = seen.setdefault((pair, side), [])
+        prefix = seen_sequence(rows, row, rows.source[row, entry])
+        assert prefix == [*pairs[pair].prompt, *pairs[pair][1 + side][: len(scored)]]
+        scored.append(int(rows.target[row, entry]))
+        assert batch.present[micro, pair]
+    assert seen == {(i, s): p[1 + s].tolist() for i, p in enumerate(pairs) for s in (0, 1)}
+    assert batch.present.sum(0).tolist() == [1] * 14
+    lengths = np.array([[len(x) for x in p] for p in pairs])
+    real = layout.unit_lengths(lengths, "shared").sum() + 30 + 20
+    assert layout.work_counts(batch, lengths, shape, "shared")["tokens_real"] == real
+
+
+def choose(units, **changes):
+    """The shape for pairs that take so many positions: 8 of prompt and half of the rest an answer."""
+    lengths = np.array([[8, (n - 8) // 2 + 1, n - 8 - (n - 8) // 2 + 1] for n in units])
+    assert layout.unit_lengths(lengths, "shared").tolist() == list(units)
+    settings: dict[str, Any] = dict(
+        layout="shared", pairs=64, row_length=None, rows=None, shards=1, target_positions=1024
+    )
+    return layout.choose_shape(lengths, **settings | changes)
+
+
+def hh_like(count, seed=0):
+    rng = np.random.default_rng(seed)
+    return np.minimum(rng.lognormal(5.2, 0.55, count).astype(int) + 20, 760).tolist()
 
 
 def test_shape_has_rows_for_the_longest_pair_and_microbatches_for_the_worst_batch():
-    shape = choose([100, 700, 300])
-    assert (shape.row_length, shape.rows, shape.microbatches) == (768, 1, 64)
+    units = hh_like(500)
+    shape = choose(units)
+    assert shape.row_length >= max(units) and shape.rows == 1
+    worst = sorted(units)[-64:]
+    lengths = np.array([[8, (n - 8) // 2 + 1, n - 8 - (n - 8) // 2 + 1] for n in worst])
+    assert len(layout.plan(lengths, shape, "shared")) <= shape.microbatches
+
+
+@pytest.mark.parametrize("pairs", [8, 64, 256])
+@pytest.mark.parametrize("target", [1536, 16384])
+@pytest.mark.parametrize("shards", [1, 4])
+def test_batches_of_the_chosen_shape_are_full(pairs, target, shards):
+    units = hh_like(2000)
+    shape = choose(units, pairs=pairs, target_positions=target, shards=shards)
+    computed = real = 0
+    for seed in range(60):
+        drawn = np.random.default_rng(100 + seed).choice(units, pairs)
+        lengths = np.array([[8, (n - 8) // 2 + 1, n - 8 - (n - 8) // 2 + 1] for n in drawn])
+        planned = layout.plan(lengths, shape, "shared")
+        computed += sum(microbatch.positions for microbatch in planned)
+        real += drawn.sum()
+        assert len(planned) <= shape.microbatches
+    assert shape.rows % shards == 0
+    if pairs >= 64 * shards:
+        assert real / computed >= 0.95
+
+
+def test_small_batches_are_cut_to_what_they_hold():
+    shape = choose(hh_like(500), pairs=8, target_positions=1536)
+    assert len(shape.crops) > 1 and shape.crops[0] == (shape.rows, shape.row_length)
+    pairs = [long_pair(20, 31, 31)]
+    batch = layout.collate(pairs, None, shape, layout="shared")
+    rows, length = shape.crops[int(batch.crop[0])]
+    assert 80 <= rows * length < shape.positions
+    cut = layout.crop_rows(type(batch.rows)(*(x[0] for x in batch.rows)), (rows, length))
+    assert (cut.slot >= 0).sum() == 62 and cut.key_end.max() <= length
+    lengths = np.array([[len(x) for x in p] for p in pairs])
+    assert layout.work_counts(batch, lengths, shape, "shared") == {
+        "positions_computed": rows * length,
+        "tokens_real": 80,
+    }
+
+
+def test_rows_of_a_microbatch_score_about_as_much():
+    # Sorted by what they score: the rows that devices work at side by side differ least.
+    pairs = [long_pair(10, 1 + n, 39 - n if n % 2 else 1, seed=n) for n in range(1, 33)]
+    shape = layout.Shape(pairs=32, rows=4, row_length=64, microbatches=8, shards=4)
+    batch = layout.collate(pairs, None, shape, layout="shared")
+    scored = (batch.rows.slot >= 0).sum(-1)[: int(batch.count)]
+    assert all(before.min() >= after.max() for before, after in zip(scored, scored[1:], strict=False))
 
 
 def test_shape_spreads_rows_over_all_devices():
-    shape = choose([100, 700, 300], row_multiple=8, target_positions=10**9)
-    assert shape.rows % 8 == 0 and shape.microbatches * shape.rows >= 64
+    shape = choose([100, 700, 300], shards=8, target_positions=10**4)
+    assert shape.rows % 8 == 0 and shape.shards == 8
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"row_length": 512}, "config.data.row_length: got 512; expected a multiple of 8 of at least 700"),
-        ({"row_length": 701}, "config.data.row_length: got 701"),
-        ({"rows": 3, "row_multiple": 2}, "config.train.microbatch_rows: got 3; expected a positive multiple of 2"),
         (
-            {"rows": 3, "row_multiple": 2, "field": "reference.microbatch_rows"},
+            {"row_length": 512, "rows": 1},
+            "config.data.row_length: got 512; expected a multiple of 8 of at least 700, the longest pair",
+        ),
+        ({"row_length": 320}, "got 320; expected a multiple of 8 of at least 354, the longest sequence"),
+        ({"row_length": 701}, "config.data.row_length: got 701"),
+        ({"rows": 3, "shards": 2}, "config.train.microbatch_rows: got 3; expected a positive multiple of 2"),
+        (
+            {"rows": 3, "shards": 2, "field": "reference.microbatch_rows"},
             "config.reference.microbatch_rows: got 3",
         ),
     ],

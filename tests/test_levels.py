@@ -9,12 +9,12 @@ import pytest
 ROOT = Path(__file__).parents[1]
 
 LEVELS = (
-    "__init__ types",
+    "__init__ types feed",
     "config",
     "logprobs losses metrics sharding data models",
-    "optim steps scoring generate quickstart",
-    "reference checkpoint inputs",
-    "evaluate trackers programs workdir",
+    "optim steps scoring flops generate quickstart",
+    "reference checkpoint inputs trackers",
+    "evaluate programs workdir",
     "report card plan inspect",
     "train",
     "cli",

@@ -315,9 +315,9 @@ def test_default_cache_follows_the_environment(tmp_path, monkeypatch):
     load(path, "")
     assert len([*(tmp_path / "own/pairs").glob("*/tokens.npy")]) == 1
     monkeypatch.delenv("DPO_JAX_CACHE")
-    assert pairs.default_cache() == tmp_path / "xdg/dpo_jax/pairs"
+    assert pairs.cache_folder("pairs") == tmp_path / "xdg/dpo_jax/pairs"
     monkeypatch.delenv("XDG_CACHE_HOME")
-    assert pairs.default_cache() == Path.home() / ".cache/dpo_jax/pairs"
+    assert pairs.cache_folder("pairs") == Path.home() / ".cache/dpo_jax/pairs"
 
 
 def test_memory_stays_flat_as_the_data_grows(tmp_path, monkeypatch):

@@ -21,6 +21,7 @@ from dpo_jax import inputs as run_inputs
 from dpo_jax.data import layout, pairs
 from dpo_jax.models import decoder, hf_io
 from dpo_jax.models.config import DecoderConfig
+from dpo_jax.programs import CPU_POSITIONS
 from dpo_jax.types import Encoded, Rows
 from tests.hf_folders import LLAMA, NEOX, save
 from tests.runs import read_rows, untimed
@@ -149,11 +150,12 @@ def test_packed_and_shared_equals_each_completion_alone(models, family, dtype, b
         shape, params = model_of(family)
         params = jax.tree.map(lambda x: x.astype(dtype), params)
         grid = layout.choose_shape(
-            layout.unit_room(lengths, "shared"),
+            lengths,
+            layout="shared",
             pairs=250,
             row_length=None,
             rows=2,
-            row_multiple=1,
+            shards=1,
             target_positions=1,
         )
         score = jax.jit(steps.make_score_step(scorer(shape, jnp.dtype(dtype), 250), has_aux=True))
@@ -182,8 +184,8 @@ def test_gradient_of_a_packed_batch_equals_that_of_completions_alone(models, fam
         shape, params = model_of(family)
         params = jax.tree.map(lambda x: x.astype(dtype), params)
         reference = np.array([[-200.0, -210.0]] * 8)
-        units = layout.unit_room(lengths, "shared")
-        grid = layout.choose_shape(units, pairs=8, row_length=None, rows=8, row_multiple=1, target_positions=1)
+        shape_of = dict(layout="shared", pairs=8, row_length=None, rows=8, shards=1, target_positions=1)
+        grid = layout.choose_shape(lengths, **shape_of)
         batch = jax.tree.map(jnp.asarray, layout.collate(some, reference, grid, layout="shared"))
         ((group, rows),) = alone(some)
         order = np.array([2 * i + side for i, side, *_ in group])
@@ -213,9 +215,8 @@ def test_rows_are_full_and_compute_a_quarter_of_padded_batches(models, max_lengt
     chosen = configured(models, data__max_length=max_length, data__max_prompt_length=max_prompt_length)
     found = run_inputs.load_inputs(chosen, training=True)
     assert found.train is not None
-    shape = layout.choose_shape(
-        found.unit_room("shared"), pairs=64, row_length=None, rows=None, row_multiple=1, target_positions=1024
-    )
+    shape_of = dict(layout="shared", pairs=64, row_length=None, rows=None, shards=1)
+    shape = layout.choose_shape(found.lengths, **shape_of, target_positions=CPU_POSITIONS)
     computed, real, padded = np.sum([*inspect.counts(chosen, found.train, shape)], axis=0)
     print(f"at {max_length}/{max_prompt_length}: fill {real / computed:.4f}, of padded batches {computed / padded:.4f}")
     assert real / computed >= 0.95 and computed / padded <= 0.29

@@ -19,6 +19,7 @@ nobody asks for: it takes no position, and neither does a prompt of its own.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -28,8 +29,8 @@ from jaxtyping import Int
 from dpo_jax.types import Batch, Encoded, InputError, Rows
 
 LAYOUTS = ("shared", "repeated")
-FULL_ENOUGH = 0.95  # share of a batch's rows that should hold something
-SAMPLED_BATCHES = 32  # batches drawn to find out
+FULL_ENOUGH = 0.965  # share of the positions computed that should hold something, judged by a sample
+SAMPLED_BATCHES, SAMPLED_PAIRS = 64, 8192  # the most of it
 ROW_MULTIPLE = 128  # row lengths are multiples of this: what TPU lanes and attention blocks like
 
 
@@ -144,8 +145,8 @@ def fill_rows(pieces: Sequence[Sequence[int]], row_length: int) -> list[list[lis
 
     Args:
       pieces: of each pair, what its pieces take, as `piece_room` has it.
-    Returns: groups of rows that one microbatch must hold: of one row, or of two for a pair in two pieces. A row is a list of
-      (pair, piece).
+    Returns: groups of rows that one microbatch must hold: of one row, or of two for a pair in two pieces. A row is a
+      list of (pair, piece).
     Raises: InputError if a piece is longer than a row.
     """
     longest = max((size for sizes in pieces for size in sizes), default=0)
@@ -208,8 +209,8 @@ def choose_shape(
       shards: devices that rows are spread over; rows are a multiple of it.
       target_positions: of a microbatch on one device, about the most.
       field: what `rows` was given by, for errors.
-    Raises: InputError if `rows` does not divide so, or `row_length` is not a multiple of 8 that holds the longest pair or,
-      of a microbatch of two rows and more, its longer sequence.
+    Raises: InputError if `rows` does not divide so, or `row_length` is not a multiple of 8 that holds the longest pair
+      or, in microbatches of two rows and more, the longest sequence.
     """
     longest = int(unit_room(lengths, layout).max())
     least = longest if rows == 1 else max(max(_apart(each)) for each in lengths[np.argmax(_longer(lengths))][None])
@@ -236,7 +237,7 @@ def _longer(lengths: np.ndarray) -> np.ndarray:
 
 def _candidates(longest: int, row_length: int | None, rows: int | None, shards: int, target: int) -> list[Crop]:
     """Sizes of a microbatch to choose from."""
-    step = max(ROW_MULTIPLE, target // 16)
+    step = max(ROW_MULTIPLE, target // 16 // ROW_MULTIPLE * ROW_MULTIPLE)
     if row_length is not None:
         row_lengths = [row_length]
     else:
@@ -254,23 +255,37 @@ def _candidates(longest: int, row_length: int | None, rows: int | None, shards: 
 def _fullest(lengths: np.ndarray, layout: str, pairs: int, sizes: Sequence[Crop], shards: int) -> Shape:
     """The largest shape whose batches are full, judged by batches drawn at random.
 
-    Microbatches of one size are preferred, for every size that they are cut to is compiled. Where the batch is too small
-    for that, or they would be less than half as large as could be, the last one is cut to what it holds.
+    Microbatches of one size are preferred, for every size that they are cut to is compiled. Where the batch is too
+    small for that, or they would be less than half as large as could be, the last one is cut to what it holds.
     """
     rng = np.random.default_rng(0)
-    drawn = [lengths[rng.integers(0, len(lengths), pairs)] for _ in range(max(4, min(SAMPLED_BATCHES, 2048 // pairs)))]
+    drawn = [
+        lengths[rng.integers(0, len(lengths), pairs)]
+        for _ in range(max(4, min(SAMPLED_BATCHES, SAMPLED_PAIRS // pairs)))
+    ]
     real = sum(int(unit_lengths(each, layout).sum()) for each in drawn)
 
     def shape(size: Crop, cut: bool) -> Shape:
         rows, row_length = size
-        most = int(np.sort(unit_room(lengths, layout))[-pairs:].sum())
-        # Any two rows together hold more than one could, or they would be one.
-        needed = min(2 * pairs, 2 * most // row_length + 1)
         crops = _crops(rows, row_length, shards) if cut else ()
-        return Shape(pairs, rows, row_length, -(-needed // max(1, rows // 2 * 2)), shards, crops)
+        most, longest = worst(row_length)
+        # Any two rows together hold more than one could, or they would be one.
+        needed = min(pairs * longest, 2 * most // row_length + 1)
+        # Rows that come in twos leave one empty where their number is odd.
+        return Shape(pairs, rows, row_length, -(-needed // (rows // longest * longest)), shards, crops)
+
+    @functools.cache
+    def worst(row_length: int) -> tuple[int, int]:
+        """Positions of the longest batch there can be, and rows that a pair may need."""
+        sizes = piece_room(lengths, layout, row_length)
+        return sum(sorted(map(sum, sizes))[-pairs:]), max(map(len, sizes))
+
+    @functools.cache
+    def packed(row_length: int) -> list[Packed]:
+        return [pack(each, row_length, layout) for each in drawn]
 
     def fill(found: Shape) -> float:
-        plans = [plan(each, found, layout) for each in drawn]
+        plans = [into_microbatches(each, found) for each in packed(found.row_length)]
         return real / sum(microbatch.positions for each in plans for microbatch in each)
 
     best: tuple[float, Shape] | None = None
@@ -312,24 +327,44 @@ class Microbatch(NamedTuple):
 
 
 def plan(lengths: Int[np.ndarray, "P 3"], shape: Shape, layout: str) -> list[Microbatch]:
-    """Packs pairs into rows and rows into microbatches, rows with as much to score side by side.
+    """Packs pairs into rows, and rows into microbatches."""
+    return into_microbatches(pack(lengths, shape.row_length, layout), shape)
+
+
+class Packed(NamedTuple):
+    """Groups of rows that one microbatch must hold, those with most to score first, and what each row holds."""
+
+    groups: list[list[list[tuple[int, int]]]]
+    used: list[int]  # positions of the longest row of each group
+
+
+def pack(lengths: Int[np.ndarray, "P 3"], row_length: int, layout: str) -> Packed:
+    """Packs pairs into rows; rows with as much to score stand side by side.
 
     Devices that work at the same time so have as much to do, and what is left over gathers in the last microbatch.
     """
-    pieces = piece_room(lengths, layout, shape.row_length)
-    scored = np.asarray(lengths)[:, 1:].sum(1)
-    groups = fill_rows(pieces, shape.row_length)
-    groups.sort(key=lambda group: (-len(group), -sum(int(scored[pair]) for row in group for pair, _ in row)))
-    open_groups, found = groups, []
-    while open_groups:
+    pieces = piece_room(lengths, layout, row_length)
+    scored = np.asarray(lengths)[:, 1:].sum(1).tolist()
+    groups = fill_rows(pieces, row_length)
+    groups.sort(key=lambda group: (-len(group), -sum(scored[pair] for row in group for pair, _ in row)))
+    used = [max(sum(pieces[pair][piece] for pair, piece in row) for row in group) for group in groups]
+    return Packed(groups, used)
+
+
+def into_microbatches(packed: Packed, shape: Shape) -> list[Microbatch]:
+    """Takes rows into microbatches in order, and cuts each to what it holds."""
+    waiting, found = list(zip(*packed, strict=True)), []
+    crops = shape.crops or ((shape.rows, shape.row_length),)
+    while waiting:
         rows: list[list[tuple[int, int]]] = []
-        rest = []
-        for group in open_groups:
-            fits = len(rows) + len(group) <= shape.rows
-            rows.extend(group) if fits else rest.append(group)
-        open_groups = rest
-        used = max(sum(pieces[pair][piece] for pair, piece in row) for row in rows)
-        crops = shape.crops or ((shape.rows, shape.row_length),)
+        used, rest = 0, []
+        for group, length in waiting:
+            if len(rows) + len(group) <= shape.rows:
+                rows.extend(group)
+                used = max(used, length)
+            else:
+                rest.append((group, length))
+        waiting = rest
         crop = max(i for i, (count, length) in enumerate(crops) if count >= len(rows) and length >= used)
         found.append(Microbatch(rows, crop, crops[crop][0] * crops[crop][1]))
     return found

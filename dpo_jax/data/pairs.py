@@ -116,7 +116,7 @@ def load(
       tokenizer, vocab_size, max_length, max_prompt_length, truncate_prompt: as in `tokenize.encode`.
       on_bad_row: error, or skip: rows that cannot be rendered or encoded are left out and counted. A source that
         cannot be read on, such as broken JSON, is an error either way.
-      cache_dir: folder of the results, a folder each; empty: see `default_cache`.
+      cache_dir: folder of the results, a folder each; empty: see `cache_folder`.
     Raises: InputError for bad options, bad rows under `error`, and data without a single usable row.
     """
     _check_choice("data.format", format, ("auto", *FORMATS))
@@ -131,7 +131,7 @@ def load(
     rules = {"format": format, "on_bad_row": on_bad_row, **limits, **identity(tokenizer)}
     parts = [[source.digest, source.weight] for source in sources]
     key = xxhash.xxh3_128(json.dumps([CACHE_VERSION, parts, rules], sort_keys=True).encode()).hexdigest()
-    folder = (Path(cache_dir).expanduser() if cache_dir else default_cache()) / key
+    folder = (Path(cache_dir).expanduser() if cache_dir else cache_folder("pairs")) / key
     if not folder.is_dir():
         encoder = functools.partial(encode, tokenizer=tokenizer, **limits)
         with _replacing(folder) as unfinished, _Writer(unfinished) as writer:
@@ -141,12 +141,12 @@ def load(
     return _open(folder, sources)
 
 
-def default_cache() -> Path:
-    """`$DPO_JAX_CACHE/pairs`, or `dpo_jax/pairs` in the user's cache folder."""
+def cache_folder(name: str) -> Path:
+    """`$DPO_JAX_CACHE/NAME`, or `dpo_jax/NAME` in the user's cache folder."""
     chosen = os.environ.get("DPO_JAX_CACHE")
     if chosen:
-        return Path(chosen) / "pairs"
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "dpo_jax" / "pairs"
+        return Path(chosen) / name
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "dpo_jax" / name
 
 
 def content_key(pair: Encoded) -> tuple[int, int]:

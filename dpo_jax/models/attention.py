@@ -70,8 +70,8 @@ def make_attention(name: str = "xla", *, platform: str = "cpu", spread: Spread |
     """Returns `attention(q, k, v, key_start, key_end) -> out` of one implementation, with `choose` done.
 
     q is [R, S, H, d], not yet scaled; k and v are [R, S, K, d], each of their heads shared by H / K query heads in
-    order; the bounds are indices into S, and no interval is empty. The result, [R, S, H, d], is of v's type; the softmax
-    itself is float32 or wider.
+    order; the bounds are indices into S, and no interval is empty. The result, [R, S, H, d], is of v's type; the
+    softmax itself is float32 or wider.
 
     Args:
       spread: how rows and heads lie on a mesh; None: on one device.
@@ -103,3 +103,6 @@ def make_attention(name: str = "xla", *, platform: str = "cpu", spread: Spread |
         out_specs=of_heads,
         check_vma=False,
     )
+
+
+PLAIN = make_attention()

@@ -92,7 +92,7 @@ def _scores(q, k, key_start, key_end, at, soft_cap, block):
         scores = soft_cap * jnp.tanh(scores / soft_cap)
     row, query, key = at
     start, end = (jax.lax.dynamic_slice(x, (row, query * block), (1, block))[0] for x in (key_start, key_end))
-    keys = key * block + jnp.arange(block)
+    keys = key * block + jnp.arange(block)[None]
     return scores, ((keys >= start[:, None]) & (keys < end[:, None]))[None, None]
 
 

@@ -16,7 +16,7 @@ from flax import linen as nn
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
-from dpo_jax.models.attention import Attention, make_attention
+from dpo_jax.models.attention import PLAIN, Attention
 from dpo_jax.models.config import DecoderConfig
 from dpo_jax.models.layers import affine, normalise
 from dpo_jax.types import check_choice
@@ -31,7 +31,10 @@ REMAT: dict[str, Any] = {
     "dots": _KEPT,  # products and attention's result
     "block": jax.checkpoint_policies.nothing_saveable,
     "offload": jax.checkpoint_policies.save_and_offload_only_these_names(  # nothing, and the input waits on the host
-        names_which_can_be_saved=[], names_which_can_be_offloaded=["block"], offload_src="device", offload_dst="pinned_host"
+        names_which_can_be_saved=[],
+        names_which_can_be_offloaded=["block"],
+        offload_src="device",
+        offload_dst="pinned_host",
     ),
 }
 ACTIVATIONS = {
@@ -49,7 +52,7 @@ class Run(nn.Module):
     config: DecoderConfig
     dtype: Any = jnp.float32
     param_dtype: Any = jnp.float32
-    attend: Attention = make_attention()
+    attend: Attention = PLAIN
 
     @property
     def fields(self) -> dict[str, Any]:
@@ -202,7 +205,7 @@ def forward(
     *,
     dtype: Any = jnp.float32,
     remat: str = "none",
-    attend: Attention = make_attention(),
+    attend: Attention = PLAIN,
 ) -> Float[Array, "R S D"]:
     """Final hidden states, normalised, ready for the head.
 
