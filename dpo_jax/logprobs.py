@@ -2,7 +2,8 @@
 
 Only scored tokens meet the vocabulary matrix: they are gathered into one list, and the product is made a block of
 tokens by a block of the vocabulary at a time, each small enough for a cache. The backward pass makes each block
-again. The vocabulary runs outermost, so a block of the matrix is read once, and its gradient written once.
+again, but for the first ones, kept within a budget. The vocabulary runs outermost, so a block of the matrix is read
+once, and its gradient written once.
 
     log p(target) = h . w_target - log sum_v exp(h . w_v), the sum carried from block to block as (max, sum of exp)
     d loss / d logit_v = (1[v = target] - p_v) * d loss / d log p
@@ -26,10 +27,13 @@ class Blocks(NamedTuple):
 
     tokens: int  # scored tokens in a block; what their number is rounded up to
     logits_bytes: int  # of one block in float32
+    kept_bytes: int  # of logits that the forward pass leaves for the backward pass
 
 
-CPU_BLOCKS = Blocks(64, 2 * 2**20 + 2**18)  # logits stay in the cache of a core
-ACCELERATOR_BLOCKS = Blocks(1024, 256 * 2**20)  # products large enough to keep a matrix unit busy
+# Logits of a block stay in the cache of a core. Reading one back takes a third of the time of making it again.
+CPU_BLOCKS = Blocks(64, 2 * 2**20 + 2**18, 128 * 2**20)
+# Products are large enough to keep a matrix unit busy, and making them again is about as fast as reading them.
+ACCELERATOR_BLOCKS = Blocks(1024, 256 * 2**20, 0)
 
 
 class Spread(NamedTuple):
@@ -102,16 +106,18 @@ def score_tokens(hidden, head, source, target, scored, plan):
 
     Blocks of tokens beyond the number of scored ones are neither computed nor differentiated.
     """
+    plan = plan._replace(blocks=plan.blocks._replace(kept_bytes=0))
     return _forward(hidden, head, source, target, scored, plan)[0]
 
 
 def _forward(hidden, head, source, target, scored, plan):
-    logps, logits, log_z = _everywhere(_forward_here, plan, "rwrrr", "rrr")(hidden, head, source, target, scored)
-    return (logps, logits), (hidden, head, source, target, scored, log_z)
+    forward = _everywhere(_forward_here, plan, "rwrrr", "rrrk")
+    logps, logits, log_z, kept = forward(hidden, head, source, target, scored)
+    return (logps, logits), (hidden, head, source, target, scored, log_z, kept)
 
 
 def _backward(plan, saved, cotangent):
-    grads = _everywhere(_backward_here, plan, "rwrrrrr", "rw")(*saved, cotangent[0])
+    grads = _everywhere(_backward_here, plan, "rwrrrrkr", "rw")(*saved, cotangent[0])
     return *grads, None, None, None
 
 
@@ -119,12 +125,12 @@ score_tokens.defvjp(_forward, _backward)
 
 
 def _everywhere(function, plan, takes, gives):
-    """`function` on each device's share: arguments and results marked r lie as rows do, w as the vocabulary matrix."""
+    """`function` on each device's share: what is marked r lies as rows do, w as the vocabulary matrix, k as both."""
     here = functools.partial(function, plan)
     if plan.spread is None:
         return here
     mesh, rows, vocab, width = plan.spread
-    specs = {"r": PartitionSpec(rows), "w": PartitionSpec(vocab, width)}
+    specs = {"r": PartitionSpec(rows), "w": PartitionSpec(vocab, width), "k": PartitionSpec(vocab, rows)}
     return jax.shard_map(
         here,
         mesh=mesh,
@@ -160,12 +166,17 @@ def _forward_here(plan, hidden, head, source, target, scored):
     wide = jnp.promote_types(hidden.dtype, jnp.float32)
     vocab = _Vocabulary(plan, head, hidden.dtype)
 
+    kept_blocks = _kept_blocks(plan, vocab, len(tokens.index))
+
     def one_part(j, carry):
         weights = vocab.part(j)
 
         def one_block(i, carry):
-            most, exp_sum, picked, logit_sum = carry
-            logits, real, column = vocab.logits(_block(h, i, size), weights, j)
+            most, exp_sum, picked, logit_sum, kept = carry
+            real, column = vocab.columns(j)
+            logits = vocab.logits(_block(h, i, size), weights)
+            if kept_blocks:  # the place after the last is for all that is not kept
+                kept = kept.at[j, jnp.minimum(i, kept_blocks)].set(logits)
             masked = logits if real is None else jnp.where(real, logits, -jnp.inf)
             before = _block(most, i, size)
             now = jnp.maximum(before, masked.max(-1))
@@ -178,13 +189,14 @@ def _forward_here(plan, hidden, head, source, target, scored):
             picked = _put(picked, _block(picked, i, size) + jnp.where(there, hit, 0), i, size)
             summed = (logits if real is None else jnp.where(real, logits, 0)).sum(-1)
             logit_sum = _put(logit_sum, _block(logit_sum, i, size) + summed, i, size)
-            return _put(most, now, i, size), _put(exp_sum, total, i, size), picked, logit_sum
+            return _put(most, now, i, size), _put(exp_sum, total, i, size), picked, logit_sum, kept
 
         return jax.lax.fori_loop(0, tokens.blocks, one_block, carry)
 
     zeros = jnp.zeros(tokens.index.shape, wide)
-    start = jnp.full_like(zeros, jnp.finfo(wide).min), zeros, zeros, zeros
-    most, exp_sum, picked, logit_sum = jax.lax.fori_loop(0, vocab.parts, one_part, start)
+    kept = jnp.zeros((vocab.parts, kept_blocks + 1 if kept_blocks else 0, size, vocab.length), wide)
+    start = jnp.full_like(zeros, jnp.finfo(wide).min), zeros, zeros, zeros, kept
+    most, exp_sum, picked, logit_sum, kept = jax.lax.fori_loop(0, vocab.parts, one_part, start)
     if spread is not None and spread.vocab:
         here, most = most, jax.lax.pmax(most, spread.vocab)
         exp_sum, picked, logit_sum = jax.lax.psum((exp_sum * jnp.exp(here - most), picked, logit_sum), spread.vocab)
@@ -194,10 +206,16 @@ def _forward_here(plan, hidden, head, source, target, scored):
         empty = jnp.zeros(scored.size, wide)
         return empty.at[tokens.place].set(values, mode="drop").reshape(scored.shape)
 
-    return entries(picked - log_z), entries(logit_sum / vocab.size), entries(log_z)
+    return entries(picked - log_z), entries(logit_sum / vocab.size), entries(log_z), kept
 
 
-def _backward_here(plan, hidden, head, source, target, scored, log_z, cotangent):
+def _kept_blocks(plan, vocab, tokens) -> int:
+    """Blocks of tokens whose logits of the whole vocabulary fit the budget."""
+    of_one = 4 * plan.blocks.tokens * vocab.parts * vocab.length
+    return min(tokens // plan.blocks.tokens, plan.blocks.kept_bytes // of_one)
+
+
+def _backward_here(plan, hidden, head, source, target, scored, log_z, kept, cotangent):
     size, spread = plan.blocks.tokens, plan.spread
     tokens = _tokens(hidden, source, target, scored, size)
     flat = hidden.reshape(-1, hidden.shape[2])
@@ -207,6 +225,14 @@ def _backward_here(plan, hidden, head, source, target, scored, log_z, cotangent)
     take = functools.partial(jnp.take, indices=tokens.place, mode="fill", fill_value=0)
     log_z, cotangent = take(log_z.ravel()), take(cotangent.ravel())
 
+    kept_blocks = _kept_blocks(plan, vocab, len(tokens.index))
+
+    def logits_of(states, weights, i, j):
+        if not kept_blocks:
+            return vocab.logits(states, weights)
+        read, make = lambda: kept[j, jnp.minimum(i, kept_blocks)], lambda: vocab.logits(states, weights)
+        return jax.lax.cond(i < kept_blocks, read, make)
+
     def one_part(j, carry):
         hidden_grad, head_grad = carry
         weights = vocab.part(j)
@@ -214,7 +240,8 @@ def _backward_here(plan, hidden, head, source, target, scored, log_z, cotangent)
         def one_block(i, carry):
             hidden_grad, part_grad = carry
             states = _block(h, i, size)
-            logits, real, column = vocab.logits(states, weights, j)
+            real, column = vocab.columns(j)
+            logits = logits_of(states, weights, i, j)
             hit = column[None] == _block(tokens.target, i, size)[:, None]
             slope = jnp.where(hit, 1.0, 0.0) - jnp.exp(logits - _block(log_z, i, size)[:, None])
             slope = slope * _block(cotangent, i, size)[:, None]
@@ -246,32 +273,36 @@ class _Vocabulary:
     def __init__(self, plan: _Plan, head: Array, dtype: Any):
         self._head, self._dtype, self._cap, self._spread = head, dtype, plan.soft_cap, plan.spread
         self._here = head.shape[0]
-        self._length = vocab_block(self._here, plan.blocks)
-        self.parts = -(-self._here // self._length)
+        self.length = vocab_block(self._here, plan.blocks)
+        self.parts = -(-self._here // self.length)
         shards = plan.spread.mesh.shape[plan.spread.vocab] if plan.spread is not None and plan.spread.vocab else 1
         self.size = shards * self._here
 
     def _start(self, j):
-        return jnp.minimum(j * self._length, self._here - self._length)
+        return jnp.minimum(j * self.length, self._here - self.length)
 
     def part(self, j) -> Float[Array, "v D"]:
         """Rows of part j in the compute type, whole."""
-        rows = jax.lax.dynamic_slice_in_dim(self._head, self._start(j), self._length).astype(self._dtype)
+        rows = jax.lax.dynamic_slice_in_dim(self._head, self._start(j), self.length).astype(self._dtype)
         if self._spread is not None and self._spread.width:
             rows = jax.lax.all_gather(rows, self._spread.width, axis=1, tiled=True)
         return rows
 
-    def logits(self, states, weights, j):
-        """Capped logits of a block; which of its columns are real, None for all; and the token id of each column."""
+    def logits(self, states, weights):
+        """Capped logits of a block."""
         wide = jnp.promote_types(states.dtype, jnp.float32)
         logits = jnp.einsum("td,vd->tv", states, weights, preferred_element_type=wide)
         if self._cap is not None:
             logits = self._cap * jnp.tanh(logits / self._cap)
-        column = self._start(j) + jnp.arange(self._length)
-        real = None if self._here % self._length == 0 else (column >= j * self._length)[None]
+        return logits
+
+    def columns(self, j):
+        """Which columns of part j are real, None for all; and the token id of each."""
+        column = self._start(j) + jnp.arange(self.length)
+        real = None if self._here % self.length == 0 else (column >= j * self.length)[None]
         if self._spread is not None and self._spread.vocab:
             column = column + jax.lax.axis_index(self._spread.vocab) * self._here
-        return logits, real, column
+        return real, column
 
     def add(self, total, grad, j):
         """`total` with the gradient of part j added, summed over the devices that hold other rows."""
@@ -280,7 +311,7 @@ class _Vocabulary:
             if self._spread.width:
                 grad = jax.lax.psum_scatter(grad, self._spread.width, scatter_dimension=1, tiled=True)
             grad = jax.lax.psum(grad, tuple(others))
-        before = jax.lax.dynamic_slice_in_dim(total, self._start(j), self._length)
+        before = jax.lax.dynamic_slice_in_dim(total, self._start(j), self.length)
         return jax.lax.dynamic_update_slice_in_dim(total, before + grad, self._start(j), axis=0)
 
 
