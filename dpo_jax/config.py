@@ -36,7 +36,7 @@ class Model:
     path: str = ""  # Hugging Face folder or Hub id; required
     dtype: str = "auto"  # compute: float32 | bfloat16; auto: bfloat16 on accelerators, float32 on CPU
     param_dtype: str = "float32"  # parameters: float32 | bfloat16, rounded at random; optimizer state is float32
-    remat: str = "none"  # none | dots | block | offload: what the backward pass computes again, see docs/performance.md
+    remat: str = "dots"  # none | dots | block | offload: what the backward pass computes again, see docs/performance.md
     attention: str = "auto"  # auto | xla | splash (TPU) | triton (GPU)
 
 

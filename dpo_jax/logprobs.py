@@ -59,7 +59,7 @@ def vocab_block(vocab: int, blocks: Blocks) -> int:
     Where only small numbers divide it, the budget itself: the last block then overlaps the one before.
 
     >>> [vocab_block(size, CPU_BLOCKS) for size in (50304, 128256, 50257, 50261, 1000)]
-    [8384, 8016, 1733, 8192, 1000]
+    [8384, 8016, 1733, 9216, 1000]
     """
     most = max(1, min(vocab, blocks.logits_bytes // (4 * blocks.tokens)))
     divisors = (size for size in range(most, most // 8, -1) if vocab % size == 0)

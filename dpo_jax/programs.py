@@ -95,7 +95,12 @@ def make_programs(config: Config, inputs: Inputs) -> Programs:
         field="reference.microbatch_rows",
     )
     dtype = scoring.compute_dtype(config.model.dtype)
-    kernel = attention.choose(config.model.attention, mesh.devices.flat[0].platform, update_shape.row_length)
+    kernel = attention.choose(
+        config.model.attention,
+        mesh.devices.flat[0].platform,
+        head_dim=inputs.model.head_dim,
+        row_length=update_shape.row_length,
+    )
     logps_fn = scoring.make_logps_fn(
         inputs.model, pairs=score_shape.pairs, dtype=dtype, remat=config.model.remat, attention=kernel, mesh=mesh
     )

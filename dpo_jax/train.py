@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import resource
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -145,11 +146,11 @@ def train(
     )
     describe_run(config, inputs, built, state.params, start, total)
     progress = trackers.Progress(total, start=start)
-    clock = Clock(start)
+    clock, faults = Clock(start), Faults()
     profile = Profile(folder / "profile", start + WARM_UP, config.profile.steps)
     closing = contextlib.ExitStack()
-    for resource in (checkpoints, *others, *logs.values(), progress, profile):
-        closing.callback(resource.close)
+    for each in (checkpoints, *others, *logs.values(), progress, profile):
+        closing.callback(each.close)
 
     def write(name: str, step: int, row: dict[str, float]) -> None:
         for writer in (logs[name], *others):
@@ -189,6 +190,7 @@ def train(
             step_time = clock.per_step(step + 1)
             row |= {"step_time_s": step_time, "pairs_per_s": shape.pairs / step_time}
             row |= {"tokens_real/s": row["tokens_real"] / step_time, "flops/s": flops / step_time}
+            row["minor_faults"] = faults.since()
             if peak is not None:
                 row["mfu"] = flops / step_time / peak
             write("metrics.jsonl", step, row)
@@ -244,6 +246,18 @@ class Made(NamedTuple):
     batch: Batch  # on the mesh
     counts: dict[str, int]
     flops: float
+
+
+class Faults:
+    """Memory pages of this process that were touched for the first time: large temporaries made anew are slow."""
+
+    def __init__(self):
+        self._seen = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+
+    def since(self) -> int:
+        """How many since the last call."""
+        before, self._seen = self._seen, resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        return self._seen - before
 
 
 class Profile:

@@ -44,7 +44,7 @@ def read_rows(path):
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-TIMES = {"step_time_s", "pairs_per_s", "eval_time_s", "data_wait_s", "tokens_real/s", "flops/s"}
+TIMES = {"step_time_s", "pairs_per_s", "eval_time_s", "data_wait_s", "tokens_real/s", "flops/s", "minor_faults"}
 
 
 def untimed(rows):

@@ -135,7 +135,9 @@ def test_reported_gradient_norm_is_that_of_the_mean_loss():
     one = jax.tree.map(lambda x: jnp.asarray(x[0]), batch.rows)
     loss = lambda p: losses.sigmoid(logps_fn(p, one)[0], jnp.asarray(batch.reference)).mean()
     _, metrics = update(batch)
-    assert float(metrics["grad_norm"]) == pytest.approx(float(optax.tree.norm(jax.jit(jax.grad(loss))(params()))), rel=1e-5)
+    assert float(metrics["grad_norm"]) == pytest.approx(
+        float(optax.tree.norm(jax.jit(jax.grad(loss))(params()))), rel=1e-5
+    )
 
 
 def test_gradients_of_bfloat16_parameters_are_summed_in_float32():

@@ -252,7 +252,7 @@ def test_counter_learns_its_total_from_the_first_report(capsys, clock):
     assert captured.out == ""
     assert captured.err.splitlines() == [
         "reference pass, pairs 8/24",
-        "reference pass, pairs 20/24: 00:03 left",
+        "reference pass, pairs 20/24: 1.2/s, 00:03 left",
         "reference pass, pairs 24/24",
     ]
 

@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+import threading
 from pathlib import Path
 
 import jax
@@ -39,9 +40,14 @@ METRICS = {
     "pairs_per_s",
     "positions_computed",
     "tokens_real",
+    "tokens_real/s",
+    "flops/s",
+    "data_wait_s",
+    "minor_faults",
 }
 NOT_IN_EVALUATION = {
     "step", "grad_norm", "learning_rate", "epoch", "step_time_s", "pairs_per_s", "positions_computed", "tokens_real",
+    "tokens_real/s", "flops/s", "data_wait_s", "minor_faults",
 }  # fmt: skip
 
 
@@ -85,6 +91,37 @@ def test_policy_is_the_reference_at_step_zero_in_bfloat16_too(inputs, tmp_path):
     train.run(make_config(inputs, model__dtype="bfloat16", train__steps=1, data__eval=""), tmp_path / "run")
     (first,) = read_rows(tmp_path / "run" / "metrics.jsonl")
     assert first["loss"] == pytest.approx(np.log(2), abs=1e-5) and abs(first["rewards/chosen"]) < 1e-5
+
+
+def test_batches_are_made_in_another_thread_and_programs_are_kept(inputs, tmp_path, monkeypatch):
+    # The cache folder of the whole test session, so another run in it may have left its programs there already.
+    made = []
+    real = train.layout.collate
+    monkeypatch.setattr(
+        train.layout, "collate", lambda *a, **k: made.append(threading.current_thread()) or real(*a, **k)
+    )
+    train.run(make_config(inputs, train__steps=3, data__eval=""), tmp_path / "run")
+    assert len(made) == 3 and all(thread is not threading.main_thread() for thread in made)
+    rows = read_rows(tmp_path / "run" / "metrics.jsonl")
+    assert all(0 <= row["data_wait_s"] <= row["step_time_s"] + 1 for row in rows)
+    assert jax.config.jax_compilation_cache_dir and Path(jax.config.jax_compilation_cache_dir).name == "xla"
+
+
+def test_profile_is_written_for_the_steps_asked_for(inputs, tmp_path, capsys):
+    train.run(make_config(inputs, train__steps=5, data__eval="", profile__steps=2), tmp_path / "run")
+    (trace,) = (tmp_path / "run" / "profile").rglob("*.xplane.pb")
+    assert trace.stat().st_size > 1000
+    assert "profile: in" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("remat", ["none", "dots", "block", "offload"])
+def test_remat_changes_no_metric(finished, inputs, tmp_path, remat):
+    train.run(make_config(inputs, model__remat=remat, train__steps=3, data__eval=""), tmp_path / "run")
+    for ours, theirs in zip(
+        read_rows(tmp_path / "run" / "metrics.jsonl"), read_rows(finished / "metrics.jsonl"), strict=False
+    ):
+        for name in ("loss", "grad_norm", "logps/chosen"):
+            assert ours[name] == pytest.approx(theirs[name], rel=1e-5), name
 
 
 def test_training_learns_the_preferences(finished):

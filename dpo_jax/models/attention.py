@@ -22,6 +22,7 @@ from dpo_jax.types import InputError, check_choice
 IMPLEMENTATIONS = ("auto", "xla", "splash", "triton")
 PLATFORM = {"splash": "tpu", "triton": "gpu"}  # where each kernel runs
 SPLASH_ROW = 128, 2**15 - 1  # splash takes rows of a multiple of the one and at most the other
+TRITON_HEAD = 256  # the widest head that triton takes
 XLA_ACCELERATOR_BLOCK = 512  # of the plain path where products must be large to be fast
 
 Attention = Callable[..., Array]  # (q, k, v, key_start, key_end) -> out, as `attention`
@@ -35,17 +36,17 @@ class Spread(NamedTuple):
     heads: str | None
 
 
-def choose(name: str, platform: str, row_length: int) -> str:
+def choose(name: str, platform: str, *, head_dim: int, row_length: int) -> str:
     """The implementation that a configured name stands for.
 
     Args:
-      name: one of IMPLEMENTATIONS; `auto` is the platform's own kernel where it takes rows of this length.
+      name: one of IMPLEMENTATIONS; `auto` is the platform's own kernel where it takes heads and rows of these sizes.
       platform: of the devices: cpu, gpu, tpu.
     Raises: InputError for an unknown name, or a kernel that does not run there or not on such rows.
     """
     check_choice("config.model.attention", name, IMPLEMENTATIONS)
     multiple, longest = SPLASH_ROW
-    fits = {"splash": row_length % multiple == 0 and row_length <= longest}
+    fits = {"splash": row_length % multiple == 0 and row_length <= longest, "triton": head_dim <= TRITON_HEAD}
     if name == "auto":
         own = next((kernel for kernel, where in PLATFORM.items() if where == platform), "xla")
         return own if fits.get(own, True) else "xla"
@@ -58,10 +59,11 @@ def choose(name: str, platform: str, row_length: int) -> str:
         )
     if not fits.get(name, True):
         raise InputError(
-            "config.data.row_length",
-            got=f"got {row_length}",
-            expected=f"a multiple of {multiple} of at most {longest} for attention by {name!r}",
-            remedy="Change it, or set model.attention to auto.",
+            "config.model.attention",
+            got=f"{name!r} for rows of {row_length} positions and heads of {head_dim}",
+            expected=f"for splash rows of a multiple of {multiple}, at most {longest}, for triton heads of at most "
+            f"{TRITON_HEAD}",
+            remedy="Change it, or data.row_length, or set it to auto.",
         )
     return name
 

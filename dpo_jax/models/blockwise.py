@@ -2,7 +2,8 @@
 
 Blocks that no query can see are not computed, forward or backward, and no array of S * S exists: the softmax is carried
 from block to block as in flash attention (Dao et al. 2022, algorithms 1 and 4), and the backward pass makes each block
-of scores again.
+of scores again. Weights are not rounded to the compute type: they are relative to the largest score so far, so what a
+token gets would depend on where it stands in its row, and the policy would not be the reference at step 0.
 """
 
 from __future__ import annotations
@@ -111,7 +112,7 @@ def _forward(q, k, v, key_start, key_end, soft_cap, block):
         now = jnp.maximum(before, scores.max(-1))
         # A query that sees nothing yet counts each masked key as exp(0); the first real score takes that back to 0.
         weights, shrink = jnp.exp(scores - now[..., None]), jnp.exp(before - now)
-        new = jnp.einsum("hgqk,hkd->hgqd", weights.astype(v.dtype), there.get(v), preferred_element_type=wide)
+        new = jnp.einsum("hgqk,hkd->hgqd", weights, there.get(v).astype(wide))
         exp_sum = here.put(exp_sum, here.get(exp_sum) * shrink + weights.sum(-1))
         return here.put(most, now), exp_sum, here.put(out, here.get(out) * shrink[..., None] + new)
 
@@ -135,17 +136,18 @@ def _backward(soft_cap, block, saved, cotangent):
         q_grad, k_grad, v_grad = carry
         row, query, key = at = visits.row[n], visits.query[n], visits.key[n]
         here, there = of_query(row, query), of_key(row, key)
-        q_here, out_grad, k_there = here.get(q), here.get(cotangent), there.get(k)
+        q_here, out_grad, k_there, v_there = (
+            x.astype(wide) for x in (here.get(q), here.get(cotangent), there.get(k), there.get(v))
+        )
         scores, seen = _scores(q_here, k_there, key_start, key_end, at, soft_cap, block)
         weights = jnp.where(seen, jnp.exp(scores - here.get(log_z)[..., None]), 0)
-        pulled = jnp.einsum("hgqd,hkd->hgqk", out_grad, there.get(v), preferred_element_type=wide)
+        pulled = jnp.einsum("hgqd,hkd->hgqk", out_grad, v_there)
         slope = weights * (pulled - here.get(spent)[..., None])
         if soft_cap is not None:
             slope = slope * (1 - jnp.square(scores / soft_cap))
-        slope, weights = slope.astype(q.dtype), weights.astype(q.dtype)
-        to_q = jnp.einsum("hgqk,hkd->hgqd", slope, k_there, preferred_element_type=wide)
-        to_k = jnp.einsum("hgqk,hgqd->hkd", slope, q_here, preferred_element_type=wide)
-        to_v = jnp.einsum("hgqk,hgqd->hkd", weights, out_grad, preferred_element_type=wide)
+        to_q = jnp.einsum("hgqk,hkd->hgqd", slope, k_there)
+        to_k = jnp.einsum("hgqk,hgqd->hkd", slope, q_here)
+        to_v = jnp.einsum("hgqk,hgqd->hkd", weights, out_grad)
         return here.add(q_grad, to_q), there.add(k_grad, to_k), there.add(v_grad, to_v)
 
     start = tuple(jnp.zeros(x.shape, wide) for x in (q, k, v))

@@ -90,8 +90,8 @@ class Norm(Run):
         shape = x.shape[-1:]
         scale = self.param("scale", nn.initializers.ones, shape, self.param_dtype)
         layer = self.config.norm == "layernorm"
-        bias = self.param("bias", nn.initializers.zeros, shape, self.param_dtype) if layer else None
-        return normalise(x.reshape(-1, *shape), scale, bias, self.config.norm_eps).reshape(x.shape)
+        bias = jnp.asarray(self.param("bias", nn.initializers.zeros, shape, self.param_dtype)) if layer else None
+        return normalise(x.reshape(-1, *shape), jnp.asarray(scale), bias, self.config.norm_eps).reshape(x.shape)
 
 
 class SelfAttention(Run):

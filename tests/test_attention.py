@@ -1,0 +1,141 @@
+"""Interval attention in plain XLA against a dense softmax, and which implementation runs where."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dpo_jax import sharding
+from dpo_jax.data import layout
+from dpo_jax.models import attention, blockwise
+from dpo_jax.types import Encoded, InputError
+
+
+def packed(rows, length, seed=0, name="shared"):
+    """Bounds of rows of random pairs, with padding at their ends."""
+    rng = np.random.default_rng(seed)
+    pairs = [Encoded(*(rng.integers(1, 9, rng.integers(3, length // 9)) for _ in range(3))) for _ in range(3 * rows)]
+    shape = layout.Shape(pairs=len(pairs), rows=rows, row_length=length, microbatches=3 * rows)
+    batch = layout.collate(pairs, None, shape, layout=name)
+    return jnp.asarray(batch.rows.key_start[0]), jnp.asarray(batch.rows.key_end[0])
+
+
+def dense(q, k, v, key_start, key_end, soft_cap=None):
+    group = q.shape[2] // k.shape[2]
+    k, v = jnp.repeat(k, group, 2), jnp.repeat(v, group, 2)
+    scores = jnp.einsum("rqhd,rkhd->rhqk", q, k)
+    if soft_cap is not None:
+        scores = soft_cap * jnp.tanh(scores / soft_cap)
+    keys = jnp.arange(k.shape[1])[None, None]
+    seen = (keys >= key_start[..., None]) & (keys < key_end[..., None])
+    weights = jax.nn.softmax(jnp.where(seen[:, None], scores, -jnp.inf), axis=-1)
+    return jnp.einsum("rhqk,rkhd->rqhd", weights, v)
+
+
+def arrays(rows, length, heads, kv_heads, width, seed=0):
+    keys = jax.random.split(jax.random.key(seed), 4)
+    shapes = [(rows, length, n, width) for n in (heads, kv_heads, kv_heads, heads)]
+    return [jax.random.normal(key, shape) for key, shape in zip(keys, shapes, strict=True)]
+
+
+@pytest.mark.parametrize(("heads", "kv_heads"), [(4, 4), (6, 2), (3, 1)])
+@pytest.mark.parametrize("soft_cap", [None, 2.0])
+@pytest.mark.parametrize(("length", "block"), [(96, 16), (104, 64), (40, 64)])
+def test_blocks_equal_dense_attention_in_values_and_gradients(heads, kv_heads, soft_cap, length, block):
+    q, k, v, weight = arrays(2, length, heads, kv_heads, 8)
+    bounds = packed(2, length)
+    ours = functools.partial(blockwise.attention, soft_cap=soft_cap, block=block)
+    theirs = functools.partial(dense, soft_cap=soft_cap)
+    found = [
+        jax.jit(jax.value_and_grad(lambda *x, f=f: (f(*x, *bounds) * weight).sum(), (0, 1, 2))) for f in (ours, theirs)
+    ]
+    (value, grads), (expected, their_grads) = (f(q, k, v) for f in found)
+    assert float(value) == pytest.approx(float(expected), rel=1e-5)
+    for a, b in zip(grads, their_grads, strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-5)
+
+
+def test_intervals_that_lie_after_their_query_are_seen():
+    # Nothing here is causal: each query sees some other stretch of the row.
+    rng = np.random.default_rng(0)
+    start = jnp.asarray(rng.integers(0, 60, (1, 64)))
+    end = jnp.minimum(start + jnp.asarray(rng.integers(1, 40, (1, 64))), 64)
+    q, k, v, _ = arrays(1, 64, 2, 2, 8)
+    ours = blockwise.attention(q, k, v, start, end, block=16)
+    np.testing.assert_allclose(ours, dense(q, k, v, start, end), atol=1e-5)
+
+
+def test_visible_blocks_are_exactly_those_with_a_visible_pair():
+    start, end = packed(3, 128)
+    found = blockwise.visible_blocks(start, end, 32, 16)
+    keys = np.arange(128)
+    seen = (keys >= np.asarray(start)[..., None]) & (keys < np.asarray(end)[..., None])
+    assert np.array_equal(found, seen.reshape(3, 4, 32, 8, 16).any((2, 4)))
+
+
+def test_blocks_that_no_query_sees_are_not_computed():
+    # NaN in keys and values of another pair's blocks would come through 0 * NaN if they were multiplied.
+    start, end = np.zeros((1, 64), int), np.full((1, 64), 32)
+    start[:, 32:], end[:, 32:] = 32, 64
+    q, k, v, _ = arrays(1, 64, 2, 2, 8)
+    k, v = (x.at[:, 32:].set(jnp.nan) for x in (k, v))
+    first = lambda *x: blockwise.attention(*x, jnp.asarray(start), jnp.asarray(end), block=16)[:, :32].sum()
+    value, grads = jax.value_and_grad(first, (0, 1, 2))(q, k, v)
+    assert np.isfinite(value) and all(np.isfinite(grad[:, :32]).all() for grad in grads)
+
+
+def test_memory_grows_with_the_row_and_not_with_its_square():
+    def peak(length):
+        shapes = [jax.ShapeDtypeStruct((1, length, 2, 16), jnp.float32)] * 3
+        bounds = [jax.ShapeDtypeStruct((1, length), jnp.int32)] * 2
+        grad = jax.grad(lambda *x: blockwise.attention(*x).sum(), (0, 1, 2))
+        memory = jax.jit(grad).lower(*shapes, *bounds).compile().memory_analysis()
+        assert memory is not None
+        return memory.temp_size_in_bytes
+
+    assert peak(8192) < 4.5 * peak(2048)
+
+
+def test_attention_across_a_mesh_equals_that_of_one_device():
+    mesh = sharding.make_mesh(1, 4, 2)
+    q, k, v, weight = arrays(4, 64, 4, 2, 8)
+    bounds = packed(4, 64)
+    spread = attention.make_attention(spread=attention.Spread(mesh, sharding.ROW_AXES, "tensor"))
+    grads = [
+        jax.jit(jax.grad(lambda *x, f=f: (f(*x, *bounds) * weight).sum(), (0, 1, 2))) for f in (spread, attention.PLAIN)
+    ]
+    for a, b in zip(*(grad(q, k, v) for grad in grads), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("name", "platform", "width", "length", "chosen"),
+    [
+        ("auto", "cpu", 64, 1024, "xla"),
+        ("auto", "tpu", 64, 1024, "splash"),
+        ("auto", "tpu", 64, 1000, "xla"),
+        ("auto", "tpu", 64, 2**15, "xla"),
+        ("auto", "gpu", 64, 1000, "triton"),
+        ("auto", "gpu", 512, 1024, "xla"),
+        ("xla", "tpu", 64, 1024, "xla"),
+        ("splash", "tpu", 64, 1024, "splash"),
+    ],
+)
+def test_the_platforms_own_kernel_is_chosen_where_it_takes_the_shape(name, platform, width, length, chosen):
+    assert attention.choose(name, platform, head_dim=width, row_length=length) == chosen
+
+
+@pytest.mark.parametrize(
+    ("name", "platform", "length", "message"),
+    [
+        ("flash", "cpu", 1024, "got 'flash'; expected one of auto, xla, splash, triton"),
+        ("splash", "cpu", 1024, "'splash', a kernel for tpu, on cpu"),
+        ("triton", "tpu", 1024, "'triton', a kernel for gpu, on tpu"),
+        ("splash", "tpu", 1000, "rows of 1000 positions"),
+    ],
+)
+def test_kernel_that_cannot_run_is_refused(name, platform, length, message):
+    with pytest.raises(InputError, match=message):
+        attention.choose(name, platform, head_dim=64, row_length=length)

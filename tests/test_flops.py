@@ -1,0 +1,60 @@
+"""Counted operations against those of unpadded products and of XLA."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dpo_jax import flops
+from dpo_jax.data import layout
+from dpo_jax.models.config import DecoderConfig
+from dpo_jax.types import Encoded
+
+CONFIG = DecoderConfig(
+    vocab_size=100, width=32, layers=3, heads=4, kv_heads=2, head_dim=8, mlp_width=64, max_positions=64
+)
+LENGTHS = np.array([[5, 3, 4], [7, 1, 6]])
+
+
+@pytest.mark.parametrize("name", layout.LAYOUTS)
+def test_visible_pairs_are_those_of_the_intervals(name):
+    units = [layout.lay_out(Encoded(*(np.ones(n, int) for n in row)), name) for row in LENGTHS]
+    assert flops.visible_pairs(LENGTHS, name) == sum((unit.key_end - unit.key_start).sum() for unit in units)
+
+
+def test_forward_operations_are_those_of_the_products():
+    # Ten real tokens of one block matrix after the other, counted by XLA on a compiled product of just that size.
+    tokens = int(layout.unit_lengths(LENGTHS, "shared").sum())
+
+    def products(rows, inner, columns):
+        args = jax.ShapeDtypeStruct((rows, inner), jnp.float32), jax.ShapeDtypeStruct((inner, columns), jnp.float32)
+        cost = jax.jit(jnp.matmul).lower(*args).compile().cost_analysis()
+        assert cost is not None
+        return cost["flops"]
+
+    c = CONFIG
+    block = products(tokens, 32, 32) * 2 + products(tokens, 32, 16) * 2 + products(tokens, 32, 64) * 3
+    seen = 4.0 * c.heads * c.head_dim * flops.visible_pairs(LENGTHS, "shared")
+    head = products(int(LENGTHS[:, 1:].sum()), 32, 100)
+    assert flops.forward_flops(c, LENGTHS, "shared") == pytest.approx(3 * (block + seen) + head, rel=1e-6)
+    assert flops.train_flops(c, LENGTHS, "shared") == 3 * flops.forward_flops(c, LENGTHS, "shared")
+
+
+def test_padding_costs_nothing_and_a_repeated_prompt_its_tokens():
+    shared, repeated = (flops.forward_flops(CONFIG, LENGTHS, name) for name in layout.LAYOUTS)
+    assert repeated > shared
+
+
+@pytest.mark.parametrize(
+    ("kind", "dtype", "peak"),
+    [
+        ("NVIDIA H100 80GB HBM3", "bfloat16", 989e12),
+        ("TPU v5 lite", "bfloat16", 197e12),
+        ("TPU v5p", "bfloat16", 459e12),
+        ("TPU v6 lite", "bfloat16", 918e12),
+        ("cpu", "bfloat16", None),
+        ("NVIDIA H100 80GB HBM3", "float32", None),
+    ],
+)
+def test_peaks_are_known_by_the_kind_of_device(kind, dtype, peak):
+    assert flops.peak_flops(kind, dtype) == peak
