@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import collections
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import islice
 from typing import TypeVar
@@ -13,7 +13,9 @@ T = TypeVar("T")
 DEPTH = 2  # made ahead of the one in use
 
 
-def ahead(make: Callable[[int], T], steps: Iterable[int], *, depth: int = DEPTH) -> Iterator[tuple[T, float]]:
+def ahead(
+    make: Callable[[int], T], steps: Iterable[int], *, depth: int = DEPTH
+) -> Generator[tuple[T, float], None, None]:
     """Yields `make(step)` of each step in order, made in a thread up to `depth` ahead, and the seconds waited for it.
 
     What `make` raises is raised where its result would have come. Closing the iterator drops what was made ahead.

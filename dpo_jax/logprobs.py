@@ -100,7 +100,10 @@ def sum_by_slot(values: Float[Array, "R T"], slot: Int[Array, "R T"], pairs: int
     return jax.ops.segment_sum(values.ravel(), into, 2 * pairs + 1)[:-1].reshape(pairs, 2)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
+custom_vjp: Any = jax.custom_vjp  # its own annotations say nothing of what a function returns
+
+
+@functools.partial(custom_vjp, nondiff_argnums=(5,))
 def score_tokens(hidden, head, source, target, scored, plan):
     """log softmax(hidden[source] . head^T)[target] and the mean logit, [R, T] each; 0 where `scored` is false.
 
@@ -124,7 +127,7 @@ def _backward(plan, saved, cotangent):
 score_tokens.defvjp(_forward, _backward)
 
 
-def _everywhere(function, plan, takes, gives):
+def _everywhere(function, plan, takes, gives) -> Any:
     """`function` on each device's share: what is marked r lies as rows do, w as the vocabulary matrix, k as both."""
     here = functools.partial(function, plan)
     if plan.spread is None:

@@ -69,7 +69,8 @@ class Store(NamedTuple):
 
 def keep_compiled() -> None:
     """Has JAX keep compiled programs in the user's cache, unless a folder is set already or its cache is turned off."""
-    if jax.config.jax_compilation_cache_dir is None and jax.config.jax_enable_compilation_cache:
+    settings = jax.config.values
+    if settings["jax_compilation_cache_dir"] is None and settings["jax_enable_compilation_cache"]:
         jax.config.update("jax_compilation_cache_dir", str(cache_folder("xla")))
 
 

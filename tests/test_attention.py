@@ -81,7 +81,8 @@ def test_blocks_that_no_query_sees_are_not_computed():
     start[:, 32:], end[:, 32:] = 32, 64
     q, k, v, _ = arrays(1, 64, 2, 2, 8)
     k, v = (x.at[:, 32:].set(jnp.nan) for x in (k, v))
-    first = lambda *x: blockwise.attention(*x, jnp.asarray(start), jnp.asarray(end), block=16)[:, :32].sum()
+    bounds = jnp.asarray(start), jnp.asarray(end)
+    first = lambda q, k, v: blockwise.attention(q, k, v, *bounds, block=16)[:, :32].sum()
     value, grads = jax.value_and_grad(first, (0, 1, 2))(q, k, v)
     assert np.isfinite(value) and all(np.isfinite(grad[:, :32]).all() for grad in grads)
 
@@ -102,9 +103,9 @@ def test_attention_across_a_mesh_equals_that_of_one_device():
     mesh = sharding.make_mesh(1, 4, 2)
     q, k, v, weight = arrays(4, 64, 4, 2, 8)
     bounds = packed(4, 64)
-    spread = attention.make_attention(spread=attention.Spread(mesh, sharding.ROW_AXES, "tensor"))
+    across = attention.make_attention(spread=attention.Spread(mesh, sharding.ROW_AXES, "tensor"))
     grads = [
-        jax.jit(jax.grad(lambda *x, f=f: (f(*x, *bounds) * weight).sum(), (0, 1, 2))) for f in (spread, attention.PLAIN)
+        jax.jit(jax.grad(lambda *x, f=f: (f(*x, *bounds) * weight).sum(), (0, 1, 2))) for f in (across, attention.PLAIN)
     ]
     for a, b in zip(*(grad(q, k, v) for grad in grads), strict=True):
         np.testing.assert_allclose(a, b, atol=1e-5)

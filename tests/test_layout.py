@@ -222,6 +222,7 @@ def test_small_batches_are_cut_to_what_they_hold():
     assert len(shape.crops) > 1 and shape.crops[0] == (shape.rows, shape.row_length)
     pairs = [long_pair(20, 31, 31)]
     batch = layout.collate(pairs, None, shape, layout="shared")
+    assert batch.crop is not None
     rows, length = shape.crops[int(batch.crop[0])]
     assert 80 <= rows * length < shape.positions
     cut = layout.crop_rows(type(batch.rows)(*(x[0] for x in batch.rows)), (rows, length))

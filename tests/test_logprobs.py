@@ -84,6 +84,7 @@ def test_no_logits_and_no_whole_head_travel_between_devices():
         lambda h, w: logprobs.completion_logps(h, w, rows, pairs=P, blocks=blocks, spread=spread)[0].sum(), (0, 1)
     )
     text = jax.jit(grad).lower(hidden, jax.device_put(head, place)).compile().as_text()
+    assert text is not None
     moved = [line.split(" = ")[1].split(" ")[0] for line in text.splitlines() if "all-gather(" in line]
     assert moved and all(shape.startswith(f"f32[64,{D}]") for shape in moved), moved
 

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from typing import Any
 from pathlib import Path
 
 import jax
@@ -184,7 +185,7 @@ def test_gradient_of_a_packed_batch_equals_that_of_completions_alone(models, fam
         shape, params = model_of(family)
         params = jax.tree.map(lambda x: x.astype(dtype), params)
         reference = np.array([[-200.0, -210.0]] * 8)
-        shape_of = dict(layout="shared", pairs=8, row_length=None, rows=8, shards=1, target_positions=1)
+        shape_of: dict[str, Any] = dict(layout="shared", pairs=8, row_length=None, rows=8, shards=1, target_positions=1)
         grid = layout.choose_shape(lengths, **shape_of)
         batch = jax.tree.map(jnp.asarray, layout.collate(some, reference, grid, layout="shared"))
         ((group, rows),) = alone(some)
@@ -215,7 +216,7 @@ def test_rows_are_full_and_compute_a_quarter_of_padded_batches(models, max_lengt
     chosen = configured(models, data__max_length=max_length, data__max_prompt_length=max_prompt_length)
     found = run_inputs.load_inputs(chosen, training=True)
     assert found.train is not None
-    shape_of = dict(layout="shared", pairs=64, row_length=None, rows=None, shards=1)
+    shape_of: dict[str, Any] = dict(layout="shared", pairs=64, row_length=None, rows=None, shards=1)
     shape = layout.choose_shape(found.lengths, **shape_of, target_positions=CPU_POSITIONS)
     computed, real, padded = np.sum([*inspect.counts(chosen, found.train, shape)], axis=0)
     print(f"at {max_length}/{max_prompt_length}: fill {real / computed:.4f}, of padded batches {computed / padded:.4f}")

@@ -77,10 +77,14 @@ class _Visit(NamedTuple):
 
 def _visits(key_start, key_end, block) -> _Visit:
     visible = visible_blocks(key_start, key_end, block, block)
-    return _Visit(*jnp.nonzero(visible, size=visible.size, fill_value=0), visible.sum())
+    row, query, key = jnp.nonzero(visible, size=visible.size, fill_value=0)
+    return _Visit(row, query, key, visible.sum())
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6))
+custom_vjp: Any = jax.custom_vjp  # its own annotations say nothing of what a function returns
+
+
+@functools.partial(custom_vjp, nondiff_argnums=(5, 6))
 def _attend(q, k, v, key_start, key_end, soft_cap, block):
     return _forward(q, k, v, key_start, key_end, soft_cap, block)[0]
 

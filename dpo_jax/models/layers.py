@@ -7,13 +7,17 @@ them, and sums over rows a column at a time; here both are plain products.
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 
-@jax.custom_vjp
+custom_vjp: Any = jax.custom_vjp  # its own annotations say nothing of what a function returns
+
+
+@custom_vjp
 def affine(x: Float[Array, "N I"], kernel: Float[Array, "I F"], bias: Float[Array, "F"] | None) -> Float[Array, "N F"]:
     """x . kernel + bias, in the type of x; kernel and bias are of it already."""
     y = x @ kernel
@@ -41,7 +45,7 @@ def column_sums(x: Float[Array, "N D"]) -> Float[Array, "D"]:
     return jnp.einsum("n,nd->d", ones, x.astype(wide), precision=jax.lax.Precision.HIGHEST)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+@functools.partial(custom_vjp, nondiff_argnums=(3,))
 def normalise(
     x: Float[Array, "N D"], scale: Float[Array, "D"], bias: Float[Array, "D"] | None, eps: float
 ) -> Float[Array, "N D"]:
