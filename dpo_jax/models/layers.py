@@ -13,7 +13,6 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-
 custom_vjp: Any = jax.custom_vjp  # its own annotations say nothing of what a function returns
 
 
