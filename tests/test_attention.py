@@ -178,7 +178,8 @@ def five_losses(kernel, remat):
     return found
 
 
-@pytest.mark.parametrize("kernel", ["xla", pytest.param("splash", marks=pytest.mark.slow), "triton"])
+@pytest.mark.slow
+@pytest.mark.parametrize("kernel", ["xla", "splash", "triton"])
 @pytest.mark.parametrize("remat", decoder.REMAT)
 def test_every_kernel_and_remat_policy_gives_the_same_losses(kernel, remat):
     # TRL's curve is laid over that of `xla` in test_trl_parity.py; here all the others are laid over it.

@@ -56,15 +56,15 @@ def assert_equals_dense(ours, theirs, problem):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("blocks", BLOCKS, ids=str)
-@pytest.mark.parametrize("soft_cap", [None, 3.0])
+@pytest.mark.parametrize(("blocks", "soft_cap"), [*((each, None) for each in BLOCKS), (BLOCKS[2], 3.0)], ids=str)
 def test_completion_logps_and_gradients_equal_dense_log_softmax(blocks, soft_cap):
     ours = functools.partial(logprobs.completion_logps, pairs=P, blocks=blocks, soft_cap=soft_cap)
     assert_equals_dense(jax.jit(ours), functools.partial(dense, soft_cap=soft_cap), problem())
 
 
-@pytest.mark.parametrize("sizes", [(1, 8, 1), (1, 1, 8), (2, 2, 2)], ids=["fsdp", "tensor", "all"])
-@pytest.mark.parametrize("vocab", [64, 31])
+@pytest.mark.parametrize(
+    ("sizes", "vocab"), [((1, 8, 1), 64), ((1, 1, 8), 64), ((2, 2, 2), 64), ((2, 2, 2), 31)], ids=str
+)
 def test_head_cut_across_a_mesh_equals_the_whole_one(sizes, vocab):
     mesh = sharding.make_mesh(*sizes)
     axes = sharding.partition("head/embedding", (vocab, D), mesh.shape)

@@ -70,7 +70,7 @@ def assert_same(inputs, bounds, *, blocks=SMALL, soft_cap=None):
         np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-5, err_msg=name)
 
 
-@pytest.mark.parametrize("width", WIDTHS)
+@pytest.mark.parametrize("width", [w if w in (64, 80) else pytest.param(w, marks=pytest.mark.slow) for w in WIDTHS])
 def test_packed_pairs_match_dense_for_each_head_width(width):
     bounds = packed_bounds(96)
     assert (bounds[1] - bounds[0] == 1).any(), "some padding"
@@ -216,7 +216,7 @@ def hopper():
         pytest.skip(f"jax {jax.__version__} lowers for no GPU that is not there: {error}")
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize("dtype", ["bfloat16", pytest.param("float32", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("width", (16, *WIDTHS))
 def test_lowers_for_cuda_without_a_gpu(width, dtype):
     bounds = [jax.ShapeDtypeStruct((2, 1000), jnp.int32)] * 2
