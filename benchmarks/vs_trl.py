@@ -1,259 +1,452 @@
-"""The same DPO run by dpo_jax and by TRL: loss curves laid over each other, speed, memory and work.
+"""The same DPO by dpo_jax and by TRL: loss curves laid over each other, speed, memory, page faults and work.
 
     pip install torch==2.13.0 && pip install -e '.[bench]'
-    python benchmarks/vs_trl.py --data=train.jsonl.gz --tokenizer=DIR --shape=llama --pairs=8 --steps=20
+    python -m benchmarks.vs_trl --data=train.jsonl.gz --tokenizer=DIR --shape=llama --pairs=8 --steps=20
+    python -m benchmarks.vs_trl --what=reference --data=train.jsonl.gz --tokenizer=DIR --pairs=8 --steps=64
 
-Both sides train the same random checkpoint (or --model) on the same pairs in the same order, float32, AdamW, beta 0.1.
-Each runs in a process of its own, in turn, --rounds times; prints medians, ratios and counts, and writes them as JSON.
+All sides start from the same random checkpoint (or --model) and read the same pairs in the same order, AdamW, beta 0.1:
+
+    dpo_jax          float32
+    trl              TRL's DPOTrainer at its defaults: bfloat16 autocast, gradient checkpointing
+    trl-float32      without either
+    trl-precomputed  trl-float32, reference scored before training; the time of that is reported apart
+    trl-answers      trl-float32, vocabulary head on answer tokens only, as TRL does it on GPUs
+
+Each runs in a process of its own, in turn, --rounds times, and each time twice: with glibc's allocator as it is, and
+tuned to keep large temporaries, which suits PyTorch. Speed of TRL is the tuned one and memory that of the allocator as
+it is; both are shown. dpo_jax is measured with the allocator as it is.
+
+--what=reference times the scoring of the reference alone, over distinct pairs, each pair once. dpo_jax: a second whole
+pass in the same process, into a new store, so that nothing is compiled; reading the weights and writing the store are
+in its time. TRL: the loop of its precomputing, after batches to warm up.
+
+Prints medians, ratios and counts; writes them to --out as JSON and PNG.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import os
-import resource
+import importlib
 import statistics
-import subprocess
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
-WARM_UP = 2  # steps of each run left out of its speed: compilation, allocator, page cache
-SHAPES = {
-    "llama": dict(
-        model_type="llama",
-        hidden_size=288,
-        intermediate_size=768,
-        num_hidden_layers=6,
-        num_attention_heads=6,
-        max_position_embeddings=2048,
-        tie_word_embeddings=True,
-    ),
-    "pythia": dict(
-        model_type="gpt_neox",
-        hidden_size=512,
-        intermediate_size=2048,
-        num_hidden_layers=6,
-        num_attention_heads=8,
-        max_position_embeddings=2048,
-        rotary_pct=0.25,
-    ),
+from benchmarks import common
+from benchmarks.common import make_model, write_pairs
+
+__all__ = ["compare", "main", "make_model", "run_ours", "run_trl", "write_pairs"]
+
+FLOAT32 = {"bf16": False, "gradient_checkpointing": False}
+SIDES: dict[str, dict[str, Any]] = {  # what differs from TRL's defaults
+    "dpo_jax": {},
+    "trl": {},
+    "trl-float32": FLOAT32,
+    "trl-precomputed": FLOAT32 | {"precompute_ref_log_probs": True},
+    "trl-answers": FLOAT32,
 }
+CURVES = ("trl-float32", "trl-precomputed", "trl-answers")  # sides whose losses should be ours to float error
 
 
-def make_model(folder: Path, shape: dict[str, Any], tokenizer: Path) -> None:
-    """A random checkpoint of a shape, written by transformers, with the tokenizer beside it."""
-    import torch
-    import transformers
-
-    torch.manual_seed(0)
-    saved = transformers.AutoTokenizer.from_pretrained(tokenizer)
-    vocabulary = -(-len(saved) // 128) * 128
-    config = transformers.AutoConfig.for_model(
-        **shape, vocab_size=vocabulary, bos_token_id=saved.eos_token_id, eos_token_id=saved.eos_token_id
-    )
-    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(folder)
-    saved.save_pretrained(folder)
+# --- sides --------------------------------------------------------------------------------------------------------
 
 
-def write_pairs(source: str, out: Path, tokenizer: Path, *, count: int, max_length: int) -> None:
-    """The first `count` pairs of the source that need no cutting, as explicit text columns that both sides read."""
-    from dpo_jax.data import formats, sources
-    from dpo_jax.data.tokenize import encode, load_tokenizer
-    from dpo_jax.types import InputError, Pair
-
-    loaded = load_tokenizer(str(tokenizer))
-    kept = []
-    for row in sources.read(source, split="train")[0].rows:
-        try:
-            pair = formats.render(row, format=formats.detect(row), tokenizer=loaded)
-        except InputError:
-            continue
-        found = encode(
-            [pair],
-            loaded,
-            vocab_size=len(loaded),
-            max_length=10**6,
-            max_prompt_length=10**6 - 1,
-            truncate_prompt="keep_end",
-        )[0]
-        if isinstance(pair, Pair) and not isinstance(found, InputError):
-            ids = found.encoded
-            if len(ids.prompt) + max(len(ids.chosen), len(ids.rejected)) <= max_length:
-                kept.append({"prompt": pair.prompt, "chosen": pair.chosen, "rejected": pair.rejected})
-        if len(kept) == count:
-            break
-    if len(kept) < count:
-        sys.exit(f"{source}: {len(kept)} pairs of at most {max_length} tokens; {count} are needed for these steps")
-    out.write_text("".join(json.dumps(row) + "\n" for row in kept))
+def run_side(work: Path, args: Any) -> dict[str, Any]:
+    """One side, in its own process."""
+    if args.side == "dpo_jax":
+        return score_ours(work, args) if args.what == "reference" else run_ours(work, args)
+    if args.side == "trl-answers":
+        score_answers_only()
+    settings = SIDES[args.side]
+    if args.what == "reference":
+        return score_trl(work, args, settings)
+    return run_trl(work, args, settings, stop_after=args.trl_steps)
 
 
-def run_ours(work: Path, args: argparse.Namespace) -> dict[str, Any]:
-    """Trains with dpo_jax in `work`; returns losses, step times, peak memory and positions."""
-    from dpo_jax import config, train
-
-    chosen = config.base()
-    chosen.model.path = args.model
-    chosen.model.dtype = "float32"
-    chosen.data.train = args.pairs_file
-    chosen.data.format = "plain"
-    chosen.data.shuffle = False
-    chosen.data.max_length = args.max_length
-    chosen.data.max_prompt_length = args.max_length - 1
-    chosen.data.cache_dir = str(work / "cache")
-    chosen.train.batch_pairs, chosen.train.steps = args.pairs, args.steps
-    chosen.optimizer.learning_rate = args.learning_rate
-    train.run(config.freeze(chosen), work / "run")
-    rows = [json.loads(line) for line in (work / "run" / "metrics.jsonl").read_text().splitlines()]
-    return {
-        "losses": [row["loss"] for row in rows],
-        "step_times_s": [row["step_time_s"] for row in rows],
-        "positions": sum(row["positions_computed"] for row in rows),
-        "reference_positions": None,
-    }
+def run_ours(work: Path, args: Any) -> dict[str, Any]:
+    """Trains with dpo_jax in `work`; returns losses, step times, positions and page faults."""
+    return common.train_ours(work, common.base_config(args, work))
 
 
-def run_trl(work: Path, args: argparse.Namespace) -> dict[str, Any]:
-    """Trains with TRL's DPOTrainer in `work`; the same keys."""
+def score_ours(work: Path, args: Any) -> dict[str, Any]:
+    """Times a second reference pass of dpo_jax."""
+    from dpo_jax import config, inputs, programs
+
+    chosen = config.freeze(common.base_config(args, work))
+    read = inputs.load_inputs(chosen, training=False)
+    built = programs.make_programs(chosen, read)
+    store = programs.reference_store(chosen, read, work, built)
+    assert store is not None
+    positions = []
+
+    def counted(params: Any, batch: Any) -> Any:
+        crops = built.score_shape.crops or ((built.score_shape.rows, built.score_shape.row_length),)
+        used = [0 if batch.crop is None else int(batch.crop[i]) for i in range(int(batch.count))]
+        positions.append(sum(crops[crop][0] * crops[crop][1] for crop in used))
+        return built.score(params, batch)
+
+    counting = built._replace(score=counted)
+
+    def score(name: str) -> dict[str, Any]:
+        positions.clear()
+        faults, started = common.minor_faults(), time.perf_counter()
+        new = store._replace(folder=work / name)
+        done, _ = programs.reference_values(chosen, read, new, counting, lambda done, total: None)
+        seconds, faults = time.perf_counter() - started, common.minor_faults() - faults
+        return {
+            "seconds": seconds,
+            "faults": faults,
+            "positions": sum(positions),
+            "logps": done.values[0].tolist(),
+        }
+
+    first = score("first")
+    return score("second") | {"first_seconds": first["seconds"]}
+
+
+def score_answers_only() -> None:
+    """Has TRL multiply only answer tokens by the vocabulary matrix, on any device."""
+    utils: Any = importlib.import_module("trl.trainer.utils")
+    assert callable(utils._use_triton)
+    utils._use_triton = lambda device: True
+
+
+def make_trainer(work: Path, args: Any, settings: dict[str, Any], callbacks: list[Any] | None = None) -> Any:
+    """TRL's DPOTrainer with everything at its defaults but the batches, the steps and `settings`; it keeps a record."""
     import datasets
     import torch
     import transformers
     from trl.trainer.dpo_config import DPOConfig
     from trl.trainer.dpo_trainer import DPOTrainer
 
-    losses, starts, positions = [], [], {"policy": 0, "reference": 0}
-
     class Recorded(DPOTrainer):
-        def _get_train_sampler(self, dataset=None):
-            return torch.utils.data.SequentialSampler(dataset if dataset is not None else self.train_dataset)
+        losses: list[float] = []
+        marks: list[tuple[float, ...]] = []  # at each step's start: time, page faults, and the counts below
+        counts = {"policy": 0, "reference": 0, "tokens": 0}
+        scored: list[tuple[float, int, int]] = []  # after each batch precomputed: time, page faults, positions
+        precompute_s: float | None = None
+
+        def mark(self) -> None:
+            self.marks.append((time.perf_counter(), common.minor_faults(), *self.counts.values()))
+
+        def _get_train_sampler(self, train_dataset=None):
+            rows: Any = self.train_dataset if train_dataset is None else train_dataset
+            return torch.utils.data.SequentialSampler(rows)
 
         def training_step(self, *inputs, **options):
-            starts.append(time.perf_counter())
+            self.mark()
             loss = super().training_step(*inputs, **options)
-            losses.append(float(loss))
+            self.losses.append(float(loss))
             return loss
 
-    def count(kind: str):
+        def _precompute_ref_logps(self, *inputs, **options):
+            started = time.perf_counter()
+            found = super()._precompute_ref_logps(*inputs, **options)
+            self.precompute_s = time.perf_counter() - started
+            return found
+
+        def compute_ref_log_probs(self, model, inputs):
+            found = super().compute_ref_log_probs(model, inputs)
+            self.counts["reference"] += inputs["input_ids"].numel()
+            self.scored.append((time.perf_counter(), common.minor_faults(), self.counts["reference"]))
+            return found
+
+    trainer = Recorded(
+        model=transformers.AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32),
+        args=DPOConfig(
+            output_dir=str(work / "trl"),
+            per_device_train_batch_size=args.pairs,
+            max_steps=args.steps,
+            learning_rate=args.learning_rate,
+            beta=0.1,
+            max_length=args.max_length,
+            use_cpu=True,
+            logging_steps=1,
+            report_to="none",
+            save_strategy="no",
+            disable_tqdm=True,
+            **settings,
+        ),
+        train_dataset=datasets.load_dataset("json", data_files=args.pairs_file, split="train"),
+        processing_class=transformers.AutoTokenizer.from_pretrained(args.model),
+        callbacks=callbacks,
+    )
+    return trainer
+
+
+def run_trl(
+    work: Path, args: Any, settings: dict[str, Any] = FLOAT32, *, stop_after: int | None = None
+) -> dict[str, Any]:
+    """Trains with TRL's DPOTrainer in `work`; the same keys as `run_ours`.
+
+    Args:
+      settings: fields of DPOConfig.
+      stop_after: steps, the learning rate going on as if all were made; None: all.
+    """
+    import transformers
+
+    class Stop(transformers.TrainerCallback):
+        def on_step_end(self, args, state, control, **options):
+            control.should_training_stop = control.should_training_stop or state.global_step == stop_after
+
+    trainer = make_trainer(work, args, settings, [Stop()])
+    precomputed = trainer.counts["reference"]
+    trainer.counts["reference"] = 0
+
+    def counter(kind: str):
         def hook(module, inputs, options):
-            positions[kind] += options.get("input_ids", inputs[0] if inputs else None).numel()
+            ids = options["input_ids"] if "input_ids" in options else inputs[0]
+            trainer.counts[kind] += ids.numel()
+            if kind == "policy":
+                trainer.counts["tokens"] += int(options["attention_mask"].sum())
 
         return hook
 
-    model = transformers.AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32)
-    settings = DPOConfig(
-        output_dir=str(work / "trl"),
-        per_device_train_batch_size=args.pairs,
-        max_steps=args.steps,
-        learning_rate=args.learning_rate,
-        beta=0.1,
-        max_length=args.max_length,
-        bf16=False,
-        gradient_checkpointing=False,
-        use_cpu=True,
-        logging_steps=1,
-        report_to="none",
-        save_strategy="no",
-        disable_tqdm=True,
-    )
-    trainer = Recorded(
-        model=model,
-        args=settings,
-        train_dataset=datasets.load_dataset("json", data_files=args.pairs_file, split="train"),
-        processing_class=transformers.AutoTokenizer.from_pretrained(args.model),
-    )
-    for kind, module in (("policy", trainer.model), ("reference", trainer.ref_model)):
-        assert isinstance(module, torch.nn.Module)
-        module.register_forward_pre_hook(count(kind), with_kwargs=True)
+    trainer.model.register_forward_pre_hook(counter("policy"), with_kwargs=True)
+    if trainer.ref_model is not None:
+        trainer.ref_model.register_forward_pre_hook(counter("reference"), with_kwargs=True)
     trainer.train()
-    starts.append(time.perf_counter())
+    trainer.mark()
+    times, faults, *counts = (
+        [after - before for before, after in zip(column, column[1:], strict=False)]
+        for column in map(list, zip(*trainer.marks, strict=True))
+    )
+    positions, reference_positions, tokens = counts
     return {
-        "losses": losses,
-        "step_times_s": [after - before for before, after in zip(starts, starts[1:], strict=False)],
-        "positions": positions["policy"],
-        "reference_positions": positions["reference"],
+        "losses": trainer.losses,
+        "step_times_s": times,
+        "positions": positions,
+        "reference_positions": reference_positions,
+        "tokens": tokens,
+        "faults_per_step": statistics.median(faults[common.WARM_UP :]),
+        "precompute_s": trainer.precompute_s,
+        "precompute_positions": precomputed or None,
     }
 
 
-SIDES = {"dpo_jax": run_ours, "trl": run_trl}
+def score_trl(work: Path, args: Any, settings: dict[str, Any]) -> dict[str, Any]:
+    """Times TRL's precomputing after the first batches, which stand in the file once more."""
+    lines = Path(args.pairs_file).read_text().splitlines(keepends=True)
+    again = min(len(lines), common.WARM_UP * args.pairs)
+    (work / "pairs.jsonl").write_text("".join(lines[:again] + lines))
+    args.pairs_file = str(work / "pairs.jsonl")
+    trainer = make_trainer(work, args, settings | {"precompute_ref_log_probs": True})
+    before, after = trainer.scored[again // args.pairs - 1], trainer.scored[-1]
+    seconds, faults, positions = (end - start for start, end in zip(before, after, strict=True))
+    columns = [trainer.train_dataset[f"ref_{answer}_logps"][again:] for answer in ("chosen", "rejected")]
+    return {
+        "seconds": seconds,
+        "faults": faults,
+        "positions": positions,
+        "logps": [[float(value) for value in pair] for pair in zip(*columns, strict=True)],
+    }
 
 
-def run_side(side: str, work: Path, argv: list[str]) -> dict[str, Any]:
-    """One side in a fresh process, so that its peak memory is its own."""
-    work.mkdir(parents=True)
-    command = [sys.executable, __file__, *argv, f"--side={side}", f"--work={work}"]
-    # TRL at its best: without these, half its step goes into page faults of large temporaries.
-    tuned = {"MALLOC_MMAP_THRESHOLD_": str(2**33), "MALLOC_TRIM_THRESHOLD_": str(2**33)} if side == "trl" else {}
-    subprocess.run(command, check=True, env=os.environ | tuned, stdout=sys.stderr)
-    return json.loads((work / "result.json").read_text())
+# --- comparison ---------------------------------------------------------------------------------------------------
+
+Results = dict[str, dict[str, list[dict[str, Any]]]]  # side, allocator, round
 
 
-def compare(results: dict[str, list[dict[str, Any]]], pairs: int) -> dict[str, Any]:
-    """Medians over rounds and steps, ratios, and the largest distance between the two loss curves."""
-    found: dict[str, Any] = {}
-    for side, rounds in results.items():
-        times = [t for one in rounds for t in one["step_times_s"][WARM_UP:]]
+def compare(results: Results, pairs: int) -> dict[str, Any]:
+    """Medians over rounds and steps, ratios of dpo_jax to the other sides, and distances between loss curves.
+
+    Positions and tokens are those of the steps that every side made.
+    """
+    worked = {side: {name: common.worked(rounds) for name, rounds in each.items()} for side, each in results.items()}
+    every = [one for each in worked.values() for rounds in each.values() for one in rounds]
+    steps = min((len(one["losses"]) for one in every), default=0)
+    sides: dict[str, Any] = {side: {} for side in results}
+    for side, each in worked.items():
+        for name, rounds in each.items():
+            if not rounds:
+                sides[side][name] = {"failed": results[side][name][0]["failed"]}
+                continue
+            step_s = common.median_time(rounds)
+            sides[side][name] = {
+                "step_s": step_s,
+                "pairs_per_s": pairs / step_s,
+                "faults_per_step": common.median_of(rounds, "faults_per_step"),
+                "peak_bytes": common.median_of(rounds, "peak_bytes"),
+                "positions": sum(rounds[0]["positions"][:steps]),
+                "reference_positions_in_step": sum(rounds[0]["reference_positions"][:steps]),
+                "tokens": sum(rounds[0]["tokens"][:steps]),
+                "precompute_s": common.median_of(rounds, "precompute_s"),
+                "precompute_positions": rounds[0].get("precompute_positions"),
+            }
+    return {
+        "what": "train",
+        "steps_compared": steps,
+        "sides": sides,
+        "ratios": ratios(sides),
+        "loss_difference": loss_difference(worked),
+        "losses": {side: rounds[0]["losses"] for side in worked if (rounds := first_worked(worked[side]))},
+    }
+
+
+def first_worked(allocators: dict[str, list[Any]]) -> list[Any]:
+    """The rounds of the first allocator under which any ended well."""
+    return next((rounds for rounds in allocators.values() if rounds), [])
+
+
+def ratios(sides: dict[str, Any]) -> dict[str, Any]:
+    """dpo_jax's numbers as multiples of each other side's: speed of tuned TRL, memory of TRL as it is."""
+    if "dpo_jax" not in sides:
+        return {}
+    ours, tuned = (sides["dpo_jax"].get(name, {}) for name in ("default", "tuned"))
+    found: dict[str, Any] = {"dpo_jax": {"time, allocator as it is to tuned": by_name("pairs_per_s", tuned, ours)}}
+    for side, each in sides.items():
+        if side == "dpo_jax":
+            continue
+        fast, plain = each.get("tuned", {}), each.get("default", {})
         found[side] = {
-            "pairs_per_s": pairs / statistics.median(times),
-            "peak_bytes": statistics.median(one["peak_bytes"] for one in rounds),
-            "positions": rounds[0]["positions"],
-            "reference_positions_in_step": rounds[0]["reference_positions"],
+            "pairs_per_s": by_name("pairs_per_s", ours, fast),
+            "peak_bytes": by_name("peak_bytes", ours, plain),
+            "positions": by_name("positions", ours, plain or fast),
         }
-    ours, theirs = found["dpo_jax"], found["trl"]
-    curves = [results[side][0]["losses"] for side in ("dpo_jax", "trl")]
-    distance = [abs(a - b) for a, b in zip(*curves, strict=True)]
-    found["ratios"] = {name: ours[name] / theirs[name] for name in ("pairs_per_s", "peak_bytes", "positions")}
-    found["loss_difference"] = {"first 5 steps": max(distance[:5]), f"all {len(distance)} steps": max(distance)}
-    found["losses"] = dict(zip(("dpo_jax", "trl"), curves, strict=True))
     return found
 
 
-def print_table(found: dict[str, Any]) -> None:
-    print(f"{'':<24}{'dpo_jax':>16}{'TRL':>16}{'ratio':>10}")
-    for name in ("pairs_per_s", "peak_bytes", "positions"):
-        ours, theirs = (found[side][name] for side in ("dpo_jax", "trl"))
-        print(f"{name:<24}{ours:>16,.2f}{theirs:>16,.2f}{found['ratios'][name]:>10.3f}")
-    print("TRL's positions leave out its reference forward inside the step: ", end="")
-    print(f"{found['trl']['reference_positions_in_step']:,} more")
-    for span, distance in found["loss_difference"].items():
-        print(f"largest difference of losses, {span}: {distance:.2e}")
+def by_name(name: str, one: dict[str, Any], other: dict[str, Any]) -> float | None:
+    """Ratio of two sides' numbers of that name."""
+    return common.ratio(one.get(name), other.get(name))
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", required=True, help="preferences in any form that dpo_jax reads")
-    parser.add_argument("--tokenizer", default="", help="folder of the tokenizer; needed without --model")
-    parser.add_argument("--model", default="", help="checkpoint folder; empty: a random one of --shape")
-    parser.add_argument("--shape", choices=SHAPES, default="llama")
+def loss_difference(worked: dict[str, Any]) -> dict[str, dict[str, float]]:
+    """Largest distance from dpo_jax's loss curve of each side that computes as it does."""
+    ours = first_worked(worked.get("dpo_jax", {}))
+    found = {}
+    for side in CURVES:
+        theirs = first_worked(worked.get(side, {}))
+        if ours and theirs:
+            curves = zip(ours[0]["losses"], theirs[0]["losses"], strict=False)
+            distance = [abs(a - b) for a, b in curves]
+            found[side] = {"first 5 steps": max(distance[:5]), f"all {len(distance)} steps": max(distance)}
+    return found
+
+
+def compare_reference(results: Results, pairs: int) -> dict[str, Any]:
+    """Pairs a second of the reference pass, ratios, and the largest distance between log-probs, in nats."""
+    sides: dict[str, Any] = {side: {} for side in results}
+    logps = {}
+    for side, each in results.items():
+        for name, rounds in each.items():
+            done = common.worked(rounds)
+            if not done:
+                sides[side][name] = {"failed": rounds[0]["failed"]}
+                continue
+            logps.setdefault(side, done[0]["logps"])
+            seconds = common.median_of(done, "seconds")
+            sides[side][name] = {
+                "seconds": seconds,
+                "first_seconds": common.median_of(done, "first_seconds"),
+                "pairs_per_s": common.ratio(pairs, seconds),
+                "faults": common.median_of(done, "faults"),
+                "peak_bytes": common.median_of(done, "peak_bytes"),
+                "positions": done[0]["positions"],
+            }
+    distance = {
+        side: max(
+            abs(a - b)
+            for one, other in zip(logps["dpo_jax"], values, strict=True)
+            for a, b in zip(one, other, strict=True)
+        )
+        for side, values in logps.items()
+        if side != "dpo_jax" and "dpo_jax" in logps
+    }
+    return {"what": "reference", "pairs": pairs, "sides": sides, "ratios": ratios(sides), "logps_difference": distance}
+
+
+def rows_of(found: dict[str, Any]) -> list[dict[str, Any]]:
+    """The table: a row for each side and allocator."""
+    rows = []
+    for side, each in found["sides"].items():
+        for allocator, one in each.items():
+            row: dict[str, Any] = {"side": f"{side}, {allocator}"}
+            if "failed" in one:
+                rows.append(row | {"pairs/s": one["failed"]})
+                continue
+            row |= {"pairs/s": one["pairs_per_s"]}
+            if found["what"] == "train":
+                row |= {"step s": one["step_s"]}
+            row |= {"peak MiB": common.mib(one["peak_bytes"])}
+            if found["what"] == "reference":
+                rows.append(row | {"seconds": one["seconds"], "faults": one["faults"], "positions": one["positions"]})
+                continue
+            row |= {"faults/step": one["faults_per_step"], "positions": one["positions"]}
+            row |= {"reference positions": one["reference_positions_in_step"], "tokens": one["tokens"]}
+            rows.append(row | {"precompute s": one["precompute_s"]})
+    return rows
+
+
+def report(out: Path, found: dict[str, Any]) -> None:
+    """Prints the table, ratios and distances, and draws the plot."""
+    print(common.table(rows_of(found)))
+    for side, each in found["ratios"].items():
+        against = "dpo_jax" if side == "dpo_jax" else f"dpo_jax to {side}"
+        print(f"{against}: " + ", ".join(f"{name} {common.shown(value)}" for name, value in each.items()))
+    for side, spans in found.get("loss_difference", {}).items():
+        for span, distance in spans.items():
+            print(f"largest difference of losses from {side}, {span}: {distance:.2e}")
+    for side, distance in found.get("logps_difference", {}).items():
+        print(f"largest difference of reference log-probs from {side}: {distance:.2e} nats")
+    runs = {f"{side}, {name}": one for side, each in found["sides"].items() for name, one in each.items()}
+    panels = {
+        "pairs a second": {name: one.get("pairs_per_s") for name, one in runs.items()},
+        "peak memory, MiB": {name: common.mib(one.get("peak_bytes")) for name, one in runs.items()},
+    }
+    common.plot_bars(out / "speed_and_memory.png", panels)
+    if found.get("losses"):
+        curves = {side: (list(range(len(losses))), losses) for side, losses in found["losses"].items()}
+        common.plot_lines(out / "losses.png", {"loss": curves}, x="step")
+
+
+def parse_args() -> tuple[argparse.Namespace, list[str], list[str]]:
+    """Options, sides and allocators."""
+    parser = common.make_parser(__doc__, out="runs/vs_trl")
+    parser.add_argument("--what", choices=("train", "reference"), default="train")
+    parser.add_argument("--sides", default="", help=f"of {','.join(SIDES)}; empty: all of them")
+    parser.add_argument("--allocators", default="default,tuned", help="of default,tuned")
     parser.add_argument("--pairs", type=int, default=8, help="pairs in a batch")
-    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--steps", type=int, default=20, help="with --what=reference: batches of pairs to score")
+    parser.add_argument("--trl_steps", type=int, help="steps that TRL makes of them; unset: all")
     parser.add_argument("--rounds", type=int, default=1, help="times that each side runs, in turn")
     parser.add_argument("--max_length", type=int, default=512)
     parser.add_argument("--learning_rate", type=float, default=1e-4)
-    parser.add_argument("--out", default="runs/vs_trl", help="folder of the results; must not exist")
-    parser.add_argument("--side", choices=SIDES, help=argparse.SUPPRESS)
-    parser.add_argument("--work", help=argparse.SUPPRESS)
     args = parser.parse_args()
-    out = Path(args.out)
-    args.model, args.pairs_file = args.model or str(out / "model"), str(out / "pairs.jsonl")
-    if args.side:
-        result = SIDES[args.side](Path(args.work), args)
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-        (Path(args.work) / "result.json").write_text(json.dumps(result | {"peak_bytes": peak}))
-        return
-    out.mkdir(parents=True)
-    if not Path(args.model).exists():
-        make_model(Path(args.model), SHAPES[args.shape], Path(args.tokenizer))
-    count = args.pairs * args.steps
-    write_pairs(args.data, out / "pairs.jsonl", Path(args.model), count=count, max_length=args.max_length)
-    results: dict[str, list[dict[str, Any]]] = {side: [] for side in SIDES}
+    reference = args.what == "reference"
+    sides = args.sides.split(",") if args.sides else [s for s in SIDES if not (reference and s == "trl-precomputed")]
+    allocators = args.allocators.split(",")
+    if unknown := {*sides, *allocators} - {*SIDES, *common.ALLOCATORS}:
+        parser.error(f"unknown: {', '.join(sorted(unknown))}")
+    if reference and "trl-precomputed" in sides:
+        parser.error("with --what=reference, every TRL side precomputes; leave trl-precomputed out")
+    if not reference and min(args.steps, args.trl_steps or args.steps) <= common.WARM_UP:
+        parser.error(f"the first {common.WARM_UP} steps are left out; there must be more")
+    return args, sides, allocators
+
+
+def main() -> None:
+    args, sides, allocators = parse_args()
+    reference = args.what == "reference"
+    out = common.prepare(args)
+    args.pairs_file, count = str(out / "pairs.jsonl"), args.pairs * args.steps
+    distinct = write_pairs(args.data, out / "pairs.jsonl", Path(args.model), count=count, max_length=args.max_length)
+    print(f"{count} pairs of at most {args.max_length} tokens, {distinct} of them distinct", file=sys.stderr)
+    if reference and distinct < count:
+        sys.exit(f"{args.data}: {distinct} distinct pairs, and {count} are to be scored; lower --steps")
+    results: Results = {side: {name: [] for name in allocators} for side in sides}
     for turn in range(args.rounds):
-        for side in SIDES:
-            results[side].append(run_side(side, out / f"{side}-{turn}", sys.argv[1:]))
-    found = compare(results, args.pairs)
-    (out / "result.json").write_text(json.dumps(found, indent=2))
-    print_table(found)
+        for side in sides:
+            for name in allocators:
+                given = vars(args) | {"side": side}
+                work = out / f"{side}-{name}-{turn}"
+                results[side][name].append(
+                    common.in_fresh_process("benchmarks.vs_trl:run_side", work, given, allocator=name)
+                )
+    found = compare_reference(results, count) if reference else compare(results, args.pairs)
+    common.write_results(out, args, found)
+    report(out, found)
 
 
 if __name__ == "__main__":

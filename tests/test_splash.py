@@ -20,23 +20,24 @@ SMALL = splash.Blocks(128, 128)
 
 @functools.partial(jax.jit, static_argnames=("soft_cap", "blocks"))
 def ours(q, k, v, weight, start, end, soft_cap=None, blocks=SMALL):
-    def out(*x):
-        return splash.attention(*x, start, end, soft_cap=soft_cap, blocks=blocks, interpret=True)
+    def out(q, k, v):
+        return splash.attention(q, k, v, start, end, soft_cap=soft_cap, blocks=blocks, interpret=True)
 
     value, pull = jax.vjp(out, q, k, v)
     return value, *pull(weight)
 
 
 def theirs(q, k, v, weight, start, end, soft_cap=None):
-    value, pull = jax.vjp(lambda *x: dense(*x, start, end, soft_cap), q, k, v)
+    value, pull = jax.vjp(lambda q, k, v: dense(q, k, v, start, end, soft_cap), q, k, v)
     return value, *pull(weight)
 
 
-def assert_equal(q, k, v, weight, bounds, **options):
+def assert_equal(drawn, bounds, **options):
+    q, k, v, weight = drawn
     # Of a size at which float32 resolves 1e-5: what sees itself alone has a gradient that is a difference of two sums.
     q, k, v, weight = 0.3 * q * q.shape[-1] ** -0.5, 0.3 * k, 0.3 * v, 0.3 * weight
-    expected = theirs(q, k, v, weight, *bounds, options.get("soft_cap"))
-    for a, b in zip(ours(q, k, v, weight, *bounds, **options), expected, strict=True):
+    expected = theirs(q, k, v, weight, bounds[0], bounds[1], options.get("soft_cap"))
+    for a, b in zip(ours(q, k, v, weight, bounds[0], bounds[1], **options), expected, strict=True):
         np.testing.assert_allclose(a, b, atol=1e-5)
 
 
@@ -46,14 +47,14 @@ def assert_equal(q, k, v, weight, bounds, **options):
 )
 def test_values_and_gradients_are_those_of_dense_attention(width, soft_cap):
     # Two rows of packed pairs with padding, grouped-query heads.
-    assert_equal(*arrays(2, 384, 4, 2, width), packed(2, 384), soft_cap=soft_cap)
+    assert_equal(arrays(2, 384, 4, 2, width), packed(2, 384), soft_cap=soft_cap)
 
 
 def test_oblong_blocks_and_intervals_that_are_not_causal():
     rng = np.random.default_rng(0)
     start = jnp.asarray(rng.integers(0, 500, (1, 512)))
     end = jnp.minimum(start + jnp.asarray(rng.integers(1, 90, (1, 512))), 512)
-    assert_equal(*arrays(1, 512, 2, 1, 64), (start, end), blocks=splash.Blocks(256, 128))
+    assert_equal(arrays(1, 512, 2, 1, 64), (start, end), blocks=splash.Blocks(256, 128))
 
 
 def separate(length, parts):

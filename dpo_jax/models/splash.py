@@ -9,7 +9,7 @@ computed nor fetched, and rows with other intervals run through the same program
 from __future__ import annotations
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -72,7 +72,7 @@ def _row(q, k, v, key_start, key_end, *, soft_cap, blocks, interpret):
     visible = visible_blocks(key_start[None], key_end[None], *blocks)
     bounds = ((key_start << BITS) | key_end).astype(jnp.int32)
     by_query, by_key = (_mask_info(visible, bounds, along) for along in (2, 1))
-    kernel = splash.SplashAttentionKernel(
+    kernel: Any = splash.SplashAttentionKernel(
         by_query,
         by_query,
         by_key,
@@ -100,13 +100,14 @@ def _sees(bounds, key):
     return (key >= (bounds >> BITS)) & (key < (bounds & ((1 << BITS) - 1)))
 
 
-def _mask_info(visible: Bool[Array, "1 Q K"], bounds: Int[Array, "S"], along: int) -> MaskInfo:
+def _mask_info(visible: Bool[Array, "1 Q K"], bounds: Int[Array, "S"], along: int) -> Any:
     """What splash's kernels look up: whether to compute a block, and which to fetch for it.
 
     Args:
       along: the axis of `visible` that a kernel walks along, 2 for keys and 1 for queries.
     """
-    return MaskInfo(
+    make: Any = MaskInfo  # typed as numpy's
+    return make(
         data_next=next_visible(visible[0], along - 1)[None],
         mask_next=None,
         block_mask=visible.astype(jnp.int32),

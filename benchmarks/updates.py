@@ -1,0 +1,149 @@
+"""The update of a configuration taken apart: for benchmarks that change a piece of it, or ask the compiler about it."""
+
+from __future__ import annotations
+
+import functools
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from benchmarks.common import memory, minor_faults, reset_peak
+from dpo_jax import inputs as run_inputs
+from dpo_jax import losses, programs, scoring
+from dpo_jax.config import Config, freeze
+from dpo_jax.data import layout
+from dpo_jax.models import hf_io
+from dpo_jax.models.config import DecoderConfig
+from dpo_jax.steps import init_state, make_score_step, make_train_step
+from dpo_jax.types import Batch, Encoded
+
+
+class Parts(NamedTuple):
+    """What a run would make its update of."""
+
+    config: Config
+    inputs: run_inputs.Inputs
+    programs: programs.Programs
+    pairs: list[list[Encoded]]  # of each step, in file order
+
+
+def read(chosen: Any, work: Path) -> Parts:
+    """Reads the inputs of a configuration, and chooses shapes as a run does."""
+    config = run_inputs.resolve_paths(freeze(chosen), work)
+    inputs = run_inputs.load_inputs(config, training=True)
+    assert inputs.train is not None and config.train.steps is not None
+    size = config.train.batch_pairs
+    pairs = [[inputs.train[i] for i in range(at * size, (at + 1) * size)] for at in range(config.train.steps)]
+    return Parts(config, inputs, programs.make_programs(config, inputs), pairs)
+
+
+def load_params(parts: Parts) -> Any:
+    """The model's weights, on the default device."""
+    dtype = parts.config.model.param_dtype
+    return hf_io.load_params(parts.inputs.folder, parts.inputs.model, dtype=dtype, put=lambda path, x: jnp.array(x))
+
+
+def reference_values(parts: Parts, work: Path) -> list[np.ndarray]:
+    """Reference log-probs [P, 2] of each step's pairs."""
+    store = programs.reference_store(parts.config, parts.inputs, work, parts.programs)
+    assert store is not None
+    done, _ = programs.reference_values(parts.config, parts.inputs, store, parts.programs, lambda done, total: None)
+    return np.split(done.values[0], len(parts.pairs))
+
+
+def packed_batches(parts: Parts, reference: Sequence[np.ndarray] | None) -> list[Batch]:
+    """Each step's batch as a run makes it; without stored reference where there is none."""
+    collate = functools.partial(layout.collate, shape=parts.programs.update_shape, layout=parts.config.data.layout)
+    values = reference or [None] * len(parts.pairs)
+    return [collate(pairs, each) for pairs, each in zip(parts.pairs, values, strict=True)]
+
+
+def make_update(
+    parts: Parts, *, model: DecoderConfig | None = None, crops: bool = True, reference_inside: bool = False
+) -> tuple[Any, Any]:
+    """The jitted update(state, frozen, batch) with the state donated, not compiled yet, and its optimizer.
+
+    Args:
+      model: another than the configuration's.
+      crops: whether batches say how microbatches are cut.
+      reference_inside: score `frozen`, the reference's parameters, in the update; otherwise it is None.
+    """
+    config, shape = parts.config, parts.programs.update_shape
+    logps_fn = scoring.make_logps_fn(
+        model or parts.inputs.model,
+        pairs=shape.pairs,
+        dtype=parts.programs.dtype,
+        remat=config.model.remat,
+        attention=parts.programs.attention,
+    )
+    cut = programs.crops(shape) if crops else []
+    loss = run_inputs.loss_of(config)
+    tx, _ = run_inputs.optimizer_of(config, total_steps=config.train.steps or 1)
+    train = make_train_step(logps_fn, loss, tx, beta=losses.reward_scale(loss), has_aux=True, crops=cut)
+    score = make_score_step(logps_fn, has_aux=True, crops=cut)
+
+    def update(state: Any, frozen: Any, batch: Batch) -> Any:
+        if reference_inside:
+            batch = batch._replace(reference=score(frozen, batch)[0])
+        return train(state, batch)
+
+    return jax.jit(update, donate_argnums=0, compiler_options=programs.COMPILER_OPTIONS), tx
+
+
+def memory_of(compiled: Any) -> dict[str, int]:
+    """Bytes by the compiler's own account; `total_bytes` counts what is donated once."""
+    found = compiled.memory_analysis()
+    parts = {name: getattr(found, f"{name}_size_in_bytes") for name in ("argument", "output", "alias", "temp")}
+    total = parts["argument"] + parts["output"] + parts["temp"] - parts["alias"]
+    return {f"{name}_bytes": size for name, size in parts.items()} | {"total_bytes": total}
+
+
+def lengths_of(pairs: Sequence[Encoded]) -> np.ndarray:
+    """Token counts [P, 3] of pairs: prompt, chosen, rejected."""
+    return np.array([[len(ids) for ids in pair] for pair in pairs])
+
+
+def positions_of(parts: Parts, batches: Sequence[Batch]) -> list[int]:
+    """Positions that the update computes of each packed batch."""
+    shape, name = parts.programs.update_shape, parts.config.data.layout
+    both = zip(batches, parts.pairs, strict=True)
+    return [layout.work_counts(batch, lengths_of(pairs), shape, name)["positions_computed"] for batch, pairs in both]
+
+
+def time_steps(update: Any, tx: Any, params: Any, frozen: Any, batches: Sequence[Batch]) -> dict[str, Any]:
+    """Makes an update with each batch; every shape among them is compiled before the first.
+
+    Args:
+      params: the first parameters; donated.
+    Returns: losses, step times, page faults a step, the most memory of the process, in all and while it made the steps,
+      and the compiler's account of the largest program.
+    """
+    state = jax.jit(lambda params: init_state(params, tx), donate_argnums=0)(params)
+    del params
+    compiled: dict[Any, Any] = {}
+    for batch in batches:
+        if batch.rows.tokens.shape not in compiled:
+            compiled[batch.rows.tokens.shape] = update.lower(state, frozen, batch).compile()
+    peak_before = memory("VmHWM")
+    reset_peak()
+    found, times, faults = [], [], []
+    for batch in batches:
+        before, started = minor_faults(), time.perf_counter()
+        state, metrics = jax.block_until_ready(compiled[batch.rows.tokens.shape](state, frozen, batch))
+        times.append(time.perf_counter() - started)
+        faults.append(minor_faults() - before)
+        found.append(float(metrics["loss"]))
+    largest = max((memory_of(each) for each in compiled.values()), key=lambda each: each["total_bytes"])
+    return {
+        "losses": found,
+        "step_times_s": times,
+        "faults_per_step": float(np.median(faults[1:])),
+        "peak_bytes": max(peak_before, memory("VmHWM")),
+        "step_peak_bytes": memory("VmHWM"),
+        "memory": largest,
+    }
