@@ -196,6 +196,7 @@ def test_padded_batch_has_a_completion_a_row_and_the_length_of_the_longest():
     assert batch.present.tolist() == [[True, True]] and batch.lengths.tolist() == [[2, 1], [1, 2]]
 
 
+@pytest.mark.slow
 def test_padded_batch_scores_as_the_packed_one_does():
     import jax
 
