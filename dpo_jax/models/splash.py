@@ -64,8 +64,11 @@ def attention(
         raise ValueError(f"splash attention takes rows of a multiple of 128 below {1 << BITS}, not of {length}")
     blocks = blocks or choose_blocks(length)
     make = functools.partial(_row, soft_cap=soft_cap, blocks=blocks, interpret=interpret)
+    # Heads go first before the loop and not in it, or the loop would hold one more array of the queries' size.
+    by_head = (jnp.swapaxes(x, 1, 2) for x in (q, k, v))
     # One row after the other: the arrays in scalar memory differ.
-    return jax.lax.map(lambda row: make(*row), (q, k, v, key_start, key_end))
+    out = jax.lax.map(lambda row: make(*row), (*by_head, key_start, key_end))
+    return jnp.swapaxes(out, 1, 2).astype(v.dtype)
 
 
 def _row(q, k, v, key_start, key_end, *, soft_cap, blocks, interpret):
@@ -92,8 +95,7 @@ def _row(q, k, v, key_start, key_end, *, soft_cap, blocks, interpret):
         mask_function=_sees,
         interpret=interpret,
     )
-    q, k, v = (jnp.swapaxes(x, 0, 1) for x in (q, k, v))
-    return jnp.swapaxes(kernel(q, k, v), 0, 1)
+    return kernel(q, k, v)
 
 
 def _sees(bounds, key):
@@ -119,15 +121,16 @@ def _mask_info(visible: Bool[Array, "1 Q K"], bounds: Int[Array, "S"], along: in
 def next_visible(visible: Bool[Array, "Q K"], along: int) -> Int[Array, "Q K"]:
     """Index along the axis of the next visible block in walking order, at a visible one its own; after the last, its.
 
-    A kernel fetches the block that is named here, so at a skipped one it fetches what it needs next, once.
+    A kernel fetches the block that is named here, so at a skipped one it fetches what it needs next, once. Along keys
+    the walk goes on to the next block of queries. Along queries it begins again at the same block of keys for every
+    head, and a head's queries are its own, so past the last one needed nothing more is fetched.
     """
-    walked = visible if along == 1 else visible.T
-    flat = walked.ravel()
-    place = jnp.arange(flat.size)
-    ahead = jax.lax.cummin(jnp.where(flat, place, flat.size), reverse=True)
-    last = jnp.max(jnp.where(flat, place, 0))
-    found = (jnp.minimum(ahead, last) % walked.shape[1]).astype(jnp.int32).reshape(walked.shape)
-    return found if along == 1 else found.T
+    walks = visible.reshape(1, -1) if along == 1 else visible.T
+    place = jnp.arange(walks.shape[1])[None]
+    ahead = jax.lax.cummin(jnp.where(walks, place, walks.shape[1]), axis=1, reverse=True)
+    last = jnp.max(jnp.where(walks, place, 0), axis=1, keepdims=True)
+    found = jnp.minimum(ahead, last).astype(jnp.int32)
+    return found.reshape(visible.shape) % visible.shape[1] if along == 1 else found.T
 
 
 def visited(key_start: Int[Array, "R S"], key_end: Int[Array, "R S"], blocks: Blocks) -> tuple[int, int]:
