@@ -107,6 +107,7 @@ def test_batches_are_made_in_another_thread_and_programs_are_kept(inputs, tmp_pa
     assert Path(jax.config.values["jax_compilation_cache_dir"]).name == "xla"
 
 
+@pytest.mark.slow
 def test_profile_is_written_for_the_steps_asked_for(inputs, tmp_path, capsys):
     train.run(make_config(inputs, train__steps=5, data__eval="", profile__steps=2), tmp_path / "run")
     (trace,) = (tmp_path / "run" / "profile").rglob("*.xplane.pb")
@@ -114,6 +115,7 @@ def test_profile_is_written_for_the_steps_asked_for(inputs, tmp_path, capsys):
     assert "profile: in" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("remat", ["none", "offload"])
 def test_remat_changes_no_metric(finished, inputs, tmp_path, remat):
     train.run(make_config(inputs, model__remat=remat, train__steps=3, data__eval=""), tmp_path / "run")
@@ -322,6 +324,7 @@ def test_supervised_stage_refuses_reference_values_of_the_model_before_it(inputs
         train.run(config, tmp_path / "run")
 
 
+@pytest.mark.slow
 def test_two_stages_can_be_moved_and_called_by_another_path(tmp_path, monkeypatch):
     make_inputs(tmp_path / "run" / "inputs")
     config = make_config(Path("{workdir}/inputs"), sft__steps=2, sft__batch_pairs=8, train__steps=2)
