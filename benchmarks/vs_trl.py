@@ -72,6 +72,7 @@ def run_ours(work: Path, args: Any) -> dict[str, Any]:
 def score_ours(work: Path, args: Any) -> dict[str, Any]:
     """Times a second reference pass of dpo_jax."""
     from dpo_jax import config, inputs, programs
+    from dpo_jax.data import layout
 
     chosen = config.freeze(common.base_config(args, work))
     read = inputs.load_inputs(chosen, training=False)
@@ -81,9 +82,7 @@ def score_ours(work: Path, args: Any) -> dict[str, Any]:
     positions = []
 
     def counted(params: Any, batch: Any) -> Any:
-        crops = built.score_shape.crops or ((built.score_shape.rows, built.score_shape.row_length),)
-        used = [0 if batch.crop is None else int(batch.crop[i]) for i in range(int(batch.count))]
-        positions.append(sum(crops[crop][0] * crops[crop][1] for crop in used))
+        positions.append(layout.positions_computed(batch, built.score_shape))
         return built.score(params, batch)
 
     counting = built._replace(score=counted)

@@ -174,6 +174,14 @@ def test_pair_longer_than_a_row_stands_in_two_of_one_microbatch():
     assert layout.work_counts(batch, lengths, shape, "shared")["tokens_real"] == real
 
 
+def test_pair_that_scores_more_than_a_row_holds_stands_in_two_rows():
+    # After a prompt of one token a pair has 64 positions and 65 scored tokens: a row of 64 has no place for the last.
+    pairs = [long_pair(1, 33, 32)]
+    shape = layout.Shape(pairs=1, rows=2, row_length=64, microbatches=1)
+    batch = layout.collate(pairs, None, shape, layout="shared")
+    assert np.bincount(batch.rows.slot[batch.rows.slot >= 0]).tolist() == [33, 32]
+
+
 def choose(units, **changes):
     """The shape for pairs that take so many positions: 8 of prompt and half of the rest an answer."""
     lengths = np.array([[8, (n - 8) // 2 + 1, n - 8 - (n - 8) // 2 + 1] for n in units])

@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -52,6 +53,11 @@ class Shape:
     def positions(self) -> int:
         """Positions in a whole microbatch."""
         return self.rows * self.row_length
+
+    @property
+    def sizes(self) -> tuple[Crop, ...]:
+        """Sizes that a microbatch may have."""
+        return self.crops or ((self.rows, self.row_length),)
 
 
 class Unit(NamedTuple):
@@ -97,10 +103,10 @@ def lay_out(pair: Encoded, layout: str) -> Unit:
     return _shared(pair) if layout == "shared" else _repeated(pair)
 
 
-def _pieces(pair: Encoded, layout: str, row_length: int) -> list[Unit]:
-    unit = lay_out(pair, layout)
-    if len(unit.tokens) <= row_length:
-        return [unit]
+def _pieces(pair: Encoded, layout: str, count: int) -> list[Unit]:
+    """The pair's arrays in as many pieces as `piece_room` has."""
+    if count == 1:
+        return [lay_out(pair, layout)]
     none = pair.prompt[:0]
     apart = [pair._replace(rejected=none), pair._replace(chosen=none)]
     return [_repeated(half) for half in apart if len(half.chosen) or len(half.rejected)]
@@ -213,7 +219,7 @@ def choose_shape(
       or, in microbatches of two rows and more, the longest sequence.
     """
     longest = int(unit_room(lengths, layout).max())
-    least = longest if rows == 1 else max(max(_apart(each)) for each in lengths[np.argmax(_longer(lengths))][None])
+    least = longest if rows == 1 else int((lengths[:, 0] + lengths[:, 1:].max(1)).max()) - 1
     if row_length is not None and (row_length < least or row_length % 8):
         raise InputError(
             "config.data.row_length",
@@ -229,10 +235,6 @@ def choose_shape(
             remedy="Change it, or mesh.replica and mesh.fsdp, or unset it.",
         )
     return _fullest(lengths, layout, pairs, _candidates(longest, row_length, rows, shards, target_positions), shards)
-
-
-def _longer(lengths: np.ndarray) -> np.ndarray:
-    return np.asarray(lengths)[:, 0] + np.asarray(lengths)[:, 1:].max(1)
 
 
 def _candidates(longest: int, row_length: int | None, rows: int | None, shards: int, target: int) -> list[Crop]:
@@ -354,7 +356,6 @@ def pack(lengths: Int[np.ndarray, "P 3"], row_length: int, layout: str) -> Packe
 def into_microbatches(packed: Packed, shape: Shape) -> list[Microbatch]:
     """Takes rows into microbatches in order, and cuts each to what it holds."""
     waiting, found = list(zip(*packed, strict=True)), []
-    crops = shape.crops or ((shape.rows, shape.row_length),)
     while waiting:
         rows: list[list[tuple[int, int]]] = []
         used, rest = 0, []
@@ -365,8 +366,8 @@ def into_microbatches(packed: Packed, shape: Shape) -> list[Microbatch]:
             else:
                 rest.append((group, length))
         waiting = rest
-        crop = max(i for i, (count, length) in enumerate(crops) if count >= len(rows) and length >= used)
-        found.append(Microbatch(rows, crop, crops[crop][0] * crops[crop][1]))
+        crop = max(i for i, (count, length) in enumerate(shape.sizes) if count >= len(rows) and length >= used)
+        found.append(Microbatch(rows, crop, math.prod(shape.sizes[crop])))
     return found
 
 
@@ -380,7 +381,7 @@ def collate(pairs: Sequence[Encoded], reference: np.ndarray | None, shape: Shape
     assert len(pairs) <= shape.pairs
     lengths = np.array([[len(ids) for ids in pair] for pair in pairs])
     room = piece_room(lengths, layout, shape.row_length)
-    units = [_pieces(pair, layout, shape.row_length) for pair in pairs]
+    units = [_pieces(pair, layout, len(sizes)) for pair, sizes in zip(pairs, room, strict=True)]
     planned = plan(lengths, shape, layout)
     grid = (shape.microbatches * shape.rows, shape.row_length)
     index = np.arange(shape.row_length, dtype=np.int32)
@@ -447,15 +448,18 @@ def _write_row(rows: Rows, row: int, members: list[tuple[int, Unit, int]]) -> No
         at, scored = at + room, into.stop
 
 
+def positions_computed(batch: Batch, shape: Shape) -> int:
+    """Positions of the microbatches in use, padding and empty rows included."""
+    used = range(int(batch.count))
+    return sum(math.prod(shape.sizes[0 if batch.crop is None else int(batch.crop[micro])]) for micro in used)
+
+
 def work_counts(batch: Batch, lengths: Int[np.ndarray, "P 3"], shape: Shape, layout: str) -> dict[str, int]:
     """Positions that an update computes, padding and empty rows included, and how many of them hold a token."""
-    crops = shape.crops or ((shape.rows, shape.row_length),)
-    used = range(int(batch.count))
-    sizes = [crops[0 if batch.crop is None else int(batch.crop[micro])] for micro in used]
     pieces = piece_room(lengths, layout, shape.row_length)
     apart = sum(sum(_apart(np.asarray(lengths[i]))) for i, each in enumerate(pieces) if len(each) > 1)
     whole = [i for i, each in enumerate(pieces) if len(each) == 1]
     return {
-        "positions_computed": sum(count * length for count, length in sizes),
+        "positions_computed": positions_computed(batch, shape),
         "tokens_real": int(unit_lengths(np.asarray(lengths)[whole], layout).sum()) + apart,
     }

@@ -29,7 +29,7 @@ def attention(
     soft_cap: float | None = None,
     block: int = BLOCK,
 ) -> Float[Array, "R S H d"]:
-    """Softmax attention of every query over its interval of keys; see `attention.attention`.
+    """Softmax attention of every query over its interval of keys; see `attention.make_attention`.
 
     Args:
       q: scaled by d^-0.5 already.
@@ -38,16 +38,22 @@ def attention(
     """
     rows, length, heads, width = q.shape
     kv_heads = k.shape[2]
-    pad = -length % block
-    if pad:  # what is added sees itself alone
-        widen = functools.partial(jnp.pad, pad_width=((0, 0), (0, pad), (0, 0), (0, 0)))
-        q, k, v = widen(q), widen(k), widen(v)
-        added = jnp.broadcast_to(jnp.arange(length, length + pad), (rows, pad))
-        key_start, key_end = jnp.append(key_start, added, 1), jnp.append(key_end, added + 1, 1)
+    q, k, v, key_start, key_end = pad_rows(q, k, v, key_start, key_end, block)
     q = jnp.moveaxis(q.reshape(rows, -1, kv_heads, heads // kv_heads, width), 1, 3)
     k, v = jnp.moveaxis(k, 1, 2), jnp.moveaxis(v, 1, 2)
     out = _attend(q, k, v, key_start, key_end, soft_cap, block)
     return jnp.moveaxis(out, 3, 1).reshape(rows, -1, heads, width)[:, :length]
+
+
+def pad_rows(q, k, v, key_start, key_end, multiple: int) -> Any:
+    """The same with rows of a multiple of so many positions; what is added sees itself alone."""
+    rows, length = key_start.shape
+    pad = -length % multiple
+    if not pad:
+        return q, k, v, key_start, key_end
+    widen = functools.partial(jnp.pad, pad_width=((0, 0), (0, pad), (0, 0), (0, 0)))
+    added = jnp.broadcast_to(jnp.arange(length, length + pad), (rows, pad))
+    return widen(q), widen(k), widen(v), jnp.append(key_start, added, 1), jnp.append(key_end, added + 1, 1)
 
 
 def visible_blocks(

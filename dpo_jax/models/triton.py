@@ -24,7 +24,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Array, Bool, Float, Int
 
-from dpo_jax.models.blockwise import visible_blocks
+from dpo_jax.models.blockwise import pad_rows, visible_blocks
 from dpo_jax.types import InputError
 
 LOG2_E = math.log2(math.e)
@@ -92,7 +92,7 @@ def attention(
     blocks: Blocks | None = None,
     interpret: bool = False,
 ) -> Float[Array, "R S H d"]:
-    """Softmax attention of every query over its interval of keys; see `attention.attention`.
+    """Softmax attention of every query over its interval of keys; see `attention.make_attention`.
 
     Args:
       q: scaled by d^-0.5 already. S may be any length; one that no tile divides is padded, which copies.
@@ -102,15 +102,11 @@ def attention(
     Returns: the result in v's type; statistics of the softmax and sums are float32.
     Raises: InputError for heads wider than WIDEST, or a type of neither 2 nor 4 bytes.
     """
-    rows, length, _, width = q.shape
+    _, length, _, width = q.shape
     if blocks is None:
         blocks = choose_blocks(width, q.dtype)
-    pad = -length % max(max(tile.queries, tile.keys) for tile in blocks)
-    if pad:  # what is added sees itself alone
-        widen = functools.partial(jnp.pad, pad_width=((0, 0), (0, pad), (0, 0), (0, 0)))
-        q, k, v = widen(q), widen(k), widen(v)
-        added = jnp.broadcast_to(jnp.arange(length, length + pad), (rows, pad))
-        key_start, key_end = jnp.append(key_start, added, 1), jnp.append(key_end, added + 1, 1)
+    multiple = max(max(tile.queries, tile.keys) for tile in blocks)
+    q, k, v, key_start, key_end = pad_rows(q, k, v, key_start, key_end, multiple)
     out: Any = _attend(q, k, v, key_start, key_end, soft_cap, blocks, interpret)
     return out[:, :length]
 
