@@ -84,7 +84,7 @@ def make_update(
     cut = programs.crops(shape) if crops else []
     loss = run_inputs.loss_of(config)
     tx, _ = run_inputs.optimizer_of(config, total_steps=config.train.steps or 1)
-    train = make_train_step(logps_fn, loss, tx, beta=losses.reward_scale(loss), has_aux=True, crops=cut)
+    train = make_train_step(logps_fn, loss, tx, beta=losses.reward_scale(loss), has_aux=True, adds=True, crops=cut)
     score = make_score_step(logps_fn, has_aux=True, crops=cut)
 
     def update(state: Any, frozen: Any, batch: Batch) -> Any:

@@ -75,7 +75,8 @@ def completion_logps(
     soft_cap: float | None = None,
     blocks: Blocks = CPU_BLOCKS,
     spread: Spread | None = None,
-) -> tuple[Float[Array, "P 2"], dict[str, Float[Array, "P 2"]]]:
+    total: Float[Array, "V D"] | None = None,
+) -> tuple[Float[Array, "P 2"], dict[str, Float[Array, "P 2"]], Float[Array, "V D"] | None]:
     """Summed log-probability of every completion, and the sum over its tokens of the mean logit.
 
     Args:
@@ -86,12 +87,13 @@ def completion_logps(
       soft_cap: logits become cap * tanh(logits / cap); None: they stay as they are.
       blocks: what is computed at once.
       spread: how rows and head lie on a mesh; None: on one device.
-    Returns: logps in nats, float32 or wider, column 0 chosen, 1 rejected; and {"logits": ...}, without gradient.
+      total: what the gradient of the head is added to, see `gradients`; None: it is the head's cotangent.
+    Returns: logps in nats, float32 or wider, column 0 chosen, 1 rejected; {"logits": ...}, without gradient; `total`.
     """
     plan = _Plan(blocks, soft_cap, spread)
-    logps, logits = score_tokens(hidden, head, rows.source, rows.target, rows.slot >= 0, plan)
-    total = functools.partial(sum_by_slot, slot=rows.slot, pairs=pairs)
-    return total(logps), {"logits": jax.lax.stop_gradient(total(logits))}
+    logps, logits, total = score_tokens(hidden, head, total, rows.source, rows.target, rows.slot >= 0, plan)
+    by_slot = functools.partial(sum_by_slot, slot=rows.slot, pairs=pairs)
+    return by_slot(logps), {"logits": jax.lax.stop_gradient(by_slot(logits))}, total
 
 
 def sum_by_slot(values: Float[Array, "R T"], slot: Int[Array, "R T"], pairs: int) -> Float[Array, "P 2"]:
@@ -103,25 +105,29 @@ def sum_by_slot(values: Float[Array, "R T"], slot: Int[Array, "R T"], pairs: int
 custom_vjp: Any = jax.custom_vjp  # its own annotations say nothing of what a function returns
 
 
-@functools.partial(custom_vjp, nondiff_argnums=(5,))
-def score_tokens(hidden, head, source, target, scored, plan):
-    """log softmax(hidden[source] . head^T)[target] and the mean logit, [R, T] each; 0 where `scored` is false.
+@functools.partial(custom_vjp, nondiff_argnums=(6,))
+def score_tokens(hidden, head, total, source, target, scored, plan):
+    """log softmax(hidden[source] . head^T)[target] and the mean logit, [R, T] each, 0 where `scored` is false; `total`.
 
     Blocks of tokens beyond the number of scored ones are neither computed nor differentiated.
     """
     plan = plan._replace(blocks=plan.blocks._replace(kept_bytes=0))
-    return _forward(hidden, head, source, target, scored, plan)[0]
+    return _forward(hidden, head, total, source, target, scored, plan)[0]
 
 
-def _forward(hidden, head, source, target, scored, plan):
+def _forward(hidden, head, total, source, target, scored, plan):
     forward = _everywhere(_forward_here, plan, "rwrrr", "rrrk")
     logps, logits, log_z, kept = forward(hidden, head, source, target, scored)
-    return (logps, logits), (hidden, head, source, target, scored, log_z, kept)
+    return (logps, logits, total), (hidden, head, source, target, scored, log_z, kept)
 
 
-def _backward(plan, saved, cotangent):
-    grads = _everywhere(_backward_here, plan, "rwrrrrkr", "rw")(*saved, cotangent[0])
-    return *grads, None, None, None
+def _backward(plan, saved, cotangents):
+    cotangent, _, total = cotangents
+    hidden, head, log_z = saved[0], saved[1], saved[5]
+    before = jnp.zeros(head.shape, log_z.dtype) if total is None else total
+    to_hidden, after = _everywhere(_backward_here, plan, "rwrrrrkrw", "rw")(*saved, cotangent, before)
+    grads = (after.astype(head.dtype), None) if total is None else (None, after)
+    return to_hidden.astype(hidden.dtype), *grads, None, None, None
 
 
 score_tokens.defvjp(_forward, _backward)
@@ -218,7 +224,7 @@ def _kept_blocks(plan, vocab, tokens) -> int:
     return min(tokens // plan.blocks.tokens, plan.blocks.kept_bytes // of_one)
 
 
-def _backward_here(plan, hidden, head, source, target, scored, log_z, kept, cotangent):
+def _backward_here(plan, hidden, head, source, target, scored, log_z, kept, cotangent, total):
     size, spread = plan.blocks.tokens, plan.spread
     tokens = _tokens(hidden, source, target, scored, size)
     flat = hidden.reshape(-1, hidden.shape[2])
@@ -237,7 +243,7 @@ def _backward_here(plan, hidden, head, source, target, scored, log_z, kept, cota
         return jax.lax.cond(i < kept_blocks, read, make)
 
     def one_part(j, carry):
-        hidden_grad, head_grad = carry
+        hidden_grad, total = carry
         weights = vocab.part(j)
 
         def one_block(i, carry):
@@ -259,15 +265,14 @@ def _backward_here(plan, hidden, head, source, target, scored, log_z, kept, cota
 
         none = jnp.zeros(weights.shape, wide)
         hidden_grad, part_grad = jax.lax.fori_loop(0, tokens.blocks, one_block, (hidden_grad, none))
-        return hidden_grad, vocab.add(head_grad, part_grad, j)
+        return hidden_grad, vocab.add(total, part_grad, j)
 
-    start = jnp.zeros(h.shape, wide), jnp.zeros(head.shape, wide)
-    hidden_grad, head_grad = jax.lax.fori_loop(0, vocab.parts, one_part, start)
+    hidden_grad, total = jax.lax.fori_loop(0, vocab.parts, one_part, (jnp.zeros(h.shape, wide), total))
     if spread is not None and spread.vocab:
         hidden_grad = jax.lax.psum(hidden_grad, spread.vocab)
     # Entries after the last scored token have cotangent 0, so where they are added does not matter.
     hidden_grad = jnp.zeros(flat.shape, wide).at[tokens.index].add(hidden_grad).reshape(hidden.shape)
-    return hidden_grad.astype(hidden.dtype), head_grad.astype(head.dtype)
+    return hidden_grad, total
 
 
 class _Vocabulary:

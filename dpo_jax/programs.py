@@ -128,7 +128,9 @@ def make_update(
         attention=programs.attention,
         mesh=programs.mesh,
     )
-    step = make_train_step(logps_fn, loss_fn, tx, beta=losses.reward_scale(loss_fn), has_aux=True, crops=crops(shape))
+    step = make_train_step(
+        logps_fn, loss_fn, tx, beta=losses.reward_scale(loss_fn), has_aux=True, adds=True, crops=crops(shape)
+    )
     places = jax.tree.map(lambda x: x.sharding, state)
     jitted = jax.jit(step, donate_argnums=0, out_shardings=(places, None), compiler_options=COMPILER_OPTIONS)
     return Compiled("update", jitted, say)

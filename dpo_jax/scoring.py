@@ -12,12 +12,13 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Float, Int
 
-from dpo_jax import feed, sharding
+from dpo_jax import feed, gradients, sharding
 from dpo_jax.data.layout import Shape, collate, unit_lengths
 from dpo_jax.logprobs import ACCELERATOR_BLOCKS, CPU_BLOCKS, Spread, completion_logps
 from dpo_jax.models import attention as attentions
 from dpo_jax.models import decoder
 from dpo_jax.models.config import DecoderConfig
+from dpo_jax.models.layers import lookup
 from dpo_jax.types import Batch, Pairs
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
@@ -47,8 +48,10 @@ def make_logps_fn(
     remat: str = "none",
     attention: str = "xla",
     mesh: Mesh | None = None,
-) -> Callable[[Any, Any], tuple[jax.Array, dict[str, jax.Array]]]:
+) -> Callable[..., Any]:
     """Returns `logps_fn(params, rows) -> (logps [P, 2], {"logits": [P, 2]})` for a decoder.
+
+    With a third argument, `sums` as in `gradients`, it returns `((logps, ...), sums)`.
 
     Args:
       pairs, dtype, remat: see `completion_logps` and `decoder.forward`.
@@ -65,11 +68,17 @@ def make_logps_fn(
     attend = attentions.make_attention(attention, platform=platform, spread=of_attention)
     blocks = CPU_BLOCKS if platform == "cpu" else ACCELERATOR_BLOCKS
 
-    def logps_fn(params: Any, rows: Any) -> tuple[jax.Array, dict[str, jax.Array]]:
-        hidden = decoder.forward(
-            params,
+    def logps_fn(params: Any, rows: Any, sums: Any = None) -> Any:
+        tables = {name: params[name]["embedding"] for name in ("embed", "head") if name in params}
+        body, totals = params, dict.fromkeys(tables)
+        if sums is not None:
+            totals = {name: sums[name]["embedding"] for name in tables}
+            body, sums = gradients.collect(*({k: tree[k] for k in tree if k not in tables} for tree in (params, sums)))
+        x, totals["embed"] = lookup(tables["embed"], rows.tokens, totals["embed"])
+        hidden = decoder.hidden_states(
+            body,
             config,
-            rows.tokens,
+            x,
             rows.positions,
             rows.key_start,
             rows.key_end,
@@ -77,7 +86,13 @@ def make_logps_fn(
             remat=remat,
             attend=attend,
         )
-        return completion_logps(hidden, decoder.head(params), rows, pairs=pairs, blocks=blocks, spread=of_head)
+        last = "head" if "head" in tables else "embed"
+        logps, aux, totals[last] = completion_logps(
+            hidden, tables[last], rows, pairs=pairs, blocks=blocks, spread=of_head, total=totals[last]
+        )
+        if sums is None:
+            return logps, aux
+        return (logps, aux), sums | {name: {"embedding": total} for name, total in totals.items()}
 
     return logps_fn
 

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, Int
 
+from dpo_jax import gradients
 from dpo_jax.metrics import pair_metrics
 from dpo_jax.types import Batch
 
@@ -40,6 +41,7 @@ def make_train_step(
     *,
     beta: float | None = 0.1,
     has_aux: bool = False,
+    adds: bool = False,
     crops: Sequence[Crop] = (),
 ) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, Array]]]:
     """Builds `step(state, batch) -> (state, metrics)`.
@@ -55,6 +57,8 @@ def make_train_step(
       tx: the optimizer; it sees float32 gradients.
       beta: scale of the reported rewards; None: `loss_fn` compares no answers, see `pair_metrics`.
       has_aux: `logps_fn` returns `(logps, {name: [P, 2] sums over answer tokens})`, reported as means over tokens.
+      adds: `logps_fn` takes the sums of gradients so far as a third argument and returns `(what it would, sums)`, see
+        `gradients`; otherwise each microbatch's gradient is made and then added.
       crops: functions of a microbatch's rows; `batch.crop` says which is applied to each. Every one is compiled.
     Returns: the step. Its metrics describe the parameters that enter it: those of `pair_metrics` and `grad_norm`,
       the global norm before any clipping.
@@ -64,17 +68,25 @@ def make_train_step(
         present = batch.present.any(0)
         pairs = jnp.maximum(present.sum(), 1)
 
-        def microbatch_loss(params, rows, here):
-            logps, aux = _score(logps_fn, has_aux, params, rows)
-            losses = loss_fn(logps, batch.reference, lengths=batch.lengths)
-            # Masked after the loss: a masked margin of 0 would still count as log 2.
-            return jnp.where(here, losses, 0).sum() / pairs, _only(here, (logps, aux))
+        def score(rows, sums):
+            if adds:
+                found, sums = logps_fn(state.params, rows, sums)
+            else:
+                params, sums = gradients.collect(state.params, sums)
+                found = logps_fn(params, rows)
+            return found if has_aux else (found, {}), sums
 
-        def grads_of(rows, here):
-            (_, scored), grads = jax.value_and_grad(microbatch_loss, has_aux=True)(state.params, rows, here)
-            return jax.tree.map(lambda g: g.astype(jnp.promote_types(g.dtype, jnp.float32)), grads), scored
+        def add_gradient(rows, here, sums):
+            def microbatch_loss(sums):
+                (logps, aux), sums = score(rows, sums)
+                losses = loss_fn(logps, batch.reference, lengths=batch.lengths)
+                # Masked after the loss: a masked margin of 0 would still count as log 2.
+                return (jnp.where(here, losses, 0).sum() / pairs, sums), _only(here, (logps, aux))
 
-        grads, (policy, aux) = _sum_microbatches(grads_of, batch, crops)
+            (loss, _), pull, scored = jax.vjp(microbatch_loss, sums, has_aux=True)
+            return *pull((jnp.ones_like(loss), sums)), scored
+
+        grads, (policy, aux) = _each_microbatch(add_gradient, gradients.zeros(state.params), batch, crops)
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
         params = apply_updates(state.params, updates, state.step)
         losses = loss_fn(policy, batch.reference, lengths=batch.lengths)
@@ -114,33 +126,45 @@ def make_score_step(
     """Builds `score(params, batch) -> (logps [P, 2], aux)`: the same scoring as in the update, forward only."""
 
     def score(params: Any, batch: Batch) -> tuple[Float[Array, "P 2"], dict[str, Array]]:
-        return _sum_microbatches(lambda rows, here: _only(here, _score(logps_fn, has_aux, params, rows)), batch, crops)
+        def one(rows, here, _):
+            found = logps_fn(params, rows)
+            return None, _only(here, found if has_aux else (found, {}))
+
+        return _each_microbatch(one, None, batch, crops)[1]
 
     return score
-
-
-def _score(logps_fn, has_aux, params, rows):
-    return logps_fn(params, rows) if has_aux else (logps_fn(params, rows), {})
 
 
 def _only(here, tree):
     return jax.tree.map(lambda x: jnp.where(here[:, None], x, 0), tree)
 
 
-def _sum_microbatches(fn: Callable[[Any, Array], Any], batch: Batch, crops: Sequence[Crop]) -> Any:
-    """Sum of `fn(rows, present)` over the microbatches in use; one at a time, so one's activations are alive."""
+def _each_microbatch(
+    fn: Callable[[Any, Array, Any], tuple[Any, Any]], carry: Any, batch: Batch, crops: Sequence[Crop]
+) -> tuple[Any, Any]:
+    """Calls `fn(rows, present, carry) -> (carry, found)` for the microbatches in use, one at a time, so that one's
+    activations are alive; returns the last carry and the sum of what was found."""
 
-    def at(i):
-        def take(tree):
-            return jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, i, keepdims=False), tree)
+    def at(i, carry, crop=lambda rows: rows):
+        rows, here = jax.tree.map(
+            lambda x: jax.lax.dynamic_index_in_dim(x, i, keepdims=False), (batch.rows, batch.present)
+        )
+        return fn(crop(rows), here, carry)
 
-        rows, here = take((batch.rows, batch.present))
-        if batch.crop is None:
-            return fn(rows, here)
-        sizes = [lambda rows, here, crop=crop: fn(crop(rows), here) for crop in crops]
-        return jax.lax.switch(take(batch.crop), sizes, rows, here)
+    microbatches = batch.present.shape[0]
+    if batch.crop is None and microbatches == 1:
+        return at(0, carry)
+    nothing = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(lambda: at(0, carry)[1]))
+    totals = carry, nothing
+    used = jnp.arange(microbatches) < batch.count
+    for size, crop in enumerate(crops if batch.crop is not None else [lambda rows: rows]):
+        # A loop for each size, not a choice in one: a conditional would copy what it is to add to.
+        chosen = used if batch.crop is None else used & (batch.crop == size)
+        index = jnp.nonzero(chosen, size=microbatches, fill_value=0)[0]
 
-    if batch.present.shape[0] == 1:
-        return at(0)
-    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(lambda: at(0)))
-    return jax.lax.fori_loop(0, batch.count, lambda i, total: jax.tree.map(jnp.add, total, at(i)), zeros)
+        def add(i, totals, index=index, crop=crop):
+            carry, found = at(index[i], totals[0], crop)
+            return carry, jax.tree.map(jnp.add, totals[1], found)
+
+        totals = jax.lax.fori_loop(0, chosen.sum(), add, totals)
+    return totals

@@ -9,7 +9,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 
 LEVELS = (
-    "__init__ types feed",
+    "__init__ types feed gradients",
     "config",
     "logprobs losses metrics sharding data models",
     "optim steps scoring flops generate quickstart",

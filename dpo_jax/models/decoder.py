@@ -18,7 +18,7 @@ from jaxtyping import Array, Float, Int
 
 from dpo_jax.models.attention import PLAIN, Attention
 from dpo_jax.models.config import DecoderConfig
-from dpo_jax.models.layers import affine, normalise
+from dpo_jax.models.layers import affine, lookup, normalise
 from dpo_jax.types import check_choice
 
 # What the forward pass of a block keeps for the backward pass besides its input; the rest is computed again.
@@ -142,16 +142,15 @@ class Table(Run):
 
 
 class Decoder(Run):
-    """Tokens to final hidden states. The head belongs to the parameters; scoring multiplies by it."""
+    """Embedded tokens to final hidden states. Tables belong to the parameters; what precedes and follows reads them."""
 
     remat: str = "none"
 
     @nn.compact
-    def __call__(self, tokens, positions, key_start, key_end):
-        embedding = Table(**self.fields, name="embed")()
-        if not self.config.tie_embeddings:
-            Table(**self.fields, name="head")()
-        x = jnp.take(embedding, tokens, axis=0).astype(self.dtype)
+    def __call__(self, x, positions, key_start, key_end):
+        if self.is_initializing():
+            for name in ("embed",) if self.config.tie_embeddings else ("embed", "head"):
+                Table(**self.fields, name=name)()
         rotation = rotary_angles(self.config, positions, self.dtype)
         block = Block if self.remat == "none" else nn.remat(Block, prevent_cse=False, policy=REMAT[self.remat])
         blocks = nn.scan(
@@ -192,8 +191,8 @@ def rotate(x: Float[Array, "R S H d"], rotation) -> Float[Array, "R S H d"]:
 
 def init(key: Array, config: DecoderConfig, *, dtype: Any = jnp.float32) -> dict:
     """Random parameters, normal with standard deviation 0.02, in the tree that `DecoderConfig` documents."""
-    rows = jnp.zeros((1, 1), jnp.int32)
-    return dict(Decoder(config, dtype, dtype).init(key, rows, rows, rows, rows + 1)["params"])
+    rows, x = jnp.zeros((1, 1), jnp.int32), jnp.zeros((1, 1, config.width), dtype)
+    return dict(Decoder(config, dtype, dtype).init(key, x, rows, rows, rows + 1)["params"])
 
 
 def forward(
@@ -208,10 +207,28 @@ def forward(
     remat: str = "none",
     attend: Attention = PLAIN,
 ) -> Float[Array, "R S D"]:
+    """Final hidden states of tokens; arguments as in `hidden_states`."""
+    x, _ = lookup(params["embed"]["embedding"], tokens, None)
+    return hidden_states(params, config, x, positions, key_start, key_end, dtype=dtype, remat=remat, attend=attend)
+
+
+def hidden_states(
+    params: dict,
+    config: DecoderConfig,
+    x: Float[Array, "R S D"],
+    positions: Int[Array, "R S"],
+    key_start: Int[Array, "R S"],
+    key_end: Int[Array, "R S"],
+    *,
+    dtype: Any = jnp.float32,
+    remat: str = "none",
+    attend: Attention = PLAIN,
+) -> Float[Array, "R S D"]:
     """Final hidden states, normalised, ready for the head.
 
     Args:
-      params: the tree that `DecoderConfig` documents.
+      params: the tree that `DecoderConfig` documents; tables of the vocabulary are not read.
+      x: embedded tokens.
       positions: where each token stands in its own sequence, from 0; not its index in the row.
       key_start, key_end: the keys each token attends to, [key_start, key_end) in row indices, never empty.
       dtype: the compute type; parameters are cast to it where they are used.
@@ -219,7 +236,7 @@ def forward(
       attend: attention, of `attention.make_attention`.
     """
     module = Decoder(config, dtype, attend=attend, remat=remat)
-    return cast(jax.Array, module.apply({"params": params}, tokens, positions, key_start, key_end))
+    return cast(jax.Array, module.apply({"params": params}, x.astype(dtype), positions, key_start, key_end))
 
 
 def head(params: dict) -> Float[Array, "V D"]:

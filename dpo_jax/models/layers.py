@@ -1,7 +1,8 @@
-"""The two layers that a decoder is made of, with backward passes written so that every array is read as it lies.
+"""The layers that a decoder is made of, with backward passes written so that every array is read as it lies.
 
 Left to itself, XLA on CPUs transposes the activations of a weight gradient together with all the arithmetic that makes
-them, and sums over rows a column at a time; here both are plain products.
+them, and sums over rows a column at a time; here both are plain products. An embedding's gradient is added where its
+sum lies, see `gradients`.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 custom_vjp: Any = jax.custom_vjp  # its own annotations say nothing of what a function returns
 
@@ -85,3 +86,25 @@ def _normalise_backward(eps, saved, grad):
 
 
 normalise.defvjp(_normalise_forward, _normalise_backward)
+
+
+@custom_vjp
+def lookup(
+    table: Float[Array, "V D"], tokens: Int[Array, "R S"], total: Float[Array, "V D"] | None
+) -> tuple[Float[Array, "R S D"], Float[Array, "V D"] | None]:
+    """Rows of a table, and `total`, which the gradient of the table is added to; None: it is the table's cotangent."""
+    return jnp.take(table, tokens, axis=0), total
+
+
+def _lookup_forward(table, tokens, total):
+    return lookup(table, tokens, total), (table, tokens)
+
+
+def _lookup_backward(saved, cotangents):
+    (table, tokens), (grad, total) = saved, cotangents
+    if total is None:
+        return jnp.zeros_like(table).at[tokens].add(grad), None, None
+    return None, None, total.at[tokens].add(grad.astype(total.dtype))
+
+
+lookup.defvjp(_lookup_forward, _lookup_backward)
