@@ -31,7 +31,7 @@ class Blocks(NamedTuple):
 
 
 # Logits of a block stay in the cache of a core. Reading one back takes a third of the time of making it again.
-CPU_BLOCKS = Blocks(64, 2 * 2**20 + 2**18, 128 * 2**20)
+CPU_BLOCKS = Blocks(96, 2 * 2**20 + 2**18, 128 * 2**20)
 # Products are large enough to keep a matrix unit busy, and making them again is about as fast as reading them.
 ACCELERATOR_BLOCKS = Blocks(1024, 256 * 2**20, 0)
 
@@ -59,7 +59,7 @@ def vocab_block(vocab: int, blocks: Blocks) -> int:
     Where only small numbers divide it, the budget itself: the last block then overlaps the one before.
 
     >>> [vocab_block(size, CPU_BLOCKS) for size in (50304, 128256, 50257, 50261, 1000)]
-    [8384, 8016, 1733, 9216, 1000]
+    [4192, 5344, 1733, 6144, 1000]
     """
     most = max(1, min(vocab, blocks.logits_bytes // (4 * blocks.tokens)))
     divisors = (size for size in range(most, most // 8, -1) if vocab % size == 0)

@@ -47,7 +47,7 @@ BLOCKS = [
 
 def assert_equals_dense(ours, theirs, problem):
     hidden, head, rows = problem
-    (logps, aux), (expected, mean_logits) = ours(hidden, head, rows), theirs(hidden, head, rows)
+    (logps, aux, _), (expected, mean_logits) = ours(hidden, head, rows), theirs(hidden, head, rows)
     np.testing.assert_allclose(logps, expected, rtol=4e-6, atol=1e-6)
     np.testing.assert_allclose(aux["logits"], mean_logits, rtol=1e-4, atol=1e-5)
     weight = jnp.arange(2.0 * P).reshape(P, 2) - 2
@@ -94,7 +94,7 @@ def test_blocks_without_a_scored_token_are_not_computed():
     hidden, head, rows = problem()
     plan = logprobs._Plan(Blocks(8, 2**20, 0), None, None)
     few = (jnp.arange(T) < 12)[None] & (jnp.arange(R) == 0)[:, None]
-    logps, _ = logprobs.score_tokens(hidden, head.at[0].set(jnp.nan), rows.source, rows.target, few, plan)
+    logps, *_ = logprobs.score_tokens(hidden, head.at[0].set(jnp.nan), None, rows.source, rows.target, few, plan)
     assert np.isnan(logps[0, :12]).all() and not np.any(logps[0, 12:]) and not np.any(logps[1])
     tokens = logprobs._tokens(hidden, rows.source, rows.target, few, 8)
     assert int(tokens.blocks) == 2 and len(tokens.index) == R * T
@@ -108,7 +108,7 @@ def test_log_softmax_is_float32_whatever_the_compute_type():
     target = jnp.asarray(rng.integers(0, 1000, (1, 512)))
     plan = logprobs._Plan(Blocks(64, 2**16, 0), None, None)
     source = jnp.arange(512)[None]
-    ours = logprobs.score_tokens(hidden, head, source, target, jnp.ones((1, 512), bool), plan)[0].sum()
+    ours = logprobs.score_tokens(hidden, head, None, source, target, jnp.ones((1, 512), bool), plan)[0].sum()
     exact = jax.nn.log_softmax(np.asarray(hidden, np.float64) @ np.asarray(head, np.float64).T)
     exact = jnp.take_along_axis(exact, target[..., None], axis=-1).sum()
     careless = jax.nn.log_softmax(hidden @ head.T).astype(jnp.float32)

@@ -1,5 +1,6 @@
 """The update: what one batch does must not depend on how it was cut up, padded or spread over devices."""
 
+import dataclasses
 import functools
 
 import jax
@@ -8,7 +9,7 @@ import numpy as np
 import optax
 import pytest
 
-from dpo_jax import losses, scoring, sharding, steps
+from dpo_jax import logprobs, losses, scoring, sharding, steps
 from dpo_jax.data import layout
 from dpo_jax.models import decoder
 from dpo_jax.models.config import DecoderConfig
@@ -37,14 +38,15 @@ def make_batch(pairs, rows, *, total=PAIRS, layout_name="shared"):
     return layout.collate(pairs, reference, shape, layout=layout_name)
 
 
-def make_step(loss="sigmoid", tx=None, total=PAIRS, mesh=None, **options):
-    logps_fn = scoring.make_logps_fn(CONFIG, pairs=total, dtype=jnp.float32, mesh=mesh)
-    return steps.make_train_step(logps_fn, losses.make_loss(loss, options), tx or optax.sgd(0.1), has_aux=True)
+def make_step(loss="sigmoid", tx=None, total=PAIRS, mesh=None, config=CONFIG, adds=True, crops=(), **options):
+    logps_fn = scoring.make_logps_fn(config, pairs=total, dtype=jnp.float32, mesh=mesh)
+    loss_fn = losses.make_loss(loss, options)
+    return steps.make_train_step(logps_fn, loss_fn, tx or optax.sgd(0.1), has_aux=True, adds=adds, crops=crops)
 
 
-def update(batch, loss="sigmoid", total=PAIRS):
+def update(batch, loss="sigmoid", total=PAIRS, **options):
     tx = optax.sgd(0.1)
-    state, metrics = jax.jit(make_step(loss, tx, total))(steps.init_state(params(), tx), batch)
+    state, metrics = jax.jit(make_step(loss, tx, total, **options))(steps.init_state(params(), tx), batch)
     return state.params, metrics
 
 
@@ -76,6 +78,39 @@ def test_padding_pairs_change_nothing(whole, loss):
 
 def test_layout_changes_nothing(whole):
     assert_same_update(update(make_batch(random_pairs(), 3, layout_name="repeated")), whole["sigmoid"])
+
+
+@pytest.mark.parametrize("loss", ["sigmoid", "sft"])
+def test_gradients_added_in_place_equal_those_added_afterwards(whole, loss):
+    assert_same_update(update(make_batch(random_pairs(), 2), loss, adds=False), whole[loss])
+
+
+def test_tied_embeddings_get_the_gradients_of_both_their_uses():
+    tied = dataclasses.replace(CONFIG, tie_embeddings=True)
+    weights = {name: leaf for name, leaf in params().items() if name != "head"}
+    batch, tx = make_batch(random_pairs(), 2), optax.sgd(0.1)
+    found = [jax.jit(make_step(config=tied, adds=adds))(steps.init_state(weights, tx), batch) for adds in (True, False)]
+    assert_same_update(*((state.params, metrics) for state, metrics in found))
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_vocabulary_takes_memory_for_one_sum_of_gradients(tied):
+    # A further vocabulary entry may take its sum's width, and the logits of the scored tokens that the head keeps.
+    def temporaries(vocab):
+        config = dataclasses.replace(CONFIG, vocab_size=vocab, width=512, tie_embeddings=tied)
+        shape = layout.Shape(PAIRS, rows=1, row_length=LENGTH, microbatches=PAIRS, shards=1, crops=((1, 128), (1, 64)))
+        batch = layout.collate(random_pairs(), np.zeros((PAIRS, 2)), shape, layout="shared")
+        crops = [functools.partial(layout.crop_rows, crop=crop) for crop in shape.crops]
+        tx = optax.sgd(0.1)
+        state = jax.eval_shape(lambda: steps.init_state(decoder.init(jax.random.key(0), config), tx))
+        step = jax.jit(make_step(config=config, tx=tx, crops=crops), donate_argnums=0)
+        return step.lower(state, batch).compile().memory_analysis().temp_size_in_bytes
+
+    small, large = 16384, 32768
+    kept = logprobs.CPU_BLOCKS.tokens * -(-2 * LENGTH // logprobs.CPU_BLOCKS.tokens)
+    tables = 1 if tied else 2
+    grown = (temporaries(large) - temporaries(small)) / (4 * (large - small))
+    assert grown < tables * 512 + kept + 100
 
 
 def test_order_of_pairs_changes_nothing(whole):

@@ -20,12 +20,13 @@ custom_vjp: Any = jax.custom_vjp  # its own annotations say nothing of what a fu
 @custom_vjp
 def affine(x: Float[Array, "N I"], kernel: Float[Array, "I F"], bias: Float[Array, "F"] | None) -> Float[Array, "N F"]:
     """x . kernel + bias, in the type of x; kernel and bias are of it already."""
-    y = x @ kernel
-    return y if bias is None else y + bias[None]
+    return _affine_forward(x, kernel, bias)[0]
 
 
 def _affine_forward(x, kernel, bias):
-    return affine(x, kernel, bias), (x, kernel, bias)
+    # Written out: a call of `affine` would hide the product from a remat policy that keeps products.
+    y = x @ kernel
+    return y if bias is None else y + bias[None], (x, kernel, bias)
 
 
 def _affine_backward(saved, grad):
