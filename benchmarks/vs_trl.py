@@ -400,12 +400,14 @@ def report(out: Path, found: dict[str, Any]) -> None:
         common.plot_lines(out / "losses.png", {"loss": curves}, x="step")
 
 
-def parse_args() -> tuple[argparse.Namespace, list[str], list[str]]:
-    """Options, sides and allocators."""
+def parse_args() -> tuple[argparse.Namespace, list[tuple[str, str]]]:
+    """Options, and what runs: sides, each with an allocator."""
     parser = common.make_parser(__doc__, out="runs/vs_trl")
     parser.add_argument("--what", choices=("train", "reference"), default="train")
-    parser.add_argument("--sides", default="", help=f"of {','.join(SIDES)}; empty: all of them")
-    parser.add_argument("--allocators", default="default,tuned", help="of default,tuned")
+    parser.add_argument(
+        "--sides", default="", help=f"of {','.join(SIDES)}, each alone or as SIDE:ALLOCATOR; empty: all of them"
+    )
+    parser.add_argument("--allocators", default="default,tuned", help="of sides that name none: default,tuned or one")
     parser.add_argument("--pairs", type=int, default=8, help="pairs in a batch")
     parser.add_argument("--steps", type=int, default=20, help="with --what=reference: batches of pairs to score")
     parser.add_argument("--trl_steps", type=int, help="steps that TRL makes of them; unset: all")
@@ -415,18 +417,21 @@ def parse_args() -> tuple[argparse.Namespace, list[str], list[str]]:
     args = parser.parse_args()
     reference = args.what == "reference"
     sides = args.sides.split(",") if args.sides else [s for s in SIDES if not (reference and s == "trl-precomputed")]
-    allocators = args.allocators.split(",")
-    if unknown := {*sides, *allocators} - {*SIDES, *common.ALLOCATORS}:
+    runs = []
+    for side, _, allocator in (each.partition(":") for each in sides):
+        runs += [(side, name) for name in (allocator or args.allocators).split(",")]
+    sides, allocators = ({run[at] for run in runs} for at in (0, 1))
+    if unknown := (sides - set(SIDES)) | (allocators - set(common.ALLOCATORS)):
         parser.error(f"unknown: {', '.join(sorted(unknown))}")
     if reference and "trl-precomputed" in sides:
         parser.error("with --what=reference, every TRL side precomputes; leave trl-precomputed out")
     if not reference and min(args.steps, args.trl_steps or args.steps) <= common.WARM_UP:
         parser.error(f"the first {common.WARM_UP} steps are left out; there must be more")
-    return args, sides, allocators
+    return args, runs
 
 
 def main() -> None:
-    args, sides, allocators = parse_args()
+    args, runs = parse_args()
     reference = args.what == "reference"
     out = common.prepare(args)
     args.pairs_file, count = str(out / "pairs.jsonl"), args.pairs * args.steps
@@ -434,15 +439,14 @@ def main() -> None:
     print(f"{count} pairs of at most {args.max_length} tokens, {distinct} of them distinct", file=sys.stderr)
     if reference and distinct < count:
         sys.exit(f"{args.data}: {distinct} distinct pairs, and {count} are to be scored; lower --steps")
-    results: Results = {side: {name: [] for name in allocators} for side in sides}
+    results: Results = {side: {} for side, _ in runs}
     for turn in range(args.rounds):
-        for side in sides:
-            for name in allocators:
-                given = vars(args) | {"side": side}
-                work = out / f"{side}-{name}-{turn}"
-                results[side][name].append(
-                    common.in_fresh_process("benchmarks.vs_trl:run_side", work, given, allocator=name)
-                )
+        for side, name in runs:
+            work = out / f"{side}-{name}-{turn}"
+            found = common.in_fresh_process(
+                "benchmarks.vs_trl:run_side", work, vars(args) | {"side": side}, allocator=name
+            )
+            results[side].setdefault(name, []).append(found)
     found = compare_reference(results, count) if reference else compare(results, args.pairs)
     common.write_results(out, args, found)
     report(out, found)
