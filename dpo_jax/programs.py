@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
 import functools
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -57,6 +59,7 @@ class Compiled:
             memory = self._program.memory_analysis()
             size = f", {memory.temp_size_in_bytes:,} bytes of temporaries a device" if memory is not None else ""
             self._report(f"compiled {self._name} in {time.perf_counter() - started:.1f} s{size}")
+            give_back_freed()
         return self._program(*args)
 
 
@@ -65,6 +68,13 @@ class Store(NamedTuple):
 
     folder: Path
     identity: dict[str, Any]
+
+
+def give_back_freed() -> None:
+    """Has glibc give freed memory back to the system: the compiler frees hundreds of MiB, which it would hold on to."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
+    if trim is not None:
+        trim(0)
 
 
 def keep_compiled() -> None:
