@@ -17,7 +17,7 @@ from dpo_jax import gradients
 from dpo_jax.metrics import pair_metrics
 from dpo_jax.types import Batch
 
-LogpsFn = Callable[[Any, Any], Any]
+LogpsFn = Callable[..., Any]  # (params, rows), see make_train_step
 Crop = Callable[[Any], Any]
 
 

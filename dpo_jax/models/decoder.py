@@ -208,7 +208,7 @@ def forward(
     attend: Attention = PLAIN,
 ) -> Float[Array, "R S D"]:
     """Final hidden states of tokens; arguments as in `hidden_states`."""
-    x, _ = lookup(params["embed"]["embedding"], tokens, None)
+    x, _ = lookup(jnp.asarray(params["embed"]["embedding"]), tokens, None)
     return hidden_states(params, config, x, positions, key_start, key_end, dtype=dtype, remat=remat, attend=attend)
 
 
