@@ -54,7 +54,7 @@ def make_logps_fn(
     With a third argument, `sums` as in `gradients`, it returns `((logps, ...), sums)`.
 
     Args:
-      pairs, dtype, remat: see `completion_logps` and `decoder.forward`.
+      pairs, dtype, remat: see `completion_logps` and `decoder.hidden_states`.
       attention: an implementation that `attention.choose` gave.
       mesh: what rows and parameters lie across, as `sharding` has it; None: one device of JAX's default platform.
     """
