@@ -12,6 +12,8 @@ All sides start from the same random checkpoint (or --model) and read the same p
     trl-precomputed  trl-float32, reference scored before training; the time of that is reported apart
     trl-answers      trl-float32, vocabulary head on answer tokens only, as TRL does it on GPUs
 
+A TRL batch that memory cannot hold is made of --accumulate batches, each padded to its own longest.
+
 Each runs in a process of its own, in turn, --rounds times, and each time twice: with glibc's allocator as it is, and
 tuned to keep large temporaries, which suits PyTorch. Speed of TRL is the tuned one and memory that of the allocator as
 it is; both are shown. dpo_jax is measured with the allocator as it is.
@@ -121,7 +123,7 @@ def make_trainer(work: Path, args: Any, settings: dict[str, Any], callbacks: lis
 
     class Recorded(DPOTrainer):
         losses: list[float] = []
-        marks: list[tuple[float, ...]] = []  # at each step's start: time, page faults, and the counts below
+        marks: list[tuple[float, ...]] = []  # at each batch's start: time, page faults, and the counts below
         counts = {"policy": 0, "reference": 0, "tokens": 0}
         scored: list[tuple[float, int, int]] = []  # after each batch precomputed: time, page faults, positions
         precompute_s: float | None = None
@@ -155,7 +157,8 @@ def make_trainer(work: Path, args: Any, settings: dict[str, Any], callbacks: lis
         model=transformers.AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32),
         args=DPOConfig(
             output_dir=str(work / "trl"),
-            per_device_train_batch_size=args.pairs,
+            per_device_train_batch_size=args.pairs // args.accumulate,
+            gradient_accumulation_steps=args.accumulate,
             max_steps=args.steps,
             learning_rate=args.learning_rate,
             beta=0.1,
@@ -207,13 +210,15 @@ def run_trl(
         trainer.ref_model.register_forward_pre_hook(counter("reference"), with_kwargs=True)
     trainer.train()
     trainer.mark()
+    marks = trainer.marks[:: args.accumulate]  # of steps: a step is several batches
     times, faults, *counts = (
         [after - before for before, after in zip(column, column[1:], strict=False)]
-        for column in map(list, zip(*trainer.marks, strict=True))
+        for column in map(list, zip(*marks, strict=True))
     )
     positions, reference_positions, tokens = counts
+    of_batches = iter(trainer.losses)  # each over the number of batches already
     return {
-        "losses": trainer.losses,
+        "losses": [sum(losses) for losses in zip(*[of_batches] * args.accumulate, strict=True)],
         "step_times_s": times,
         "positions": positions,
         "reference_positions": reference_positions,
@@ -411,6 +416,7 @@ def parse_args() -> tuple[argparse.Namespace, list[tuple[str, str]]]:
     parser.add_argument("--pairs", type=int, default=8, help="pairs in a batch")
     parser.add_argument("--steps", type=int, default=20, help="with --what=reference: batches of pairs to score")
     parser.add_argument("--trl_steps", type=int, help="steps that TRL makes of them; unset: all")
+    parser.add_argument("--accumulate", type=int, default=1, help="batches that TRL makes of a step's pairs")
     parser.add_argument("--rounds", type=int, default=1, help="times that each side runs, in turn")
     parser.add_argument("--max_length", type=int, default=512)
     parser.add_argument("--learning_rate", type=float, default=1e-4)
@@ -425,6 +431,8 @@ def parse_args() -> tuple[argparse.Namespace, list[tuple[str, str]]]:
         parser.error(f"unknown: {', '.join(sorted(unknown))}")
     if reference and "trl-precomputed" in sides:
         parser.error("with --what=reference, every TRL side precomputes; leave trl-precomputed out")
+    if args.accumulate != 1 and (reference or args.accumulate < 1 or args.pairs % args.accumulate):
+        parser.error("--accumulate is for training, and divides --pairs")
     if not reference and min(args.steps, args.trl_steps or args.steps) <= common.WARM_UP:
         parser.error(f"the first {common.WARM_UP} steps are left out; there must be more")
     return args, runs

@@ -16,14 +16,20 @@ pytestmark = pytest.mark.slow
 PAIRS, STEPS = 4, 20
 
 
-@pytest.mark.parametrize("base", [LLAMA, NEOX], ids=["llama", "gpt_neox"])
-def test_loss_curve_has_parity_with_trl(tmp_path, base):
+@pytest.mark.parametrize(("base", "accumulate"), [(LLAMA, 1), (NEOX, 2)], ids=["llama", "gpt_neox-two-batches"])
+def test_loss_curve_has_parity_with_trl(tmp_path, base, accumulate):
     inputs = make_inputs(tmp_path / "inputs", train_pairs=PAIRS * STEPS, base=base)
     model = inputs / "model"
     pairs = tmp_path / "pairs.jsonl"
     vs_trl.write_pairs(str(inputs / "train.jsonl"), pairs, model, count=PAIRS * STEPS, max_length=128)
     args = argparse.Namespace(
-        model=str(model), pairs_file=str(pairs), pairs=PAIRS, steps=STEPS, max_length=128, learning_rate=1e-4
+        model=str(model),
+        pairs_file=str(pairs),
+        pairs=PAIRS,
+        steps=STEPS,
+        accumulate=accumulate,
+        max_length=128,
+        learning_rate=1e-4,
     )
     ours = vs_trl.run_ours(tmp_path, args)["losses"]
     theirs = vs_trl.run_trl(tmp_path, args)["losses"]
