@@ -35,6 +35,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from benchmarks import common
 from benchmarks.common import make_model, write_pairs
 
@@ -216,9 +218,9 @@ def run_trl(
         for column in map(list, zip(*marks, strict=True))
     )
     positions, reference_positions, tokens = counts
-    of_batches = iter(trainer.losses)  # each over the number of batches already
+    of_batches = np.reshape(trainer.losses, (-1, args.accumulate))  # each over the number of batches already
     return {
-        "losses": [sum(losses) for losses in zip(*[of_batches] * args.accumulate, strict=True)],
+        "losses": of_batches.sum(1).tolist(),
         "step_times_s": times,
         "positions": positions,
         "reference_positions": reference_positions,
