@@ -1,0 +1,75 @@
+#!/usr/bin/env bash
+# Trains on TPU slices of a GKE cluster, and goes on after a preemption: fills launch/gke.yaml in and applies it.
+#
+#   launch/gke.sh --config=RECIPE --workdir=/runs/NAME [--config.SECTION.FIELD=VALUE ...]
+#
+# The arguments are those of `dpo-jax train`. The cluster is kubectl's current one; it needs JobSet, node pools of the
+# given TPU slices, and a claim that all pods can write to (ReadWriteMany, such as Filestore), which they see as /runs.
+# The head of launch/gke.yaml says what is restarted. Before a second run of the same name: kubectl delete jobset NAME.
+#
+# Variables:
+#   NAME             of the JobSet; required
+#   IMAGE            container image with dpo-jax and the recipe; required
+#   ACCELERATOR      node label cloud.google.com/gke-tpu-accelerator, such as tpu-v6e-slice; required
+#   TOPOLOGY         chips of one slice, such as 4x4; required
+#   CLAIM            PersistentVolumeClaim; required
+#   CHIPS_PER_HOST   default 4
+#   SLICES           default 1
+#   MAX_RESTARTS     after failures that are neither a preemption nor a request to stop; default 3
+#   DRY_RUN          1: print the filled manifest, run nothing; needs no kubectl
+#
+# An image of this checkout, its recipes included:
+#   printf '%s\n' 'FROM python:3.12-slim' 'WORKDIR /dpo_jax' 'COPY . .' 'RUN pip install -e .[tpu]' |
+#       docker build --tag="$IMAGE" --file=- . && docker push "$IMAGE"
+#
+# Example, two slices of 16 chips:
+#   export NAME=hh IMAGE=registry.example.com/dpo-jax CLAIM=runs
+#   export ACCELERATOR=tpu-v6e-slice TOPOLOGY=4x4 SLICES=2
+#   launch/gke.sh --config=configs/hh.py --workdir=/runs/hh --config.model.path=EleutherAI/pythia-2.8b \
+#       --config.mesh.replica=2
+#   kubectl logs --follow --selector=jobset.sigs.k8s.io/jobset-name=hh
+#
+# The same with xpk, storage attached to the cluster by `xpk storage attach --auto-mount=true --mount-point=/runs ...`:
+#   xpk workload create --cluster=CLUSTER --workload=hh --docker-image="$IMAGE" --tpu-type=v6e-16 --num-slices=2 \
+#       --max-restarts=100 --restart-on-exit-codes=75 --termination-grace-period-seconds=300 \
+#       --command='dpo-jax train --config=configs/hh.py --workdir=/runs/hh ...'
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.." # the image's WORKDIR: a relative path is the same in both
+source launch/common.sh
+
+: "${CHIPS_PER_HOST:=4}" "${SLICES:=1}" "${MAX_RESTARTS:=3}"
+check_train "$@"
+[[ $workdir == /runs/?* ]] ||
+    refuse "--workdir=$workdir" "not on the claim" "a folder in /runs" "Give for example --workdir=/runs/hh."
+need NAME '[a-z]([-a-z0-9]{0,38}[a-z0-9])?' "at most 40 lower-case letters, digits and dashes" hh
+need IMAGE '[A-Za-z0-9._/:@-]+' "a container image" registry.example.com/dpo-jax
+need ACCELERATOR '[a-z0-9-]+' "a TPU type as GKE labels its nodes" tpu-v6e-slice
+need TOPOLOGY '[1-9][0-9]*(x[1-9][0-9]*){1,2}' "chips in each dimension" 4x4
+need CLAIM '[a-z][a-z0-9.-]*' "a PersistentVolumeClaim" runs
+need CHIPS_PER_HOST '[1-9][0-9]*' "a number >= 1" 4
+need SLICES '[1-9][0-9]*' "a number >= 1" 2
+need MAX_RESTARTS '[0-9]+' "a number >= 0" 3
+chips=$((${TOPOLOGY//x/*}))
+((chips % CHIPS_PER_HOST == 0)) ||
+    refuse CHIPS_PER_HOST "got $CHIPS_PER_HOST" "a divisor of the $chips chips of $TOPOLOGY" \
+        "Give that of the node pool's machine type."
+# shellcheck disable=SC2034  # read by its name below
+HOSTS=$((chips / CHIPS_PER_HOST))
+
+ARGUMENTS='' # as a JSON list, which is YAML too
+for argument in "$@"; do
+    argument=${argument//\\/\\\\}
+    ARGUMENTS+="${ARGUMENTS:+, }\"${argument//\"/\\\"}\""
+done
+ARGUMENTS="[$ARGUMENTS]"
+
+manifest=$(<launch/gke.yaml)
+for name in NAME MAX_RESTARTS SLICES HOSTS ACCELERATOR TOPOLOGY IMAGE ARGUMENTS CHIPS_PER_HOST CLAIM; do
+    manifest=${manifest//"\${$name}"/"${!name}"}
+done
+if dry; then
+    echo "# kubectl apply --filename=-"
+    echo "$manifest"
+else
+    kubectl apply --filename=- <<<"$manifest"
+fi
