@@ -39,13 +39,17 @@ def read(chosen: Any, work: Path) -> Parts:
     assert inputs.train is not None and config.train.steps is not None
     size = config.train.batch_pairs
     pairs = [[inputs.train[i] for i in range(at * size, (at + 1) * size)] for at in range(config.train.steps)]
-    return Parts(config, inputs, programs.make_programs(config, inputs), pairs)
+    return Parts(config, inputs, programs.make_programs(config, inputs.model, inputs.lengths), pairs)
 
 
 def load_params(parts: Parts) -> Any:
     """The model's weights, on the default device."""
     dtype = parts.config.model.param_dtype
-    return hf_io.load_params(parts.inputs.folder, parts.inputs.model, dtype=dtype, put=lambda path, x: jnp.array(x))
+
+    def on_device(path: str, shape: tuple[int, ...], read: Any) -> jax.Array:
+        return jnp.array(read((slice(None),) * len(shape)))
+
+    return hf_io.load_params(parts.inputs.folder, parts.inputs.model, dtype=dtype, place=on_device)
 
 
 def reference_values(parts: Parts, work: Path) -> list[np.ndarray]:

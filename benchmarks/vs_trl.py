@@ -80,7 +80,7 @@ def score_ours(work: Path, args: Any) -> dict[str, Any]:
 
     chosen = config.freeze(common.base_config(args, work))
     read = inputs.load_inputs(chosen, training=False)
-    built = programs.make_programs(chosen, read)
+    built = programs.make_programs(chosen, read.model, read.lengths)
     store = programs.reference_store(chosen, read, work, built)
     assert store is not None
     positions = []

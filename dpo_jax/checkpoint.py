@@ -27,9 +27,12 @@ class Checkpoints:
         return self._manager.latest_step()
 
     def save(self, step: int, state: TrainState, record: dict[str, Any]) -> None:
-        """Copies the state off the devices and writes it in the background."""
+        """Copies the state off the devices and writes it in the background; nothing if that step is there already."""
+        if step == self.latest_step():
+            return
         items = ocp.args.Composite(state=ocp.args.StandardSave(state), record=ocp.args.JsonSave(record))
-        self._manager.save(step, args=items)
+        # Forced, or the manager would put its own questions to the preemption service, in `hosts`' place.
+        self._manager.save(step, args=items, force=True)
 
     def record(self, step: int) -> dict[str, Any]:
         """The record saved with that step."""

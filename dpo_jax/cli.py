@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -26,11 +27,15 @@ dpo-jax COMMAND --config=configs/NAME.py [--config.section.field=value ...] --wo
              while the run goes on)
 
 evaluate and export read DIR/config.json where no --config is given. The fields are listed in README.md.
+
+Over several processes, the same command on each: on TPU hosts, under SLURM and under Open MPI they find one another;
+elsewhere give --coordinator=HOST:PORT --processes=N --process=I. Asked to stop by SIGTERM, a run saves its state and
+exits with status 75: the same command goes on from there.
 """
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Runs a command; prints what is wrong with its input on one line and exits with status 2."""
+    """Runs a command and exits: 2 for bad input, said in one line; `hosts.STOPPED` if asked to stop."""
     argv = list(sys.argv if argv is None else argv)
     # What these two warn of is as it should be: folders that are only read, and an environment without torch.
     logging.set_verbosity(logging.ERROR)
@@ -49,16 +54,56 @@ def main(argv: Sequence[str] | None = None) -> None:
             )
         if "" not in sys.path:
             sys.path.insert(0, "")  # as `python -m` has it: a configuration may name a module beside it
-        command(*_parse(argv[1], [argv[0], *argv[2:]]))
+        parsed = _parse(argv[1], [argv[0], *argv[2:]])
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+    if argv[1] in ALONE:
+        _report_errors(command, parsed)
+    else:
+        _together(argv[1], command, parsed)
+
+
+def _report_errors(command: Callable[..., None], parsed: tuple) -> None:
+    try:
+        command(*parsed)
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+def _together(name: str, command: Callable[..., None], parsed: tuple) -> None:
+    """Runs a command on all processes of a run; if it fails on one, none is left waiting."""
+    from dpo_jax import hosts
+
+    config, workdir, values = parsed
+    try:
+        hosts.join(values["coordinator"].value, values["processes"].value, values["process"].value)
+        facts = {"command": name, "workdir": str(workdir), "code": hosts.code_digest(), **configs.flat(config)}
+        hosts.agree("command, code and configuration", facts)
+        command(config, workdir, values)
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        hosts.leave(2, str(error))
+    except hosts.Stopped as error:
+        if hosts.first():
+            print(f"{error}; the same command goes on from there", file=sys.stderr)
+        hosts.leave(hosts.STOPPED)
+    except Exception as error:
+        if hosts.count() == 1:
+            raise
+        traceback.print_exc()
+        hosts.leave(1, f"{type(error).__name__}: {error}")
 
 
 def _parse(command: str, argv: list[str]) -> tuple[Config, Path, flags.FlagValues]:
     values = flags.FlagValues()
     configs.define_flags(argv, values)
     flags.DEFINE_string("workdir", None, "working folder of the run", flag_values=values)
+    if command not in ALONE:
+        flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0", flag_values=values)
+        flags.DEFINE_integer("processes", None, "how many there are", lower_bound=1, flag_values=values)
+        flags.DEFINE_integer("process", None, "which this is, from 0", lower_bound=0, flag_values=values)
     if command == "export":
         flags.DEFINE_string("out", None, "folder to write", flag_values=values)
     if command == "inspect":
@@ -94,9 +139,11 @@ def _reference(config: Config, workdir: Path, _: Any) -> None:
 
 
 def _evaluate(config: Config, workdir: Path, _: Any) -> None:
-    from dpo_jax import train
+    from dpo_jax import hosts, train
 
-    print(json.dumps(train.evaluate_checkpoint(config, workdir)))
+    row = train.evaluate_checkpoint(config, workdir)
+    if hosts.first():
+        print(json.dumps(row))
 
 
 def _inspect(config: Config, workdir: Path, values: Any) -> None:
@@ -120,3 +167,4 @@ COMMANDS: dict[str, Callable[[Config, Path, Any], None]] = {
     "export": _export,
 }
 OF_A_RUN = ("evaluate", "export")  # commands that a finished working folder is enough for
+ALONE = ("inspect",)  # commands of one process, which touch no device

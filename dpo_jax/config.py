@@ -119,6 +119,15 @@ class Mesh:
     replica: int = 1  # data parallel across slices; one of the three may be -1: what is left
     fsdp: int = -1  # rows and parameters sharded
     tensor: int = 1  # heads, MLP width and vocabulary sharded
+    rules: str = ""  # "REGEX=AXIS,-,AXIS;...": of parameters so named, the axis each dimension lies across; tried first
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    architecture: str = ""  # config.json of the model, for `plan` where model.path is not at hand; empty: model.path's
+    pairs: int = 60_000  # pairs to train on, >= 1, for `plan`, which reads no data
+    prompt_tokens: int = 160  # median tokens of a prompt, >= 1
+    answer_tokens: int = 240  # median tokens of an answer, >= 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -153,6 +162,7 @@ class Config:
     eval: Eval = Eval()
     checkpoint: Checkpoint = Checkpoint()
     mesh: Mesh = Mesh()
+    plan: Plan = Plan()
     log: Log = Log()
     profile: Profile = Profile()
     export: Export = Export()
@@ -162,8 +172,9 @@ class Config:
 # sequence of updates (beyond float rounding).
 RESUMABLE = (
     "model.remat model.attention data.cache_dir train.microbatch_rows reference.path reference.microbatch_rows "
-    "eval.every_steps checkpoint.every_steps checkpoint.keep mesh.replica mesh.fsdp mesh.tensor log.every_steps "
-    "log.tensorboard log.wandb profile.steps"
+    "eval.every_steps checkpoint.every_steps checkpoint.keep mesh.replica mesh.fsdp mesh.tensor mesh.rules "
+    "plan.architecture plan.pairs plan.prompt_tokens plan.answer_tokens log.every_steps log.tensorboard log.wandb "
+    "profile.steps"
 ).split()
 
 Rule = tuple[Callable[[Any], object], str]  # whether a value will do, and what will, in words
@@ -185,6 +196,7 @@ _RULES: tuple[tuple[str, Rule], ...] = (  # what the comments above say; an unse
     ("optimizer.weight_decay optimizer.clip_norm", _within(0)),
     ("data.max_prompt_length train.batch_pairs train.steps train.microbatch_rows sft.batch_pairs", _within(1)),
     ("reference.microbatch_rows checkpoint.every_steps checkpoint.keep log.every_steps", _within(1)),
+    ("plan.pairs plan.prompt_tokens plan.answer_tokens", _within(1)),
     ("data.max_length data.row_length", _within(2)),
     ("loss.beta train.epochs sft.learning_rate optimizer.learning_rate optimizer.eps", _POSITIVE),
     ("loss.label_smoothing", _within(0, 0.5)),
@@ -225,13 +237,13 @@ def _kinds(section: type) -> dict[str, tuple[Any, bool]]:
     return {name: ((typing.get_args(hint) or (hint,))[0], isinstance(hint, types.UnionType)) for name, hint in hints}
 
 
-def _flat(config: Any, prefix: str = "") -> dict[str, Any]:
+def flat(config: Any, prefix: str = "") -> dict[str, Any]:
     """Dotted name and value of every field."""
-    flat: dict[str, Any] = {}
+    found: dict[str, Any] = {}
     for name in _kinds(type(config)):
         value = getattr(config, name)
-        flat |= _flat(value, f"{prefix}{name}.") if dataclasses.is_dataclass(value) else {f"{prefix}{name}": value}
-    return flat
+        found |= flat(value, f"{prefix}{name}.") if dataclasses.is_dataclass(value) else {f"{prefix}{name}": value}
+    return found
 
 
 def freeze(config: config_dict.ConfigDict) -> Config:
@@ -258,7 +270,7 @@ def from_json(text: str, place: str) -> Config:
 
 def changed(old: Config, new: Config, fields: Sequence[str] | None = None) -> list[str]:
     """Of `fields`, or of all that may not differ when a run resumes, those that do, as `optimizer.b1: 0.9 -> 0.95`."""
-    before, after = _flat(old), _flat(new)
+    before, after = flat(old), flat(new)
     fields = [name for name in before if name not in RESUMABLE] if fields is None else fields
     names = [name for name in fields if before[name] != after[name]]
     return [f"{name}: {before[name]!r} -> {after[name]!r}" for name in names]
@@ -267,7 +279,7 @@ def changed(old: Config, new: Config, fields: Sequence[str] | None = None) -> li
 def _checked(fields: Mapping[str, Any], place: str) -> Config:
     problems: Problems = {}
     config = _section(Config, fields, "", problems)
-    for name, value in _flat(config).items():
+    for name, value in flat(config).items():
         will_do, expected = RULES.get(name, (lambda _: True, ""))
         if value is not None and name not in problems and not will_do(value):
             _refuse(problems, name, value, expected)
@@ -376,7 +388,7 @@ def _check_overrides(argv: list[str], flag_values: flags.FlagValues) -> list[str
     except flags.Error as error:
         raise InputError("--flagfile", got=str(error), expected="a readable file", remedy="Check the path.") from None
     names = [match[1] for arg in argv if (match := re.match(r"--?(?:no)?config\.([^=]*)", arg))]
-    fields = _flat(Config())
+    fields = flat(Config())
     for name in names:
         if name not in fields:
             head = name.partition(".")[0]

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from dpo_jax import losses, optim
+from dpo_jax import hosts, losses, optim, sharding
 from dpo_jax.config import Config
 from dpo_jax.data.order import epoch_size, share
 from dpo_jax.data.pairs import PairSet, load
@@ -77,6 +77,7 @@ def check_names(config: Config) -> None:
     loss_of(config)
     optimizer_of(config, total_steps=1)
     decoder.check_remat(config.model.remat)
+    sharding.parse_rules(config.mesh.rules)
     check_choice("config.model.attention", config.model.attention, IMPLEMENTATIONS)
 
 
@@ -106,6 +107,21 @@ def prepare(config: Config, workdir: Path) -> None:
             remedy="Correct it, or leave it empty.",
         ) from error
     make(workdir)
+
+
+def read_inputs(config: Config, workdir: Path, *, training: bool) -> Inputs:
+    """What `load_inputs` returns, once the recipe has made its own inputs, if it does.
+
+    Of several processes the first goes first, so that what it prepares and tokenises is there for the others.
+    Raises: InputError as `load_inputs`, or if processes read different models or data.
+    """
+    with hosts.first_alone("inputs") as alone:
+        if alone:
+            prepare(config, workdir)
+        found = load_inputs(config, training=training)
+    facts = {"model": dataclasses.asdict(found.model), "tokenizer": identity(found.tokenizer), **found.digests}
+    hosts.agree("data and model", facts)
+    return found
 
 
 def load_inputs(config: Config, *, training: bool) -> Inputs:
@@ -216,7 +232,7 @@ def reference_identity(config: Config, inputs: Inputs, *, dtype: str, attention:
     """All that decides a pair's stored log-probs besides its own token ids."""
     data = config.data
     return {
-        "weights": hf_io.digest(inputs.folder),
+        "weights": hf_io.digest(inputs.folder, mine=hosts.mine, gather=hosts.merged("weights")),
         **identity(inputs.tokenizer),
         "format": data.format,
         "max_length": data.max_length,

@@ -6,14 +6,14 @@ import ctypes
 import functools
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
-from jaxtyping import Float
+from jaxtyping import Float, Int
 
 from dpo_jax import inputs as run_inputs
 from dpo_jax import losses, reference, scoring, sharding
@@ -23,8 +23,9 @@ from dpo_jax.data import layout
 from dpo_jax.data.pairs import cache_folder
 from dpo_jax.inputs import Inputs
 from dpo_jax.models import attention, decoder, hf_io
+from dpo_jax.models.config import DecoderConfig
 from dpo_jax.steps import TrainState, init_state, make_score_step, make_train_step
-from dpo_jax.trackers import say
+from dpo_jax.trackers import Stopwatch, say
 from dpo_jax.types import Batch
 
 # Positions in a microbatch. On a CPU one short row at a time keeps temporaries in cache; an accelerator wants more.
@@ -35,32 +36,44 @@ CPU_POSITIONS, ACCELERATOR_POSITIONS = 1_536, 16_384
 COMPILER_OPTIONS = {"xla_allow_excess_precision": False}
 
 
+class Compiled:
+    """A jitted function that is compiled at its first call and then once and for all: other shapes are an error."""
+
+    def __init__(self, name: str, function: Any, watch: Stopwatch):
+        self._name, self._function, self._watch, self._program = name, function, watch, None
+
+    def compile(self, *args: Any) -> Any:
+        """The compiled program for arguments like these, of which shapes, types and places are enough."""
+        if self._program is None:
+            started = time.perf_counter()
+            with self._watch.part("compile"):
+                self._program = self._function.lower(*args).compile()
+            memory = self._program.memory_analysis()
+            size = f", {memory.temp_size_in_bytes:,} bytes of temporaries a device" if memory is not None else ""
+            say(f"compiled {self._name} in {time.perf_counter() - started:.1f} s{size}")
+            give_back_freed()
+        return self._program
+
+    def __call__(self, *args: Any) -> Any:
+        return self.compile(*args)(*args)
+
+
 class Programs(NamedTuple):
     """Where a run computes, in which shapes, and its scoring program; a training run compiles one update besides."""
 
+    model: DecoderConfig
     mesh: Mesh
+    rules: sharding.Rules
     dtype: Any
     attention: str  # the implementation that was chosen
     update_shape: layout.Shape
     score_shape: layout.Shape
-    score: Callable[[Any, Batch], tuple[jax.Array, dict[str, jax.Array]]]  # params, host batch -> logps, token sums
+    scoring: Compiled  # params, batch on the mesh -> logps, token sums
+    watch: Stopwatch  # what starting goes into
 
-
-class Compiled:
-    """A jitted function that is compiled at its first call and then once and for all: other shapes are an error."""
-
-    def __init__(self, name: str, function: Any, report: Callable[[str], None]):
-        self._name, self._function, self._report, self._program = name, function, report, None
-
-    def __call__(self, *args: Any) -> Any:
-        if self._program is None:
-            started = time.perf_counter()
-            self._program = self._function.lower(*args).compile()
-            memory = self._program.memory_analysis()
-            size = f", {memory.temp_size_in_bytes:,} bytes of temporaries a device" if memory is not None else ""
-            self._report(f"compiled {self._name} in {time.perf_counter() - started:.1f} s{size}")
-            give_back_freed()
-        return self._program(*args)
+    def score(self, params: Any, batch: Batch) -> tuple[jax.Array, dict[str, jax.Array]]:
+        """Log-probs [P, 2] and token sums of a host batch, the whole of them on every process."""
+        return self.scoring(params, sharding.put(batch, self.mesh))
 
 
 class Store(NamedTuple):
@@ -84,40 +97,55 @@ def keep_compiled() -> None:
         jax.config.update("jax_compilation_cache_dir", str(cache_folder("xla")))
 
 
-def make_programs(config: Config, inputs: Inputs) -> Programs:
-    """Chooses shapes from data and backend, and builds the scoring program for the mesh."""
-    keep_compiled()
-    mesh = sharding.make_mesh(config.mesh.replica, config.mesh.fsdp, config.mesh.tensor)
-    accelerated = jax.default_backend() != "cpu"
-    positions = ACCELERATOR_POSITIONS if accelerated else CPU_POSITIONS
+def make_programs(
+    config: Config,
+    model: DecoderConfig,
+    lengths: Int[np.ndarray, "N 3"],
+    *,
+    devices: Sequence[Any] | None = None,
+    watch: Stopwatch | None = None,
+) -> Programs:
+    """Chooses shapes from data and devices, and builds the scoring program for the mesh.
+
+    Args:
+      lengths: token counts of prompt, chosen and rejected of every pair that will be laid out.
+      devices: those of the mesh, which need not be there; None: all that there are, and what is compiled is kept.
+      watch: told how long compiling and reading weights take.
+    """
+    watch = watch or Stopwatch()
+    if devices is None:
+        keep_compiled()
+    mesh = sharding.make_mesh(config.mesh.replica, config.mesh.fsdp, config.mesh.tensor, devices)
+    platform = mesh.devices.flat[0].platform
+    positions = CPU_POSITIONS if platform == "cpu" else ACCELERATOR_POSITIONS
     choose = functools.partial(
         layout.choose_shape,
-        inputs.lengths,
+        lengths,
         layout=config.data.layout,
         row_length=config.data.row_length,
         shards=sharding.row_shards(mesh),
+        here=sharding.shards_here(mesh),
     )
     update_shape = choose(pairs=config.train.batch_pairs, rows=config.train.microbatch_rows, target_positions=positions)
     # Without a backward pass far more rows fit.
     score_shape = choose(
         pairs=reference.PART_PAIRS,
         rows=config.reference.microbatch_rows,
-        target_positions=4 * positions if accelerated else positions,
+        target_positions=positions if platform == "cpu" else 4 * positions,
         field="reference.microbatch_rows",
     )
-    dtype = scoring.compute_dtype(config.model.dtype)
+    dtype = scoring.compute_dtype(config.model.dtype, platform)
     kernel = attention.choose(
-        config.model.attention,
-        mesh.devices.flat[0].platform,
-        head_dim=inputs.model.head_dim,
-        row_length=update_shape.row_length,
+        config.model.attention, platform, head_dim=model.head_dim, row_length=update_shape.row_length
     )
     logps_fn = scoring.make_logps_fn(
-        inputs.model, pairs=score_shape.pairs, dtype=dtype, remat=config.model.remat, attention=kernel, mesh=mesh
+        model, pairs=score_shape.pairs, dtype=dtype, remat=config.model.remat, attention=kernel, mesh=mesh
     )
     step = make_score_step(logps_fn, has_aux=True, crops=crops(score_shape))
-    program = Compiled("scoring", jax.jit(step, compiler_options=COMPILER_OPTIONS), say)
-    return Programs(mesh, dtype, kernel, update_shape, score_shape, lambda p, b: program(p, sharding.put(b, mesh)))
+    places = sharding.everywhere(mesh)
+    program = Compiled("scoring", jax.jit(step, out_shardings=places, compiler_options=COMPILER_OPTIONS), watch)
+    rules = sharding.parse_rules(config.mesh.rules)
+    return Programs(model, mesh, rules, dtype, kernel, update_shape, score_shape, program, watch)
 
 
 def crops(shape: layout.Shape) -> list[Callable[[Any], Any]]:
@@ -125,13 +153,15 @@ def crops(shape: layout.Shape) -> list[Callable[[Any], Any]]:
     return [functools.partial(layout.crop_rows, crop=crop) for crop in shape.crops]
 
 
-def make_update(
-    config: Config, inputs: Inputs, programs: Programs, loss_fn: losses.Loss, tx: Any, state: TrainState
-) -> Any:
-    """The jitted update: the state is donated and stays where it is on the mesh."""
+def make_update(config: Config, programs: Programs, loss_fn: losses.Loss, tx: Any, state: TrainState) -> Compiled:
+    """The jitted update(state, batch on the mesh): the state is donated and stays where it is on the mesh.
+
+    Args:
+      state: arrays, or their shapes and places.
+    """
     shape = programs.update_shape
     logps_fn = scoring.make_logps_fn(
-        inputs.model,
+        programs.model,
         pairs=shape.pairs,
         dtype=programs.dtype,
         remat=config.model.remat,
@@ -141,18 +171,21 @@ def make_update(
     step = make_train_step(
         logps_fn, loss_fn, tx, beta=losses.reward_scale(loss_fn), has_aux=True, adds=True, crops=crops(shape)
     )
-    places = jax.tree.map(lambda x: x.sharding, state)
-    jitted = jax.jit(step, donate_argnums=0, out_shardings=(places, None), compiler_options=COMPILER_OPTIONS)
-    return Compiled("update", jitted, say)
+    places = jax.tree.map(lambda x: x.sharding, state), sharding.everywhere(programs.mesh)
+    jitted = jax.jit(step, donate_argnums=0, out_shardings=places, compiler_options=COMPILER_OPTIONS)
+    return Compiled("update", jitted, programs.watch)
 
 
-def load_params(config: Config, inputs: Inputs, mesh: Mesh) -> Any:
-    """The model's weights, each leaf moved to its place on the mesh as soon as it is read."""
+def load_params(config: Config, folder: Path, programs: Programs) -> Any:
+    """The weights in a folder, each device's part of a leaf read from the bytes that hold it."""
 
-    def put(path: str, array: np.ndarray) -> jax.Array:
-        return jax.device_put(array, NamedSharding(mesh, sharding.partition(path, array.shape, mesh.shape)))
+    def place(path: str, shape: tuple[int, ...], read: Callable[[Any], np.ndarray]) -> jax.Array:
+        spec = sharding.partition(path, shape, programs.mesh.shape, programs.rules)
+        return jax.make_array_from_callback(shape, NamedSharding(programs.mesh, spec), read)
 
-    return hf_io.load_params(inputs.folder, inputs.model, dtype=config.model.param_dtype, put=put)
+    with programs.watch.part("weights"):
+        params = hf_io.load_params(folder, programs.model, dtype=config.model.param_dtype, place=place)
+        return jax.block_until_ready(params)
 
 
 def reference_values(
@@ -167,7 +200,7 @@ def reference_values(
 
     def score(batch: Batch) -> Any:
         if not loaded:
-            loaded.append(load_params(config, inputs, programs.mesh))
+            loaded.append(load_params(config, inputs.folder, programs))
         return programs.score(loaded[0], batch)
 
     done = reference.run_pass(
@@ -203,34 +236,40 @@ def no_reference(inputs: Inputs) -> list[Float[np.ndarray, "N 2"]]:
 
 
 def first_state(
-    config: Config, inputs: Inputs, mesh: Mesh, tx: Any, checkpoints: Checkpoints, params: Any | None
+    config: Config, folder: Path, programs: Programs, tx: Any, checkpoints: Checkpoints, params: Any | None
 ) -> TrainState:
     """The newest checkpoint's state, or the one before the first update; every leaf in its place on the mesh.
 
     Args:
-      params: the initial weights if they are loaded already; donated.
+      folder: of the initial weights.
+      params: these if they are loaded already; donated.
     """
+    like = abstract_state(config, programs, tx)
     step = checkpoints.latest_step()
-    if step is None:
-        params = load_params(config, inputs, mesh) if params is None else params
+    if step is not None:
+        return checkpoints.restore(step, like)
+    params = load_params(config, folder, programs) if params is None else params
 
-        def first(params: Any) -> TrainState:
-            return init_state(params, tx)
+    def first(params: Any) -> TrainState:
+        return init_state(params, tx)
 
-        places = sharding.shardings(mesh, jax.eval_shape(first, params))
-        return jax.jit(first, out_shardings=places, donate_argnums=0)(params)
-    params = abstract_params(config, inputs, mesh)
-    return checkpoints.restore(step, placed(mesh, jax.eval_shape(lambda p: init_state(p, tx), params)))
+    places = jax.tree.map(lambda leaf: leaf.sharding, like)
+    return jax.jit(first, out_shardings=places, donate_argnums=0)(params)
 
 
-def abstract_params(config: Config, inputs: Inputs, mesh: Mesh) -> Any:
-    """Shapes, types and placement of the parameters, without any array."""
+def abstract_state(config: Config, programs: Programs, tx: Any) -> TrainState:
+    """Shapes, types and places of a training state, without any array."""
+    params = abstract_params(config, programs)
+    return placed(programs, jax.eval_shape(lambda params: init_state(params, tx), params))
+
+
+def abstract_params(config: Config, programs: Programs) -> Any:
+    """Shapes, types and places of the parameters, without any array."""
     dtype = scoring.DTYPES[config.model.param_dtype]
-    return placed(mesh, jax.eval_shape(lambda: decoder.init(jax.random.key(0), inputs.model, dtype=dtype)))
+    return placed(programs, jax.eval_shape(lambda: decoder.init(jax.random.key(0), programs.model, dtype=dtype)))
 
 
-def placed(mesh: Mesh, tree: Any) -> Any:
+def placed(programs: Programs, tree: Any) -> Any:
     """A tree of shapes with the place of each on the mesh."""
-    return jax.tree.map(
-        lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), tree, sharding.shardings(mesh, tree)
-    )
+    places = sharding.shardings(programs.mesh, tree, programs.rules)
+    return jax.tree.map(lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), tree, places)

@@ -2,12 +2,14 @@
 
 A store is a folder: `manifest.json` says under what identity its values were computed, and Parquet parts hold them,
 keyed by a digest of each pair's token ids, so that a value cannot attach to another pair. Parts are written whole,
-one after the other; a pass that was killed continues after the last of them.
+one after the other; a pass that was killed continues after the last of them. Of several processes, which score every
+part together, each writes its share of the parts.
 """
 
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import os
 from collections.abc import Callable, Iterator, Sequence
@@ -21,6 +23,7 @@ import pyarrow.parquet as pq
 import xxhash
 from jaxtyping import Float
 
+from dpo_jax import hosts
 from dpo_jax.data.layout import Shape
 from dpo_jax.scoring import score_pairs
 from dpo_jax.types import Batch, InputError, Pairs
@@ -113,16 +116,19 @@ def run_pass(
         as they are.
       score: a host batch to its log-probs under the reference; called only for pairs that have no value.
       report: told the number of pairs done and to do, as parts finish.
-    Raises: InputError if the store's identity differs.
+    Raises: InputError if the store's identity differs; Stopped after a part, if the run is asked to stop.
     """
     check_identity(folder, identity)
     known = read_store(folder)
+    # Processes pack what no value is known for, together: what they know must be the same.
+    hosts.agree("reference store", {"values": len(known), "keys": xxhash.xxh3_64_hexdigest("".join(sorted(known)).encode())})
     named = [(pairs, lengths, _names(keys), _given(given)) for pairs, lengths, keys, given in sets]
     needed = {name for _, _, names, has_value in named for name in names[~has_value]}
     total = len(needed - known.keys())
     found, scored, passes = len(needed) - total, 0, 0
-    if total:
+    if total and hosts.first():
         _write_manifest(folder, identity)
+    parts = itertools.count()
     for pairs, lengths, names, has_value in named:
 
         def skip(part, names=names, has_value=has_value):
@@ -133,10 +139,13 @@ def run_pass(
                 str(name): (float(chosen), float(rejected))
                 for name, (chosen, rejected) in zip(names[done.indices], done.logps, strict=True)
             }
-            _write_part(folder, new)
+            if hosts.is_mine(next(parts)):
+                _write_part(folder, new)
             known.update(new)
             scored, passes = scored + len(new), passes + done.forward_passes
             report(scored, total)
+            hosts.stop_if_asked()
+    hosts.wait("reference pass")
     values = [
         np.array([pair if own else known[name] for name, own, pair in zip(names, has_value, given, strict=True)])
         for (_, _, names, has_value), (*_, given) in zip(named, sets, strict=True)
@@ -161,6 +170,7 @@ def _write_manifest(folder: Path, identity: dict[str, Any]) -> None:
 
 
 def _write_part(folder: Path, values: dict[str, tuple[float, float]]) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
     # Named by its pairs, so that two runs which share the folder never take each other's place.
     name = xxhash.xxh3_64_hexdigest("".join(values).encode())
     table = pa.table(

@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from dpo_jax import sharding
+from dpo_jax import hosts, sharding
 from dpo_jax.config import Config
 from dpo_jax.inputs import Inputs
 from dpo_jax.programs import Programs
@@ -43,10 +43,13 @@ def describe_run(config: Config, inputs: Inputs, programs: Programs, params: Any
     mesh = " x ".join(f"{axis} {size}" for axis, size in programs.mesh.shape.items())
     shape = programs.update_shape
     cut = f", the last ones cut to {', '.join(f'{r} x {n}' for r, n in shape.crops[1:])}" if shape.crops else ""
+    processes = f" of {hosts.count()} processes" if hosts.count() > 1 else ""
     say(
         f"model: {count:,} parameters, {config.model.param_dtype}, computing in {np.dtype(programs.dtype).name} "
-        f"on {mesh} {jax.devices()[0].platform}, {sharding.bytes_per_device(params):,} bytes a device"
+        f"on {mesh} {jax.devices()[0].platform}{processes}, {sharding.bytes_per_device(params):,} bytes a device"
     )
+    for path, size in sharding.whole_everywhere(params).items():
+        say(f"warning: {path}, {size:,} bytes, lies whole on every device; mesh.rules can cut it")
     say(
         f"steps {start} to {total} of {shape.pairs} pairs, packed into rows of {shape.row_length} positions, "
         f"{shape.rows} rows at a time{cut}; attention by {programs.attention}"

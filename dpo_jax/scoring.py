@@ -33,10 +33,10 @@ class Scored(NamedTuple):
     forward_passes: int
 
 
-def compute_dtype(name: str) -> Any:
+def compute_dtype(name: str, platform: str) -> Any:
     """The type a name stands for; `auto` is float32 on CPU, which has no fast bfloat16, and bfloat16 elsewhere."""
     if name == "auto":
-        name = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+        name = "float32" if platform == "cpu" else "bfloat16"
     return DTYPES[name]
 
 

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -20,10 +21,13 @@ from dpo_jax.types import Batch, InputError
 
 AXES = ("replica", "fsdp", "tensor")
 ROW_AXES = ("replica", "fsdp")
+LARGE = 2**20  # bytes of an array from which lying whole on every device is worth a remark
+
+Rules = tuple[tuple[str, P], ...]  # pattern of a leaf's path, and where such leaves lie
 
 # First match wins; leaves of the optimizer state end in the same paths and so match the same rules. An axis that
-# does not divide a dimension is left out.
-RULES: tuple[tuple[str, P], ...] = (
+# does not divide a dimension is left out. Every family's parameters have these paths (`models.config`).
+RULES: Rules = (
     (r"(embed|head)/embedding$", P("tensor", "fsdp")),
     (r"attention/[qkv]/kernel$", P(None, "fsdp", "tensor", None)),
     (r"attention/[qkv]/bias$", P(None, "tensor", None)),
@@ -33,6 +37,31 @@ RULES: tuple[tuple[str, P], ...] = (
     (r"mlp/down/kernel$", P(None, "tensor", "fsdp")),
     (r"", P()),
 )
+
+
+def parse_rules(text: str) -> Rules:
+    """RULES, after those of `mesh.rules`: "mlp/down/kernel$=-,fsdp,tensor;bias$=-,tensor", "-" for no axis.
+
+    Raises: InputError for what is no pattern, no axis, or names an axis twice.
+    """
+    rules: list[tuple[str, P]] = []
+    for each in filter(None, (part.strip() for part in text.split(";"))):
+        pattern, equals, axes = each.rpartition("=")
+        names = [name.strip() for name in axes.split(",")]
+        used = [name for name in names if name != "-"]
+        try:
+            re.compile(pattern)
+        except re.error:
+            equals = ""
+        if not equals or not pattern or not set(used) <= set(AXES) or len(set(used)) < len(used):
+            raise InputError(
+                "config.mesh.rules",
+                got=repr(each),
+                expected=f"REGEX=AXIS,AXIS,... of {', '.join(AXES)} and -, each axis once",
+                remedy="Correct it; rules are separated by ';'.",
+            )
+        rules.append((pattern, P(*(None if name == "-" else name for name in names))))
+    return (*rules, *RULES)
 
 
 def mesh_shape(sizes: Sequence[int], devices: int) -> tuple[int, ...]:
@@ -52,11 +81,30 @@ def mesh_shape(sizes: Sequence[int], devices: int) -> tuple[int, ...]:
     return filled
 
 
-def make_mesh(replica: int, fsdp: int, tensor: int) -> Mesh:
-    """The mesh over all devices."""
-    devices = jax.devices()
+def make_mesh(replica: int, fsdp: int, tensor: int, devices: Sequence[Any] | None = None) -> Mesh:
+    """The mesh over `devices`, by default all, in an order in which neighbours on an axis are near one another.
+
+    Of several TPU slices, whose devices reach one another over the data centre's network only, `replica` crosses from
+    slice to slice and no other axis does.
+
+    Raises: InputError if the sizes do not fit the number of devices or of slices.
+    """
+    devices = jax.devices() if devices is None else list(devices)
     shape = mesh_shape((replica, fsdp, tensor), len(devices))
-    return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
+    slices = len({device.slice_index for device in devices}) if devices[0].platform == "tpu" else 1
+    if slices == 1:
+        grid = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+    elif shape[0] % slices:
+        raise InputError(
+            "config.mesh.replica",
+            got=f"{shape[0]} on {slices} slices",
+            expected=f"a multiple of {slices}",
+            remedy="Only this axis crosses from slice to slice.",
+        )
+    else:
+        within, across = (shape[0] // slices, *shape[1:]), (slices, 1, 1)
+        grid = mesh_utils.create_hybrid_device_mesh(within, across, devices, allow_split_physical_axes=True)
+    return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * 3)
 
 
 def row_shards(mesh: Mesh) -> int:
@@ -64,18 +112,25 @@ def row_shards(mesh: Mesh) -> int:
     return math.prod(mesh.shape[axis] for axis in ROW_AXES)
 
 
-def shardings(mesh: Mesh, tree: Any) -> Any:
+def shards_here(mesh: Mesh) -> tuple[int, ...]:
+    """Of those, the ones whose rows devices of this process hold."""
+    by_shard = mesh.devices.reshape(row_shards(mesh), -1)
+    this = jax.process_index()
+    return tuple(i for i, devices in enumerate(by_shard) if any(device.process_index == this for device in devices))
+
+
+def shardings(mesh: Mesh, tree: Any, rules: Rules = RULES) -> Any:
     """A NamedSharding for every array (or its shape) of a tree of parameters or of a training state."""
 
     def place(path: Any, leaf: Any) -> NamedSharding:
-        return NamedSharding(mesh, partition(_path_name(path), leaf.shape, mesh.shape))
+        return NamedSharding(mesh, partition(_path_name(path), leaf.shape, mesh.shape, rules))
 
     return jax.tree_util.tree_map_with_path(place, tree)
 
 
-def partition(name: str, shape: Sequence[int], axis_sizes: Any) -> P:
+def partition(name: str, shape: Sequence[int], axis_sizes: Any, rules: Rules = RULES) -> P:
     """The PartitionSpec of the first rule that matches `name`, less the axes that do not divide `shape`."""
-    spec = next(spec for pattern, spec in RULES if re.search(pattern, name))
+    spec = next(spec for pattern, spec in rules if re.search(pattern, name))
     if len(spec) != len(shape):  # such as the factored moments of adafactor
         return P()
     fits = [
@@ -85,33 +140,51 @@ def partition(name: str, shape: Sequence[int], axis_sizes: Any) -> P:
     return P(*fits)
 
 
+def whole_everywhere(tree: Any) -> dict[str, int]:
+    """Path and bytes of every placed array of at least LARGE bytes that each of several devices holds whole."""
+    found = {}
+    for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]:
+        size = math.prod(leaf.shape) * leaf.dtype.itemsize
+        if size >= LARGE and len(leaf.sharding.device_set) > 1 and leaf.sharding.is_fully_replicated:
+            found[_path_name(path)] = size
+    return found
+
+
 def divides(axis: str, mesh: Mesh, *sizes: int) -> str | None:
     """The axis if it divides all the sizes, else None."""
     return axis if all(size % mesh.shape[axis] == 0 for size in sizes) else None
 
 
+def everywhere(mesh: Mesh) -> NamedSharding:
+    """A copy on every device."""
+    return NamedSharding(mesh, P())
+
+
 def batch_shardings(mesh: Mesh, batch: Batch) -> Batch:
     """Rows across `replica` and `fsdp`; what is one number a pair on every device."""
-    everywhere = NamedSharding(mesh, P())
     rows = jax.tree.map(lambda _: NamedSharding(mesh, P(None, ROW_AXES)), batch.rows)
-    return jax.tree.map(lambda _: everywhere, batch)._replace(rows=rows)
+    return jax.tree.map(lambda _: everywhere(mesh), batch)._replace(rows=rows)
 
 
 def put(batch: Batch, mesh: Mesh) -> Batch:
-    """Moves a batch of host arrays onto the mesh."""
-    return jax.device_put(batch, batch_shardings(mesh, batch))
+    """Moves a batch of host arrays onto the mesh; of rows, each process the ones that its devices hold."""
+    places = batch_shardings(mesh, batch)
+    if jax.process_count() == 1:
+        return jax.device_put(batch, places)
+
+    def share(array: Any, place: NamedSharding) -> jax.Array:
+        array = np.asarray(array)
+        return jax.make_array_from_callback(array.shape, place, lambda index: array[index])
+
+    return jax.tree.map(share, batch, places)
 
 
-def _path_name(path: Any) -> str:
+def _path_name(path: Iterable[Any]) -> str:
     return "/".join(str(getattr(part, "key", getattr(part, "name", getattr(part, "idx", part)))) for part in path)
 
 
 def bytes_per_device(tree: Any) -> int:
-    """Bytes of a placed tree that the first device holds."""
-    device = jax.devices()[0]
+    """Bytes of a placed tree that one device holds."""
     return sum(
-        int(np.prod(shard.data.shape)) * leaf.dtype.itemsize
-        for leaf in jax.tree.leaves(tree)
-        for shard in leaf.addressable_shards
-        if shard.device == device
+        math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree)
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import json
 import os
@@ -9,12 +10,13 @@ import sys
 import time
 import types
 import uuid
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any, Protocol, runtime_checkable
 
 from tqdm import tqdm
 
+from dpo_jax import hosts
 from dpo_jax.types import InputError
 
 # What is shown of a step while it runs, and how; a metric that a loss does not have is left out.
@@ -175,8 +177,35 @@ def open_trackers(
     return found
 
 
+class Stopwatch:
+    """Seconds since it was made, and what they went into."""
+
+    def __init__(self):
+        self._started, self.parts = time.perf_counter(), {}
+
+    def add(self, part: str, seconds: float) -> None:
+        self.parts[part] = self.parts.get(part, 0.0) + seconds
+
+    @contextlib.contextmanager
+    def part(self, name: str) -> Iterator[None]:
+        """Counts what the body takes to a part, less what is counted to others inside it."""
+        started, others = time.perf_counter(), sum(self.parts.values())
+        yield
+        inside = sum(self.parts.values()) - others
+        self.add(name, time.perf_counter() - started - inside)
+
+    def __str__(self) -> str:
+        parts = ", ".join(f"{name} {seconds:.1f}" for name, seconds in self.parts.items())
+        return f"{time.perf_counter() - self._started:.1f} s: {parts}"
+
+
 def say(message: str) -> None:
-    """Prints a line to standard error, above a progress bar if there is one; standard output is for results."""
+    """Prints a line to standard error, above a progress bar if there is one; standard output is for results.
+
+    Of several processes only the first prints.
+    """
+    if not hosts.first():
+        return
     tqdm.write(message, file=sys.stderr)
     sys.stderr.flush()
 
@@ -197,7 +226,7 @@ class Progress:
         self._first: tuple[int, float] | None = None
         self._last_line_s = -float("inf")
         self._bar = None
-        if sys.stderr.isatty():
+        if sys.stderr.isatty() and hosts.first():
             shape = "{desc} {n_fmt}/{total_fmt} {percentage:3.0f}%|{bar}|{postfix} [{elapsed}<{remaining}, {rate_fmt}]"
             self._bar = tqdm(desc=title, total=total, initial=start, bar_format=shape, dynamic_ncols=True)
 

@@ -15,7 +15,7 @@ import jax
 import numpy as np
 
 import dpo_jax
-from dpo_jax import card, feed, losses, programs, sharding, trackers, workdir
+from dpo_jax import card, feed, hosts, losses, programs, sharding, trackers, workdir
 from dpo_jax import config as configs
 from dpo_jax import inputs as run_inputs
 from dpo_jax.checkpoint import Checkpoints
@@ -39,27 +39,32 @@ def run(config: Config, folder: Path) -> None:
     Args:
       folder: the working folder, made if there is none.
     Raises: InputError for whatever cannot be used in configuration, data, checkpoint or working folder, before any
-      device is touched and before anything but the recipe's own inputs is written.
+      device is touched and before anything but the recipe's own inputs is written; `hosts.Stopped` where it was asked
+      to stop and has saved its state.
     """
+    watch = trackers.Stopwatch()
     given, config = config, run_inputs.resolve_paths(config, folder)
     run_inputs.check_names(config)
     trackers.check_available(tensorboard=config.log.tensorboard, wandb=config.log.wandb)
     workdir.check(given, folder)
     hf_files.check_replaceable(folder / "export")
-    run_inputs.prepare(config, folder)
-    inputs = run_inputs.load_inputs(config, training=True)
+    with watch.part("data"):
+        inputs = run_inputs.read_inputs(config, folder, training=True)
     total = run_inputs.check_lengths(config, inputs)
     step = workdir.check_data(inputs.digests, folder)
+    hosts.agree("working folder", {"step": step, "updates in all": total})
     describe_data(config, inputs)
     # Nothing but the run that is done writes there: the command `export` keeps away until it is.
     if (folder / "export").exists() and step == total:
         say(f"{folder} is complete at step {total}; the model is in {folder / 'export'}")
         return
-    built = programs.make_programs(config, inputs)
+    built = programs.make_programs(config, inputs.model, inputs.lengths, watch=watch)
     config, inputs = after_sft(given, config, inputs, folder)
-    store = programs.reference_store(config, inputs, folder, built)
+    with watch.part("digest of weights"):
+        store = programs.reference_store(config, inputs, folder, built)
     workdir.claim(given, folder)
-    train(config, inputs, folder, built, store, total)
+    with hosts.listening():
+        train(config, inputs, folder, built, store, total)
 
 
 def after_sft(given: Config, config: Config, inputs: Inputs, folder: Path) -> tuple[Config, Inputs]:
@@ -115,15 +120,17 @@ def train(
     train_pairs, layout_name = inputs.train, config.data.layout
     assert train_pairs is not None
     # What the run computes with.
-    shape, mesh = built.update_shape, built.mesh
-    reference, params = reference_of(config, inputs, store, built)
+    shape, mesh, watch = built.update_shape, built.mesh, built.watch
+    with watch.part("reference"):
+        reference, params = reference_of(config, inputs, store, built)
     tx, schedule = run_inputs.optimizer_of(config, total_steps=total)
     loss_fn = run_inputs.loss_of(config)
     rate, summary = jax.jit(schedule), make_summary(loss_fn)
     checkpoints = Checkpoints(folder / "checkpoints", keep=config.checkpoint.keep)
-    state = programs.first_state(config, inputs, mesh, tx, checkpoints, params)
+    with watch.part("weights"):
+        state = jax.block_until_ready(programs.first_state(config, inputs.folder, built, tx, checkpoints, params))
     del params  # donated to the state: from here on one model is held
-    update = programs.make_update(config, inputs, built, loss_fn, tx, state)
+    update = programs.make_update(config, built, loss_fn, tx, state)
     start = int(state.step)
     order = make_order(
         train_pairs.source,
@@ -138,12 +145,19 @@ def train(
     record = {"config": dataclasses.asdict(config), "data": inputs.digests, "version": dpo_jax.__version__}
 
     # Where it writes; what an interrupted run logged after its last checkpoint is dropped, and comes again.
-    logs = {name: trackers.JsonlWriter(folder / name) for name in ("metrics.jsonl", "eval.jsonl")}
+    logs: dict[str, trackers.JsonlWriter] = {}
+    others: list[trackers.Tracker] = []
+    if hosts.first():
+        logs = {name: trackers.JsonlWriter(folder / name) for name in ("metrics.jsonl", "eval.jsonl")}
+        others = trackers.open_trackers(
+            folder,
+            tensorboard=config.log.tensorboard,
+            wandb=config.log.wandb,
+            config=record["config"],
+            resume_step=start,
+        )
     for log in logs.values():
         log.truncate_after(start - 1)
-    others = trackers.open_trackers(
-        folder, tensorboard=config.log.tensorboard, wandb=config.log.wandb, config=record["config"], resume_step=start
-    )
     describe_run(config, inputs, built, state.params, start, total)
     progress = trackers.Progress(total, start=start)
     clock, faults = Clock(start), Faults()
@@ -153,8 +167,13 @@ def train(
         closing.callback(each.close)
 
     def write(name: str, step: int, row: dict[str, float]) -> None:
-        for writer in (logs[name], *others):
+        for writer in (logs[name], *others) if logs else ():
             writer.write(step, row)
+
+    def save(step: int) -> None:
+        flush()
+        with clock.paused(state):
+            checkpoints.save(step, state, record)
 
     def evaluate_at(step: int) -> None:
         if inputs.eval is None:
@@ -206,19 +225,23 @@ def train(
                     evaluate_at(step)
             if step == total:
                 break
+            if hosts.asked_to_stop():
+                save(step)
+                raise hosts.Stopped(f"asked to stop, and saved at step {step} of {total}")
             profile.at(step, state)
             (batch, counts, flops), seconds = next(made)
             waited += seconds
             state, metrics = update(state, batch)
+            if step == start:
+                jax.block_until_ready(metrics)
+                say(f"first update done after {watch}")
             flush()
             if step % config.log.every_steps == 0 or step + 1 == total:
                 place = {"epoch": step * shape.pairs / epoch, "learning_rate": float(rate(step)), "data_wait_s": waited}
                 pending.append((step, metrics, place | counts, flops))
                 waited = 0.0
             if (step + 1) % config.checkpoint.every_steps == 0 or step + 1 == total:
-                flush()
-                with clock.paused(state):
-                    checkpoints.save(step + 1, state, record)
+                save(step + 1)
     export(config, inputs, state.params, folder / "export", workdir.read_rows(folder / "eval.jsonl"), total)
     before_and_after(workdir.read_rows(folder / "eval.jsonl"))
 
@@ -319,8 +342,15 @@ def export(
     }
     text = card.model_card(config, inputs.name, data=data, steps=steps, final=evaluations[-1] if evaluations else {})
     hf_io.export(
-        params, base=inputs.base, out=out, dtype=config.export.dtype, tokenizer=inputs.tokenizer_folder, card=text
+        params,
+        base=inputs.base,
+        out=out,
+        dtype=config.export.dtype,
+        tokenizer=inputs.tokenizer_folder,
+        card=text,
+        hosts=hf_files.Hosts(hosts.index(), hosts.count(), hosts.wait),
     )
+    hosts.wait("export")  # it is in place once the first is through
     say(f"exported to {out}")
 
 
@@ -338,12 +368,12 @@ def score_reference(config: Config, folder: Path) -> None:
             expected="a loss that does",
             remedy="Train without a reference pass.",
         )
-    run_inputs.prepare(config, folder)
-    inputs = run_inputs.load_inputs(config, training=False)
+    inputs = run_inputs.read_inputs(config, folder, training=False)
     describe_data(config, inputs)
-    built = programs.make_programs(config, inputs)
+    built = programs.make_programs(config, inputs.model, inputs.lengths)
     config, inputs = after_sft(given, config, inputs, folder)
-    reference_of(config, inputs, programs.reference_store(config, inputs, folder, built), built)
+    with hosts.listening():
+        reference_of(config, inputs, programs.reference_store(config, inputs, folder, built), built)
 
 
 def evaluate_checkpoint(config: Config, folder: Path) -> dict[str, float]:
@@ -403,7 +433,7 @@ def open_checkpoint(config: Config, folder: Path) -> tuple[Config, Inputs, progr
             str(folder / "checkpoints"), got="no checkpoint", expected="one of a training run", remedy="Train first."
         )
     config, inputs = from_sft(config, run_inputs.load_inputs(config, training=False), folder)
-    built = programs.make_programs(config, inputs)
-    params = checkpoints.restore_params(step, programs.abstract_params(config, inputs, built.mesh))
+    built = programs.make_programs(config, inputs.model, inputs.lengths)
+    params = checkpoints.restore_params(step, programs.abstract_params(config, built))
     checkpoints.close()
     return config, inputs, built, step, params

@@ -5,10 +5,13 @@ from __future__ import annotations
 import json
 import os
 import tempfile
+import time
+import uuid
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from dpo_jax import config as configs
+from dpo_jax import hosts
 from dpo_jax.checkpoint import Checkpoints
 from dpo_jax.config import Config
 from dpo_jax.types import InputError
@@ -36,8 +39,14 @@ def check(config: Config, workdir: Path, *, fields: Sequence[str] | None = None)
 
 
 def claim(config: Config, workdir: Path) -> None:
-    """Writes `config.json`, whole or not at all. Raises: InputError if the folder cannot be written to."""
+    """Writes `config.json`, whole or not at all.
+
+    Raises: InputError if the folder cannot be written to, or is not the same folder on all processes.
+    """
     make(workdir)
+    check_shared(workdir)
+    if not hosts.first():
+        return
     beside = workdir / f".config.json.{os.getpid()}"
     beside.write_text(configs.to_json(config))
     os.replace(beside, workdir / "config.json")
@@ -53,6 +62,27 @@ def make(folder: Path) -> None:
         raise InputError(
             str(folder), got=f"cannot be written to ({error})", expected="a folder for the run", remedy="Name another."
         ) from error
+
+
+def check_shared(folder: Path, *, within_s: float = 20.0) -> None:
+    """Raises InputError on a process that does not see in the folder what the first process writes there."""
+    token = folder / f".{hosts.agreed('shared folder', uuid.uuid4().hex)}"
+    if hosts.first():
+        token.touch()
+    hosts.wait("shared folder written")
+    until = time.monotonic() + within_s  # network file systems take their time
+    while not token.exists() and time.monotonic() < until:
+        time.sleep(0.5)
+    seen = hosts.exchange("shared folder seen", token.exists())
+    if hosts.first():
+        token.unlink()
+    if not all(seen):
+        raise InputError(
+            str(folder),
+            got=f"another folder on {hosts.named([i for i, each in enumerate(seen) if not each])}",
+            expected="one folder that all processes share",
+            remedy="Give --workdir on a file system that every host mounts.",
+        )
 
 
 def read_config(workdir: Path) -> Config:

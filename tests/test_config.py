@@ -54,7 +54,7 @@ def test_every_field_has_a_trailing_comment_and_nothing_else_is_a_field():
 
 
 def test_rules_and_resumable_name_fields_that_exist():
-    names = set(config._flat(config.Config()))
+    names = set(config.flat(config.Config()))
     assert set(config.RULES) <= names
     assert set(config.RESUMABLE) <= names
     assert not {"model.path", "tokenizer.path", "seed", "optimizer.learning_rate"} & set(config.RESUMABLE)
@@ -63,7 +63,7 @@ def test_rules_and_resumable_name_fields_that_exist():
 def test_every_number_has_a_rule():
     """A number without a range would let a sign error through."""
     optional = {"train.steps": 1, "train.microbatch_rows": 1, "reference.microbatch_rows": 1, "data.row_length": 2}
-    values = config._flat(config.Config()) | optional | {"loss.beta": 1.0, "loss.label_smoothing": 0.0}
+    values = config.flat(config.Config()) | optional | {"loss.beta": 1.0, "loss.label_smoothing": 0.0}
     numbers = {name for name, value in values.items() if isinstance(value, int | float) and value not in (True, False)}
     assert numbers <= set(config.RULES)
 
@@ -116,6 +116,9 @@ BAD = [
     ("mesh.replica", 0, "or -1"),
     ("mesh.fsdp", -2, "or -1"),
     ("mesh.tensor", 0, "or -1"),
+    ("plan.pairs", 0, "a number >= 1"),
+    ("plan.prompt_tokens", 0, "a number >= 1"),
+    ("plan.answer_tokens", 0, "a number >= 1"),
     ("log.every_steps", 0, "a number >= 1"),
     ("profile.steps", -1, "a number >= 0"),
     ("export.dtype", "int8", "'float32', 'bfloat16', 'float16'"),
@@ -142,7 +145,7 @@ def test_freeze_accepts_the_edges_of_ranges():
     edges = {"data.max_length": 2, "data.max_prompt_length": 1, "loss.label_smoothing": 0.0, "optimizer.b1": 0.0}
     edges |= {"mesh.fsdp": 1, "mesh.tensor": -1, "prepare": "dpo_jax.quickstart:make", "sft.steps": 0}
     fields.update_from_flattened_dict(edges)
-    assert config._flat(config.freeze(fields)).items() >= edges.items()
+    assert config.flat(config.freeze(fields)).items() >= edges.items()
 
 
 @pytest.mark.parametrize(

@@ -9,8 +9,8 @@ import pytest
 ROOT = Path(__file__).parents[1]
 
 LEVELS = (
-    "__init__ types feed gradients",
-    "config",
+    "__init__ types feed gradients chips collectives",
+    "config hosts",
     "logprobs losses metrics sharding data models",
     "optim steps scoring flops generate quickstart",
     "reference checkpoint inputs trackers",

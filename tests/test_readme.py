@@ -39,7 +39,7 @@ def test_table_of_fields_is_that_of_the_configuration():
             yield f"| `{prefix}{field.target.id}` | {words.get(value, value.strip(chr(39)))} | {comment} |"
 
     expected = list(rows("Config"))
-    assert len(expected) == len(config._flat(config.Config()))
+    assert len(expected) == len(config.flat(config.Config()))
     found = README.split("| field | default | meaning |\n|---|---|---|\n")[1].split("\n\n")[0].splitlines()
     assert found == expected
 

@@ -213,9 +213,9 @@ def test_second_run_on_the_same_data_makes_no_reference_pass(finished, inputs, t
     forwards = []
     real = programs.make_programs
 
-    def counting(*args):
-        built = real(*args)
-        return built._replace(score=lambda p, b: forwards.append(1) or built.score(p, b))
+    def counting(*args, **options):
+        built = real(*args, **options)
+        return built._replace(scoring=lambda *args: forwards.append(1) or built.scoring(*args))
 
     monkeypatch.setattr(programs, "make_programs", counting)
     train.run(config, tmp_path / "run")

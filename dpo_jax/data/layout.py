@@ -48,6 +48,7 @@ class Shape:
     microbatches: int  # A, the most a batch can need
     shards: int = 1  # devices that the rows of a microbatch are spread over
     crops: tuple[Crop, ...] = ()  # sizes that a microbatch may be cut to, the whole one first; empty: none is cut
+    here: tuple[int, ...] | None = None  # of the shards, those whose rows this process needs; None: all
 
     @property
     def positions(self) -> int:
@@ -205,6 +206,7 @@ def choose_shape(
     shards: int,
     target_positions: int,
     field: str = "train.microbatch_rows",
+    here: tuple[int, ...] | None = None,
 ) -> Shape:
     """Fixes the shape of a run's batches: microbatches as large as may be with batches still FULL_ENOUGH.
 
@@ -215,6 +217,7 @@ def choose_shape(
       shards: devices that rows are spread over; rows are a multiple of it.
       target_positions: of a microbatch on one device, about the most.
       field: what `rows` was given by, for errors.
+      here: of the shards, those whose rows this process needs; None: all.
     Raises: InputError if `rows` does not divide so, or `row_length` is not a multiple of 8 that holds the longest pair
       or, in microbatches of two rows and more, the longest sequence.
     """
@@ -234,7 +237,8 @@ def choose_shape(
             expected=f"a positive multiple of {shards}, the devices that rows are spread over",
             remedy="Change it, or mesh.replica and mesh.fsdp, or unset it.",
         )
-    return _fullest(lengths, layout, pairs, _candidates(longest, row_length, rows, shards, target_positions), shards)
+    sizes = _candidates(longest, row_length, rows, shards, target_positions)
+    return dataclasses.replace(_fullest(lengths, layout, pairs, sizes, shards), here=here)
 
 
 def _candidates(longest: int, row_length: int | None, rows: int | None, shards: int, target: int) -> list[Crop]:
@@ -374,6 +378,9 @@ def into_microbatches(packed: Packed, shape: Shape) -> list[Microbatch]:
 def collate(pairs: Sequence[Encoded], reference: np.ndarray | None, shape: Shape, *, layout: str) -> Batch:
     """Packs at most `shape.pairs` pairs into one batch of fixed shape.
 
+    Which row a pair stands in follows from lengths alone. Only rows of the shards in `shape.here` are written, and only
+    their pairs' tokens read; the others are left as padding.
+
     Args:
       pairs: in batch order; fewer than `shape.pairs` leaves the rest as padding, marked absent.
       reference: stored log-probs [len(pairs), 2] in nats, or None where there are none.
@@ -381,7 +388,6 @@ def collate(pairs: Sequence[Encoded], reference: np.ndarray | None, shape: Shape
     assert len(pairs) <= shape.pairs
     lengths = np.array([[len(ids) for ids in pair] for pair in pairs])
     room = piece_room(lengths, layout, shape.row_length)
-    units = [_pieces(pair, layout, len(sizes)) for pair, sizes in zip(pairs, room, strict=True)]
     planned = plan(lengths, shape, layout)
     grid = (shape.microbatches * shape.rows, shape.row_length)
     index = np.arange(shape.row_length, dtype=np.int32)
@@ -400,7 +406,10 @@ def collate(pairs: Sequence[Encoded], reference: np.ndarray | None, shape: Shape
     for micro, microbatch in enumerate(planned):
         crop[micro] = microbatch.crop
         for at, members in zip(_dealt(shape), microbatch.rows, strict=False):
-            _write_row(rows, micro * shape.rows + at, [(p, units[p][j], room[p][j]) for p, j in members])
+            if shape.here is None or at // (shape.rows // shape.shards) in shape.here:
+                units = [_pieces(pairs[p], layout, len(room[p]))[j] for p, j in members]
+                pieces = [(p, unit, room[p][j]) for (p, j), unit in zip(members, units, strict=True)]
+                _write_row(rows, micro * shape.rows + at, pieces)
             present[micro, [pair for pair, _ in members]] = True
     stored = np.zeros((shape.pairs, 2), np.float32)
     if reference is not None:

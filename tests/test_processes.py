@@ -1,0 +1,125 @@
+"""Several real processes: start, disagreement, a killed peer, a request to stop, and going on."""
+
+import json
+import shutil
+import signal
+
+import pytest
+
+from dpo_jax import config, hosts
+from tests.processes import ROOT, Run, arguments
+from tests.runs import make_config, make_inputs, read_rows, untimed
+
+STEPS = 6
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory):
+    return make_inputs(tmp_path_factory.mktemp("inputs"))
+
+
+@pytest.fixture(scope="module")
+def recipe(inputs):
+    """A run of the configuration as a file, as every process reads it."""
+    path = inputs / "config.json"
+    path.write_text(config.to_json(make_config(inputs, train__steps=STEPS, train__batch_pairs=8)))
+    return path
+
+
+def rows(workdir):
+    return read_rows(workdir / "metrics.jsonl") if (workdir / "metrics.jsonl").exists() else []
+
+
+def test_processes_that_disagree_on_the_configuration_say_who_and_end(recipe, tmp_path):
+    command = arguments("train", recipe, tmp_path / "run")
+    with Run(command, tmp_path, processes=2, own={1: ["--config.loss.beta=0.3"]}) as run:
+        for ended in run.ended_all(within_s=60):
+            assert ended.status == 2
+            assert "loss.beta is null on process 0" in ended.output and "0.3 on process 1" in ended.output
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+def test_processes_that_disagree_on_data_code_or_step_say_who_and_end(recipe, inputs, tmp_path):
+    chosen = json.loads(recipe.read_text())
+    chosen["data"] |= {"train": "train.jsonl", "eval": ""}
+    (tmp_path / "config.json").write_text(json.dumps(chosen))
+    places = {i: tmp_path / f"host-{i}" for i in range(2)}
+    for place in places.values():
+        place.mkdir()
+        shutil.copy(inputs / "train.jsonl", place)
+    lines = (inputs / "train.jsonl").read_text().splitlines(keepends=True)
+    command = arguments("train", tmp_path / "config.json", "run")
+
+    (places[1] / "train.jsonl").write_text("".join(lines[1:]))
+    with Run(command, tmp_path / "data", processes=2, folders=places) as run:
+        for ended in run.ended_all(within_s=60):
+            assert ended.status == 2 and "data and model: train is" in ended.output and "on process 1" in ended.output
+
+    shutil.copytree(ROOT / "dpo_jax", tmp_path / "code" / "dpo_jax")
+    with (tmp_path / "code" / "dpo_jax" / "losses.py").open("a") as file:
+        file.write("# changed\n")
+    environment = {1: {"PYTHONPATH": str(tmp_path / "code")}}
+    with Run(command, tmp_path / "other", processes=2, folders=places, environment=environment) as run:
+        for ended in run.ended_all(within_s=60):
+            assert ended.status == 2 and "configuration: code is" in ended.output and "on process 1" in ended.output
+
+    # Folders of one name that are not one folder: the second holds a run that came further.
+    shutil.copy(inputs / "train.jsonl", places[1])
+    alone = arguments("train", tmp_path / "config.json", "run", mesh__fsdp=8)
+    with Run(alone, tmp_path / "alone", processes=1, folders={0: places[1]}) as run:
+        assert run.ended_all()[0].status == 0
+    with Run(command, tmp_path / "step", processes=2, folders=places) as run:
+        for ended in run.ended_all(within_s=60):
+            assert ended.status == 2 and f"step is null on process 0" in ended.output and f"{STEPS} on" in ended.output
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("killed", [0, 1])
+def test_others_end_within_a_minute_of_a_killed_process(recipe, tmp_path, killed):
+    command = arguments("train", recipe, tmp_path / "run", train__steps=100_000, checkpoint__every_steps=100_000)
+    with Run(command, tmp_path, processes=2) as run:
+        run.wait_for(lambda: len(rows(tmp_path / "run")) > 2)
+        run.processes[killed].kill()
+        ended = run.ended_all(within_s=60)
+    assert ended[killed].status == -signal.SIGKILL
+    assert ended[1 - killed].status not in (0, hosts.STOPPED), ended[1 - killed].output
+
+
+@pytest.mark.slow
+def test_others_end_when_one_fails(recipe, inputs, tmp_path):
+    # A model folder that only one host lacks: an error that the others cannot find themselves.
+    places = {i: tmp_path / f"host-{i}" for i in range(2)}
+    for place in places.values():
+        place.mkdir()
+    shutil.copytree(inputs / "model", places[0] / "model")
+    command = arguments("train", recipe, tmp_path / "run", model__path="model")
+    with Run(command, tmp_path, processes=2, folders=places) as run:
+        first, second = run.ended_all(within_s=60)
+    assert second.status == 2 and "model: no such folder" in second.output
+    assert first.status == 1 and "process 1" in first.output and "no such folder" in first.output
+
+
+@pytest.mark.slow
+def test_a_request_to_one_stops_all_at_one_step_and_the_command_goes_on(recipe, tmp_path):
+    steps = 400
+    fields = dict(train__steps=steps, checkpoint__every_steps=1000, train__epochs=1)
+    command = arguments("train", recipe, tmp_path / "run", **fields)
+    with Run(command, tmp_path / "first", processes=2) as run:
+        run.wait_for(lambda: len(rows(tmp_path / "run")) > 2)
+        run.processes[1].send_signal(signal.SIGTERM)
+        ended = run.ended_all()
+    assert [each.status for each in ended] == [hosts.STOPPED] * 2, ended
+    saved = [int(path.name) for path in (tmp_path / "run" / "checkpoints").iterdir()]
+    assert len(saved) == 1 and 2 < saved[0] < steps
+    assert f"saved at step {saved[0]} of {steps}" in ended[0].output
+    assert [row["step"] for row in rows(tmp_path / "run")] == list(range(saved[0]))
+
+    with Run(command, tmp_path / "second", processes=2) as run:
+        ended = run.ended_all()
+    assert [each.status for each in ended] == [0, 0], ended
+    with Run(arguments("train", recipe, tmp_path / "whole", **fields), tmp_path / "third", processes=2) as run:
+        assert [each.status for each in run.ended_all()] == [0, 0]
+    assert untimed(rows(tmp_path / "run")) == untimed(rows(tmp_path / "whole"))
+    exported = [(tmp_path / name / "export" / "model.safetensors").read_bytes() for name in ("run", "whole")]
+    assert exported[0] == exported[1]
