@@ -5,7 +5,7 @@ import json
 import numpy as np
 from safetensors.numpy import load_file, save_file
 
-from dpo_jax.models import hf_io, weights
+from dpo_jax.models import hf_files, hf_io, weights
 from dpo_jax.models.families import FAMILIES
 
 LLAMA = dict(
@@ -37,6 +37,8 @@ CONFIGS = {
     "gpt_neox": NEOX,
     "gpt_neox_tied": NEOX | dict(tie_word_embeddings=True, attention_bias=False),
 }
+# For models larger than those.
+SIZES = dict(vocab_size=512, hidden_size=256, intermediate_size=512, num_hidden_layers=4, num_attention_heads=4)
 CONFIG, FILE, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 
 
@@ -69,6 +71,16 @@ def edit_weights(folder, change):
     save_file(tensors, folder / FILE, metadata={"format": "pt"})
 
 
+def repeat_head(hf, tensors):
+    """Adds the head that a tied model may have beside its embedding."""
+    if hf.get("tie_word_embeddings"):
+        name, embedding = {
+            "llama": ("lm_head.weight", "model.embed_tokens.weight"),
+            "gpt_neox": ("embed_out.weight", "gpt_neox.embed_in.weight"),
+        }[hf["model_type"]]
+        tensors[name] = tensors[embedding]
+
+
 def edit_config(folder, **changes):
     path = folder / CONFIG
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
@@ -83,3 +95,11 @@ def assert_same(ours, theirs):
 
 def snapshot(folder):
     return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def count_reads(monkeypatch):
+    """A list that gets the size of every read of weights."""
+    sizes = []
+    real = hf_files.read_bytes
+    monkeypatch.setattr(hf_files, "read_bytes", lambda file, at, size: sizes.append(size) or real(file, at, size))
+    return sizes

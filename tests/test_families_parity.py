@@ -92,7 +92,9 @@ def saved(request, tmp_path_factory):
 
 def load(folder):
     config, _ = hf_io.read_config(folder)
-    return hf_io.load_params(folder, config, put=lambda path, array: jnp.asarray(array)), config
+    return hf_io.load_params(
+        folder, config, place=lambda path, shape, read: jnp.asarray(hf_io.whole(path, shape, read))
+    ), config
 
 
 def tokens_of(model):

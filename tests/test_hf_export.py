@@ -1,12 +1,17 @@
 """Exports: bit-exact, whole or not at all, and never over anything they did not write."""
 
+import collections
+import functools
 import json
+import shutil
+import threading
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import ml_dtypes
 import pytest
+from jax.sharding import NamedSharding, PartitionSpec
 from safetensors.numpy import load_file
 
 from dpo_jax.models import hf_files, hf_io
@@ -37,6 +42,140 @@ def test_export_takes_jax_arrays(tmp_path):
     leaves = save(tmp_path / "base")
     hf_io.export(jax.tree.map(jnp.asarray, hf_io.nest(leaves)), base=tmp_path / "base", out=tmp_path / "out")
     assert snapshot(tmp_path / "out") == snapshot(tmp_path / "base")
+
+
+@both_families
+def test_export_takes_arrays_spread_over_devices(tmp_path, hf):
+    leaves = save(tmp_path / "base", hf)
+    params = jax.device_put(hf_io.nest(leaves), spread(leaves))
+    hf_io.export(params, base=tmp_path / "base", out=tmp_path / "out")
+    assert snapshot(tmp_path / "out") == snapshot(tmp_path / "base")
+
+
+def spread(leaves):
+    """A sharding for each leaf, as `hf_io.nest` nests them: its last axes over eight devices, where they divide."""
+    mesh = jax.make_mesh((2, 4), ("x", "y"))
+    last = {1: ("y",), 2: ("y", "x"), 3: (None, "x", "y"), 4: (None, "x", "y", None)}
+    specs = {
+        path: [axis if size % 4 == 0 else None for axis, size in zip(last[x.ndim], x.shape, strict=True)]
+        for path, x in leaves.items()
+    }
+    return hf_io.nest({path: NamedSharding(mesh, PartitionSpec(*spec)) for path, spec in specs.items()})
+
+
+def test_array_shared_with_other_processes_is_copied_a_layer_at_a_time(tmp_path, monkeypatch, caplog):
+    """Of those a test in one process has none: here every array says that it is one."""
+    leaves = save(tmp_path / "base")
+    params = jax.device_put(hf_io.nest(leaves), spread(leaves))
+    copied, copier = [], hf_io.copier
+
+    def counting(mesh):
+        return lambda array, layer: copied.append(copier(mesh)(array, layer)) or copied[-1]
+
+    monkeypatch.setattr(hf_io, "copier", counting)
+    monkeypatch.setattr(type(params["embed"]["embedding"]), "is_fully_addressable", property(lambda self: False))
+    jax.config.update("jax_log_compiles", True)
+    try:
+        hf_io.export(params, base=tmp_path / "base", out=tmp_path / "out")
+    finally:
+        jax.config.update("jax_log_compiles", False)
+    assert snapshot(tmp_path / "out") == snapshot(tmp_path / "base")
+    layers = 3
+    assert len(copied) == sum(layers if path.startswith("blocks") else 1 for path in leaves)
+    assert all(x.is_fully_replicated and len(x.addressable_shards) == 8 for x in copied)
+    assert max(x.size for x in copied) == leaves["embed/embedding"].size
+    assert 0 < caplog.text.count("Compiling jit(copy)") <= len(leaves)  # one program serves all layers
+
+
+# Many hosts.
+
+
+def exporting(leaves, folder, **options):
+    return functools.partial(hf_io.export, hf_io.nest(leaves), base=folder / "base", out=folder / "out", **options)
+
+
+def from_hosts(count, export):
+    """Exports as `count` hosts at once, each a thread; returns the names each has waited for, and its errors."""
+    barrier, waits, errors = threading.Barrier(count), [[] for _ in range(count)], [None] * count
+
+    def run(index):
+        def wait(name):
+            waits[index].append(name)
+            barrier.wait(60)
+
+        try:
+            export(hosts=hf_io.Hosts(index, count, wait))
+        except BaseException as error:
+            errors[index] = error
+            barrier.abort()  # as the others' barriers fail when a process dies
+
+    threads = [threading.Thread(target=run, args=(index,)) for index in range(count)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return waits, errors
+
+
+@pytest.mark.parametrize("count", [2, 3, 30])
+def test_export_shared_by_hosts_is_that_of_one(tmp_path, count):
+    """Also where there are more hosts than files."""
+    leaves = folder_with_tokenizer(tmp_path / "base")
+    export = exporting(leaves, tmp_path, card="# A model\n", max_shard_bytes=4000)
+    export()
+    one = snapshot(tmp_path / "out")
+    shutil.rmtree(tmp_path / "out")
+    waits, errors = from_hosts(count, export)
+    assert errors == [None] * count
+    assert waits == [["export: folder made", "export: files written"]] * count
+    assert snapshot(tmp_path / "out") == one
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["base", "out"]
+
+
+def test_hosts_write_files_in_turn(tmp_path, monkeypatch):
+    leaves = save(tmp_path / "base")
+    written = collections.defaultdict(list)
+    real = hf_files.write_file
+
+    def write_file(path, *arguments):
+        written[threading.current_thread().name].append(path.name)
+        real(path, *arguments)
+
+    monkeypatch.setattr(hf_files, "write_file", write_file)
+    _, errors = from_hosts(3, exporting(leaves, tmp_path, max_shard_bytes=4000))
+    assert errors == [None] * 3
+    names = sorted(path.name for path in (tmp_path / "out").glob("*.safetensors"))
+    assert sorted(written.values()) == [names[0::3], names[1::3], names[2::3]]
+
+
+@pytest.mark.parametrize("failing", [0, 1])
+def test_failure_of_one_host_leaves_the_old_export(tmp_path, monkeypatch, failing):
+    leaves = save(tmp_path / "base")
+    hf_io.export(hf_io.nest(leaves), base=tmp_path / "base", out=tmp_path / "out", card="old")
+    before = snapshot(tmp_path / "out")
+    real = hf_files.write_file
+
+    def write_file(path, *arguments):
+        if path.name.startswith(f"model-{failing + 3:05d}"):  # the second file of that host
+            raise OSError("No space left on device")
+        real(path, *arguments)
+
+    monkeypatch.setattr(hf_files, "write_file", write_file)
+    _, errors = from_hosts(2, exporting(leaves, tmp_path, max_shard_bytes=4000))
+    assert "No space left" in str(errors[failing]) and all(errors)
+    assert snapshot(tmp_path / "out") == before
+    # Where host 0 fails, the other may still be writing into the hidden folder that is being deleted.
+    assert sorted(path.name for path in tmp_path.iterdir() if failing or path.name[0] != ".") == ["base", "out"]
+
+
+def test_what_killed_hosts_left_behind_is_replaced(tmp_path):
+    leaves = save(tmp_path / "base")
+    (tmp_path / ".out.new-shared").mkdir()
+    (tmp_path / ".out.new-shared" / "model-00001-of-00009.safetensors").write_text("half")
+    _, errors = from_hosts(2, exporting(leaves, tmp_path))
+    assert errors == [None] * 2
+    assert snapshot(tmp_path / "out") == snapshot(tmp_path / "base")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["base", "out"]
 
 
 def test_export_in_another_type_says_so_in_config(tmp_path):

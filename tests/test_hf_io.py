@@ -1,14 +1,13 @@
-"""Hugging Face folders without torch: what is read, what is refused, and what a digest sees."""
+"""Hugging Face folders without torch: what is read, and what is refused."""
 
 import json
 import shutil
 import tracemalloc
 
 import jax
-import ml_dtypes
 import numpy as np
 import pytest
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import load_file
 
 from dpo_jax.models import decoder, hf_io, weights
 from dpo_jax.types import InputError
@@ -21,7 +20,6 @@ from tests.hf_folders import (
     NEOX,
     assert_same,
     decoder_config,
-    edit_config,
     edit_weights,
     load,
     random_leaves,
@@ -73,10 +71,10 @@ def test_fused_query_key_value_is_interleaved_by_head(tmp_path):
             np.testing.assert_array_equal(fused[start : start + 4], ours[:, head].T)
 
 
-def test_put_gets_every_leaf_and_its_result_is_kept(tmp_path):
+def test_place_gets_every_leaf_and_its_result_is_kept(tmp_path):
     leaves = save(tmp_path / "m")
-    seen = load(tmp_path / "m", put=lambda path, array: (path, array.sum()))
-    assert seen == {path: (path, leaf.sum()) for path, leaf in leaves.items()}
+    seen = load(tmp_path / "m", place=lambda path, shape, read: (path, shape, hf_io.whole(path, shape, read).sum()))
+    assert seen == {path: (path, leaf.shape, leaf.sum()) for path, leaf in leaves.items()}
 
 
 def test_host_holds_one_leaf_while_loading_and_one_tensor_while_exporting(tmp_path):
@@ -86,7 +84,7 @@ def test_host_holds_one_leaf_while_loading_and_one_tensor_while_exporting(tmp_pa
     total, largest = sum(x.nbytes for x in leaves.values()), max(x.nbytes for x in leaves.values())
     config, _ = hf_io.read_config(tmp_path / "m")
     tracemalloc.start()
-    hf_io.load_params(tmp_path / "m", config, put=lambda path, array: None)
+    hf_io.load_params(tmp_path / "m", config, place=lambda *leaf: hf_io.whole(*leaf) is None)
     loading = tracemalloc.get_traced_memory()[1]
     tracemalloc.reset_peak()
     hf_io.export(hf_io.nest(leaves), base=tmp_path / "m", out=tmp_path / "out")
@@ -219,6 +217,18 @@ def test_tied_checkpoint_may_repeat_its_head_but_not_change_it(tmp_path):
         load(tmp_path / "m")
 
 
+def test_changed_row_of_a_repeated_head_is_found_by_who_reads_it(tmp_path):
+    """Hosts that read other rows of the embedding need not read that one."""
+    leaves = save(tmp_path / "m", CONFIGS["llama_tied"])
+    head = leaves["embed/embedding"].copy()
+    head[30, 5] += 1
+    edit_weights(tmp_path / "m", lambda tensors: tensors.update({"lm_head.weight": head}))
+    half = lambda rows: lambda path, shape, read: read((rows if path == "embed/embedding" else slice(None),))
+    load(tmp_path / "m", place=half(slice(0, 20)))
+    with pytest.raises(InputError, match="lm_head.weight: differs"):
+        load(tmp_path / "m", place=half(slice(20, 40)))
+
+
 def test_pickled_weights_are_refused(tmp_path):
     save(tmp_path / "m")
     (tmp_path / "m" / FILE).rename(tmp_path / "m" / "pytorch_model.bin")
@@ -261,59 +271,6 @@ def test_unknown_dtypes_are_refused(tmp_path):
     ):
         with pytest.raises(InputError, match="float32, bfloat16, float16"):
             act()
-
-
-# Digests.
-
-
-def test_digest_sees_one_bit_but_not_sharding_or_harmless_fields(tmp_path):
-    save(tmp_path / "m")
-    before = hf_io.digest(tmp_path / "m")
-    # Shards whose names interleave, so that the order of files is not the order of tensors.
-    shards, tensors = tmp_path / "shards", load_file(tmp_path / "m" / FILE)
-    shutil.copytree(tmp_path / "m", shards)
-    (shards / FILE).unlink()
-    files = {name: f"model-{i % 3}.safetensors" for i, name in enumerate(sorted(tensors))}
-    for file in set(files.values()):
-        save_file({name: tensors[name] for name in files if files[name] == file}, shards / file)
-    (shards / INDEX).write_text(json.dumps({"weight_map": files}))
-    assert hf_io.digest(shards) == before
-    edit_config(tmp_path / "m", transformers_version="9", eos_token_id=7)
-    assert hf_io.digest(tmp_path / "m") == before
-
-    def flip(tensors):
-        tensors["model.layers.1.mlp.up_proj.weight"].view("u4")[3, 5] ^= 1
-
-    edit_weights(tmp_path / "m", flip)
-    after = hf_io.digest(tmp_path / "m")
-    assert after != before
-    edit_weights(tmp_path / "m", flip)
-    assert hf_io.digest(tmp_path / "m") == before
-
-
-@pytest.mark.parametrize("changes", [dict(rope_theta=2e4), dict(rms_norm_eps=1e-4), dict(hidden_act="gelu")])
-def test_digest_sees_the_architecture(tmp_path, changes):
-    save(tmp_path / "m")
-    before = hf_io.digest(tmp_path / "m")
-    edit_config(tmp_path / "m", **changes)
-    assert hf_io.digest(tmp_path / "m") != before
-
-
-def test_digest_sees_names_and_types(tmp_path):
-    """Two tensors under each other's names are another model, and so are the same numbers in another type."""
-    save(tmp_path / "m", NEOX)
-    digests = [hf_io.digest(tmp_path / "m")]
-    up = "gpt_neox.layers.{}.mlp.dense_h_to_4h.weight".format
-
-    def swap(tensors):
-        tensors[up(0)], tensors[up(1)] = tensors[up(1)], tensors[up(0)]
-
-    edit_weights(tmp_path / "m", swap)
-    digests.append(hf_io.digest(tmp_path / "m"))
-    for dtype in (ml_dtypes.bfloat16, np.float16):  # zeros are the same bytes in both
-        edit_weights(tmp_path / "m", lambda tensors, dtype=dtype: tensors.update({up(0): np.zeros((24, 16), dtype)}))
-        digests.append(hf_io.digest(tmp_path / "m"))
-    assert len(set(digests)) == 4
 
 
 # Finding folders.

@@ -13,7 +13,7 @@ import struct
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import huggingface_hub
 import ml_dtypes  # noqa: F401  gives numpy its bfloat16
@@ -43,13 +43,33 @@ TOKENIZER_FILES = (
 TEMPLATE_FOLDER = "additional_chat_templates"  # named chat templates beside the default one
 # Everything a download may bring, and everything an export may write besides its weights. No *.bin, no *.py.
 SMALL_FILES = (CONFIG, "generation_config.json", INDEX, *TOKENIZER_FILES)
+PIECE = 4 << 20  # bytes read at a time: few calls, and still in the processor's cache when they are converted
+GAP = 256 << 10  # the same where only some of them are wanted: skipping would be slower, even if the file is cached
+
+Index = tuple[slice, ...]  # as jax.make_array_from_callback gives it
 
 
 class Weights(NamedTuple):
-    """An open checkpoint: what it holds, and a function that reads one tensor by name."""
+    """An open checkpoint: what it holds, and how to read it.
+
+    `pieces(name, view)` are the numbers of `view(tensor)`, a function that only slices, reshapes and transposes: one
+    after another, in the order of the file, each with its place in that view. No other parts of the file are read,
+    but for gaps that would be slower to skip.
+    """
 
     headers: dict[str, Header]
-    read: Callable[[str], np.ndarray]
+    pieces: Callable[[str, Callable[[np.ndarray], np.ndarray]], Iterator[tuple[Index, np.ndarray]]]
+
+
+class Hosts(NamedTuple):
+    """The processes that share a job, seen from one of them."""
+
+    index: int = 0
+    count: int = 1
+    wait: Callable[[str], None] = lambda name: None  # returns once every host has called it with this name
+
+
+ONE_HOST = Hosts()
 
 
 class Spec(NamedTuple):
@@ -140,10 +160,11 @@ def open_weights(folder: Path) -> Iterator[Weights]:
     """
     with contextlib.ExitStack() as stack:
         headers: dict[str, Header] = {}
-        homes: dict[str, Any] = {}
+        homes: dict[str, tuple[BinaryIO, int]] = {}
         for path in weight_files(folder):
             try:
-                file = stack.enter_context(safe_open(path, framework="numpy"))
+                with safe_open(path, framework="numpy"):  # which checks all that the header claims
+                    file = stack.enter_context(path.open("rb"))
             except (SafetensorError, OSError) as error:
                 raise InputError(
                     str(path),
@@ -151,23 +172,73 @@ def open_weights(folder: Path) -> Iterator[Weights]:
                     expected="a safetensors file",
                     remedy="Download it again.",
                 ) from error
-            for name in file.keys():
+            (length,) = struct.unpack("<Q", file.read(8))
+            for name, entry in json.loads(file.read(length)).items():
+                if name == "__metadata__":
+                    continue
                 if name in homes:
                     raise InputError(
                         str(path), got=f"{name} again", expected="each tensor in one file", remedy="Remove one of them."
                     )
-                view = file.get_slice(name)
-                headers[name], homes[name] = Header(view.get_dtype(), tuple(view.get_shape())), file
-        yield Weights(headers, lambda name: homes[name].get_tensor(name))
+                headers[name] = Header(entry["dtype"], tuple(entry["shape"]))
+                homes[name] = file, 8 + length + entry["data_offsets"][0]
+        yield Weights(headers, lambda name, view: read_pieces(*homes[name], headers[name], view))
+
+
+def read_pieces(
+    file: BinaryIO, begin: int, header: Header, view: Callable[[np.ndarray], np.ndarray]
+) -> Iterator[tuple[Index, np.ndarray]]:
+    """`Weights.pieces` of the tensor whose numbers stand at `begin`.
+
+    A view is laid out in memory as it is in the file, so it is made of an array that is never filled (memory that
+    is not touched takes no room), and its address and strides tell where to read. It is halved along the axis of the
+    longest stride until a piece has no gaps or is so short that they do not matter.
+    """
+    tensor = np.empty(header.shape, FLOATS[header.dtype])
+    whole = view(tensor)
+    assert not whole.size or np.may_share_memory(whole, tensor), "not a view but a copy"
+    todo = [tuple(slice(0, size) for size in whole.shape)] if whole.size else []
+    while todo:
+        index = todo.pop()
+        part = whole[(*index, ...)]  # with the dots even a single number stays an array
+        span = part.itemsize + sum((size - 1) * stride for size, stride in zip(part.shape, part.strides, strict=True))
+        if part.size > 1 and span > (PIECE if span == part.nbytes else GAP):
+            _, axis = max((stride, i) for i, stride in enumerate(part.strides) if part.shape[i] > 1)
+            start, stop = index[axis].start, index[axis].stop
+            middle = (start + stop) // 2
+            todo += [(*index[:axis], half, *index[axis + 1 :]) for half in (slice(middle, stop), slice(start, middle))]
+        else:
+            numbers = read_bytes(file, begin + part.ctypes.data - tensor.ctypes.data, span)
+            yield index, np.ndarray(part.shape, part.dtype, numbers, strides=part.strides)
+
+
+def read_bytes(file: BinaryIO, start: int, count: int) -> bytes:
+    """`count` bytes from `start`. Raises InputError if the file has become shorter."""
+    file.seek(start)
+    found = file.read(count)
+    if len(found) < count:
+        raise InputError(
+            str(file.name),
+            got=f"ends at byte {start + len(found)}",
+            expected=f"{start + count} bytes or more",
+            remedy="It was cut while being read; download it again.",
+        )
+    return found
 
 
 def write_weights(
-    folder: Path, specs: Sequence[Spec], build: Callable[[str], np.ndarray], *, max_shard_bytes: int
+    folder: Path,
+    specs: Sequence[Spec],
+    build: Callable[[str], Callable[[], np.ndarray]],
+    *,
+    max_shard_bytes: int,
+    hosts: Hosts,
 ) -> None:
     """Writes model.safetensors, or numbered files and their index where it would exceed `max_shard_bytes`.
 
-    `build(name)` is called once for each tensor, when its turn to be written has come, so that no more than one of
-    them is in memory.
+    Each file is written by one of the hosts, in turn. `build(name)` is called on all of them, in the same order and
+    once for each tensor, when its turn to be written has come; what it returns is called on the host that writes,
+    so that no more than one tensor is in memory.
     """
     by_name = {spec.name: spec for spec in specs}
     split = huggingface_hub.split_state_dict_into_shards_factory(
@@ -176,22 +247,31 @@ def write_weights(
         filename_pattern="model{suffix}.safetensors",
         max_shard_size=max_shard_bytes,
     )
-    for filename, names in split.filename_to_tensors.items():
-        write_file(folder / filename, [by_name[name] for name in names], build)
-    if split.is_sharded:
+    for number, (filename, names) in enumerate(split.filename_to_tensors.items()):
+        ordered = in_file_order([by_name[name] for name in names])
+        if number % hosts.count == hosts.index:
+            write_file(folder / filename, ordered, build)
+        else:
+            for spec in ordered:
+                build(spec.name)
+    if split.is_sharded and hosts.index == 0:
         index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
         write_json(folder / INDEX, index)
 
 
-def write_file(path: Path, specs: Sequence[Spec], build: Callable[[str], np.ndarray]) -> None:
+def in_file_order(specs: Sequence[Spec]) -> list[Spec]:
+    """Tensors as the safetensors library orders them in a file: widest types first, so that all are aligned."""
+    rank = list(FLOATS.values())
+    return sorted(specs, key=lambda spec: (rank.index(spec.dtype), spec.name))
+
+
+def write_file(path: Path, ordered: Sequence[Spec], build: Callable[[str], Callable[[], np.ndarray]]) -> None:
     """Writes one safetensors file, byte for byte as the safetensors library does, a tensor at a time.
 
     The library itself wants every tensor of the file in memory at once. Layout: eight bytes of header length, a JSON
-    header padded with spaces to a multiple of eight, then the numbers, widest types first so that all are aligned.
+    header padded with spaces to a multiple of eight, then the numbers.
     """
     codes = {dtype: code for code, dtype in FLOATS.items()}
-    rank = list(FLOATS)
-    ordered = sorted(specs, key=lambda spec: (rank.index(codes[spec.dtype]), spec.name))
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
     for spec in ordered:
@@ -202,7 +282,7 @@ def write_file(path: Path, specs: Sequence[Spec], build: Callable[[str], np.ndar
     with path.open("wb") as file:
         file.write(struct.pack("<Q", len(text)) + text)
         for spec in ordered:
-            array = np.ascontiguousarray(build(spec.name))
+            array = np.ascontiguousarray(build(spec.name)())
             assert (array.dtype, array.shape) == (np.dtype(spec.dtype), spec.shape), spec.name
             file.write(array.view(np.uint8).data)
 
@@ -211,14 +291,10 @@ def write_json(path: Path, value: Mapping) -> None:
     path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def copy_tokenizer(source: Path, target: Path) -> int:
-    """Copies the tokenizer and chat templates that `source` has; returns how many files."""
-    names = [name for name in TOKENIZER_FILES if (source / name).is_file()]
-    names += [f"{TEMPLATE_FOLDER}/{path.name}" for path in sorted((source / TEMPLATE_FOLDER).glob("*.jinja"))]
-    for name in names:
-        (target / name).parent.mkdir(exist_ok=True)
-        shutil.copyfile(source / name, target / name)
-    return len(names)
+def tokenizer_files(folder: Path) -> list[str]:
+    """Names of the files of the tokenizer and chat templates that a folder has."""
+    names = [name for name in TOKENIZER_FILES if (folder / name).is_file()]
+    return names + [f"{TEMPLATE_FOLDER}/{path.name}" for path in sorted((folder / TEMPLATE_FOLDER).glob("*.jinja"))]
 
 
 def check_replaceable(out: Path) -> None:
@@ -241,26 +317,39 @@ def check_replaceable(out: Path) -> None:
 
 
 @contextlib.contextmanager
-def replacing(out: Path) -> Iterator[Path]:
+def replacing(out: Path, hosts: Hosts) -> Iterator[Path]:
     """An empty folder beside `out` that takes its place if the body succeeds, and vanishes if it does not.
 
-    A process killed meanwhile leaves a hidden folder beside `out`, and never half of one in its place.
+    A process killed meanwhile leaves a hidden folder beside `out`, and never half of one in its place. Host 0 alone
+    makes and moves the folder, and moves it only after every host has come to the end of the body.
     """
     out = out.resolve()  # through a link, so that what it points to is replaced
-    out.parent.mkdir(parents=True, exist_ok=True)
     token = uuid.uuid4().hex[:8]
-    new, old = out.with_name(f".{out.name}.new-{token}"), out.with_name(f".{out.name}.old-{token}")
-    new.mkdir()
+    # Many hosts have to arrive at the same name by themselves.
+    new = out.with_name(f".{out.name}.new-{token if hosts.count == 1 else 'shared'}")
+    old = out.with_name(f".{out.name}.old-{token}")
     try:
+        if hosts.index == 0:
+            shutil.rmtree(new, ignore_errors=True)  # left behind by processes that were killed
+            new.mkdir(parents=True)
+        hosts.wait("export: folder made")
         yield new
-        if out.exists():
-            out.rename(old)
-        try:
-            new.rename(out)
-        except BaseException:
-            if old.exists():
-                old.rename(out)
-            raise
+        hosts.wait("export: files written")
+        if hosts.index == 0:
+            take_place(new, out, old)
     finally:
-        shutil.rmtree(new, ignore_errors=True)
+        if hosts.index == 0:
+            shutil.rmtree(new, ignore_errors=True)
+
+
+def take_place(new: Path, out: Path, old: Path) -> None:
+    """Moves `new` to `out`. What was there is deleted, or put back if that fails; it stands at `old` meanwhile."""
+    if out.exists():
+        out.rename(old)
+    try:
+        new.rename(out)
+    except BaseException:
+        if old.exists():
+            old.rename(out)
+        raise
     shutil.rmtree(old, ignore_errors=True)

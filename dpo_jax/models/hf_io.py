@@ -7,28 +7,38 @@ the tensor names of the checkpoint it came from, so whatever reads that one read
 from __future__ import annotations
 
 import dataclasses
-import itertools
+import functools
 import json
+import math
 import re
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
 import ml_dtypes
 import numpy as np
 import xxhash
+from jax.sharding import NamedSharding, PartitionSpec
 
 from dpo_jax.models import hf_files, weights
 from dpo_jax.models.config import DecoderConfig
 from dpo_jax.models.families import family
-from dpo_jax.models.hf_files import resolve
+from dpo_jax.models.hf_files import ONE_HOST, Hosts, Index, Weights, resolve
 from dpo_jax.models.weights import FLOATS, Bound
 from dpo_jax.types import InputError
 
-__all__ = ["digest", "export", "load_params", "read_config", "resolve", "save_new"]
+__all__ = ["Hosts", "digest", "export", "load_params", "read_config", "resolve", "save_new"]
 
 DTYPES = ("float32", "bfloat16", "float16")  # that parameters and exports may have
+
+Read = Callable[[Index], np.ndarray]  # a part of a leaf, from the checkpoint
+
+
+def whole(path: str, shape: tuple[int, ...], read: Read) -> np.ndarray:
+    """The whole leaf, as a numpy array."""
+    return read(tuple(slice(0, size) for size in shape))
 
 
 def read_config(folder: Path) -> tuple[DecoderConfig, dict]:
@@ -46,17 +56,21 @@ def load_params(
     config: DecoderConfig,
     *,
     dtype: str = "float32",
-    put: Callable[[str, np.ndarray], Any] = lambda path, array: array,
+    place: Callable[[str, tuple[int, ...], Read], Any] = whole,
 ) -> dict:
     """Reads a checkpoint into the tree that `DecoderConfig` documents.
 
     Args:
       config: from `read_config` of the same folder.
       dtype: of every leaf; one of DTYPES.
-      put: called with the path of each leaf, such as blocks/mlp/up/kernel, and its array as soon as that is complete;
-        what it returns stands in the result. Where it moves leaves to devices, the host never holds the whole model.
-    Raises: InputError naming every missing, unexpected and misshapen tensor; if the weights are not safetensors; if a
-      number is too large for `dtype`; or if embeddings are tied and the file has another head.
+      place: called for each leaf with its path, such as blocks/mlp/up/kernel, its shape, and `read`; what it returns
+        stands in the result. `read(index)`, valid until `place` returns, takes a slice for each axis and reads that
+        part of the leaf, and of the files little more than that part. With jax.make_array_from_callback(shape,
+        sharding, read) each host reads what its own devices hold (once for each device: a part of which several
+        hold copies is read several times).
+    Raises: InputError naming every missing, unexpected and misshapen tensor before any is read; if the weights are
+      not safetensors; if a number is too large for `dtype`; or if embeddings are tied and the file has another head,
+      which is found by a host that reads where they differ.
     """
     check_dtype(dtype, str(folder))
     table, skipped = family_table(folder, config)
@@ -64,45 +78,87 @@ def load_params(
     leaves: dict[str, Any] = {}
     with hf_files.open_weights(folder) as source:
         bound = weights.bind(table, config.layers, source.headers, skipped=skipped, place=str(folder))
-        by_leaf = {b.tensor.leaves[0]: b.name for b in bound if not b.tensor.repeats}
-        for tensor, group in itertools.groupby(bound, key=lambda b: b.tensor):
-            if tensor.repeats:
-                for b in group:
-                    check_repeat(source.read, b.name, by_leaf[tensor.leaves[0]], str(folder))
-                continue
-            arrays = [np.empty(shapes[leaf], dtype) for leaf in tensor.leaves]
-            for b in group:
-                fill(arrays, b, source.read(b.name), f"{folder}: {b.name}")
-            for leaf in tensor.leaves:
-                leaves[leaf] = put(leaf, arrays.pop(0))
+        for leaf, shape in shapes.items():
+            parts = [b for b in bound if leaf in b.tensor.leaves]
+            read = functools.partial(read_part, source, leaf, shape, parts, dtype, str(folder))
+            leaves[leaf] = place(leaf, shape, read)
     return nest(leaves)
 
 
-def fill(arrays: list[np.ndarray], bound: Bound, tensor: np.ndarray, place: str) -> None:
-    """Writes one tensor's numbers into the leaves it belongs to, at its layer."""
-    at = ... if bound.layer is None else bound.layer
-    for array, part in zip(arrays, bound.tensor.to_leaves(tensor), strict=True):
-        array[at] = cast(part, array.dtype.name, place)
+def read_part(
+    source: Weights, leaf: str, shape: tuple[int, ...], parts: list[Bound], dtype: str, place: str, index: Index
+) -> np.ndarray:
+    """Part `index` of a leaf of this shape, as `dtype`, from the tensors that fill or repeat it."""
+    # An array without storage (all strides 0) has the shape cut as the real one would be.
+    result = np.empty(np.broadcast_to(np.empty((), dtype), shape)[index].shape, dtype)
+    by_layer = {(b.layer, b.tensor.repeats): b for b in parts}
+    stacked = parts[0].tensor.stacked
+    for at, layer in enumerate(range(shape[0])[index[0]]) if stacked else [(..., None)]:
+        b, repeat = by_layer[layer, False], by_layer.get((layer, True))
+        within = index[1:] if stacked else index
+        for piece, numbers in source.pieces(b.name, viewer(b, leaf, within)):
+            result[at][piece] = cast(numbers, dtype, f"{place}: {b.name}")
+        if repeat:
+            check_repeat(source, b, repeat, leaf, within, place)
+    return result
 
 
-def digest(folder: Path) -> str:
+def viewer(bound: Bound, leaf: str, index: Index) -> Callable[[np.ndarray], np.ndarray]:
+    """Takes a tensor to the view of it that is part `index` of a leaf, or of one layer of it."""
+    return lambda tensor: bound.tensor.to_leaves(tensor)[bound.tensor.leaves.index(leaf)][index]
+
+
+def check_repeat(source: Weights, one: Bound, repeat: Bound, leaf: str, index: Index, place: str) -> None:
+    """Raises InputError unless two tensors hold the same numbers for part `index` of a leaf, as tied ones must."""
+    view = viewer(repeat, leaf, index)
+    for piece, numbers in source.pieces(one.name, viewer(one, leaf, index)):
+        for within, others in source.pieces(repeat.name, lambda tensor, piece=piece: view(tensor)[piece]):
+            if not np.array_equal(numbers[within], others):
+                raise InputError(
+                    f"{place}: {repeat.name}",
+                    got=f"differs from {one.name}, and config.json has tie_word_embeddings",
+                    expected="the same numbers, or no such tensor",
+                    remedy="If the head was trained apart, set tie_word_embeddings to false in config.json; if not, "
+                    "remove it.",
+                )
+
+
+def digest(
+    folder: Path,
+    *,
+    mine: Callable[[list[str]], Sequence[str]] = lambda names: names,
+    gather: Callable[[dict[str, str]], Mapping[str, str]] = lambda part: part,
+) -> str:
     """A 128-bit hash, in hexadecimal, of all that decides what a model computes: its architecture and its weights.
 
-    Covers each tensor's name, type, shape and bytes in order of names, so neither the sharding nor buffers nor
-    fields of `config.json` that change nothing alter it.
+    A hash over the hashes of the tensors, each of name, type, shape and bytes, in order of names, so neither the
+    sharding nor buffers nor fields of `config.json` that change nothing alter it.
+
+    Args:
+      mine: of the names of all tensors, those that this host reads; together the hosts must read all. The longest
+        tensors come first, and every n-th of them is a fair share for n hosts.
+      gather: merges the hashes by name that each host has found, into the same on all of them.
     """
     config, _ = read_config(folder)
     table, skipped = family_table(folder, config)
     # Fields at their defaults are left out, so that a field added later leaves the digests of old models alone.
     defaults = {field.name: field.default for field in dataclasses.fields(config)}
     fields = {name: value for name, value in dataclasses.asdict(config).items() if value != defaults[name]}
-    state = xxhash.xxh3_128(json.dumps(fields, sort_keys=True).encode())
     with hf_files.open_weights(folder) as source:
         weights.bind(table, config.layers, source.headers, skipped=skipped, place=str(folder))
-        for name, header in sorted(source.headers.items()):
-            if not re.fullmatch(skipped, name):
-                state.update(f"\n{name} {header.dtype} {list(header.shape)}\n".encode())
-                state.update(np.ascontiguousarray(source.read(name)).view(np.uint8).data)
+        names = sorted(name for name in source.headers if not re.fullmatch(skipped, name))
+        by_length = sorted(names, key=lambda name: -math.prod(source.headers[name].shape))
+        hashes = gather({name: tensor_digest(source, name) for name in mine(by_length)})
+    lines = [json.dumps(fields, sort_keys=True), *(f"{name} {hashes[name]}" for name in names)]
+    return xxhash.xxh3_128_hexdigest("\n".join(lines).encode())
+
+
+def tensor_digest(source: Weights, name: str) -> str:
+    """A 128-bit hash of one tensor's name, type, shape and bytes."""
+    header = source.headers[name]
+    state = xxhash.xxh3_128(f"{name} {header.dtype} {list(header.shape)}\n".encode())
+    for _, numbers in source.pieces(name, lambda tensor: tensor.reshape(-1)):
+        state.update(numbers.view(np.uint8).data)
     return state.hexdigest()
 
 
@@ -115,18 +171,21 @@ def export(
     tokenizer: Path | None = None,
     card: str = "",
     max_shard_bytes: int = 5_000_000_000,
+    hosts: Hosts = ONE_HOST,
 ) -> None:
     """Writes parameters as a Hugging Face folder with the tensor names and configuration of `base`.
 
     Parameters that were loaded from `base` and left alone come out bit for bit.
 
     Args:
-      params: the tree that `DecoderConfig` documents, of numpy or addressable jax arrays; brought to the host one
-        layer's tensor at a time.
+      params: the tree that `DecoderConfig` documents, of numpy or jax arrays; brought to the host one layer's tensor
+        at a time. Arrays spread over the devices of several processes must have a NamedSharding.
       out: replaced if it is an earlier export, and only once the new one is complete.
       dtype: one of DTYPES; empty: each tensor as it is in `base`.
       tokenizer: folder whose tokenizer and chat templates go along; None: `base`.
       card: text of README.md; empty: none.
+      hosts: where many processes hold `params`, all of them call this with the same arguments and a file system in
+        common, and share the writing. `out` is in place once host 0 returns.
     Raises: InputError if `out` holds anything that an export does not write, if `params` do not fit `base`, or if a
       number is too large for its type. `out` is then as it was.
     """
@@ -144,9 +203,11 @@ def export(
         )
     leaves = fitting(params, weights.leaf_shapes(table, config.layers))
     hf_files.check_replaceable(out)
-    with hf_files.replacing(out) as new:
-        write_small_files(new, hf, base=base, tokenizer=tokenizer, card=card)
-        write_tensors(new, leaves, bound, dtypes, max_shard_bytes)
+    check_tokenizer(tokenizer)
+    with hf_files.replacing(out, hosts) as new:
+        if hosts.index == 0:
+            write_small_files(new, hf, base=base, tokenizer=tokenizer or base, card=card)
+        write_tensors(new, leaves, bound, dtypes, max_shard_bytes, hosts)
 
 
 def save_new(
@@ -172,42 +233,62 @@ def save_new(
     bound = weights.all_names(table, config.layers)
     leaves = fitting(params, weights.leaf_shapes(table, config.layers))
     hf_files.check_replaceable(out)
-    with hf_files.replacing(out) as new:
+    check_tokenizer(tokenizer)
+    with hf_files.replacing(out, ONE_HOST) as new:
         write_small_files(new, hf, base=None, tokenizer=tokenizer, card=card)
-        write_tensors(new, leaves, bound, {b.name: dtype for b in bound}, max_shard_bytes)
+        write_tensors(new, leaves, bound, {b.name: dtype for b in bound}, max_shard_bytes, ONE_HOST)
 
 
 def write_small_files(new: Path, hf: Mapping, *, base: Path | None, tokenizer: Path | None, card: str) -> None:
-    """Everything but the weights. Raises InputError if `tokenizer` is given and has none."""
+    """Everything but the weights."""
     hf_files.write_json(new / hf_files.CONFIG, hf)
     if base and (base / "generation_config.json").is_file():
         shutil.copyfile(base / "generation_config.json", new / "generation_config.json")
-    source = tokenizer or base
-    if source and not hf_files.copy_tokenizer(source, new) and tokenizer:
-        raise InputError(
-            str(tokenizer),
-            got="no tokenizer files",
-            expected=f"some of {', '.join(hf_files.TOKENIZER_FILES)}",
-            remedy="Save the tokenizer there with its save_pretrained.",
-        )
+    if tokenizer:
+        for name in hf_files.tokenizer_files(tokenizer):
+            (new / name).parent.mkdir(exist_ok=True)
+            shutil.copyfile(tokenizer / name, new / name)
     if card:
         (new / "README.md").write_text(card, encoding="utf-8")
 
 
 def write_tensors(
-    new: Path, leaves: Mapping, bound: list[Bound], dtypes: Mapping[str, str], max_shard_bytes: int
+    new: Path, leaves: Mapping, bound: list[Bound], dtypes: Mapping[str, str], max_shard_bytes: int, hosts: Hosts
 ) -> None:
     """The weights, in as many files as it takes."""
     by_name = {b.name: b for b in bound}
 
-    def build(name: str) -> np.ndarray:
+    def build(name: str) -> Callable[[], np.ndarray]:
         _, tensor, layer = by_name[name]
         # Sliced before it leaves the device, so the host sees one layer of a stacked leaf at a time.
-        arrays = [np.asarray(leaves[leaf] if layer is None else leaves[leaf][layer]) for leaf in tensor.leaves]
-        return cast(tensor.to_tensor(*arrays), dtypes[name], name)
+        arrays = [within_reach(leaves[leaf], layer) for leaf in tensor.leaves]
+        return lambda: cast(tensor.to_tensor(*map(np.asarray, arrays)), dtypes[name], name)
 
     specs = [hf_files.Spec(b.name, dtypes[b.name], b.tensor.shape) for b in bound]
-    hf_files.write_weights(new, specs, build, max_shard_bytes=max_shard_bytes)
+    hf_files.write_weights(new, specs, build, max_shard_bytes=max_shard_bytes, hosts=hosts)
+
+
+def within_reach(array: Any, layer: int | None) -> Any:
+    """A layer of an array, or all of it, such that this process can read it.
+
+    Where devices of other processes hold a share, every device gets a copy, and every process must take part.
+    """
+    if not isinstance(array, jax.Array) or array.is_fully_addressable:
+        return array if layer is None else array[layer]
+    assert isinstance(array.sharding, NamedSharding), array.sharding
+    copied = copier(array.sharding.mesh)(array, layer).addressable_data(0)
+    # Or a host with nothing to write would run ahead, and fill the devices with copies that wait for the others.
+    return jax.block_until_ready(copied)
+
+
+@functools.cache
+def copier(mesh: Any) -> Callable[[jax.Array, int | None], jax.Array]:
+    """A program that copies a layer of an array, or all of it, to every device of the mesh."""
+
+    def copy(array: jax.Array, layer: jax.Array | None) -> jax.Array:  # traced: one compilation serves all layers
+        return array if layer is None else array[layer]
+
+    return jax.jit(copy, out_shardings=NamedSharding(mesh, PartitionSpec()))
 
 
 def family_table(folder: Path, config: DecoderConfig) -> tuple[list[weights.Tensor], str]:
@@ -223,21 +304,21 @@ def check_dtype(dtype: str, place: str) -> None:
         raise InputError(place, got=f"dtype {dtype!r}", expected=f"one of {', '.join(DTYPES)}", remedy="Set one.")
 
 
+def check_tokenizer(folder: Path | None) -> None:
+    """Raises InputError if a folder is given to take the tokenizer from and has none."""
+    if folder and not hf_files.tokenizer_files(folder):
+        raise InputError(
+            str(folder),
+            got="no tokenizer files",
+            expected=f"some of {', '.join(hf_files.TOKENIZER_FILES)}",
+            remedy="Save the tokenizer there with its save_pretrained.",
+        )
+
+
 def with_dtype(hf: Mapping, dtype: str) -> dict:
     """A configuration that names another type of weights, under the keys it has (transformers 5 renamed it)."""
     keys = [key for key in ("torch_dtype", "dtype") if key in hf] or ["torch_dtype"]
     return dict(hf) | dict.fromkeys(keys, dtype)
-
-
-def check_repeat(read: Callable[[str], np.ndarray], name: str, other: str, place: str) -> None:
-    """Raises InputError unless the two tensors are equal, as tied ones must be."""
-    if not np.array_equal(read(name), read(other)):
-        raise InputError(
-            f"{place}: {name}",
-            got=f"differs from {other}, and config.json has tie_word_embeddings",
-            expected="the same numbers, or no such tensor",
-            remedy="If the head was trained apart, set tie_word_embeddings to false in config.json; if not, remove it.",
-        )
 
 
 def cast(array: np.ndarray, dtype: str, place: str) -> np.ndarray:

@@ -24,7 +24,8 @@ class Tensor(NamedTuple):
     """One Hugging Face tensor, or one in each layer, and the leaves that hold its numbers.
 
     Where the name has `{layer}`, the leaves are stacked: each has a leading axis L, and `to_leaves` and `to_tensor`
-    deal with one layer of it. The two are exact inverses.
+    deal with one layer of it. The two are exact inverses, and `to_leaves` gives views, by which a part of a leaf is
+    found in the file: it slices, transposes and splits axes, and never copies.
     """
 
     names: tuple[str, ...]  # names it goes by; the first is the one written where no base checkpoint has another

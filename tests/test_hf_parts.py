@@ -1,0 +1,133 @@
+"""Parts of leaves: the same numbers as in the whole, for little more reading than they take."""
+
+import jax
+import ml_dtypes
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding, PartitionSpec
+from safetensors.numpy import load_file
+
+from dpo_jax.models import hf_files, hf_io
+from dpo_jax.types import InputError
+from tests.hf_folders import (
+    CONFIGS,
+    FILE,
+    LLAMA,
+    NEOX,
+    SIZES,
+    assert_same,
+    count_reads,
+    edit_weights,
+    load,
+    repeat_head,
+    save,
+)
+
+both_families = pytest.mark.parametrize("hf", CONFIGS.values(), ids=CONFIGS)
+
+
+@both_families
+@pytest.mark.parametrize("piece, gap", [(64, 1), (200, 100), (hf_files.PIECE, hf_files.GAP)])
+def test_parts_of_a_leaf_are_slices_of_the_whole(tmp_path, monkeypatch, hf, piece, gap):
+    """Whichever part is asked for, and whether it is read a few numbers at a time, across gaps or at once."""
+    monkeypatch.setattr(hf_files, "PIECE", piece)
+    monkeypatch.setattr(hf_files, "GAP", gap)
+    leaves = save(tmp_path / "m", hf)
+    edit_weights(tmp_path / "m", lambda tensors: repeat_head(hf, tensors))
+    rng = np.random.default_rng(4)
+
+    def place(path, shape, read):
+        full = (slice(None),) * len(shape)
+        indices = [full]
+        for axis, size in enumerate(shape):  # halves, single numbers and nothing, of one axis
+            for part in (slice(size // 2), slice(size // 2, None), slice(size - 1, size), slice(1, 1)):
+                indices.append((*full[:axis], part, *full[axis + 1 :]))
+        for _ in range(8):
+            ends = [sorted(rng.integers(0, size + 1, 2).tolist()) for size in shape]
+            indices.append(tuple(slice(*pair) for pair in ends))
+        for index in indices:
+            part, expected = read(index), leaves[path][index]
+            assert part.flags.c_contiguous and part.shape == expected.shape, (path, index)
+            assert part.tobytes() == expected.tobytes(), (path, index)
+
+    load(tmp_path / "m", place=place)
+
+
+@both_families
+def test_shards_on_devices_are_the_same_as_whole_arrays(tmp_path, hf):
+    """As in a run, with each host's devices asking for their own parts, here all eight on one host."""
+    leaves = save(tmp_path / "m", hf)
+    mesh = jax.make_mesh((2, 4), ("x", "y"))
+
+    def place(path, shape, read):
+        spec = [axis if size % 4 == 0 else None for axis, size in zip(("x", "y"), shape[-2:], strict=False)]
+        spec = (None,) * (len(shape) - len(spec)) + tuple(spec)
+        return jax.make_array_from_callback(shape, NamedSharding(mesh, PartitionSpec(*spec)), read)
+
+    loaded = load(tmp_path / "m", dtype="bfloat16", place=place)
+    assert any(8 * leaf.addressable_shards[0].data.size == leaf.size for leaf in loaded.values())
+    expected = {path: leaf.astype(ml_dtypes.bfloat16) for path, leaf in leaves.items()}
+    assert_same({path: np.asarray(leaf) for path, leaf in loaded.items()}, expected)
+
+
+WIDE = LLAMA | SIZES | dict(num_key_value_heads=4, head_dim=64)
+
+
+@pytest.mark.parametrize("hf", [WIDE, NEOX | SIZES], ids=["llama", "gpt_neox"])
+def test_part_of_a_leaf_reads_little_more_of_the_files(tmp_path, monkeypatch, hf):
+    """Layers, and heads or outputs of a linear map, are rows of the files' tensors, and cost what they hold."""
+    monkeypatch.setattr(hf_files, "GAP", 1024)  # 256 KiB would be all of these tensors
+    save(tmp_path / "m", hf)
+    sizes = count_reads(monkeypatch)
+
+    def quarter(axis, path, shape, read):
+        sizes.clear()
+        size = shape[axis]
+        part = read(tuple(slice(size // 4, size // 2) if i == axis else slice(0, n) for i, n in enumerate(shape)))
+        assert sum(sizes) == part.nbytes == np.prod(shape), path  # in float32 a fourth of four bytes each
+
+    def check(path, shape, read):
+        if path.endswith(("kernel", "embedding")):
+            quarter(0, path, shape, read)  # layers, or rows of the vocabulary
+        if path.endswith("kernel"):
+            quarter(3 if path.endswith("o/kernel") else 2, path, shape, read)
+            # An axis of inputs is columns: a fourth of each row, and not one call for each.
+            sizes.clear()
+            read((slice(1, 2), slice(0, shape[1] // 4), *(slice(0, n) for n in shape[2:])))
+            assert sum(sizes) <= np.prod(shape[1:]) * 4
+            assert len(sizes) <= 1 + np.prod(shape[1:]) * 4 // 512
+
+    load(tmp_path / "m", place=check)
+    sizes.clear()
+    load(tmp_path / "m")
+    total = sum(x.nbytes for x in load_file(tmp_path / "m" / FILE).values())
+    assert total <= sum(sizes) < 1.002 * total  # biases of gpt_neox are read across one another
+
+
+def test_no_more_than_a_piece_is_read_at_a_time(tmp_path, monkeypatch):
+    """Neither by loading, nor for the digest, nor where a repeated head is compared."""
+    monkeypatch.setattr(hf_files, "PIECE", 4096)
+    monkeypatch.setattr(hf_files, "GAP", 1024)
+    hf = WIDE | dict(tie_word_embeddings=True)
+    save(tmp_path / "m", hf)
+    edit_weights(tmp_path / "m", lambda tensors: repeat_head(hf, tensors))
+    total = sum(x.nbytes for x in load_file(tmp_path / "m" / FILE).values())
+    sizes = count_reads(monkeypatch)
+    load(tmp_path / "m")
+    embedding = 512 * 256 * 4
+    assert sum(sizes) == total + embedding and max(sizes) == 4096
+    sizes.clear()
+    hf_io.digest(tmp_path / "m")
+    assert sum(sizes) == total and max(sizes) == 4096
+
+
+def test_file_cut_while_it_is_read_is_refused(tmp_path):
+    save(tmp_path / "m")
+    whole = (tmp_path / "m" / FILE).read_bytes()
+
+    def cut(path, shape, read):
+        (tmp_path / "m" / FILE).write_bytes(whole[: len(whole) // 2])
+        return hf_io.whole(path, shape, read)
+
+    with pytest.raises(InputError, match=r"model.safetensors: ends at byte \d+; expected \d+ bytes or more"):
+        load(tmp_path / "m", place=cut)
