@@ -11,23 +11,9 @@ from __future__ import annotations
 import numpy as np
 from jaxtyping import Int
 
+from dpo_jax.chips import chip_of
 from dpo_jax.data.layout import unit_lengths
 from dpo_jax.models.config import DecoderConfig
-
-# Dense bfloat16 peaks of one device in operations a second, by a part of its `device_kind`; from makers' data sheets.
-PEAKS = {
-    "A100": 312e12,
-    "H100": 989e12,
-    "H200": 989e12,
-    "B200": 2250e12,
-    "TPU v4": 275e12,
-    "TPU v5 lite": 197e12,
-    "TPU v5e": 197e12,
-    "TPU v5p": 459e12,
-    "TPU v5": 459e12,
-    "TPU v6 lite": 918e12,
-    "TPU v6e": 918e12,
-}
 
 
 def train_flops(config: DecoderConfig, lengths: Int[np.ndarray, "P 3"], layout: str) -> float:
@@ -37,13 +23,18 @@ def train_flops(config: DecoderConfig, lengths: Int[np.ndarray, "P 3"], layout: 
 
 def forward_flops(config: DecoderConfig, lengths: Int[np.ndarray, "P 3"], layout: str) -> float:
     """Operations of scoring these pairs once."""
-    c, lengths = config, np.asarray(lengths, np.int64)
+    lengths = np.asarray(lengths, np.int64)
+    tokens, scored = int(unit_lengths(lengths, layout).sum()), int(lengths[:, 1:].sum())
+    seen = 2 * config.heads * config.head_dim * visible_pairs(lengths, layout)
+    return product_flops(config, tokens, scored) + 2.0 * config.layers * seen
+
+
+def product_flops(config: DecoderConfig, tokens: int, scored: int) -> float:
+    """Operations of all matrices on so many tokens, and of the vocabulary's on so many scored ones."""
+    c = config
     attention_width = c.head_dim * (c.heads + c.kv_heads) * 2  # q and o; k and v
     block = c.width * attention_width + c.width * c.mlp_width * (3 if c.gated else 2)
-    tokens = int(unit_lengths(lengths, layout).sum())
-    scored = int(lengths[:, 1:].sum())
-    seen = 2 * c.heads * c.head_dim * visible_pairs(lengths, layout)
-    return 2.0 * (c.layers * (block * tokens + seen) + c.vocab_size * c.width * scored)
+    return 2.0 * (c.layers * block * tokens + c.vocab_size * c.width * scored)
 
 
 def visible_pairs(lengths: Int[np.ndarray, "P 3"], layout: str) -> int:
@@ -57,6 +48,5 @@ def visible_pairs(lengths: Int[np.ndarray, "P 3"], layout: str) -> int:
 
 def peak_flops(device_kind: str, dtype: str) -> float | None:
     """The most operations a second that one device is said to do; None where that is not known."""
-    if dtype != "bfloat16":
-        return None
-    return next((peak for name, peak in PEAKS.items() if name in device_kind), None)
+    chip = chip_of(device_kind) if dtype == "bfloat16" else None
+    return chip.flops if chip is not None else None

@@ -7,6 +7,7 @@ found before any device is touched, and named instead of hanging in a collective
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import functools
 import glob
@@ -30,6 +31,7 @@ from dpo_jax.types import InputError
 STOPPED = 75  # exit status of a run that was asked to stop and saved its state: EX_TEMPFAIL, start it again
 HEARTBEAT_S = 40  # of silence, after which a process counts as dead and the others end
 CONNECT_S = 300  # for all processes to come up
+WATCH_S = 2  # between looks at whether another process failed
 FACT_S = 50  # for every process to say what it has, once it said that it is there
 
 T = TypeVar("T")
@@ -103,7 +105,10 @@ def join(coordinator: str | None = None, processes: int | None = None, process: 
             remedy="Check that all were started, that they have the same coordinator, and that its port is open.",
         ) from error
     if count() > 1:
-        threading.Thread(target=_watch, name="hosts", daemon=True).start()
+        watcher = threading.Thread(target=_watch, name="hosts", daemon=True)
+        watcher.start()
+        atexit.register(watcher.join)  # or it would be cut off within a call, and abort the process
+        atexit.register(_over.set)
         exchange("names", socket.gethostname())
 
 
@@ -277,20 +282,19 @@ def leave(status: int, reason: str = "") -> NoReturn:
     with contextlib.suppress(Exception):
         _client().key_value_set("dpo_jax/failed", json.dumps([index(), reason]))  # type: ignore[union-attr]
         if first():  # the store goes with this process: the others must have read it
-            threading.Event().wait(2)
+            threading.Event().wait(2 * WATCH_S)
     os._exit(status)
 
 
 def _watch() -> None:
     """Ends this process as soon as another says that it failed."""
-    client = _client()
-    while client is not None:
+    while not _over.wait(WATCH_S):
         try:
-            process, reason = json.loads(client.blocking_key_value_get("dpo_jax/failed", 3_600_000))
+            process, reason = json.loads(_client().key_value_try_get("dpo_jax/failed"))  # type: ignore[union-attr]
         except Exception as error:
-            if "DEADLINE_EXCEEDED" in str(error):
+            if "NOT_FOUND" in str(error):
                 continue
-            return  # the service has ended, as all do
+            return  # the service has ended, of which JAX itself takes care
         if process != index():
             threading.Event().wait(1)  # where all found the same mistake, each says so itself
             print(f"error: {_name(process)} stopped: {reason}", file=sys.stderr, flush=True)
@@ -298,6 +302,7 @@ def _watch() -> None:
         return
 
 
+_over = threading.Event()
 _asked = threading.Event()
 _checks = 0
 

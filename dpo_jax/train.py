@@ -52,7 +52,6 @@ def run(config: Config, folder: Path) -> None:
         inputs = run_inputs.read_inputs(config, folder, training=True)
     total = run_inputs.check_lengths(config, inputs)
     step = workdir.check_data(inputs.digests, folder)
-    hosts.agree("working folder", {"step": step, "updates in all": total})
     describe_data(config, inputs)
     # Nothing but the run that is done writes there: the command `export` keeps away until it is.
     if (folder / "export").exists() and step == total:

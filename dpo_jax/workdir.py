@@ -98,10 +98,11 @@ def read_config(workdir: Path) -> Config:
 def check_data(digests: Mapping[str, str | None], workdir: Path) -> int | None:
     """Returns the updates in the newest checkpoint, None if there is none.
 
-    Raises: InputError if it was made with other pairs.
+    Raises: InputError if it was made with other pairs, or processes see different ones.
     """
     checkpoints = Checkpoints(workdir / "checkpoints", keep=1, read_only=True)
     step = checkpoints.latest_step()
+    hosts.agree(f"checkpoints in {workdir}", {"step": step})  # before any of them reads one, for which it needs all
     made_with = digests if step is None else checkpoints.record(step)["data"]
     checkpoints.close()
     for split, digest in digests.items():

@@ -1,0 +1,154 @@
+"""What a step asks of a chip's arithmetic, memory and network, counted from shapes, and the least time that takes.
+
+Arithmetic and network traffic are counts. Memory traffic is an estimate: it takes every array of a block to be written
+once and read once, which a compiler that joins operations undercuts, and one that repeats them exceeds. The least time
+of a step is that of the slowest of the four, as if the others were hidden behind it and it ran at its peak
+(Williams et al. 2009, the roofline model); real steps take longer.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Int
+
+from dpo_jax import flops
+from dpo_jax.chips import Chip
+from dpo_jax.data import layout
+from dpo_jax.data.layout import Shape
+from dpo_jax.models.config import DecoderConfig
+
+DRAWN_BATCHES = 16  # that a mean update is the mean of
+
+
+class Work(NamedTuple):
+    """Of a mean batch, over all chips."""
+
+    pairs: int
+    microbatches: float
+    positions: float  # computed, padding and empty rows included
+    tokens: float  # of those, that hold something
+    scored: float  # tokens that meet the vocabulary
+    needed: float  # operations of one forward pass over what is real
+    padding: float  # operations of one forward pass over the rest
+    head: float  # of the needed ones, the vocabulary's
+
+
+@dataclasses.dataclass(frozen=True)
+class Cost:
+    """Of one step on one chip."""
+
+    flops: float  # computed, padding and recomputation included
+    hbm_bytes: float
+    ici_seconds: float
+    ici_bytes: float  # sent over ICI or NVLink
+    dcn_bytes: float  # sent over the data centre's network
+
+    def seconds(self, chip: Chip) -> dict[str, float]:
+        """The least time of each resource alone."""
+        return {
+            "compute": self.flops / chip.flops,
+            "HBM": self.hbm_bytes / chip.hbm_bytes_per_s,
+            "ICI" if chip.dimensions else "NVLink": self.ici_seconds,
+            "DCN": self.dcn_bytes / chip.dcn_bytes_per_s_of_chip,
+        }
+
+
+def mean_work(model: DecoderConfig, lengths: Int[np.ndarray, "N 3"], shape: Shape, name: str) -> Work:
+    """The mean over batches drawn at random, packed as a run would pack them."""
+    rng = np.random.default_rng(0)
+    found = []
+    for _ in range(DRAWN_BATCHES):
+        drawn = lengths[rng.integers(0, len(lengths), shape.pairs)]
+        microbatches = layout.plan(drawn, shape, name)
+        positions = sum(each.positions for each in microbatches)
+        tokens = int(layout.unit_lengths(drawn, name).sum())
+        scored = int(drawn[:, 1:].sum())
+        padding = flops.product_flops(model, positions - tokens, 0)
+        head = flops.product_flops(model, 0, scored)
+        needed = flops.forward_flops(model, drawn, name)
+        found.append((len(microbatches), positions, tokens, scored, needed, padding, head))
+    return Work(shape.pairs, *np.mean(found, 0).tolist())
+
+
+def update_flops(work: Work, remat: str) -> float:
+    """Operations that an update computes: forward, backward, and what is computed again, the head's always."""
+    again = 1 if remat in ("block", "offload") else 0
+    return (3 + again) * (work.needed - work.head + work.padding) + 4 * work.head
+
+
+def forward_bytes(model: DecoderConfig, work: Work, *, chips: int, tensor: int, itemsize: int) -> float:
+    """Memory traffic of a chip for the activations of one forward pass."""
+    m = model
+    across = 2 * (m.heads + m.kv_heads) * m.head_dim + (3 if m.gated else 2) * m.mlp_width
+    blocks = m.layers * (6 * m.width * tensor + across) * work.positions  # what `tensor` does not cut, each holds whole
+    logits = work.scored * m.vocab_size
+    return 2 * (itemsize * blocks + 4 * logits) / chips
+
+
+def update_bytes(
+    model: DecoderConfig,
+    work: Work,
+    *,
+    chips: int,
+    tensor: int,
+    itemsize: int,
+    remat: str,
+    state: int,
+    gradients: int,
+    weights: float,
+) -> float:
+    """Memory traffic of a chip for one update.
+
+    Args:
+      state: bytes of weights and optimizer state on a chip, read and written once.
+      gradients: bytes of their sums on a chip, read and written for every microbatch, and read by the optimizer.
+      weights: bytes of a chip's part of the weights in the compute type with `fsdp` gathered.
+    """
+    again = 1 if remat in ("block", "offload") else 0
+    activations = (3 + again) * forward_bytes(model, work, chips=chips, tensor=tensor, itemsize=itemsize)
+    # Written when gathered and read when used: forward, backward, and forward again.
+    passing = work.microbatches * 2 * (2 + again) * weights
+    return activations + passing + 2 * state + (2 * work.microbatches + 2) * gradients
+
+
+class Analytic(NamedTuple):
+    """Network traffic of a step, bytes a chip sends, where no compiler can be asked."""
+
+    within: float  # a host, or a slice
+    across: float
+
+
+def network_bytes(
+    model: DecoderConfig,
+    work: Work,
+    *,
+    sizes: dict[str, int],
+    per_host: int,
+    itemsize: int,
+    weights: float,
+    backward: bool,
+    remat: str = "dots",
+) -> Analytic:
+    """What a mesh of GPUs sends: weights gathered over `fsdp` and gradients scattered over it for every microbatch,
+    gradients summed over `replica`, and the results of each block's two products summed over `tensor`.
+
+    `tensor` lies within a host, then `fsdp`; a collective over several hosts crosses the network once for each host.
+
+    Args:
+      weights: bytes of a chip's part of the weights in the compute type with `fsdp` gathered.
+    """
+    again = 1 if remat in ("block", "offload") else 0
+    fsdp, tensor, replica = sizes["fsdp"], sizes["tensor"], sizes["replica"]
+    wide = weights * 4 / itemsize
+    over_fsdp = work.microbatches * (weights * (2 + again if backward else 1) + (wide if backward else 0))
+    rows = work.positions / (fsdp * replica)
+    over_tensor = 2 * rows * model.width * itemsize * model.layers * 2 * (2 + again if backward else 1)
+    over_replica = 2 * wide / fsdp if backward else 0.0
+    inside = max(1, min(fsdp, per_host // tensor))  # chips of an fsdp group that share a host
+    hosts = fsdp // inside
+    within = over_fsdp * (fsdp - 1) / fsdp + over_tensor * (tensor - 1) / tensor
+    across = over_fsdp * (hosts - 1) / hosts / inside + over_replica * (replica - 1) / replica
+    return Analytic(within, across)
