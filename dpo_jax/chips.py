@@ -52,7 +52,7 @@ class Chip:
         return self.link_bytes_per_s * sum(1 + ring for ring, span in zip(rings, spans, strict=True) if span > 1)
 
     def topology_options(self, shape: Sequence[int]) -> dict[str, Any]:
-        """Keywords of `get_topology_desc` for a slice: one device a chip, and the links that it has.
+        """Of TPUs, keywords of `get_topology_desc` for a slice: one device a chip, and the links that it has.
 
         Left to itself, libtpu compiles for a slice without closed axes, and so with other collectives.
         """
@@ -189,20 +189,23 @@ def chip_of(device_kind: str) -> Chip | None:
 
 
 def parse_topology(name: str) -> tuple[Chip, tuple[int, ...]]:
-    """The chip and the shape of one slice that libtpu's name of a topology stands for, such as `v5p:4x4x4`.
+    """The chip and the shape of one slice, such as `v5p:4x4x4`, as libtpu names it; GPUs are counted, as in `h100:64`.
 
     libtpu itself takes shapes that are not built, such as `v5e:4x4x4`.
 
     Raises: ValueError for an unknown chip, or a shape that its torus does not have.
     """
     generation, _, text = name.partition(":")
-    chip = next((chip for chip in CHIPS if chip.dimensions and chip.name == generation), None)
+    chip = next((chip for chip in CHIPS if chip.name == generation), None)
     sizes = text.split("x")
-    if chip is not None and len(sizes) == chip.dimensions and all(size.isdecimal() and int(size) for size in sizes):
+    if chip is not None and len(sizes) == max(1, chip.dimensions) and all(n.isdecimal() and int(n) for n in sizes):
         shape = tuple(map(int, sizes))
-        if math.prod(shape) <= chip.slice_chips:
+        if not chip.slice_chips or math.prod(shape) <= chip.slice_chips:
             return chip, shape
     known = ", ".join(
-        f"{c.name}:{'x'.join('XYZ'[: c.dimensions])} of at most {c.slice_chips} chips" for c in CHIPS if c.dimensions
+        f"{c.name}:{'x'.join('XYZ'[: c.dimensions])} of at most {c.slice_chips} chips"
+        if c.dimensions
+        else f"{c.name}:N"
+        for c in CHIPS
     )
     raise ValueError(f"topology: got {name!r}; expected {known}. Name one of these, such as v5p:4x4x4.")

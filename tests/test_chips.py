@@ -88,10 +88,11 @@ def test_a_ring_sends_both_ways_and_a_line_one(name, spans, shape, links):
 def test_topology_is_a_chip_and_the_shape_of_a_slice():
     assert chips.parse_topology("v5p:4x4x8") == (CHIP["v5p"], (4, 4, 8))
     assert chips.parse_topology("v5e:16x16") == (CHIP["v5e"], (16, 16))
+    assert chips.parse_topology("h100:64") == (CHIP["h100"], (64,))
 
 
 @pytest.mark.parametrize(
-    "name", ["v5p", "v5p:4x4", "v5e:4x4x4", "v5e:32x32", "v5e:0x4", "v9:4x4", "h100:8", "v5p:4x4xa"]
+    "name", ["v5p", "v5p:4x4", "v5e:4x4x4", "v5e:32x32", "v5e:0x4", "v9:4x4", "h100:8x8", "v5p:4x4xa"]
 )
 def test_a_topology_that_is_not_built_is_an_error_that_lists_what_is(name):
     with pytest.raises(ValueError, match="v5p:XxYxZ of at most 6144 chips"):
