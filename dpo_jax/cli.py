@@ -23,6 +23,9 @@ dpo-jax COMMAND --config=configs/NAME.py [--config.section.field=value ...] --wo
   reference  only the reference pass, into reference.path
   evaluate   metrics of the newest checkpoint of DIR on data.eval, as JSON
   inspect    what the data looks like once rendered, tokenised, cut and packed; touches no device
+  plan       what a run would take on --topology=v5p:4x4x4[,slices=2] or h100:64: memory of a chip, time, cost; without
+             weights, data or that hardware. --sweep compares meshes, remat policies and microbatches,
+             --reference_in_step with holding two models. Ends with status 3 where memory does not suffice
   export     the newest checkpoint of DIR as a Hugging Face folder, into --out (default DIR/export, or DIR/export-STEP
              while the run goes on)
 
@@ -100,6 +103,10 @@ def _parse(command: str, argv: list[str]) -> tuple[Config, Path, flags.FlagValue
     values = flags.FlagValues()
     configs.define_flags(argv, values)
     flags.DEFINE_string("workdir", None, "working folder of the run", flag_values=values)
+    if command == "plan":
+        flags.DEFINE_string("topology", None, "CHIP:SHAPE[,slices=N]", flag_values=values)
+        flags.DEFINE_boolean("sweep", False, "compare configurations", flag_values=values)
+        flags.DEFINE_boolean("reference_in_step", False, "beside it, with the reference's weights", flag_values=values)
     if command not in ALONE:
         flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0", flag_values=values)
         flags.DEFINE_integer("processes", None, "how many there are", lower_bound=1, flag_values=values)
@@ -113,6 +120,8 @@ def _parse(command: str, argv: list[str]) -> tuple[Config, Path, flags.FlagValue
         raise InputError(
             "command line", got=f"unexpected {rest[0]!r}", expected="only --flags", remedy="See dpo-jax --help."
         )
+    if command == "plan":
+        return configs.from_flags(values), Path(), values
     if not values["workdir"].value:
         raise InputError("--workdir", got="not given", expected="a folder", remedy="Give for example --workdir=runs/1.")
     workdir = Path(values["workdir"].value)
@@ -152,6 +161,17 @@ def _inspect(config: Config, workdir: Path, values: Any) -> None:
     inspect.show(config, workdir, pairs=values["pairs"].value)
 
 
+def _plan(config: Config, workdir: Path, values: Any) -> None:
+    if not values["topology"].value:
+        raise InputError(
+            "--topology", got="not given", expected="CHIP:SHAPE", remedy="Give for example --topology=v5p:4x4x4."
+        )
+    from dpo_jax import plan
+
+    options = {"sweeping": values["sweep"].value, "reference_in_step": values["reference_in_step"].value}
+    sys.exit(plan.run(config, values["topology"].value, **options))
+
+
 def _export(config: Config, workdir: Path, values: Any) -> None:
     from dpo_jax import train
 
@@ -164,7 +184,8 @@ COMMANDS: dict[str, Callable[[Config, Path, Any], None]] = {
     "reference": _reference,
     "evaluate": _evaluate,
     "inspect": _inspect,
+    "plan": _plan,
     "export": _export,
 }
 OF_A_RUN = ("evaluate", "export")  # commands that a finished working folder is enough for
-ALONE = ("inspect",)  # commands of one process, which touch no device
+ALONE = ("inspect", "plan")  # commands of one process, which touch no device

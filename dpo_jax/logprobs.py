@@ -34,6 +34,7 @@ class Blocks(NamedTuple):
 CPU_BLOCKS = Blocks(96, 2 * 2**20 + 2**18, 128 * 2**20)
 # Products are large enough to keep a matrix unit busy, and making them again is about as fast as reading them.
 ACCELERATOR_BLOCKS = Blocks(1024, 256 * 2**20, 0)
+GATHERED_PARTS = 8  # of a vocabulary whose columns lie across devices: the least that are gathered one by one
 
 
 class Spread(NamedTuple):
@@ -53,15 +54,15 @@ class _Plan(NamedTuple):
     spread: Spread | None
 
 
-def vocab_block(vocab: int, blocks: Blocks) -> int:
-    """Vocabulary entries in a block: the most that divide the vocabulary and keep to the byte budget.
+def vocab_block(vocab: int, blocks: Blocks, *, parts: int = 1) -> int:
+    """Vocabulary entries in a block: the most that divide the vocabulary, into `parts` or more, and keep to the budget.
 
     Where only small numbers divide it, the budget itself: the last block then overlaps the one before.
 
     >>> [vocab_block(size, CPU_BLOCKS) for size in (50304, 128256, 50257, 50261, 1000)]
     [4192, 5344, 1733, 6144, 1000]
     """
-    most = max(1, min(vocab, blocks.logits_bytes // (4 * blocks.tokens)))
+    most = max(1, min(vocab // parts, blocks.logits_bytes // (4 * blocks.tokens)))
     divisors = (size for size in range(most, most // 8, -1) if vocab % size == 0)
     return next(divisors, most)
 
@@ -281,7 +282,8 @@ class _Vocabulary:
     def __init__(self, plan: _Plan, head: Array, dtype: Any):
         self._head, self._dtype, self._cap, self._spread = head, dtype, plan.soft_cap, plan.spread
         self._here = head.shape[0]
-        self.length = vocab_block(self._here, plan.blocks)
+        gathered = plan.spread is not None and plan.spread.width
+        self.length = vocab_block(self._here, plan.blocks, parts=GATHERED_PARTS if gathered else 1)
         self.parts = -(-self._here // self.length)
         shards = plan.spread.mesh.shape[plan.spread.vocab] if plan.spread is not None and plan.spread.vocab else 1
         self.size = shards * self._here

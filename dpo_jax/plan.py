@@ -1,182 +1,165 @@
-"""What a run would take on hardware that need not be there: memory of a chip, least time of a step, days.
+"""The command `plan`: what a run would take on hardware that need not be there, in words.
 
-For TPUs the real update and the real scoring program are compiled ahead of time, by libtpu, for the topology that is
-named; memory is then the compiler's own account, and what crosses chips is read from the compiled programs. For GPUs,
-which nothing compiles for from afar, both are counted. Neither weights nor data are read.
+Neither weights nor data are read, and no device is touched. `estimate` finds the numbers.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import itertools
-import math
-import re
-import sys
-from collections.abc import Iterator, Sequence
-from pathlib import Path
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator, Sequence
 
 import jax
-import jax.numpy as jnp
-import numpy as np
-from jax.experimental import topologies
-from jaxtyping import Int
 
-from dpo_jax import chips, hosts, losses, programs, roofline, sharding, steps
 from dpo_jax import inputs as run_inputs
 from dpo_jax.chips import Chip
-from dpo_jax.collectives import Collective, collectives
 from dpo_jax.config import Config
-from dpo_jax.data import layout
-from dpo_jax.models import hf_files, hf_io
-from dpo_jax.models.config import DecoderConfig
-from dpo_jax.models.families import family
-from dpo_jax.programs import Programs
-from dpo_jax.roofline import Cost, Work
-from dpo_jax.types import Encoded, InputError
+from dpo_jax.estimate import Estimate, Memory, Topology, architecture, estimate, parse_topology, updates
+from dpo_jax.trackers import say
+from dpo_jax.types import InputError
 
-DRAWN_PAIRS = 4096  # at most, that stand for the data
-SPREAD = 0.7  # standard deviation of the logarithm of a length, about that of HH and of UltraFeedback
 DOES_NOT_FIT = 3  # exit status
 SWEPT_TENSOR, SWEPT_REMAT = (1, 2, 4, 8, 16), ("dots", "block")
 
 
-class Topology(NamedTuple):
-    """Some chips and how they are connected."""
-
-    name: str  # of one slice
-    chip: Chip
-    shape: tuple[int, ...]  # of one slice
-    slices: int
-
-    @property
-    def count(self) -> int:
-        return self.slices * math.prod(self.shape)
-
-    def __str__(self) -> str:
-        return f"{self.slices} x {self.name}" if self.slices > 1 else self.name
-
-
-class Memory(NamedTuple):
-    """Bytes on a chip while a program runs."""
-
-    weights: int
-    optimizer: int
-    gradients: int  # their sums, float32
-    rest: int  # activations, gathered weights, batch, program
-
-    @property
-    def total(self) -> int:
-        return sum(self)
-
-
-class Estimate(NamedTuple):
-    """What was found for one configuration."""
-
-    topology: Topology
-    mesh: dict[str, int]
-    config: Config
-    shape: layout.Shape
-    work: Work
-    memory: dict[str, Memory]  # of the update and of the scoring program
-    cost: dict[str, Cost]
-    pairs_per_part: int  # that a call of the scoring program takes
-    moved: dict[str, list[Collective]]
-    measured: bool  # compiled, rather than counted
-
-    @property
-    def total(self) -> int:
-        return max(memory.total for memory in self.memory.values())
-
-    @property
-    def fits(self) -> bool:
-        return self.total <= self.topology.chip.hbm_bytes
-
-    def seconds(self, program: str) -> float:
-        """The least time of a call."""
-        return max(self.cost[program].seconds(self.topology.chip).values())
+def show(found: Estimate, *, beside: Estimate | None = None) -> list[str]:
+    """The lines of an estimate, without the last; `beside`: the same with the reference in the update."""
+    chip, update = found.topology.chip, found.parts["update"]
+    mesh = " x ".join(f"{axis} {size}" for axis, size in found.mesh.items())
+    columns = dict(found.parts) | ({"update with reference": beside.parts["update"]} if beside else {})
+    lines = [
+        f"{found.topology}: {found.topology.count} chips of {gib(chip.hbm_bytes)}, {mesh}; attention by "
+        f"{found.attention}, remat {found.config.model.remat}, parameters {found.config.model.param_dtype}",
+        f"an update: {update.shape.pairs} pairs, in {update.work.microbatches:.1f} microbatches of {update.shape.rows} "
+        f"rows of {update.shape.row_length} positions, {update.work.tokens / update.work.positions:.0%} of them real",
+        "",
+        row("a chip holds", list(columns)),
+    ]
+    for name in (*Memory._fields, "total"):
+        title = "activations and the rest" if name == "rest" else name
+        lines.append(row(f"  {title}", [gib(getattr(part.memory, name)) for part in columns.values()]))
+    lines += ["", row("a chip does, in a call", list(columns))]
+    costs = [part.cost for part in columns.values()]
+    lines.append(row("  FLOPs", [f"{cost.flops:.3g}" for cost in costs]))
+    for title, field in {"HBM": "hbm_bytes", network(chip): "ici_bytes", "DCN": "dcn_bytes"}.items():
+        lines.append(row(f"  bytes over {title}", [f"{getattr(cost, field):.3g}" for cost in costs]))
+    for resource in costs[0].seconds(chip):
+        lines.append(row(f"  seconds of {resource}", [f"{cost.seconds(chip)[resource]:.3f}" for cost in costs]))
+    bound = max(found.seconds("update"), key=lambda name: found.seconds("update")[name])
+    hours = found.run_seconds / 3600
+    return lines + [
+        "",
+        f"at best, a step takes {max(found.seconds('update').values()):.3f} s, bound by {bound}: "
+        f"{found.pairs_per_s('update'):.1f} pairs/s, MFU {found.mfu:.0%}",
+        f"at best, {found.config.plan.pairs:,} pairs take {updates(found.config):,} updates and a reference pass: "
+        f"{hours / 24:.2f} days, {hours * found.topology.count:,.1f} chip-hours",
+    ]
 
 
-def parse_topology(text: str) -> Topology:
-    """`v5p:4x4x4`, `v5e:16x16,slices=2` or, for GPUs, `h100:64`. Raises: InputError for anything else."""
-    name, *options = text.split(",")
-    slices = 1
-    problem = ""
-    for option in options:
-        match = re.fullmatch(r"slices=([1-9]\d*)", option)
-        problem, slices = ("", int(match[1])) if match else (f"option {option!r}", 1)
-    try:
-        chip, shape = chips.parse_topology(name)
-    except ValueError as error:
-        problem = problem or str(error)
-        chip, shape = chips.CHIPS[0], ()
-    if not problem and slices > 1 and not chip.dimensions:
-        problem = "slices of GPUs"
-    if problem:
-        raise InputError(
-            "--topology",
-            got=f"{text!r} ({problem})",
-            expected="CHIP:SHAPE, and ,slices=N for several of them",
-            remedy="Give for example v5p:4x4x4, v5e:16x16,slices=2 or h100:64.",
+def row(title: str, cells: Sequence[str]) -> str:
+    return f"{title:<28}" + "".join(f"{cell:>24}" for cell in cells)
+
+
+def gib(size: float) -> str:
+    return f"{size / 2**30:.2f} GiB"
+
+
+def network(chip: Chip) -> str:
+    return "ICI" if chip.dimensions else "NVLink"
+
+
+def verdict(found: Estimate) -> str:
+    """The last line."""
+    need = f"{gib(found.bytes)} of {gib(found.topology.chip.hbm_bytes)} a chip"
+    return f"fits: {need}" if found.fits else f"does not fit: {need}; {advice(found)}"
+
+
+def advice(found: Estimate) -> str:
+    """Which knob to turn when memory does not suffice."""
+    part = max(found.parts.values(), key=lambda part: part.memory.total)
+    memory, model = part.memory, found.config.model
+    lasting = memory.weights + memory.optimizer + memory.gradients
+    if lasting > found.topology.chip.hbm_bytes / 2 and lasting > memory.rest:
+        whole = found.mesh["replica"] > found.topology.slices
+        knobs = ["mesh.fsdp up and mesh.replica down"] if whole else ["more chips"]
+        return f"weights, optimizer and gradients take {gib(lasting)}: " + " or ".join(
+            knobs + (["model.param_dtype=bfloat16"] if model.param_dtype == "float32" else [])
         )
-    return Topology(name, chip, shape, slices)
+    knobs = []
+    if part.shape.rows > part.shape.shards:
+        field = "train" if part is found.parts["update"] else "reference"
+        knobs.append(f"{field}.microbatch_rows={max(part.shape.shards, part.shape.rows // 2)}")
+    if model.remat in ("none", "dots"):
+        knobs.append("model.remat=block")
+    knobs.append(f"mesh.tensor={2 * found.mesh['tensor']}")
+    if found.config.data.row_length is None:
+        knobs.append("a shorter data.max_length")
+    return f"activations and the rest take {gib(memory.rest)}: " + " or ".join(knobs)
 
 
-def architecture(config: Config) -> DecoderConfig:
-    """The model's shape, from `plan.architecture` or from the folder `model.path`; never from the network.
+def swept(config: Config, topology: Topology) -> Iterator[Config]:
+    """The configuration on other meshes, with other remat policies and half the microbatch, those that can be."""
+    model = architecture(config)
+    for tensor, remat in itertools.product(SWEPT_TENSOR, SWEPT_REMAT):
+        if topology.count % (topology.slices * tensor) or model.kv_heads % tensor:
+            continue
+        mesh = dataclasses.replace(config.mesh, replica=topology.slices, fsdp=-1, tensor=tensor)
+        shards = topology.count // tensor
+        for rows in (None, shards):
+            yield dataclasses.replace(
+                config,
+                mesh=mesh,
+                model=dataclasses.replace(config.model, remat=remat),
+                train=dataclasses.replace(config.train, microbatch_rows=rows),
+            )
 
-    Raises: InputError if neither is there.
+
+def sweep(config: Config, topology: Topology, report: Callable[[str], None]) -> list[Estimate]:
+    """Estimates of all that `swept` gives, of those that fit the fastest first, then those that do not."""
+    found: list[Estimate] = []
+    seen: set[tuple] = set()
+    for each in swept(config, topology):
+        try:
+            estimated = estimate(each, topology)
+        except InputError as error:
+            report(f"left out: {error}")
+            continue
+        key = (*estimated.mesh.values(), each.model.remat, estimated.parts["update"].shape)
+        if key not in seen:
+            seen.add(key)
+            found.append(estimated)
+            report(line_of(estimated))
+    return sorted(found, key=lambda each: (not each.fits, each.run_seconds))
+
+
+def line_of(found: Estimate) -> str:
+    """One estimate of a sweep."""
+    update = found.parts["update"]
+    mesh = " x ".join(f"{axis} {size}" for axis, size in found.mesh.items())
+    return (
+        f"{mesh}, remat {found.config.model.remat}, microbatches of {update.shape.rows} x {update.shape.row_length}: "
+        f"{gib(found.bytes)} a chip, {found.pairs_per_s('update'):.1f} pairs/s at best, MFU {found.mfu:.0%}"
+        f"{'' if found.fits else ', does not fit'}"
+    )
+
+
+def run(config: Config, topology: str, *, sweeping: bool = False, reference_in_step: bool = False) -> int:
+    """Prints a plan, or a sweep; returns the exit status: 0 if the configuration, or any of the sweep's, fits.
+
+    Raises: InputError for whatever cannot be planned.
     """
-    path = Path(config.plan.architecture or Path(config.model.path) / hf_files.CONFIG)
-    if not path.is_file():
-        raise InputError(
-            "config.plan.architecture",
-            got=f"no file {path}",
-            expected="the model's config.json",
-            remedy="Name it, or a local folder as model.path.",
-        )
-    hf = hf_files.read_json(path)
-    return family(hf, str(path)).decoder_config(hf, str(path))
-
-
-def drawn_lengths(config: Config) -> Int[np.ndarray, "N 3"]:
-    """Token counts of pairs such as the data's: spread about the medians of `plan`, cut as `data` says.
-
-    One pair is as long as the limits allow, for one such pair decides how long rows are.
-    """
-    count = min(config.plan.pairs, DRAWN_PAIRS)
-    medians = np.array([config.plan.prompt_tokens, config.plan.answer_tokens, config.plan.answer_tokens])
-    drawn = np.exp(np.random.default_rng(0).normal(np.log(medians), SPREAD, (count, 3))).astype(np.int64)
-    data = config.data
-    drawn[0] = data.max_length
-    prompt = np.clip(drawn[:, 0], 1, data.max_prompt_length)
-    answers = np.clip(drawn[:, 1:], 1, data.max_length - prompt[:, None])
-    return np.concatenate([prompt[:, None], answers], 1)
-
-
-def devices_of(topology: Topology) -> Sequence[Any]:
-    """The devices of a TPU topology, to compile for. Raises: InputError if libtpu is not there or knows no such."""
-    options = dict(topology.chip.options) | ({"num_slices": topology.slices} if topology.slices > 1 else {})
-    try:
-        return topologies.get_topology_desc(topology.name, platform="tpu", **options).devices
-    except Exception as error:  # of several types, by what is missing
-        raise InputError(
-            "--topology",
-            got=f"libtpu cannot compile for {topology} ({' '.join(str(error).split())[:300]})",
-            expected="libtpu, and a topology it knows",
-            remedy="Run pip install 'dpo-jax[plan]'.",
-        ) from error
-
-
-def estimate(config: Config, topology: Topology, *, reference_in_step: bool = False) -> Estimate:
-    """Compiles or counts a configuration on a topology.
-
-    Args:
-      reference_in_step: score the reference within the update and hold its weights, as other trainers do; to compare.
-    Raises: InputError for a mesh or shapes that do not fit the topology.
-    """
-    model, lengths = architecture(config), drawn_lengths(config)
-    if topology.chip.dimensions:
-        built = programs.make_programs(config, model, lengths, devices=devices_of(topology))
-        return compiled(config, topology, built, lengths, reference_in_step)
-    return counted(config, topology, model, lengths, reference_in_step)
+    run_inputs.check_names(config)
+    where = parse_topology(topology)
+    jax.config.update("jax_platforms", "cpu")  # whatever there is stays free
+    if sweeping:
+        ranked = sweep(config, where, say)
+        print(*(f"{place}. {line_of(each)}" for place, each in enumerate(ranked, 1)), sep="\n")
+        if not ranked:
+            raise InputError("--sweep", got="nothing that can be", expected="a mesh", remedy="Change --topology.")
+        found = ranked[0]
+    else:
+        found = estimate(config, where)
+        beside = estimate(config, where, reference_in_step=True) if reference_in_step else None
+        print(*show(found, beside=beside), sep="\n")
+    print(verdict(found))
+    return 0 if found.fits else DOES_NOT_FIT

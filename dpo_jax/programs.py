@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import AbstractMesh, AxisType, NamedSharding
 from jaxtyping import Float, Int
 
 from dpo_jax import inputs as run_inputs
@@ -42,12 +42,16 @@ class Compiled:
     def __init__(self, name: str, function: Any, watch: Stopwatch):
         self._name, self._function, self._watch, self._program = name, function, watch, None
 
-    def compile(self, *args: Any) -> Any:
-        """The compiled program for arguments like these, of which shapes, types and places are enough."""
+    def compile(self, *args: Any, options: dict[str, Any] | None = None) -> Any:
+        """The compiled program for arguments like these, of which shapes, types and places are enough.
+
+        Args:
+          options: of the compiler, besides those of the function.
+        """
         if self._program is None:
             started = time.perf_counter()
             with self._watch.part("compile"):
-                self._program = self._function.lower(*args).compile()
+                self._program = self._function.lower(*args).compile(options)
             memory = self._program.memory_analysis()
             size = f", {memory.temp_size_in_bytes:,} bytes of temporaries a device" if memory is not None else ""
             say(f"compiled {self._name} in {time.perf_counter() - started:.1f} s{size}")
@@ -62,17 +66,18 @@ class Programs(NamedTuple):
     """Where a run computes, in which shapes, and its scoring program; a training run compiles one update besides."""
 
     model: DecoderConfig
-    mesh: Mesh
+    mesh: Any  # a Mesh, or an AbstractMesh of devices that are not there
     rules: sharding.Rules
     dtype: Any
     attention: str  # the implementation that was chosen
     update_shape: layout.Shape
     score_shape: layout.Shape
-    scoring: Compiled  # params, batch on the mesh -> logps, token sums
+    scoring: Compiled | None  # params, batch on the mesh -> logps, token sums; None: there are no devices
     watch: Stopwatch  # what starting goes into
 
     def score(self, params: Any, batch: Batch) -> tuple[jax.Array, dict[str, jax.Array]]:
         """Log-probs [P, 2] and token sums of a host batch, the whole of them on every process."""
+        assert self.scoring is not None
         return self.scoring(params, sharding.put(batch, self.mesh))
 
 
@@ -117,6 +122,40 @@ def make_programs(
         keep_compiled()
     mesh = sharding.make_mesh(config.mesh.replica, config.mesh.fsdp, config.mesh.tensor, devices)
     platform = mesh.devices.flat[0].platform
+    made = _without_scoring(config, model, lengths, mesh, platform, sharding.shards_here(mesh), watch)
+    shape = made.score_shape
+    logps_fn = scoring.make_logps_fn(
+        model,
+        pairs=shape.pairs,
+        dtype=made.dtype,
+        remat=config.model.remat,
+        attention=made.attention,
+        mesh=mesh,
+        rules=made.rules,
+    )
+    step = make_score_step(logps_fn, has_aux=True, crops=crops(shape))
+    jitted = jax.jit(step, out_shardings=sharding.everywhere(mesh), compiler_options=COMPILER_OPTIONS)
+    return made._replace(scoring=Compiled("scoring", jitted, watch))
+
+
+def without_devices(
+    config: Config, model: DecoderConfig, lengths: Int[np.ndarray, "N 3"], count: int, *, platform: str
+) -> Programs:
+    """The same for so many devices that are not there, and cannot be compiled for: without a scoring program."""
+    sizes = sharding.mesh_shape((config.mesh.replica, config.mesh.fsdp, config.mesh.tensor), count)
+    mesh = AbstractMesh(sizes, sharding.AXES, axis_types=(AxisType.Auto,) * 3)
+    return _without_scoring(config, model, lengths, mesh, platform, None, Stopwatch())
+
+
+def _without_scoring(
+    config: Config,
+    model: DecoderConfig,
+    lengths: np.ndarray,
+    mesh: Any,
+    platform: str,
+    here: tuple[int, ...] | None,
+    watch: Stopwatch,
+) -> Programs:
     positions = CPU_POSITIONS if platform == "cpu" else ACCELERATOR_POSITIONS
     choose = functools.partial(
         layout.choose_shape,
@@ -124,7 +163,7 @@ def make_programs(
         layout=config.data.layout,
         row_length=config.data.row_length,
         shards=sharding.row_shards(mesh),
-        here=sharding.shards_here(mesh),
+        here=here,
     )
     update_shape = choose(pairs=config.train.batch_pairs, rows=config.train.microbatch_rows, target_positions=positions)
     # Without a backward pass far more rows fit.
@@ -134,18 +173,20 @@ def make_programs(
         target_positions=positions if platform == "cpu" else 4 * positions,
         field="reference.microbatch_rows",
     )
-    dtype = scoring.compute_dtype(config.model.dtype, platform)
     kernel = attention.choose(
         config.model.attention, platform, head_dim=model.head_dim, row_length=update_shape.row_length
     )
-    logps_fn = scoring.make_logps_fn(
-        model, pairs=score_shape.pairs, dtype=dtype, remat=config.model.remat, attention=kernel, mesh=mesh
+    return Programs(
+        model=model,
+        mesh=mesh,
+        rules=sharding.parse_rules(config.mesh.rules),
+        dtype=scoring.compute_dtype(config.model.dtype, platform),
+        attention=kernel,
+        update_shape=update_shape,
+        score_shape=score_shape,
+        scoring=None,
+        watch=watch,
     )
-    step = make_score_step(logps_fn, has_aux=True, crops=crops(score_shape))
-    places = sharding.everywhere(mesh)
-    program = Compiled("scoring", jax.jit(step, out_shardings=places, compiler_options=COMPILER_OPTIONS), watch)
-    rules = sharding.parse_rules(config.mesh.rules)
-    return Programs(model, mesh, rules, dtype, kernel, update_shape, score_shape, program, watch)
 
 
 def crops(shape: layout.Shape) -> list[Callable[[Any], Any]]:
@@ -159,6 +200,11 @@ def make_update(config: Config, programs: Programs, loss_fn: losses.Loss, tx: An
     Args:
       state: arrays, or their shapes and places.
     """
+    return jit_update("update", update_step(config, programs, loss_fn, tx)[0], programs, state)
+
+
+def update_step(config: Config, programs: Programs, loss_fn: losses.Loss, tx: Any) -> tuple[Any, Any]:
+    """The update as a pure function, and what it scores by."""
     shape = programs.update_shape
     logps_fn = scoring.make_logps_fn(
         programs.model,
@@ -167,13 +213,18 @@ def make_update(config: Config, programs: Programs, loss_fn: losses.Loss, tx: An
         remat=config.model.remat,
         attention=programs.attention,
         mesh=programs.mesh,
+        rules=programs.rules,
     )
-    step = make_train_step(
-        logps_fn, loss_fn, tx, beta=losses.reward_scale(loss_fn), has_aux=True, adds=True, crops=crops(shape)
-    )
+    beta = losses.reward_scale(loss_fn)
+    step = make_train_step(logps_fn, loss_fn, tx, beta=beta, has_aux=True, adds=True, crops=crops(shape))
+    return step, logps_fn
+
+
+def jit_update(name: str, step: Any, programs: Programs, state: TrainState) -> Compiled:
+    """A function of a state, and more, to a state and metrics, jitted as an update is."""
     places = jax.tree.map(lambda x: x.sharding, state), sharding.everywhere(programs.mesh)
     jitted = jax.jit(step, donate_argnums=0, out_shardings=places, compiler_options=COMPILER_OPTIONS)
-    return Compiled("update", jitted, programs.watch)
+    return Compiled(name, jitted, programs.watch)
 
 
 def load_params(config: Config, folder: Path, programs: Programs) -> Any:

@@ -121,7 +121,8 @@ def run_pass(
     check_identity(folder, identity)
     known = read_store(folder)
     # Processes pack what no value is known for, together: what they know must be the same.
-    hosts.agree("reference store", {"values": len(known), "keys": xxhash.xxh3_64_hexdigest("".join(sorted(known)).encode())})
+    keys = xxhash.xxh3_64_hexdigest("".join(sorted(known)).encode())
+    hosts.agree("reference store", {"values": len(known), "their keys": keys})
     named = [(pairs, lengths, _names(keys), _given(given)) for pairs, lengths, keys, given in sets]
     needed = {name for _, _, names, has_value in named for name in names[~has_value]}
     total = len(needed - known.keys())

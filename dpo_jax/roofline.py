@@ -52,7 +52,7 @@ class Cost:
             "compute": self.flops / chip.flops,
             "HBM": self.hbm_bytes / chip.hbm_bytes_per_s,
             "ICI" if chip.dimensions else "NVLink": self.ici_seconds,
-            "DCN": self.dcn_bytes / chip.dcn_bytes_per_s_of_chip,
+            "DCN": self.dcn_bytes * chip.chips_per_host / chip.dcn_bytes_per_s,
         }
 
 
@@ -152,3 +152,68 @@ def network_bytes(
     within = over_fsdp * (fsdp - 1) / fsdp + over_tensor * (tensor - 1) / tensor
     across = over_fsdp * (hosts - 1) / hosts / inside + over_replica * (replica - 1) / replica
     return Analytic(within, across)
+
+
+def counted(
+    model: DecoderConfig,
+    work: Work,
+    chip: Chip,
+    *,
+    sizes: dict[str, int],
+    itemsize: int,
+    update: bool,
+    remat: str,
+    state: int,
+    gradients: int,
+    weights: float,
+) -> Cost:
+    """The cost of an update, or of scoring; arguments as those of the functions above."""
+    chips, tensor = sizes["replica"] * sizes["fsdp"] * sizes["tensor"], sizes["tensor"]
+    if update:
+        operations = update_flops(work, remat)
+        hbm = update_bytes(
+            model,
+            work,
+            chips=chips,
+            tensor=tensor,
+            itemsize=itemsize,
+            remat=remat,
+            state=state,
+            gradients=gradients,
+            weights=weights,
+        )
+    else:
+        operations = work.needed + work.padding
+        hbm = forward_bytes(model, work, chips=chips, tensor=tensor, itemsize=itemsize)
+        hbm += 2 * work.microbatches * weights
+    net = network_bytes(
+        model,
+        work,
+        sizes=sizes,
+        per_host=chip.chips_per_host,
+        itemsize=itemsize,
+        weights=weights,
+        backward=update,
+        remat=remat,
+    )
+    rate = chip.links * chip.link_bytes_per_s
+    return Cost(operations / chips, hbm, net.within / rate, net.within, net.across)
+
+
+def activation_bytes(model: DecoderConfig, positions: float, *, tensor: int, itemsize: int, remat: str) -> float:
+    """Bytes of what a chip keeps for the backward pass of `positions` and of one block at work.
+
+    Args:
+      remat: empty: there is no backward pass.
+    """
+    m = model
+    products = (2 * m.heads + 2 * m.kv_heads) * m.head_dim + (2 if m.gated else 1) * m.mlp_width
+    kept = {
+        "": 0.0,
+        "offload": 0.0,
+        "block": m.width,
+        "dots": 3 * m.width + products / tensor,
+        "none": 6 * m.width + (products + m.mlp_width) / tensor,
+    }
+    at_work = 6 * m.width + (products + m.mlp_width) / tensor
+    return itemsize * positions * (m.layers * kept[remat] + (2 if remat else 1) * at_work)

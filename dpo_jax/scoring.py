@@ -3,13 +3,14 @@ the evaluation and the reference pass share, so that at step 0 the policy is the
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Float, Int
 
 from dpo_jax import feed, gradients, sharding
@@ -48,6 +49,7 @@ def make_logps_fn(
     remat: str = "none",
     attention: str = "xla",
     mesh: Mesh | None = None,
+    rules: sharding.Rules = sharding.RULES,
 ) -> Callable[..., Any]:
     """Returns `logps_fn(params, rows) -> (logps [P, 2], {"logits": [P, 2]})` for a decoder.
 
@@ -57,14 +59,23 @@ def make_logps_fn(
       pairs, dtype, remat: see `completion_logps` and `decoder.hidden_states`.
       attention: an implementation that `attention.choose` gave.
       mesh: what rows and parameters lie across, as `sharding` has it; None: one device of JAX's default platform.
+      rules: by which parameters do.
     """
     platform = jax.default_backend() if mesh is None else mesh.devices.flat[0].platform
-    of_attention = of_head = None
+    of_attention = of_head = move = None
     if mesh is not None and mesh.size > 1:
         heads = sharding.divides("tensor", mesh, config.heads, config.kv_heads)
-        vocab, width = sharding.partition("head/embedding", (config.vocab_size, config.width), mesh.shape)
         of_attention = attentions.Spread(mesh, sharding.ROW_AXES, heads)
-        of_head = Spread(mesh, sharding.ROW_AXES, vocab, width)
+        tables = {
+            name: sharding.partition(f"{name}/embedding", (config.vocab_size, config.width), mesh.shape, rules)
+            for name in ("embed", "head")
+        }
+        of_head = Spread(mesh, sharding.ROW_AXES, *tables["embed" if config.tie_embeddings else "head"])
+        columns = tables["embed"][1]
+        if columns in sharding.ROW_AXES:
+            others = tuple(axis for axis in sharding.ROW_AXES if axis != columns)
+            place = NamedSharding(mesh, PartitionSpec(others, None, columns))
+            move = functools.partial(jax.lax.with_sharding_constraint, shardings=place)
     attend = attentions.make_attention(attention, platform=platform, spread=of_attention)
     blocks = CPU_BLOCKS if platform == "cpu" else ACCELERATOR_BLOCKS
 
@@ -74,7 +85,7 @@ def make_logps_fn(
         if sums is not None:
             totals = {name: sums[name]["embedding"] for name in tables}
             body, sums = gradients.collect(*({k: tree[k] for k in tree if k not in tables} for tree in (params, sums)))
-        x, totals["embed"] = lookup(tables["embed"], rows.tokens, totals["embed"])
+        x, totals["embed"] = lookup(tables["embed"], rows.tokens, totals["embed"], move)
         hidden = decoder.hidden_states(
             body,
             config,

@@ -91,7 +91,7 @@ def make_mesh(replica: int, fsdp: int, tensor: int, devices: Sequence[Any] | Non
     """
     devices = jax.devices() if devices is None else list(devices)
     shape = mesh_shape((replica, fsdp, tensor), len(devices))
-    slices = len({device.slice_index for device in devices}) if devices[0].platform == "tpu" else 1
+    slices = len(set(map(slice_of, devices))) if devices[0].platform == "tpu" else 1
     if slices == 1:
         grid = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
     elif shape[0] % slices:
@@ -105,6 +105,11 @@ def make_mesh(replica: int, fsdp: int, tensor: int, devices: Sequence[Any] | Non
         within, across = (shape[0] // slices, *shape[1:]), (slices, 1, 1)
         grid = mesh_utils.create_hybrid_device_mesh(within, across, devices, allow_split_physical_axes=True)
     return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * 3)
+
+
+def slice_of(device: Any) -> int:
+    """Which of several TPU slices a device is in."""
+    return getattr(device, "slice_index", 0)  # topologies of one slice have none
 
 
 def row_shards(mesh: Mesh) -> int:
@@ -185,6 +190,4 @@ def _path_name(path: Iterable[Any]) -> str:
 
 def bytes_per_device(tree: Any) -> int:
     """Bytes of a placed tree that one device holds."""
-    return sum(
-        math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree)
-    )
+    return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))

@@ -15,6 +15,7 @@ LEVELS = (
     "optim steps scoring flops generate quickstart",
     "reference checkpoint inputs trackers roofline",
     "evaluate programs workdir",
+    "estimate",
     "report card inspect plan",
     "train",
     "cli",

@@ -8,6 +8,7 @@ sum lies, see `gradients`.
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -89,20 +90,29 @@ def _normalise_backward(eps, saved, grad):
 normalise.defvjp(_normalise_forward, _normalise_backward)
 
 
-@custom_vjp
+@functools.partial(custom_vjp, nondiff_argnums=(3,))
 def lookup(
-    table: Float[Array, "V D"], tokens: Int[Array, "R S"], total: Float[Array, "V D"] | None
+    table: Float[Array, "V D"],
+    tokens: Int[Array, "R S"],
+    total: Float[Array, "V D"] | None,
+    move: Callable[[Array], Array] | None = None,
 ) -> tuple[Float[Array, "R S D"], Float[Array, "V D"] | None]:
-    """Rows of a table, and `total`, which the gradient of the table is added to; None: it is the table's cotangent."""
+    """Rows of a table, and `total`, which the gradient of the table is added to; None: it is the table's cotangent.
+
+    Args:
+      move: takes the gradient of the rows to where the table's columns lie, on a mesh that has them elsewhere; there it
+        is added in place, where otherwise each device would fill a table of its own, all to be summed.
+    """
     return jnp.take(table, tokens, axis=0), total
 
 
-def _lookup_forward(table, tokens, total):
-    return lookup(table, tokens, total), (table, tokens)
+def _lookup_forward(table, tokens, total, move):
+    return lookup(table, tokens, total, move), (table, tokens)
 
 
-def _lookup_backward(saved, cotangents):
+def _lookup_backward(move, saved, cotangents):
     (table, tokens), (grad, total) = saved, cotangents
+    grad = grad if move is None else move(grad)
     if total is None:
         return jnp.zeros_like(table).at[tokens].add(grad), None, None
     return None, None, total.at[tokens].add(grad.astype(total.dtype))

@@ -1,0 +1,356 @@
+"""What a run would take on hardware that need not be there: memory of a chip, least time of a step, days.
+
+For TPUs the real update and the real scoring program are compiled ahead of time, by libtpu, for the topology that is
+named; memory is then the compiler's own account, and what crosses chips is read from the compiled programs. For GPUs,
+which nothing compiles for from afar, both are counted. Neither weights nor data are read.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import os
+import re
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import topologies
+from jaxtyping import Int
+
+from dpo_jax import chips, losses, programs, roofline, sharding, steps
+from dpo_jax import inputs as run_inputs
+from dpo_jax.chips import Chip
+from dpo_jax.collectives import Collective, bytes_across, collectives
+from dpo_jax.config import Config
+from dpo_jax.data import layout
+from dpo_jax.models import hf_files
+from dpo_jax.models.config import DecoderConfig
+from dpo_jax.models.families import family
+from dpo_jax.programs import Programs
+from dpo_jax.roofline import Cost, Work
+from dpo_jax.types import Encoded, InputError
+
+DRAWN_PAIRS = 4096  # at most, that stand for the data
+SPREAD = 0.7  # standard deviation of the logarithm of a length, about that of HH and of UltraFeedback
+
+
+class Topology(NamedTuple):
+    """Some chips and how they are connected."""
+
+    name: str  # of one slice
+    chip: Chip
+    shape: tuple[int, ...]  # of one slice
+    slices: int
+
+    @property
+    def count(self) -> int:
+        return self.slices * math.prod(self.shape)
+
+    def __str__(self) -> str:
+        return f"{self.slices} x {self.name}" if self.slices > 1 else self.name
+
+
+class Memory(NamedTuple):
+    """Bytes on a chip while a program runs."""
+
+    weights: int
+    optimizer: int
+    gradients: int  # their sums, float32
+    rest: int  # activations, gathered weights, batch, program
+
+    @property
+    def total(self) -> int:
+        return sum(self)
+
+
+class Part(NamedTuple):
+    """One program of a run: the update, or scoring."""
+
+    shape: layout.Shape
+    work: Work
+    memory: Memory
+    cost: Cost
+    moved: list[Collective]  # empty where nothing was compiled
+
+
+class Estimate(NamedTuple):
+    """What was found for one configuration."""
+
+    config: Config
+    topology: Topology
+    mesh: dict[str, int]
+    attention: str
+    parts: dict[str, Part]
+
+    @property
+    def bytes(self) -> int:
+        """On a chip, of the program that takes more."""
+        return max(part.memory.total for part in self.parts.values())
+
+    @property
+    def fits(self) -> bool:
+        return self.bytes <= self.topology.chip.hbm_bytes
+
+    def seconds(self, part: str) -> dict[str, float]:
+        """The least time of a call, by what it would be bound by."""
+        return self.parts[part].cost.seconds(self.topology.chip)
+
+    def pairs_per_s(self, part: str) -> float:
+        """At most."""
+        return self.parts[part].shape.pairs / max(self.seconds(part).values())
+
+    @property
+    def mfu(self) -> float:
+        """Of the update at its least time: operations that its real tokens need, over what the chips could do."""
+        update, chip = self.parts["update"], self.topology.chip
+        return 3 * update.work.needed / (max(self.seconds("update").values()) * chip.flops * self.topology.count)
+
+    @property
+    def run_seconds(self) -> float:
+        """The least time of the reference pass and of all updates."""
+        pairs = self.config.plan.pairs
+        scoring = pairs / self.pairs_per_s("scoring") if "scoring" in self.parts else 0.0
+        return scoring + updates(self.config) * max(self.seconds("update").values())
+
+
+def parse_topology(text: str) -> Topology:
+    """`v5p:4x4x4`, `v5e:16x16,slices=2` or, for GPUs, `h100:64`. Raises: InputError for anything else."""
+    name, *options = text.split(",")
+    slices = 1
+    problem = ""
+    for option in options:
+        match = re.fullmatch(r"slices=([1-9]\d*)", option)
+        problem, slices = ("", int(match[1])) if match else (f"option {option!r}", 1)
+    try:
+        chip, shape = chips.parse_topology(name)
+    except ValueError as error:
+        problem = problem or str(error)
+        chip, shape = chips.CHIPS[0], ()
+    if problem:
+        raise InputError(
+            "--topology",
+            got=f"{text!r} ({problem})",
+            expected="CHIP:SHAPE, and ,slices=N for several of them",
+            remedy="Give for example v5p:4x4x4, v5e:16x16,slices=2 or h100:64.",
+        )
+    return Topology(name, chip, shape, slices)
+
+
+def architecture(config: Config) -> DecoderConfig:
+    """The model's shape, from `plan.architecture` or from the folder `model.path`; never from the network.
+
+    Raises: InputError if neither is there.
+    """
+    path = Path(config.plan.architecture or Path(config.model.path) / hf_files.CONFIG)
+    if not path.is_file():
+        raise InputError(
+            "config.plan.architecture",
+            got=f"no file {path}",
+            expected="the model's config.json",
+            remedy="Name it, or a local folder as model.path.",
+        )
+    hf = hf_files.read_json(path)
+    return family(hf, str(path)).decoder_config(hf, str(path))
+
+
+def drawn_lengths(config: Config) -> Int[np.ndarray, "N 3"]:
+    """Token counts of pairs such as the data's: spread about the medians of `plan`, cut as `data` says.
+
+    One pair is as long as the limits allow, for one such pair decides how long rows are.
+    """
+    count = min(config.plan.pairs, DRAWN_PAIRS)
+    medians = np.array([config.plan.prompt_tokens, config.plan.answer_tokens, config.plan.answer_tokens])
+    drawn = np.exp(np.random.default_rng(0).normal(np.log(medians), SPREAD, (count, 3))).astype(np.int64)
+    data = config.data
+    drawn[0] = data.max_length
+    prompt = np.clip(drawn[:, 0], 1, data.max_prompt_length)
+    answers = np.clip(drawn[:, 1:], 1, data.max_length - prompt[:, None])
+    return np.concatenate([prompt[:, None], answers], 1)
+
+
+def devices_of(topology: Topology) -> Sequence[Any]:
+    """The devices of a TPU topology, to compile for. Raises: InputError if libtpu is not there or knows no such."""
+    options = topology.chip.topology_options(topology.shape)
+    if topology.slices > 1:
+        options["num_slices"] = topology.slices
+    # Or libtpu looks for the TPU that it should be on, and says that it found none.
+    for name, value in {"TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost"}.items():
+        os.environ.setdefault(name, value)
+    try:
+        return topologies.get_topology_desc(topology.name, platform="tpu", **options).devices
+    except Exception as error:  # of several types, by what is missing
+        raise InputError(
+            "--topology",
+            got=f"libtpu cannot compile for {topology} ({' '.join(str(error).split())[:300]})",
+            expected="libtpu, and a topology it knows",
+            remedy="Run pip install 'dpo-jax[plan]'.",
+        ) from error
+
+
+def updates(config: Config) -> int:
+    """Updates of the run, if its data are as many pairs as `plan` says."""
+    return config.train.steps or max(1, int(config.train.epochs * config.plan.pairs) // config.train.batch_pairs)
+
+
+def estimate(config: Config, topology: Topology, *, reference_in_step: bool = False) -> Estimate:
+    """Compiles a configuration for a TPU topology, or counts it on GPUs.
+
+    Args:
+      reference_in_step: hold the reference's weights, in the compute type, and score with them in every update, as
+        other trainers do; to compare.
+    Raises: InputError for a mesh, rules or shapes that do not fit, or without libtpu.
+    """
+    model, lengths = architecture(config), drawn_lengths(config)
+    compiles = bool(topology.chip.dimensions)
+    if compiles:
+        built = programs.make_programs(config, model, lengths, devices=devices_of(topology))
+    else:
+        built = programs.without_devices(config, model, lengths, topology.count, platform="gpu")
+    tx, _ = run_inputs.optimizer_of(config, total_steps=updates(config))
+    state = programs.abstract_state(config, built, tx)
+    calls: dict[str, tuple[layout.Shape, Any, tuple]] = {
+        "update": (built.update_shape, None, (state,)),
+        "scoring": (built.score_shape, built.scoring, (state.params,)),
+    }
+    if compiles:
+        update = programs.make_update(config, built, run_inputs.loss_of(config), tx, state)
+        calls["update"] = built.update_shape, update, (state,)
+    if reference_in_step:
+        frozen = as_type(state.params, built.dtype)
+        update = with_reference(config, built, tx, state) if compiles else None
+        calls["update"] = built.update_shape, update, (state, frozen)
+    if reference_in_step or config.loss.name in losses.REFERENCE_FREE:
+        del calls["scoring"]
+    parts = {name: part_of(config, topology, built, lengths, name, *call) for name, call in calls.items()}
+    return Estimate(config, topology, dict(built.mesh.shape), built.attention, parts)
+
+
+def with_reference(config: Config, built: Programs, tx: Any, state: Any) -> programs.Compiled:
+    """The update(state, frozen, batch) that scores the reference first."""
+    loss_fn = run_inputs.loss_of(config)
+    step, logps_fn = programs.update_step(config, built, loss_fn, tx)
+    score = steps.make_score_step(logps_fn, has_aux=True, crops=programs.crops(built.update_shape))
+
+    def update(state: Any, frozen: Any, batch: Any) -> Any:
+        return step(state, batch._replace(reference=score(frozen, batch)[0]))
+
+    return programs.jit_update("update with the reference in it", update, built, state)
+
+
+def part_of(
+    config: Config,
+    topology: Topology,
+    built: Programs,
+    lengths: np.ndarray,
+    name: str,
+    shape: layout.Shape,
+    program: programs.Compiled | None,
+    held: tuple,
+) -> Part:
+    """What one program takes.
+
+    Args:
+      program: None: count it.
+      held: its arguments but for the batch, of which the first is a state or its parameters.
+    """
+    update = name == "update"
+    state = held[0]
+    params = state.params if update else state
+    weights = sharding.bytes_per_device((params, held[1:]))
+    optimizer = sharding.bytes_per_device(state.opt_state) if update else 0
+    gradients = sharding.bytes_per_device(as_type(params, jnp.float32)) if update else 0
+    work = roofline.mean_work(built.model, lengths, shape, config.data.layout)
+    if len(held) > 1:  # a forward pass more
+        work = work._replace(needed=work.needed * 4 / 3, padding=work.padding * 4 / 3, head=work.head * 4 / 3)
+    itemsize = np.dtype(built.dtype).itemsize
+    gathered = sharding.bytes_per_device(as_type(params, built.dtype)) * built.mesh.shape["fsdp"]
+    cost = roofline.counted(
+        built.model,
+        work,
+        topology.chip,
+        sizes=dict(built.mesh.shape),
+        itemsize=itemsize,
+        update=update,
+        remat=config.model.remat,
+        state=weights + optimizer,
+        gradients=gradients,
+        weights=gathered,
+    )
+    if program is None:
+        here = shape.positions / shape.shards
+        rest = roofline.activation_bytes(
+            built.model,
+            here,
+            tensor=built.mesh.shape["tensor"],
+            itemsize=itemsize,
+            remat=config.model.remat if update else "",
+        )
+        rest += 2 * gathered / built.model.layers
+        return Part(shape, work, Memory(weights, optimizer, gradients, int(rest)), cost, [])
+    total, text = compiled(program, (*held, abstract_batch(built, shape)))
+    rest = max(0, total - weights - optimizer - gradients)
+    moved = collectives(text, unknown_trips=max(1, round(work.microbatches)))
+    cost = sent(cost, moved, topology, built.mesh) if text else cost
+    return Part(shape, work, Memory(weights, optimizer, gradients, rest), cost, moved)
+
+
+def as_type(tree: Any, dtype: Any) -> Any:
+    """Shapes and places of arrays like these, of another type."""
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype, sharding=x.sharding), tree)
+
+
+def abstract_batch(built: Programs, shape: layout.Shape) -> Any:
+    """Shapes, types and places of a batch."""
+    token = np.zeros(1, np.int32)
+    batch = layout.collate([Encoded(token, token, token)], None, shape, layout="shared")
+    places = sharding.batch_shardings(built.mesh, batch)
+    return jax.tree.map(
+        lambda x, place: jax.ShapeDtypeStruct(np.shape(x), np.asarray(x).dtype, sharding=place), batch, places
+    )
+
+
+def compiled(program: programs.Compiled, args: tuple) -> tuple[int, str]:
+    """The bytes a chip needs by the compiler's account, and the optimized program; empty where they are too many."""
+    with tempfile.TemporaryDirectory() as folder:
+        # `as_text` fails on what libtpu does asynchronously; a dump does not.
+        dump = {"xla_dump_to": folder, "xla_dump_hlo_as_text": True}
+        try:
+            found = program.compile(*args, options=dump).memory_analysis()
+        except Exception as error:
+            needed = re.search(r"([\d.]+)([KMGT])i?B?\b", str(error))
+            if "RESOURCE_EXHAUSTED" not in str(error) or not needed:
+                raise
+            return int(float(needed[1]) * 2 ** (10 * " KMGT".index(needed[2]))), ""
+        texts = sorted(Path(folder).glob("*after_optimizations.txt"), key=lambda path: path.stat().st_size)
+        return memory_of(found), texts[-1].read_text() if texts else ""
+
+
+def memory_of(found: Any) -> int:
+    """Bytes on a chip at the most: donated arrays count once."""
+    new = found.output_size_in_bytes - found.alias_size_in_bytes
+    return found.argument_size_in_bytes + new + found.temp_size_in_bytes + found.generated_code_size_in_bytes
+
+
+def sent(cost: Cost, moved: Sequence[Collective], topology: Topology, mesh: Any) -> Cost:
+    """The cost with what the compiled program sends in place of what was counted."""
+    devices = list(mesh.devices.flat)
+    seconds = ici = dcn = 0.0
+    for each in moved:
+        across = bytes_across(each, lambda i: sharding.slice_of(devices[i]))
+        within = 0.0 if each.over_slices else each.bytes_sent
+        spans = [] if each.over_slices else extents([devices[i].coords for i in each.groups[0]], topology)
+        rate = topology.chip.ring_bytes_per_s(spans, topology.shape) if spans else 0.0
+        rate = rate or topology.chip.link_bytes_per_s
+        seconds += each.times * within / rate
+        ici, dcn = ici + each.times * within, dcn + each.times * across
+    return dataclasses.replace(cost, ici_seconds=seconds, ici_bytes=ici, dcn_bytes=dcn)
+
+
+def extents(coordinates: Sequence[Sequence[int]], topology: Topology) -> list[int]:
+    """Over how many places of each dimension of the torus some chips lie."""
+    return [len(set(values)) for values in zip(*coordinates, strict=True)][: topology.chip.dimensions]
