@@ -79,15 +79,16 @@ def collectives(text: str, *, unknown_trips: int = 1) -> list[Collective]:
     def walk(name: str, times: int, chains: set[str]) -> Iterator[Collective]:
         for each in program[name]:
             if each.opcode.removesuffix("-start") in KINDS:
-                # libtpu fuses start, steps and end of one collective with what they overlap; each names it again.
-                chain = each.attribute("chain_id")
+                # libtpu fuses start, steps and end of one collective with what they overlap, also with the body of a
+                # loop between them; each names it again.
+                chain = each.attribute("chain_id") and each.attribute("channel_id") + "/" + each.attribute("chain_id")
                 if not chain or chain not in chains:
                     yield _collective(each, times, devices)
                 chains.add(chain)
             elif each.opcode == "send" and each.attribute("_xla_megascale_transfer_type"):
                 yield _transfer(each, times)
             elif each.opcode == "while":
-                yield from walk(each.attribute("body"), times * _trips(program, name, each, unknown_trips), set())
+                yield from walk(each.attribute("body"), times * _trips(program, name, each, unknown_trips), {*chains})
             elif each.opcode not in ("async-update", "async-done"):  # which name what their start has named
                 for called in re.findall(r"[\w.-]+", " ".join(map(" ".join, _CALLED.findall(each.rest)))):
                     yield from walk(called, times, chains if each.opcode == "fusion" else set())

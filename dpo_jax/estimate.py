@@ -179,7 +179,7 @@ def devices_of(topology: Topology) -> Sequence[Any]:
     if topology.slices > 1:
         options["num_slices"] = topology.slices
     # Or libtpu looks for the TPU that it should be on, and says that it found none.
-    for name, value in {"TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost"}.items():
+    for name, value in {"TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}.items():
         os.environ.setdefault(name, value)
     try:
         return topologies.get_topology_desc(topology.name, platform="tpu", **options).devices
@@ -294,7 +294,9 @@ def part_of(
         return Part(shape, work, Memory(weights, optimizer, gradients, int(rest)), cost, [])
     total, text = compiled(program, (*held, abstract_batch(built, shape)))
     rest = max(0, total - weights - optimizer - gradients)
-    moved = collectives(text, unknown_trips=max(1, round(work.microbatches)))
+    # Where microbatches come in several sizes, each has a loop of its own.
+    trips = max(1, round(work.microbatches / len(shape.sizes)))
+    moved = collectives(text, unknown_trips=trips)
     cost = sent(cost, moved, topology, built.mesh) if text else cost
     return Part(shape, work, Memory(weights, optimizer, gradients, rest), cost, moved)
 
@@ -322,8 +324,8 @@ def compiled(program: programs.Compiled, args: tuple) -> tuple[int, str]:
         try:
             found = program.compile(*args, options=dump).memory_analysis()
         except Exception as error:
-            needed = re.search(r"([\d.]+)([KMGT])i?B?\b", str(error))
-            if "RESOURCE_EXHAUSTED" not in str(error) or not needed:
+            needed = re.search(r"\(([\d.]+)([KMGT])\) exceeds available HBM", str(error))
+            if not needed:
                 raise
             return int(float(needed[1]) * 2 ** (10 * " KMGT".index(needed[2]))), ""
         texts = sorted(Path(folder).glob("*after_optimizations.txt"), key=lambda path: path.stat().st_size)

@@ -151,6 +151,7 @@ def run(config: Config, topology: str, *, sweeping: bool = False, reference_in_s
     run_inputs.check_names(config)
     where = parse_topology(topology)
     jax.config.update("jax_platforms", "cpu")  # whatever there is stays free
+    jax.config.update("jax_enable_compilation_cache", False)  # which cannot read what is for devices that are not there
     if sweeping:
         ranked = sweep(config, where, say)
         print(*(f"{place}. {line_of(each)}" for place, each in enumerate(ranked, 1)), sep="\n")

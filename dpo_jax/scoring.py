@@ -19,7 +19,7 @@ from dpo_jax.logprobs import ACCELERATOR_BLOCKS, CPU_BLOCKS, Spread, completion_
 from dpo_jax.models import attention as attentions
 from dpo_jax.models import decoder
 from dpo_jax.models.config import DecoderConfig
-from dpo_jax.models.layers import lookup
+from dpo_jax.models.layers import Across, across_mesh, lookup
 from dpo_jax.types import Batch, Pairs
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
@@ -62,7 +62,7 @@ def make_logps_fn(
       rules: by which parameters do.
     """
     platform = jax.default_backend() if mesh is None else mesh.devices.flat[0].platform
-    of_attention = of_head = move = None
+    of_attention = of_head = move = across = None
     if mesh is not None and mesh.size > 1:
         heads = sharding.divides("tensor", mesh, config.heads, config.kv_heads)
         of_attention = attentions.Spread(mesh, sharding.ROW_AXES, heads)
@@ -76,6 +76,7 @@ def make_logps_fn(
             others = tuple(axis for axis in sharding.ROW_AXES if axis != columns)
             place = NamedSharding(mesh, PartitionSpec(others, None, columns))
             move = functools.partial(jax.lax.with_sharding_constraint, shardings=place)
+        across = functools.partial(kernel_across, config, mesh, rules)
     attend = attentions.make_attention(attention, platform=platform, spread=of_attention)
     blocks = CPU_BLOCKS if platform == "cpu" else ACCELERATOR_BLOCKS
 
@@ -96,6 +97,7 @@ def make_logps_fn(
             dtype=dtype,
             remat=remat,
             attend=attend,
+            across=across,
         )
         last = "head" if "head" in tables else "embed"
         logps, aux, totals[last] = completion_logps(
@@ -106,6 +108,24 @@ def make_logps_fn(
         return (logps, aux), sums | {name: {"embedding": total} for name, total in totals.items()}
 
     return logps_fn
+
+
+def kernel_across(
+    config: DecoderConfig,
+    mesh: Mesh,
+    rules: sharding.Rules,
+    path: str,
+    inputs: tuple[int, ...],
+    outputs: tuple[int, ...],
+) -> Across | None:
+    """How a kernel lies on the mesh; None: in a way that XLA has to find the best use of."""
+    shape = config.layers, *inputs, *outputs
+    spec = (*sharding.partition(path, shape, mesh.shape, rules), *(None for _ in shape))
+    sides = spec[1 : 1 + len(inputs)], spec[1 + len(inputs) : len(shape)]
+    # The axes of a side are one axis of the product, which is cut where the first of them is.
+    if spec[0] is not None or any(axis is not None for side in sides for axis in side[1:]):
+        return None
+    return across_mesh(mesh, sharding.ROW_AXES, *(side[0] for side in sides))
 
 
 def score_pairs(

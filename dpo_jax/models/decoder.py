@@ -7,6 +7,7 @@ file a model is the nested dict of arrays that `DecoderConfig` documents, and th
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any, cast
 
 import jax
@@ -18,7 +19,7 @@ from jaxtyping import Array, Float, Int
 
 from dpo_jax.models.attention import PLAIN, Attention
 from dpo_jax.models.config import DecoderConfig
-from dpo_jax.models.layers import affine, lookup, normalise
+from dpo_jax.models.layers import Across, affine, lookup, normalise
 from dpo_jax.types import check_choice
 
 # What the forward pass of a block keeps for the backward pass besides its input; the rest is computed again.
@@ -45,6 +46,8 @@ ACTIVATIONS = {
     "relu": jax.nn.relu,
 }
 INIT = nn.initializers.normal(0.02)
+# Of a kernel's path, such as blocks/attention/q/kernel, and the sizes of its two sides: how it lies on a mesh.
+Kernels = Callable[[str, tuple[int, ...], tuple[int, ...]], Across | None]
 
 
 class Run(nn.Module):
@@ -54,10 +57,12 @@ class Run(nn.Module):
     dtype: Any = jnp.float32
     param_dtype: Any = jnp.float32
     attend: Attention = PLAIN
+    across: Kernels | None = None
 
     @property
     def fields(self) -> dict[str, Any]:
-        return dict(config=self.config, dtype=self.dtype, param_dtype=self.param_dtype, attend=self.attend)
+        names = ("config", "dtype", "param_dtype", "attend", "across")
+        return {name: getattr(self, name) for name in names}
 
     def dense(self, name: str, features: int | tuple[int, ...], bias: bool, inputs: int = 1) -> Dense:
         return Dense(**self.fields, features=features, bias=bias, inputs=inputs, name=name)
@@ -77,7 +82,8 @@ class Dense(Run):
         bias = self.param("bias", nn.initializers.zeros, (*made,), self.param_dtype) if self.bias else None
         width = math.prod(given)
         flat = None if bias is None else bias.astype(self.dtype).ravel()
-        y = affine(x.reshape(-1, width), kernel.astype(self.dtype).reshape(width, -1), flat)
+        across = None if self.across is None else self.across("/".join((*self.path, "kernel")), given, tuple(made))
+        y = affine(x.reshape(-1, width), kernel.astype(self.dtype).reshape(width, -1), flat, across)
         return y.reshape(*x.shape[: x.ndim - self.inputs], *made)
 
 
@@ -223,6 +229,7 @@ def hidden_states(
     dtype: Any = jnp.float32,
     remat: str = "none",
     attend: Attention = PLAIN,
+    across: Kernels | None = None,
 ) -> Float[Array, "R S D"]:
     """Final hidden states, normalised, ready for the head.
 
@@ -234,8 +241,9 @@ def hidden_states(
       dtype: the compute type; parameters are cast to it where they are used.
       remat: what the backward pass recomputes, one of REMAT.
       attend: attention, of `attention.make_attention`.
+      across: how kernels lie on a mesh; None: on one device.
     """
-    module = Decoder(config, dtype, attend=attend, remat=remat)
+    module = Decoder(config, dtype, attend=attend, across=across, remat=remat)
     return cast(jax.Array, module.apply({"params": params}, x.astype(dtype), positions, key_start, key_end))
 
 

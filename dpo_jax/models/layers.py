@@ -9,35 +9,86 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int
 
 custom_vjp: Any = jax.custom_vjp  # its own annotations say nothing of what a function returns
 
 
-@custom_vjp
-def affine(x: Float[Array, "N I"], kernel: Float[Array, "I F"], bias: Float[Array, "F"] | None) -> Float[Array, "N F"]:
-    """x . kernel + bias, in the type of x; kernel and bias are of it already."""
-    return _affine_forward(x, kernel, bias)[0]
+class Across(NamedTuple):
+    """How a kernel is used on a mesh where its parts lie on several devices, and rows on others."""
+
+    gather: Callable[[Array], Array]  # the kernel [I, F] without the cut that the devices of the rows have in it
+    outer: Callable[[Array, Array], Array]  # ([N, I], [N, F]) -> [I, F], the sum over n of x_n grad_n, cut as it was
 
 
-def _affine_forward(x, kernel, bias):
+@functools.partial(custom_vjp, nondiff_argnums=(3,))
+def affine(
+    x: Float[Array, "N I"], kernel: Float[Array, "I F"], bias: Float[Array, "F"] | None, across: Across | None = None
+) -> Float[Array, "N F"]:
+    """x . kernel + bias, in the type of x; kernel and bias are of it already.
+
+    Args:
+      across: None: on one device.
+    """
+    return _affine_forward(x, kernel, bias, across)[0]
+
+
+def _affine_forward(x, kernel, bias, across):
     # Written out: a call of `affine` would hide the product from a remat policy that keeps products.
-    y = x @ kernel
+    y = x @ (kernel if across is None else across.gather(kernel))
     return y if bias is None else y + bias[None], (x, kernel, bias)
 
 
-def _affine_backward(saved, grad):
+def _affine_backward(across, saved, grad):
     x, kernel, bias = saved
     grad = jax.lax.optimization_barrier(grad)  # made once, for both products
     to_bias = None if bias is None else column_sums(grad).astype(bias.dtype)
-    return jnp.einsum("nf,if->ni", grad, kernel), jnp.einsum("ni,nf->if", x, grad), to_bias
+    if across is None:
+        return jnp.einsum("nf,if->ni", grad, kernel), jnp.einsum("ni,nf->if", x, grad), to_bias
+    to_x = jnp.einsum("nf,if->ni", grad, across.gather(kernel))
+    return to_x, across.outer(x, grad).astype(kernel.dtype), to_bias
 
 
 affine.defvjp(_affine_forward, _affine_backward)
+
+
+def across_mesh(mesh: Mesh, rows: tuple[str, ...], inputs: str | None, outputs: str | None) -> Across:
+    """`Across` where rows are spread over axes of a mesh, and the kernel's two sides over one each or none.
+
+    A device gathers the kernel in the compute type, multiplies the rows that it has, forward and backward, and adds
+    up its part of the kernel's gradient, in float32 or wider. Left to itself, XLA may move all rows to all devices
+    instead, many times the kernel's size.
+    """
+    axes = inputs, outputs
+    kept = [None if axis in rows else axis for axis in axes]
+    whole = NamedSharding(mesh, PartitionSpec(*kept))
+
+    def here(x, grad):
+        wide = jnp.promote_types(x.dtype, jnp.float32)
+        # What is scattered stands last, or the compilers for TPUs sum up the whole on every device.
+        turned = inputs in rows
+        part = jnp.einsum("ni,nf->fi" if turned else "ni,nf->if", x, grad, preferred_element_type=wide)
+        for axis, side in ((inputs, 1), (outputs, 0 if turned else 1)):
+            if axis in rows:
+                part = jax.lax.psum_scatter(part, axis, scatter_dimension=side, tiled=True)
+        part = jax.lax.psum(part, tuple(axis for axis in rows if axis not in axes))
+        return part.T if turned else part
+
+    return Across(
+        gather=functools.partial(jax.lax.with_sharding_constraint, shardings=whole),
+        outer=jax.shard_map(
+            here,
+            mesh=mesh,
+            in_specs=(PartitionSpec(rows, kept[0]), PartitionSpec(rows, kept[1])),
+            out_specs=PartitionSpec(inputs, outputs),
+            check_vma=False,
+        ),
+    )
 
 
 def column_sums(x: Float[Array, "N D"]) -> Float[Array, "D"]:
