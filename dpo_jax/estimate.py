@@ -8,6 +8,7 @@ which nothing compiles for from afar, both are counted. Neither weights nor data
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import os
 import re
@@ -37,6 +38,15 @@ from dpo_jax.types import Encoded, InputError
 
 DRAWN_PAIRS = 4096  # at most, that stand for the data
 SPREAD = 0.7  # standard deviation of the logarithm of a length, about that of HH and of UltraFeedback
+
+
+# Or libtpu looks for the TPU that it should be on, says that it found none, and lets one process at a time compile.
+QUIET = {
+    "TPU_SKIP_MDS_QUERY": "1",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "TPU_ACCELERATOR_TYPE": "v5p-8",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+}
 
 
 class Topology(NamedTuple):
@@ -178,8 +188,7 @@ def devices_of(topology: Topology) -> Sequence[Any]:
     options = topology.chip.topology_options(topology.shape)
     if topology.slices > 1:
         options["num_slices"] = topology.slices
-    # Or libtpu looks for the TPU that it should be on, and says that it found none.
-    for name, value in {"TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}.items():
+    for name, value in QUIET.items():
         os.environ.setdefault(name, value)
     try:
         return topologies.get_topology_desc(topology.name, platform="tpu", **options).devices
@@ -265,22 +274,23 @@ def part_of(
     optimizer = sharding.bytes_per_device(state.opt_state) if update else 0
     gradients = sharding.bytes_per_device(as_type(params, jnp.float32)) if update else 0
     work = roofline.mean_work(built.model, lengths, shape, config.data.layout)
-    if len(held) > 1:  # a forward pass more
-        work = work._replace(needed=work.needed * 4 / 3, padding=work.padding * 4 / 3, head=work.head * 4 / 3)
     itemsize = np.dtype(built.dtype).itemsize
     gathered = sharding.bytes_per_device(as_type(params, built.dtype)) * built.mesh.shape["fsdp"]
-    cost = roofline.counted(
+    count = functools.partial(
+        roofline.counted,
         built.model,
         work,
         topology.chip,
         sizes=dict(built.mesh.shape),
         itemsize=itemsize,
-        update=update,
         remat=config.model.remat,
         state=weights + optimizer,
         gradients=gradients,
         weights=gathered,
     )
+    cost = count(update=update)
+    if len(held) > 1:
+        cost = cost.plus(count(update=False))
     if program is None:
         here = shape.positions / shape.shards
         rest = roofline.activation_bytes(

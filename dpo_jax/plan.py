@@ -52,7 +52,7 @@ def show(found: Estimate, *, beside: Estimate | None = None) -> list[str]:
         f"at best, a step takes {max(found.seconds('update').values()):.3f} s, bound by {bound}: "
         f"{found.pairs_per_s('update'):.1f} pairs/s, MFU {found.mfu:.0%}",
         f"at best, {found.config.plan.pairs:,} pairs take {updates(found.config):,} updates and a reference pass: "
-        f"{hours / 24:.2f} days, {hours * found.topology.count:,.1f} chip-hours",
+        f"{hours / 24:.3g} days, {hours * found.topology.count:,.1f} chip-hours",
     ]
 
 

@@ -66,7 +66,7 @@ class Programs(NamedTuple):
     """Where a run computes, in which shapes, and its scoring program; a training run compiles one update besides."""
 
     model: DecoderConfig
-    mesh: Any  # a Mesh, or an AbstractMesh of devices that are not there
+    mesh: Any  # a sharding.AnyMesh; an abstract one where there are no devices
     rules: sharding.Rules
     dtype: Any
     attention: str  # the implementation that was chosen

@@ -9,6 +9,7 @@ of a step is that of the slowest of the four, as if the others were hidden behin
 from __future__ import annotations
 
 import dataclasses
+import operator
 from typing import NamedTuple
 
 import numpy as np
@@ -45,6 +46,10 @@ class Cost:
     ici_seconds: float
     ici_bytes: float  # sent over ICI or NVLink
     dcn_bytes: float  # sent over the data centre's network
+
+    def plus(self, other: Cost) -> Cost:
+        """Of one after the other."""
+        return Cost(*map(operator.add, dataclasses.astuple(self), dataclasses.astuple(other)))
 
     def seconds(self, chip: Chip) -> dict[str, float]:
         """The least time of each resource alone."""

@@ -14,7 +14,7 @@ from typing import Any
 import jax
 import numpy as np
 from jax.experimental import mesh_utils
-from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from dpo_jax.types import Batch, InputError
@@ -23,6 +23,7 @@ AXES = ("replica", "fsdp", "tensor")
 ROW_AXES = ("replica", "fsdp")
 LARGE = 2**20  # bytes of an array from which lying whole on every device is worth a remark
 
+AnyMesh = Mesh | AbstractMesh  # an abstract one has sizes and no devices
 Rules = tuple[tuple[str, P], ...]  # pattern of a leaf's path, and where such leaves lie
 
 # First match wins; leaves of the optimizer state end in the same paths and so match the same rules. An axis that
@@ -112,7 +113,7 @@ def slice_of(device: Any) -> int:
     return getattr(device, "slice_index", 0)  # topologies of one slice have none
 
 
-def row_shards(mesh: Mesh) -> int:
+def row_shards(mesh: AnyMesh) -> int:
     """How many devices the rows of a microbatch are spread over."""
     return math.prod(mesh.shape[axis] for axis in ROW_AXES)
 
@@ -124,7 +125,7 @@ def shards_here(mesh: Mesh) -> tuple[int, ...]:
     return tuple(i for i, devices in enumerate(by_shard) if any(device.process_index == this for device in devices))
 
 
-def shardings(mesh: Mesh, tree: Any, rules: Rules = RULES) -> Any:
+def shardings(mesh: AnyMesh, tree: Any, rules: Rules = RULES) -> Any:
     """A NamedSharding for every array (or its shape) of a tree of parameters or of a training state."""
 
     def place(path: Any, leaf: Any) -> NamedSharding:

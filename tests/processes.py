@@ -40,7 +40,9 @@ class Run:
         for i, output in enumerate(self.outputs):
             where = [f"--coordinator=127.0.0.1:{port}", f"--processes={processes}", f"--process={i}"]
             flags = f"--xla_force_host_platform_device_count={devices // processes}"
-            added = {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)} | (environment or {}).get(i, {})
+            added = {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)} | (environment or {}).get(
+                i, {}
+            )
             command = [sys.executable, "-m", "dpo_jax", *arguments, *where, *(own or {}).get(i, [])]
             with output.open("w") as file:
                 self.processes.append(

@@ -71,7 +71,7 @@ def test_processes_that_disagree_on_data_code_or_step_say_who_and_end(recipe, in
         assert run.ended_all()[0].status == 0
     with Run(command, tmp_path / "step", processes=2, folders=places) as run:
         for ended in run.ended_all(within_s=60):
-            assert ended.status == 2 and f"step is null on process 0" in ended.output and f"{STEPS} on" in ended.output
+            assert ended.status == 2 and "step is null on process 0" in ended.output and f"{STEPS} on" in ended.output
 
 
 @pytest.mark.slow

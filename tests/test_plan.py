@@ -1,0 +1,179 @@
+"""Plans: topologies, what is drawn in place of data, what is counted, and the lines and status that scripts rely on."""
+
+import dataclasses
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+
+from dpo_jax import chips, config, estimate, flops, plan, roofline
+from dpo_jax.data.layout import Shape, unit_lengths
+from dpo_jax.types import InputError
+
+ROOT = Path(__file__).parents[1]
+LLAMA = "configs/architectures/llama3_8b.json"
+
+
+@pytest.fixture(autouse=True)
+def at_the_root(monkeypatch):
+    monkeypatch.chdir(ROOT)
+
+
+def recipe(name, *overrides):
+    return config.load(f"configs/{name}.py", overrides)
+
+
+@pytest.mark.parametrize(
+    "text, count", [("v5p:4x4x4", 64), ("v5e:16x16,slices=2", 512), ("h100:64", 64), ("v6e:8x8", 64)]
+)
+def test_topology_is_read_from_its_name(text, count):
+    assert estimate.parse_topology(text).count == count
+
+
+@pytest.mark.parametrize(
+    "text", ["v5p", "v5p:4x4", "v9:4x4", "v5p:4x4x4,slices=0", "v5p:4x4x4,hosts=2", "v5e:32x32", "h100:8x8", ""]
+)
+def test_topology_that_is_none_is_refused(text):
+    with pytest.raises(InputError, match="--topology"):
+        estimate.parse_topology(text)
+
+
+def test_drawn_lengths_keep_the_limits_of_the_data_and_reach_them():
+    chosen = recipe("llama3_8b")
+    lengths = estimate.drawn_lengths(chosen)
+    assert len(lengths) == estimate.DRAWN_PAIRS and lengths.min() >= 1
+    assert (lengths[:, :1] + lengths[:, 1:]).max() == 2048 and lengths[:, 0].max() == 1024
+    medians = np.median(lengths, axis=0)
+    assert np.allclose(medians, [120, 240, 240], rtol=0.1)
+
+
+def test_architecture_is_read_without_weights_and_missing_ones_are_named(tmp_path):
+    assert estimate.architecture(recipe("llama3_8b")).width == 4096
+    with pytest.raises(InputError, match="config.plan.architecture"):
+        estimate.architecture(recipe("llama3_8b", f"plan.architecture={tmp_path}/none.json"))
+
+
+def test_work_and_flops_of_an_update_in_closed_form():
+    # Every batch is the same: 8 pairs of 100 + 2 * 51 tokens, of which two stand in a row of 512.
+    model = estimate.architecture(recipe("llama3_8b"))
+    lengths, shape = np.tile([[100, 51, 51]], (32, 1)), Shape(8, 2, 512, 4)
+    work = roofline.mean_work(model, lengths, shape, "shared")
+    assert (work.microbatches, work.positions) == (2, 2 * 2 * 512)
+    assert work.tokens == 8 * 200 and work.scored == 8 * 102
+    block = 4096 * 4096 * 2 + 2 * 4096 * 1024 + 3 * 4096 * 14336
+    head = 2 * 128256 * 4096 * 8 * 102
+    padding = 2 * 32 * block * (2048 - 1600)
+    assert work.head == head and work.padding == padding
+    assert work.needed == flops.forward_flops(model, lengths[:8], "shared")
+    blocks = work.needed - head + padding
+    assert roofline.update_flops(work, "dots") == 3 * blocks + 4 * head
+    assert roofline.update_flops(work, "block") == 4 * blocks + 4 * head
+
+
+def test_network_bytes_of_a_gpu_mesh_in_closed_form():
+    model = estimate.architecture(recipe("llama3_8b"))
+    work = roofline.Work(8, 2.0, 4096.0, 4000.0, 800.0, 1.0, 1.0, 1.0)
+    options: dict[str, Any] = dict(per_host=8, itemsize=2, weights=1e9, backward=True)
+    one_host = roofline.network_bytes(model, work, sizes=dict(replica=1, fsdp=8, tensor=1), **options)
+    # Two microbatches: weights twice in two bytes, gradients once in four.
+    assert one_host.within == pytest.approx(2 * (2e9 + 2e9) * 7 / 8) and one_host.across == 0
+    two_hosts = roofline.network_bytes(model, work, sizes=dict(replica=1, fsdp=16, tensor=1), **options)
+    assert two_hosts.across == pytest.approx(2 * (2e9 + 2e9) / 2 / 8)
+    whole = roofline.network_bytes(model, work, sizes=dict(replica=1, fsdp=1, tensor=8), **options)
+    assert whole.within == pytest.approx(2 * 4096 * 4096 * 2 * 32 * 2 * 2 * 7 / 8)
+
+
+@pytest.mark.parametrize("remat, more", [("none", "dots"), ("dots", "block"), ("block", "offload")])
+def test_remat_policies_keep_less_and_less(remat, more):
+    model = estimate.architecture(recipe("llama3_8b"))
+    keep = lambda name: roofline.activation_bytes(model, 4096, tensor=1, itemsize=2, remat=name)
+    assert keep(remat) > keep(more) > keep("")
+
+
+def run(*arguments):
+    """The command in a process of its own, where only this package's code decides what is printed."""
+    environment = os.environ | {"XLA_FLAGS": "", "JAX_PLATFORMS": ""}
+    command = [sys.executable, "-m", "dpo_jax", "plan", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment)
+
+
+def test_plan_of_gpus_prints_memory_time_and_the_verdict():
+    done = run("--config=configs/llama3_8b.py", "--topology=h100:32", "--reference_in_step")
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert lines[0].startswith("h100:32: 32 chips of 80.00 GiB, replica 1 x fsdp 8 x tensor 4")
+    titles = [line.split("  ")[0] if not line.startswith(" ") else line[2:26].strip() for line in lines]
+    for title in ("weights", "optimizer", "gradients", "total", "FLOPs", "bytes over NVLink", "seconds of compute"):
+        assert title in titles, done.stdout
+    assert "update with reference" in done.stdout and "chip-hours" in lines[-2] and "MFU" in lines[-3]
+    assert lines[-1].startswith("fits: ")
+
+
+def test_plan_that_does_not_fit_says_what_to_change_and_ends_with_3():
+    done = run("--config=configs/llama3_70b.py", "--topology=h100:8")
+    assert done.returncode == plan.DOES_NOT_FIT == 3
+    last = done.stdout.splitlines()[-1]
+    assert last.startswith("does not fit: ") and "weights, optimizer and gradients take" in last
+    assert "more chips or model.param_dtype=bfloat16" in last
+
+
+def test_plan_without_a_topology_or_for_a_mesh_that_cannot_be_is_refused():
+    assert "--topology" in run("--config=configs/llama3_8b.py").stderr
+    wrong = run("--config=configs/llama3_8b.py", "--topology=h100:8", "--config.mesh.fsdp=3")
+    assert wrong.returncode == 2 and "config.mesh" in wrong.stderr and not wrong.stdout
+
+
+def test_weights_and_optimizer_of_a_plan_are_those_that_a_run_holds():
+    found = estimate.estimate(recipe("llama3_8b", "mesh.tensor=1"), estimate.parse_topology("h100:64"))
+    memory = found.parts["update"].memory
+    norms = 65 * 4096 * 4
+    every = 8_030_261_248 * 4  # all parameters of Llama 3 8B
+    assert memory.weights == (every - norms) // 64 + norms
+    assert memory.optimizer == pytest.approx(2 * memory.weights, abs=16)  # two moments, and counters
+    assert memory.gradients == memory.weights
+    half = recipe("llama3_8b", "mesh.tensor=1", "model.param_dtype=bfloat16")
+    smaller = estimate.estimate(half, estimate.parse_topology("h100:64")).parts["update"].memory
+    assert smaller.weights == memory.weights // 2 and smaller.gradients == memory.gradients
+
+
+def test_advice_follows_what_takes_the_memory():
+    found = estimate.estimate(recipe("llama3_8b"), estimate.parse_topology("h100:64"))
+    update = found.parts["update"]
+    crowded = update._replace(memory=estimate.Memory(1, 1, 1, 2**40))
+    for changes, words in (
+        ({}, ("model.remat=block", "mesh.tensor=8", "data.max_length")),
+        ({"shape": dataclasses.replace(update.shape, rows=4 * update.shape.shards)}, ("train.microbatch_rows=",)),
+    ):
+        said = plan.verdict(found._replace(parts={"update": crowded._replace(**changes)}))
+        assert said.startswith("does not fit: ") and all(word in said for word in words), said
+
+
+@pytest.mark.slow
+def test_sweep_ranks_what_fits_by_time_and_names_every_kind_of_knob():
+    topology = estimate.parse_topology("h100:16")
+    ranked = plan.sweep(recipe("llama3_8b"), topology, lambda line: None)
+    assert [each.fits for each in ranked] == sorted((each.fits for each in ranked), reverse=True)
+    fitting = [each.run_seconds for each in ranked if each.fits]
+    assert fitting == sorted(fitting) and len(ranked) > 4
+    assert len({tuple(each.mesh.values()) for each in ranked}) > 2
+    assert {each.config.model.remat for each in ranked} == set(plan.SWEPT_REMAT)
+
+
+@pytest.mark.slow
+def test_every_chip_of_the_table_can_be_planned_for():
+    assert {chip.name for chip in chips.CHIPS} >= {"v4", "v5e", "v5p", "v6e", "h100", "h200"}
+    counted = [chip for chip in chips.CHIPS if not chip.dimensions]
+    for chip in counted:
+        found = estimate.estimate(recipe("pythia_2b8_hh"), estimate.parse_topology(f"{chip.name}:8"))
+        assert found.fits and 0 < found.mfu < 1, chip.name
+    assert jax.process_count() == 1
+
+
+def test_drawn_pairs_take_about_as_many_positions_as_their_medians_say():
+    lengths = estimate.drawn_lengths(recipe("llama3_8b"))
+    assert 500 < unit_lengths(lengths, "shared").mean() < 900

@@ -1,0 +1,70 @@
+"""Recipes for pods, compiled for the topologies that they are meant for: they fit, and send what the design says."""
+
+import math
+import re
+from pathlib import Path
+
+import pytest
+
+from dpo_jax import config, estimate, plan
+from dpo_jax.types import InputError
+
+ROOT = Path(__file__).parents[1]
+PODS = {
+    "v5p:4x4x4": ("llama3_8b", []),
+    "v5e:16x16": ("llama3_8b", ["mesh.tensor=8"]),
+    "v6e:8x8": ("llama3_8b", []),
+    "v5p:8x8x8": ("llama3_70b", []),
+}
+
+pytestmark = pytest.mark.tpu_aot
+
+
+@pytest.fixture(autouse=True)
+def at_the_root(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    try:
+        estimate.devices_of(estimate.parse_topology("v5e:2x2"))
+    except InputError as error:
+        pytest.skip(str(error))
+
+
+@pytest.mark.parametrize("topology", PODS)
+def test_recipe_compiles_for_a_pod_and_fits_and_sends_what_it_should(topology):
+    name, overrides = PODS[topology]
+    chosen = config.load(f"configs/{name}.py", overrides)
+    found = estimate.estimate(chosen, estimate.parse_topology(topology))
+    assert found.fits and plan.verdict(found).startswith("fits: ")
+    assert found.attention == "splash"
+    model = estimate.architecture(chosen)
+    update, tensor = found.parts["update"], found.mesh["tensor"]
+    microbatches = round(update.work.microbatches)
+
+    # Weights are gathered in bfloat16, forward and backward, and nothing else of that size is.
+    gathered = sum(each.bytes_sent * each.times for each in update.moved if each.kind == "all-gather")
+    block = model.width * model.head_dim * (2 * model.heads + 2 * model.kv_heads) + 3 * model.width * model.mlp_width
+    weights = 2 * model.layers * block / tensor * microbatches
+    assert gathered < 2.6 * weights
+
+    # Neither logits nor the whole vocabulary cross: no array is a quarter of what a device has of its matrix.
+    table = model.vocab_size * model.width / tensor
+    for each in update.moved:
+        assert max(map(elements, each.shape.split(", "))) < table / 4, each
+
+    # Rows stay on their devices from the first layer to the last and back; what moves of them is embedded tokens.
+    activations = update.shape.positions * model.width * 2 / update.shape.shards
+    moved = sum(each.bytes_sent * each.times for each in update.moved if each.kind == "all-to-all")
+    assert moved < 8 * microbatches * activations
+    assert all(each.times <= 4 * microbatches for each in update.moved if each.kind == "all-to-all")
+
+
+def elements(array):
+    """Of `bf16[1,4096]`."""
+    return math.prod(int(size) for size in re.findall(r"\d+", array.partition("[")[2]))
+
+
+def test_plan_that_does_not_fit_its_pod_says_so():
+    chosen = config.load("configs/llama3_8b.py", ["mesh.tensor=1", "train.microbatch_rows=64", "model.remat=none"])
+    found = estimate.estimate(chosen, estimate.parse_topology("v5e:4x4"))
+    assert not found.fits and found.bytes > found.topology.chip.hbm_bytes
+    assert plan.verdict(found).startswith("does not fit: ")
