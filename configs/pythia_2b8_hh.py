@@ -1,4 +1,12 @@
-"""Pythia 2.8B on Anthropic's HH, as in the DPO paper."""
+"""Pythia 2.8B on Anthropic's HH, the run of the DPO paper: a pass of fine-tuning on the chosen answers, then a pass of DPO.
+
+    dpo-jax train --config=configs/pythia_2b8_hh.py --workdir=runs/pythia_2b8_hh
+
+on one machine, or on every host. What `dpo-jax plan --topology=...` says of DPO on 160,800 pairs with a median of
+100 + 60 tokens, at best:
+
+PLANS
+"""
 
 import runpy
 from pathlib import Path
