@@ -78,3 +78,33 @@ def test_bytes_of_a_placed_array_are_those_one_device_holds():
     mesh = sharding.make_mesh(1, 8, 1)
     array = jax.device_put(np.zeros((64, 2), np.float32), jax.sharding.NamedSharding(mesh, P("fsdp")))
     assert sharding.bytes_per_device({"a": array}) == 64 * 2 * 4 // 8
+
+
+def test_rules_of_the_configuration_come_before_the_familys_own():
+    rules = sharding.parse_rules("mlp/down/kernel$=-,fsdp,tensor; final_norm = fsdp ")
+    sizes = {"replica": 1, "fsdp": 4, "tensor": 2}
+    assert sharding.partition("blocks/mlp/down/kernel", (2, 64, 32), sizes, rules) == P(None, "fsdp", "tensor")
+    assert sharding.partition("blocks/mlp/up/kernel", (2, 32, 64), sizes, rules) == P(None, "fsdp", "tensor")
+    assert sharding.parse_rules("") == sharding.RULES
+
+
+@pytest.mark.parametrize("text", ["kernel$", "kernel$=fsdp,rows", "(=fsdp", "kernel$=fsdp,fsdp", "=fsdp"])
+def test_rule_that_is_none_is_refused(text):
+    with pytest.raises(InputError, match="config.mesh.rules"):
+        sharding.parse_rules(text)
+
+
+def test_large_array_that_lies_whole_on_every_device_is_named():
+    mesh = sharding.make_mesh(1, 8, 1)
+    whole, cut = sharding.everywhere(mesh), jax.sharding.NamedSharding(mesh, P("fsdp"))
+    shape = lambda rows, place: jax.ShapeDtypeStruct((rows, 1024), np.float32, sharding=place)
+    tree = {"a": {"large": shape(256, whole), "small": shape(255, whole)}, "cut": shape(256, cut)}
+    assert sharding.whole_everywhere(tree) == {"a/large": 2**20}
+    alone = jax.sharding.NamedSharding(jax.make_mesh((1,), ("x",), devices=jax.devices()[:1]), P())
+    assert sharding.whole_everywhere({"a": shape(256, alone)}) == {}
+
+
+def test_every_row_shard_of_one_process_is_here():
+    for sizes in ((1, 8, 1), (2, 2, 2), (1, 1, 8)):
+        mesh = sharding.make_mesh(*sizes)
+        assert sharding.shards_here(mesh) == tuple(range(sharding.row_shards(mesh)))

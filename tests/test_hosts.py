@@ -1,0 +1,96 @@
+"""One process, which is a run of many whose number is one; tests of several are in test_processes.py."""
+
+import os
+import signal
+import threading
+import time
+
+import pytest
+
+from dpo_jax import config, hosts, train
+from dpo_jax.types import InputError
+from tests.runs import make_config, make_inputs, read_rows, untimed
+
+
+def test_one_process_agrees_with_itself_and_takes_every_share():
+    assert (hosts.index(), hosts.count(), hosts.first()) == (0, 1, True)
+    assert hosts.mine("abc") == ["a", "b", "c"] and all(hosts.is_mine(i) for i in range(5))
+    assert hosts.exchange("name", {"a": 1}) == [{"a": 1}] and hosts.merged("name")({"a": 1}) == {"a": 1}
+    assert hosts.agreed("name", 7) == 7
+    hosts.agree("nothing", {"a": 1})
+    hosts.wait("name")
+    with hosts.first_alone("name") as alone:
+        assert alone
+
+
+@pytest.mark.parametrize(
+    "given, wrong",
+    [
+        (dict(coordinator="host:1"), "--processes, --process"),
+        (dict(processes=2, process=0), "--coordinator"),
+        (dict(coordinator="host:1", processes=2, process=2), "host:1, 2, 2"),
+        (dict(coordinator="host", processes=2, process=0), "HOST:PORT"),
+    ],
+)
+def test_flags_that_do_not_name_a_process_of_several_are_refused(given, wrong):
+    with pytest.raises(InputError, match="flags") as caught:
+        hosts.join(**given)
+    assert wrong in str(caught.value)
+
+
+def test_environment_that_names_only_the_coordinator_is_refused(monkeypatch):
+    monkeypatch.setenv("JAX_COORDINATOR_ADDRESS", "host:1")
+    with pytest.raises(InputError, match="JAX_NUM_PROCESSES, JAX_PROCESS_ID: not given"):
+        hosts.join()
+
+
+def test_a_run_of_one_needs_no_coordinator(monkeypatch):
+    monkeypatch.setenv("SLURM_STEP_NODELIST", "node1")
+    monkeypatch.setenv("SLURM_NTASKS", "1")
+    hosts.join()
+    hosts.join("nowhere:1", 1, 0)
+    assert hosts.count() == 1
+
+
+def test_differences_are_named_with_who_has_which(monkeypatch):
+    facts = [{"beta": 0.1, "step": 3}, {"beta": 0.2, "step": 3}, {"beta": 0.1, "step": 3}]
+    monkeypatch.setattr(hosts, "exchange", lambda *_, **__: facts)
+    with pytest.raises(InputError) as caught:
+        hosts.agree("configuration", facts[0])
+    assert "configuration: beta is 0.1 on process 0, process 2, 0.2 on process 1" in str(caught.value)
+
+
+def test_code_digest_changes_with_the_code(monkeypatch, tmp_path):
+    (tmp_path / "a.py").write_text("a = 1\n")
+    monkeypatch.setattr(hosts, "__file__", str(tmp_path / "hosts.py"))
+    before = hosts.code_digest.__wrapped__()
+    (tmp_path / "a.py").write_text("a = 2\n")
+    assert hosts.code_digest.__wrapped__() != before
+
+
+def test_sigterm_stops_a_run_after_the_step_and_the_same_call_goes_on(tmp_path):
+    inputs = make_inputs(tmp_path / "inputs")
+    chosen = make_config(inputs, train__steps=40, checkpoint__every_steps=1000, mesh__fsdp=8, data__eval="")
+    folder = tmp_path / "run"
+
+    def ask():
+        until = time.monotonic() + 120
+        while time.monotonic() < until:
+            if (folder / "metrics.jsonl").exists() and len(read_rows(folder / "metrics.jsonl")) > 1:
+                return os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(0.01)
+
+    before = signal.getsignal(signal.SIGTERM)
+    thread = threading.Thread(target=ask)
+    thread.start()
+    with pytest.raises(hosts.Stopped, match="saved at step"):
+        train.run(chosen, folder)
+    thread.join()
+    assert signal.getsignal(signal.SIGTERM) == before
+    saved = [int(path.name) for path in (folder / "checkpoints").iterdir()]
+    rows = read_rows(folder / "metrics.jsonl")
+    assert len(saved) == 1 and 0 < saved[0] < 40 and [row["step"] for row in rows] == list(range(saved[0]))
+    train.run(chosen, folder)
+    train.run(chosen, tmp_path / "whole")
+    assert untimed(read_rows(folder / "metrics.jsonl")) == untimed(read_rows(tmp_path / "whole" / "metrics.jsonl"))
+    assert config.from_json((folder / "config.json").read_text(), "config.json") == chosen
