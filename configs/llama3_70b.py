@@ -1,4 +1,4 @@
-"""Llama 3 70B on UltraFeedback; learning rate and beta of the 8B recipe scaled down, a batch that fills 64 rows at once.
+"""Llama 3 70B on UltraFeedback; learning rate and beta of the 8B recipe scaled down, a batch that fills 64 rows.
 
     dpo-jax train --config=configs/llama3_70b.py --workdir=/shared/llama3_70b
 

@@ -1,8 +1,8 @@
-"""Llama 3 8B, fine-tuned on UltraChat, on UltraFeedback; hyperparameters as Zephyr's, with the batch of SimPO's DPO runs.
+"""Llama 3 8B, fine-tuned on UltraChat, on UltraFeedback; hyperparameters of Zephyr, batch of SimPO's DPO.
 
     dpo-jax train --config=configs/llama3_8b.py --workdir=/shared/llama3_8b
 
-on every host. Any data of this form will do (`prompt`, and `chosen` and `rejected` as chat messages): `data.train=FILE`.
+on every host. Any preferences as chat messages will do: `--config.data.train=FILE`.
 What `dpo-jax plan --topology=...` says of 61,135 pairs with a median of 120 + 240 tokens, at best:
 
     hardware                             HBM a chip         a step    bound by   MFU    all, chip-hours

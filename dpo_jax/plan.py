@@ -12,9 +12,10 @@ from collections.abc import Callable, Iterator, Sequence
 import jax
 
 from dpo_jax import inputs as run_inputs
+from dpo_jax import programs
 from dpo_jax.chips import Chip
 from dpo_jax.config import Config
-from dpo_jax.estimate import Estimate, Memory, Topology, architecture, estimate, parse_topology, updates
+from dpo_jax.estimate import Estimate, Memory, Topology, architecture, drawn_lengths, estimate, parse_topology, updates
 from dpo_jax.trackers import say
 from dpo_jax.types import InputError
 
@@ -120,16 +121,22 @@ def sweep(config: Config, topology: Topology, report: Callable[[str], None]) -> 
     seen: set[tuple] = set()
     for each in swept(config, topology):
         try:
-            estimated = estimate(each, topology)
+            kind = without_compiling(each, topology)
+            if kind not in seen:
+                seen.add(kind)
+                found.append(estimate(each, topology))
+                report(line_of(found[-1]))
         except InputError as error:
             report(f"left out: {error}")
-            continue
-        key = (*estimated.mesh.values(), each.model.remat, estimated.parts["update"].shape)
-        if key not in seen:
-            seen.add(key)
-            found.append(estimated)
-            report(line_of(estimated))
     return sorted(found, key=lambda each: (not each.fits, each.run_seconds))
+
+
+def without_compiling(config: Config, topology: Topology) -> tuple:
+    """What tells one of a sweep's programs from another: mesh, shape and remat policy."""
+    platform = "tpu" if topology.chip.dimensions else "gpu"
+    lengths = drawn_lengths(config)
+    built = programs.without_devices(config, architecture(config), lengths, topology.count, platform=platform)
+    return tuple(built.mesh.shape.values()), built.update_shape, config.model.remat
 
 
 def line_of(found: Estimate) -> str:
