@@ -25,12 +25,26 @@ class Run:
 
     Args:
       arguments: of the command line, the same for all.
+      module: another to run in place of the command, which takes the same flags for its place among the processes.
       own: of one process besides: its number to more arguments.
       devices: virtual ones, of all processes together.
+      flags: more of XLA_FLAGS.
       folders: of each process the working directory; environment: likewise what is added to the environment.
     """
 
-    def __init__(self, arguments, folder, *, processes, devices=8, own=None, folders=None, environment=None):
+    def __init__(
+        self,
+        arguments,
+        folder,
+        *,
+        processes,
+        devices=8,
+        flags="",
+        module="dpo_jax",
+        own=None,
+        folders=None,
+        environment=None,
+    ):
         with socket.socket() as listener:
             listener.bind(("127.0.0.1", 0))
             port = listener.getsockname()[1]
@@ -39,11 +53,10 @@ class Run:
         self.processes = []
         for i, output in enumerate(self.outputs):
             where = [f"--coordinator=127.0.0.1:{port}", f"--processes={processes}", f"--process={i}"]
-            flags = f"--xla_force_host_platform_device_count={devices // processes}"
-            added = {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)} | (environment or {}).get(
-                i, {}
-            )
-            command = [sys.executable, "-m", "dpo_jax", *arguments, *where, *(own or {}).get(i, [])]
+            chosen = f"--xla_force_host_platform_device_count={devices // processes} {flags}"
+            added = {"XLA_FLAGS": chosen, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
+            added |= (environment or {}).get(i, {})
+            command = [sys.executable, "-m", module, *arguments, *where, *(own or {}).get(i, [])]
             with output.open("w") as file:
                 self.processes.append(
                     subprocess.Popen(

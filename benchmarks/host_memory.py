@@ -1,0 +1,147 @@
+"""Memory of every process while it loads its devices' parts of a checkpoint: several real processes over loopback.
+
+    python -m benchmarks.host_memory --gib=2
+
+Makes a random bfloat16 checkpoint in several files, starts --processes processes of --devices virtual CPU devices each,
+and has them load it, cut over all devices (fsdp), as a run does. Of each it gives the bytes that its devices hold
+afterwards, the most that its resident memory rose above what it was before, and what is allowed: a quarter more than is
+held, and 1 GiB. On accelerators what is held leaves the host's memory, so a host needs less.
+
+Prints a table; writes it to --out as JSON.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import socket
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from benchmarks import common
+
+SLACK, FACTOR = 2**30, 1.25  # bytes above what is kept, and times it, that loading may take
+FILES = 8  # of the checkpoint, about
+SHAPE = dict(model_type="llama", vocab_size=32_000, num_attention_heads=16, num_key_value_heads=8, rms_norm_eps=1e-5)
+
+
+def write_checkpoint(folder: Path, *, width: int, target_bytes: int) -> int:
+    """A random bfloat16 llama of about so many bytes, of as many layers as that takes; returns its bytes.
+
+    No array is ever in memory whole: of each leaf one vector is drawn, and stands in it over and over.
+    """
+    import ml_dtypes
+
+    from dpo_jax.models import hf_io
+    from dpo_jax.models.families import family
+    from dpo_jax.models.weights import leaf_shapes
+
+    hf = SHAPE | dict(hidden_size=width, intermediate_size=3 * width, max_position_embeddings=2048)
+    kind = family(hf | dict(num_hidden_layers=1), "host_memory")
+
+    def shapes(layers: int) -> tuple[dict[str, Any], dict[str, tuple[int, ...]]]:
+        described = hf | dict(num_hidden_layers=layers)
+        config = kind.decoder_config(described, "host_memory")
+        return described, leaf_shapes(kind.tensors(config), layers)
+
+    def size(layers: int) -> int:
+        return sum(2 * int(np.prod(shape)) for shape in shapes(layers)[1].values())
+
+    layers = max(1, round((target_bytes - size(1)) / (size(2) - size(1))) + 1)
+    described, found = shapes(layers)
+    rng = np.random.default_rng(0)
+    leaves = {
+        path: np.broadcast_to(rng.standard_normal(shape[-1]).astype(ml_dtypes.bfloat16), shape)
+        for path, shape in found.items()
+    }
+    total = size(layers)
+    options = dict(dtype="bfloat16", max_shard_bytes=total // FILES)
+    hf_io.save_new(hf_io.nest(leaves), hf_config=described, out=folder, **options)
+    return total
+
+
+def load(work: Path, args: Any) -> dict[str, Any]:
+    """One of the processes: what loading took and left."""
+    # Read once, when jax is first imported.
+    os.environ |= {"XLA_FLAGS": f"--xla_force_host_platform_device_count={args.devices}", "JAX_PLATFORMS": "cpu"}
+    from dpo_jax import config, hosts, programs
+    from dpo_jax.models import hf_io
+
+    hosts.join(f"127.0.0.1:{args.port}", args.processes, args.process)
+    import jax
+
+    chosen = config.base()
+    chosen.model.path, chosen.model.param_dtype = args.model, args.param_dtype
+    frozen, folder = config.freeze(chosen), Path(args.model)
+    model, _ = hf_io.read_config(folder)
+    built = programs.make_programs(frozen, model, np.array([[20, 30, 30]]))
+    hosts.wait("ready")  # devices are there and their threads have their stacks
+    common.reset_peak()
+    before = common.memory("VmRSS")
+    params = programs.load_params(frozen, folder, built)
+    peak = common.memory("VmHWM")
+    parts = [shard.data for leaf in jax.tree.leaves(params) for shard in leaf.addressable_shards]
+    kept = sum(part.nbytes for part in parts)
+    hosts.wait("loaded")
+    return {
+        "kept_bytes": kept,
+        "before_bytes": before,
+        "risen_bytes": peak - before,
+        "left_bytes": common.memory("VmRSS") - before,
+    }
+
+
+def measure(out: Path, model: Path, *, processes: int, devices: int, param_dtype: str) -> list[dict[str, Any]]:
+    """What each of so many processes took to load a checkpoint, in folders of their own in `out`."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port = listener.getsockname()[1]
+    given = dict(port=port, processes=processes, devices=devices, model=str(model), param_dtype=param_dtype)
+
+    def one(process: int) -> dict[str, Any]:
+        work = out / f"process-{process}"
+        return common.in_fresh_process("benchmarks.host_memory:load", work, given | dict(process=process))
+
+    with ThreadPoolExecutor(processes) as pool:
+        found = list(pool.map(one, range(processes)))
+    failed = [result["failed"] for result in found if "failed" in result]
+    if failed:
+        sys.exit(f"loading: {failed[0]}")
+    return [result | {"allowed_bytes": FACTOR * result["kept_bytes"] + SLACK} for result in found]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--gib", type=float, default=2.0, help="size of the checkpoint")
+    parser.add_argument("--width", type=int, default=2048)
+    parser.add_argument("--processes", type=int, default=4)
+    parser.add_argument("--devices", type=int, default=2, help="of each process")
+    parser.add_argument("--param_dtype", default="bfloat16", choices=("bfloat16", "float32"))
+    parser.add_argument("--out", default="runs/host_memory", help="folder of the results; must not exist")
+    args = parser.parse_args()
+    out = Path(args.out).absolute()
+    if out.exists():
+        sys.exit(f"--out={args.out}: exists already; name another folder")
+    out.mkdir(parents=True)
+    total = write_checkpoint(out / "model", width=args.width, target_bytes=int(args.gib * 2**30))
+    found = measure(out, out / "model", processes=args.processes, devices=args.devices, param_dtype=args.param_dtype)
+    common.write_results(out, args, {"checkpoint_bytes": total, "processes": found})
+    files = len(list((out / "model").glob("*.safetensors")))
+    print(f"checkpoint: {common.shown(common.mib(total))} MiB in {files} files")
+    rows = [
+        {"process": f"{i}"}
+        | {f"{name} MiB": common.mib(one[f"{name}_bytes"]) for name in ("before", "kept", "risen", "allowed")}
+        | {"risen to kept": common.ratio(one["risen_bytes"], one["kept_bytes"])}
+        for i, one in enumerate(found)
+    ]
+    print(common.table(rows))
+    over = [one for one in found if one["risen_bytes"] > one["allowed_bytes"]]
+    sys.exit(f"{len(over)} processes took more than is allowed" if over else 0)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,112 @@
+"""Seconds to the first update, by what they go into, of a first start and of the same run started again elsewhere.
+
+    python -m benchmarks.startup --data=train.jsonl.gz --tokenizer=DIR --shape=llama
+
+Both starts are `dpo-jax train` in working folders of their own, so that both make a reference pass; the caches of
+compiled programs and of tokenised pairs are new for the first, and the second finds in them what the first left. With
+--processes, over several processes on loopback; with --own_caches each of those has its caches to itself.
+
+Prints a table of both and the ratio of the seconds that compiling takes; writes them to --out as JSON. The parts are
+those of the line that `train` prints after its first update, and `Python` is what comes before them.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from benchmarks import common
+
+LINE = re.compile(r"first update done after ([\d.]+) s: (.*)")
+
+
+def parts_of(line: str) -> dict[str, float] | None:
+    """What `train` says of its start, by part, with "all" for the whole; None if the line says something else."""
+    found = LINE.search(line)
+    if found is None:
+        return None
+    named = (part.rsplit(" ", 1) for part in found[2].split(", "))
+    return {name: float(seconds) for name, seconds in named} | {"all": float(found[1])}
+
+
+def start(out: Path, name: str, args: Any) -> dict[str, float]:
+    """Runs the configuration in `out` in a new working folder; returns what its start went into."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port = listener.getsockname()[1]
+    command = [sys.executable, "-m", "dpo_jax", "train", f"--config={out / 'config.json'}", f"--workdir={out / name}"]
+    if args.processes > 1:
+        command += [f"--coordinator=127.0.0.1:{port}", f"--processes={args.processes}"]
+    inherited = {key: value for key, value in os.environ.items() if key != "JAX_COMPILATION_CACHE_DIR"}
+    print(name, file=sys.stderr, flush=True)
+    started, running = time.perf_counter(), []
+    for i in range(args.processes):
+        cache = out / "cache" / (str(i) if args.own_caches else "shared")
+        running.append(
+            subprocess.Popen(
+                command + ([f"--process={i}"] if args.processes > 1 else []),
+                cwd=common.ROOT,
+                env=inherited | {"DPO_JAX_CACHE": str(cache)},
+                stderr=subprocess.PIPE if i == 0 else None,
+                text=True,
+            )
+        )
+    found: dict[str, float] | None = None
+    for line in running[0].stderr:
+        print(line, end="", file=sys.stderr, flush=True)
+        said = parts_of(line)
+        if said is not None:
+            seconds = time.perf_counter() - started
+            found = {"Python": seconds - said["all"]} | said | {"all": seconds}
+    if any([process.wait() for process in running]) or found is None:
+        sys.exit(f"{name}: the run failed")
+    return found
+
+
+def compare(first: dict[str, float], second: dict[str, float]) -> dict[str, Any]:
+    """Both starts, and how many times faster the second is, in all and in compiling."""
+    return {
+        "first": first,
+        "second": second,
+        "compile_ratio": common.ratio(first["compile"], second["compile"]),
+        "ratio": common.ratio(first["all"], second["all"]),
+    }
+
+
+def main() -> None:
+    parser = common.make_parser(__doc__, out="runs/startup")
+    parser.add_argument("--pairs", type=int, default=8, help="pairs in a batch")
+    parser.add_argument("--steps", type=int, default=1)
+    parser.add_argument("--max_length", type=int, default=512)
+    parser.add_argument("--processes", type=int, default=1)
+    parser.add_argument("--own_caches", action="store_true", help="of every process, as on hosts that share none")
+    parser.add_argument("--learning_rate", type=float, default=1e-4)
+    args = parser.parse_args()
+    from dpo_jax import config
+
+    out = common.prepare(args)
+    pairs_file = out / "pairs.jsonl"
+    common.write_pairs(args.data, pairs_file, Path(args.model), count=32 * args.pairs, max_length=args.max_length)
+    args.pairs_file = str(pairs_file)
+    chosen = common.base_config(args, out)
+    chosen.data.cache_dir = ""  # where DPO_JAX_CACHE says
+    (out / "config.json").write_text(config.to_json(config.freeze(chosen)))
+    found = compare(*(start(out, name, args) for name in ("first", "second")))
+    common.write_results(out, args, found)
+    rows = [
+        {"start": name} | {f"{part} s": value for part, value in found[name].items()} for name in ("first", "second")
+    ]
+    print(common.table(rows))
+    print(
+        f"second start: {common.shown(found['ratio'])} times as fast, compiling {common.shown(found['compile_ratio'])}"
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,32 @@
+"""Goes on with several runs one after another in one process, so that a test pays for its start only once.
+
+python -m tests.resumes CONFIG WORKDIR [WORKDIR ...] --coordinator=HOST:PORT --processes=N --process=I
+"""
+
+import argparse
+import traceback
+from pathlib import Path
+
+from dpo_jax import config, hosts, train
+
+
+def main():
+    parser = argparse.ArgumentParser()
+    parser.add_argument("config", type=Path)
+    parser.add_argument("workdirs", nargs="+", type=Path)
+    parser.add_argument("--coordinator")
+    parser.add_argument("--processes", type=int)
+    parser.add_argument("--process", type=int)
+    args = parser.parse_args()
+    hosts.join(args.coordinator, args.processes, args.process)
+    try:
+        chosen = config.from_json(args.config.read_text(), str(args.config))
+        for workdir in args.workdirs:
+            train.run(chosen, workdir)
+    except Exception as error:
+        traceback.print_exc()
+        hosts.leave(1, str(error))  # or the others would wait
+
+
+if __name__ == "__main__":
+    main()

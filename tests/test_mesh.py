@@ -1,0 +1,237 @@
+"""One run on many meshes, in one process and over several: the same pairs, numbers and checkpoints."""
+
+import json
+import shutil
+from typing import NamedTuple
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from safetensors.numpy import load_file
+
+from dpo_jax import config, programs, quickstart, reference
+from dpo_jax.data import layout
+from dpo_jax.models import hf_io
+from tests import hf_folders
+from tests.processes import Run, arguments
+from tests.runs import make_config, make_inputs, read_rows
+from tests.test_layout import random_pairs
+
+STEPS, SAVED = 20, 10
+BOUND = 1e-5  # what another order of summation may change, relative
+SIZES = dict(hidden_size=64, intermediate_size=128, num_attention_heads=8, num_key_value_heads=8, head_dim=8)
+
+
+class Place(NamedTuple):
+    """Where a run computes."""
+
+    processes: int
+    devices: int  # of all processes together
+    mesh: tuple[int, int, int]  # replica, fsdp, tensor
+    rows: int  # in a microbatch
+
+    @property
+    def options(self):
+        """Of `Run`. Machine code that is less polished is there sooner; what is asked here XLA decides before."""
+        return dict(processes=self.processes, devices=self.devices, flags="--xla_backend_optimization_level=0")
+
+    def fields(self):
+        sizes = dict(zip(("mesh__replica", "mesh__fsdp", "mesh__tensor"), self.mesh, strict=True))
+        return sizes | dict(train__microbatch_rows=self.rows, reference__microbatch_rows=self.rows)
+
+
+# As few rows as there can be, for many microbatches; in one place twice as many, so that the last one may be cut.
+ALONE = "one device"
+PLACES = {
+    ALONE: Place(1, 1, (1, 1, 1), rows=1),
+    "fsdp 8": Place(1, 8, (1, 8, 1), rows=8),
+    "tensor 8": Place(1, 8, (1, 1, 8), rows=1),
+    "fsdp 4, tensor 2": Place(1, 8, (1, 4, 2), rows=8),
+    "replica 2, fsdp 2, tensor 2": Place(1, 8, (2, 2, 2), rows=4),
+    "2 processes, fsdp 2, tensor 2": Place(2, 4, (1, 2, 2), rows=2),  # only fsdp crosses from process to process
+    "4 processes, fsdp 2, tensor 2": Place(4, 4, (1, 2, 2), rows=2),  # both do
+}
+OTHERS = [name for name in PLACES if name != ALONE]
+
+
+def write_model(folder, **sizes):
+    """Random weights of a scale at which a network can train: from larger ones, rounding errors grow tenfold a step."""
+    hf = hf_folders.LLAMA | SIZES | sizes
+    hf |= dict(vocab_size=quickstart.VOCAB_SIZE, max_position_embeddings=256, eos_token_id=0)
+    shutil.rmtree(folder / "random", ignore_errors=True)
+    hf_io.save_new(quickstart.initial_params(0, hf), hf_config=hf, out=folder / "random")
+    for path in (folder / "random").iterdir():
+        shutil.copy(path, folder / "model")
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory):
+    folder = make_inputs(tmp_path_factory.mktemp("inputs"), train_pairs=200, base=hf_folders.LLAMA | SIZES)
+    write_model(folder, num_hidden_layers=2)
+    return folder
+
+
+def recipe(inputs, **fields):
+    """A run of twenty steps in which every weight moves by a few per cent."""
+    chosen = dict(
+        data__eval="",
+        data__row_length=128,
+        train__steps=STEPS,
+        train__batch_pairs=16,
+        checkpoint__every_steps=SAVED,
+        checkpoint__keep=2,
+        optimizer__learning_rate=1e-3,
+        # Key biases matter so little that much of their gradient is rounding error, which a smaller one would scale up.
+        optimizer__eps=1e-6,
+    )
+    return make_config(inputs, **chosen, **fields)
+
+
+def write_recipe(inputs, name, **fields):
+    path = inputs / f"{name}.json"
+    path.write_text(config.to_json(recipe(inputs, **fields)))
+    return path
+
+
+@pytest.fixture(scope="module")
+def runs(inputs, tmp_path_factory):
+    """A folder with the same run in every place, by its name."""
+    folder = tmp_path_factory.mktemp("runs")
+    for name, place in PLACES.items():
+        command = arguments("train", write_recipe(inputs, name, **place.fields()), folder / name)
+        with Run(command, folder / "output" / name, **place.options) as run:
+            ended = run.ended_all(within_s=600)
+        assert [each.status for each in ended] == [0] * place.processes, ended
+    return folder
+
+
+def assert_same_run(folder, other):
+    ours, theirs = read_rows(folder / "metrics.jsonl"), read_rows(other / "metrics.jsonl")
+    assert [row["step"] for row in ours] == [row["step"] for row in theirs] == list(range(STEPS))
+
+    def column(rows, name):
+        return np.array([row[name] for row in rows])
+
+    for name in ("epoch", "learning_rate", "tokens_real"):
+        assert column(ours, name).tolist() == column(theirs, name).tolist(), name
+    for name in ("loss", "grad_norm", "logps/chosen", "logps/rejected"):
+        np.testing.assert_allclose(column(ours, name), column(theirs, name), rtol=BOUND, err_msg=name)
+    # A difference of log-probs of about -200, each off by a few units in the last place.
+    for name in ("rewards/chosen", "rewards/rejected", "rewards/margins"):
+        np.testing.assert_allclose(column(ours, name), column(theirs, name), rtol=0, atol=BOUND, err_msg=name)
+    ours, theirs = (load_file(each / "export" / "model.safetensors") for each in (folder, other))
+    assert ours.keys() == theirs.keys()
+    for name, weights in theirs.items():
+        np.testing.assert_allclose(ours[name], weights, rtol=0, atol=BOUND * abs(weights).max(), err_msg=name)
+
+
+@pytest.mark.slow
+def test_run_moves_every_weight(runs, inputs):
+    before, after = (load_file(path / "model.safetensors") for path in (inputs / "model", runs / ALONE / "export"))
+    for name, weights in before.items():
+        assert abs(after[name] - weights).max() > 100 * BOUND * abs(weights).max(), name
+    losses = [row["loss"] for row in read_rows(runs / ALONE / "metrics.jsonl")]
+    assert losses[-1] < losses[0] - 0.1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", OTHERS)
+def test_run_is_the_same_on_every_mesh(runs, name):
+    assert_same_run(runs / name, runs / ALONE)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", PLACES)
+def test_checkpoint_of_every_other_mesh_goes_on(runs, inputs, tmp_path, name):
+    place = PLACES[name]
+    folders = []
+    for other in PLACES:
+        if other != name:
+            folders.append(shutil.copytree(runs / other, tmp_path / other))
+            shutil.rmtree(folders[-1] / "checkpoints" / str(STEPS))
+            shutil.rmtree(folders[-1] / "export")
+    command = [write_recipe(inputs, f"{name} again", **place.fields()), *folders]
+    with Run(command, tmp_path, module="tests.resumes", **place.options) as run:
+        ended = run.ended_all(within_s=600)
+    assert [each.status for each in ended] == [0] * place.processes, ended
+    assert ended[0].output.count(f"steps {SAVED} to {STEPS} of") == len(folders)
+    for folder in folders:
+        assert_same_run(folder, runs / ALONE)
+
+
+def test_tensor_axis_cuts_every_matrix(inputs):
+    chosen = recipe(inputs, **PLACES["tensor 8"].fields())
+    model, _ = hf_io.read_config(inputs / "model")
+    built = programs.make_programs(chosen, model, np.array([[20, 30, 30]]))
+    params = programs.load_params(chosen, inputs / "model", built)
+    for path, leaf in hf_io.flatten(params).items():
+        held = {shard.data.size for shard in leaf.addressable_shards}
+        cut = path.endswith(("kernel", "embedding")) or "/".join(path.split("/")[-2:]) in {"q/bias", "k/bias", "v/bias"}
+        cut |= path.endswith(("gate/bias", "up/bias"))
+        assert held == {leaf.size // 8 if cut else leaf.size}, path
+
+
+@pytest.mark.parametrize("processes", [2, 4])
+@pytest.mark.parametrize("rows", [8, 16])
+def test_processes_together_write_the_whole_batch(rows, processes):
+    pairs = random_pairs(40)
+    shape = layout.Shape(pairs=40, rows=rows, row_length=64, microbatches=8, shards=8)
+    each = 8 // processes
+    shares = [tuple(range(i * each, (i + 1) * each)) for i in range(processes)]
+
+    def collate(here):
+        values = np.arange(80.0).reshape(40, 2)
+        return layout.collate(pairs, values, layout.dataclasses.replace(shape, here=here), layout="shared")
+
+    whole, nothing = collate(None), collate(())
+    parts = [collate(here) for here in shares]
+    for part, here in zip(parts, shares, strict=True):
+        mine = np.isin(np.arange(rows) // (rows // 8), here)
+        for ours, all_of_it, padding in zip(part.rows, whole.rows, nothing.rows, strict=True):
+            np.testing.assert_array_equal(ours[:, mine], all_of_it[:, mine])
+            np.testing.assert_array_equal(ours[:, ~mine], padding[:, ~mine])
+        for ours, all_of_it in zip(part[1:], whole[1:], strict=True):
+            np.testing.assert_array_equal(ours, all_of_it)
+    written = [(part.rows.slot >= 0).sum() for part in parts]
+    assert all(written) and sum(written) == (whole.rows.slot >= 0).sum() == sum(
+        len(p.chosen) + len(p.rejected) for p in pairs
+    )
+
+
+def read_part(path):
+    table = pq.read_table(path).to_pydict()
+    return {key: values for key, *values in zip(table["key"], table["chosen"], table["rejected"], strict=True)}
+
+
+@pytest.mark.slow
+def test_reference_pass_of_four_processes_is_that_of_one(tmp_path):
+    count = 4 * reference.PART_PAIRS + 76
+    folder = make_inputs(tmp_path / "inputs", train_pairs=count, eval_pairs=1, base=hf_folders.LLAMA | SIZES)
+    write_model(folder, num_hidden_layers=1)
+    path = write_recipe(folder, "recipe", reference__path="store")
+    stores = {}
+    for processes in (1, 4):
+        # Each in a folder of its own, where a relative path is another store: what lies there, that process wrote.
+        places = {i: tmp_path / f"{i} of {processes}" for i in range(processes)}
+        for place in places.values():
+            place.mkdir()
+        command = arguments("reference", path, tmp_path / "run")
+        with Run(command, tmp_path / f"{processes}", processes=processes, devices=processes, folders=places) as run:
+            ended = run.ended_all()
+        assert [each.status for each in ended] == [0] * processes, ended
+        stores[processes] = [
+            [read_part(part) for part in sorted((place / "store").glob("*.parquet"))] for place in places.values()
+        ]
+    (alone,), together = stores[1], stores[4]
+    assert sorted(map(len, alone)) == [76, *[reference.PART_PAIRS] * 4]
+    assert [sorted(map(len, parts)) for parts in together] == [
+        [76, reference.PART_PAIRS],
+        *[[reference.PART_PAIRS]] * 3,
+    ]
+    one, four = ({key: value for part in parts for key, value in part.items()} for parts in (alone, sum(together, [])))
+    assert one.keys() == four.keys() and len(one) == count
+    keys = list(one)
+    np.testing.assert_allclose([four[key] for key in keys], [one[key] for key in keys], rtol=BOUND)
+    assert json.loads((tmp_path / "0 of 4" / "store" / "manifest.json").read_text()) == json.loads(
+        (tmp_path / "0 of 1" / "store" / "manifest.json").read_text()
+    )
