@@ -59,8 +59,8 @@ def write_checkpoint(folder: Path, *, width: int, target_bytes: int) -> int:
         for path, shape in found.items()
     }
     total = size(layers)
-    options = dict(dtype="bfloat16", max_shard_bytes=total // FILES)
-    hf_io.save_new(hf_io.nest(leaves), hf_config=described, out=folder, **options)
+    params = hf_io.nest(leaves)
+    hf_io.save_new(params, hf_config=described, out=folder, dtype="bfloat16", max_shard_bytes=total // FILES)
     return total
 
 

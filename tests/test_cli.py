@@ -92,7 +92,7 @@ def test_module_is_the_same_program():
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (["tran"], "unknown command 'tran'; expected one of train, reference, evaluate, inspect, export"),
+        (["tran"], "unknown command 'tran'; expected one of train, reference, evaluate, inspect, plan, export"),
         (["train"], "--workdir: not given"),
         (["train", "--workdir=x"], "--config: not given"),
         (["train", "--config=no.py", "--workdir=x"], "no such file"),

@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -31,11 +31,11 @@ class Place(NamedTuple):
     rows: int  # in a microbatch
 
     @property
-    def options(self):
+    def options(self) -> dict[str, Any]:
         """Of `Run`. Machine code that is less polished is there sooner; what is asked here XLA decides before."""
         return dict(processes=self.processes, devices=self.devices, flags="--xla_backend_optimization_level=0")
 
-    def fields(self):
+    def fields(self) -> dict[str, Any]:
         sizes = dict(zip(("mesh__replica", "mesh__fsdp", "mesh__tensor"), self.mesh, strict=True))
         return sizes | dict(train__microbatch_rows=self.rows, reference__microbatch_rows=self.rows)
 
