@@ -62,7 +62,7 @@ def make_logps_fn(
       rules: by which parameters do.
     """
     platform = jax.default_backend() if mesh is None else mesh.devices.flat[0].platform
-    of_attention = of_head = move = across = None
+    of_attention = of_head = move = across = stay = None
     if mesh is not None and mesh.size > 1:
         heads = sharding.divides("tensor", mesh, config.heads, config.kv_heads)
         of_attention = attentions.Spread(mesh, sharding.ROW_AXES, heads)
@@ -76,6 +76,8 @@ def make_logps_fn(
             others = tuple(axis for axis in sharding.ROW_AXES if axis != columns)
             place = NamedSharding(mesh, PartitionSpec(others, None, columns))
             move = functools.partial(jax.lax.with_sharding_constraint, shardings=place)
+        by_rows = NamedSharding(mesh, PartitionSpec(sharding.ROW_AXES))
+        stay = functools.partial(jax.lax.with_sharding_constraint, shardings=by_rows)
         across = functools.partial(kernel_across, config, mesh, rules)
     attend = attentions.make_attention(attention, platform=platform, spread=of_attention)
     blocks = CPU_BLOCKS if platform == "cpu" else ACCELERATOR_BLOCKS
@@ -87,6 +89,8 @@ def make_logps_fn(
             totals = {name: sums[name]["embedding"] for name in tables}
             body, sums = gradients.collect(*({k: tree[k] for k in tree if k not in tables} for tree in (params, sums)))
         x, totals["embed"] = lookup(tables["embed"], rows.tokens, totals["embed"], move)
+        # Or XLA has the gradient, which is moved to the table's columns at the end, lie so in every block.
+        x = x if stay is None else stay(x)
         hidden = decoder.hidden_states(
             body,
             config,
