@@ -12,6 +12,7 @@ once, and its gradient written once.
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -44,6 +45,7 @@ class Spread(NamedTuple):
     rows: tuple[str, ...]  # axes that rows are spread over
     vocab: str | None  # axis of the matrix's rows: each device sums over its part of the vocabulary
     width: str | None  # axis of its columns: a block is gathered when it is used
+    scatter: Callable[[Array, str, int], Array] | None = None  # sums over an axis, cut along a side; None: psum_scatter
 
 
 class _Plan(NamedTuple):
@@ -139,7 +141,7 @@ def _everywhere(function, plan, takes, gives) -> Any:
     here = functools.partial(function, plan)
     if plan.spread is None:
         return here
-    mesh, rows, vocab, width = plan.spread
+    mesh, rows, vocab, width, _ = plan.spread
     specs = {"r": PartitionSpec(rows), "w": PartitionSpec(vocab, width), "k": PartitionSpec(vocab, rows)}
     return jax.shard_map(
         here,
@@ -319,10 +321,15 @@ class _Vocabulary:
         if self._spread is not None:
             others = [axis for axis in self._spread.rows if axis != self._spread.width]
             if self._spread.width:
-                grad = jax.lax.psum_scatter(grad, self._spread.width, scatter_dimension=1, tiled=True)
+                scatter = self._spread.scatter or _scatter
+                grad = scatter(grad, self._spread.width, 1)
             grad = jax.lax.psum(grad, tuple(others))
         before = jax.lax.dynamic_slice_in_dim(total, self._start(j), self.length)
         return jax.lax.dynamic_update_slice_in_dim(total, before + grad, self._start(j), axis=0)
+
+
+def _scatter(x, axis, side):
+    return jax.lax.psum_scatter(x, axis, scatter_dimension=side, tiled=True)
 
 
 def _block(array, i, size):

@@ -70,7 +70,10 @@ def make_logps_fn(
             name: sharding.partition(f"{name}/embedding", (config.vocab_size, config.width), mesh.shape, rules)
             for name in ("embed", "head")
         }
-        of_head = Spread(mesh, sharding.ROW_AXES, *tables["embed" if config.tie_embeddings else "head"])
+        scatter = functools.partial(sharding.sum_scattered, mesh)
+        of_head = Spread(
+            mesh, sharding.ROW_AXES, *tables["embed" if config.tie_embeddings else "head"], scatter=scatter
+        )
         columns = tables["embed"][1]
         if columns in sharding.ROW_AXES:
             others = tuple(axis for axis in sharding.ROW_AXES if axis != columns)
@@ -129,7 +132,8 @@ def kernel_across(
     # The axes of a side are one axis of the product, which is cut where the first of them is.
     if spec[0] is not None or any(axis is not None for side in sides for axis in side[1:]):
         return None
-    return across_mesh(mesh, sharding.ROW_AXES, *(side[0] for side in sides))
+    scatter = functools.partial(sharding.sum_scattered, mesh)
+    return across_mesh(mesh, sharding.ROW_AXES, *(side[0] for side in sides), scatter=scatter)
 
 
 def score_pairs(

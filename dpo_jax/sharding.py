@@ -161,6 +161,15 @@ def divides(axis: str, mesh: Mesh, *sizes: int) -> str | None:
     return axis if all(size % mesh.shape[axis] == 0 for size in sizes) else None
 
 
+def sum_scattered(mesh: Mesh, x: jax.Array, axis: str, side: int) -> jax.Array:
+    """Within a shard_map: this device's part, along dimension `side`, of the sum of `x` over an axis of the mesh."""
+    if mesh.devices.flat[0].platform != "cpu":
+        return jax.lax.psum_scatter(x, axis, scatter_dimension=side, tiled=True)
+    # Between processes, that of CPUs gives wrong numbers now and then: github.com/jax-ml/jax/issues/40830.
+    size = x.shape[side] // mesh.shape[axis]
+    return jax.lax.dynamic_slice_in_dim(jax.lax.psum(x, axis), jax.lax.axis_index(axis) * size, size, side)
+
+
 def everywhere(mesh: Mesh) -> NamedSharding:
     """A copy on every device."""
     return NamedSharding(mesh, P())

@@ -57,12 +57,21 @@ def _affine_backward(across, saved, grad):
 affine.defvjp(_affine_forward, _affine_backward)
 
 
-def across_mesh(mesh: Mesh, rows: tuple[str, ...], inputs: str | None, outputs: str | None) -> Across:
+def across_mesh(
+    mesh: Mesh,
+    rows: tuple[str, ...],
+    inputs: str | None,
+    outputs: str | None,
+    scatter: Callable[[Array, str, int], Array],
+) -> Across:
     """`Across` where rows are spread over axes of a mesh, and the kernel's two sides over one each or none.
 
     A device gathers the kernel in the compute type, multiplies the rows that it has, forward and backward, and adds
     up its part of the kernel's gradient, in float32 or wider. Left to itself, XLA may move all rows to all devices
     instead, many times the kernel's size.
+
+    Args:
+      scatter: within a shard_map, the sum over an axis, of which a device gets its part along a side.
     """
     axes = inputs, outputs
     kept = [None if axis in rows else axis for axis in axes]
@@ -75,7 +84,7 @@ def across_mesh(mesh: Mesh, rows: tuple[str, ...], inputs: str | None, outputs: 
         part = jnp.einsum("ni,nf->fi" if turned else "ni,nf->if", x, grad, preferred_element_type=wide)
         for axis, side in ((inputs, 1), (outputs, 0 if turned else 1)):
             if axis in rows:
-                part = jax.lax.psum_scatter(part, axis, scatter_dimension=side, tiled=True)
+                part = scatter(part, axis, side)
         part = jax.lax.psum(part, tuple(axis for axis in rows if axis not in axes))
         return part.T if turned else part
 
