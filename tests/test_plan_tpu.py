@@ -46,10 +46,10 @@ def test_recipe_compiles_for_a_pod_and_fits_and_sends_what_it_should(topology):
     weights = 2 * model.layers * block / tensor * microbatches
     assert gathered < 2.6 * weights
 
-    # Neither logits nor the whole vocabulary cross: no array is a quarter of what a device has of its matrix.
+    # Neither logits nor the whole vocabulary cross: no array is half of what a device has of its matrix.
     table = model.vocab_size * model.width / tensor
     for each in update.moved:
-        assert max(map(elements, each.shape.split(", "))) < table / 4, each
+        assert max(map(elements, each.shape.split(", "))) < table / 2, each
 
     # Rows stay on their devices from the first layer to the last and back; what moves of them is embedded tokens.
     activations = update.shape.positions * model.width * 2 / update.shape.shards
