@@ -6,9 +6,9 @@ on every host. Any preferences as chat messages will do: `--config.data.train=FI
 What `dpo-jax plan --topology=...` says of 61,135 pairs with a median of 120 + 240 tokens, at best:
 
     hardware                             HBM a chip         a step    bound by   MFU    all, chip-hours
-    v5p:4x4x4                            6.3 of 95.7 GiB    0.165 s   compute    91 %   1.9
-    v6e:8x8                              6.4 of 31.2 GiB    0.273 s   ICI        27 %   3.1
-    v5e:16x16, --config.mesh.tensor=8    3.4 of 15.8 GiB    0.193 s   ICI        45 %   9.1
+    v5p:4x4x4                            6.4 of 95.7 GiB    0.165 s   compute    91 %   1.9
+    v6e:8x8                              6.4 of 31.2 GiB    0.249 s   ICI        30 %   2.9
+    v5e:16x16, --config.mesh.tensor=8    3.4 of 15.8 GiB    0.176 s   ICI        50 %   8.5
 """
 
 from dpo_jax.config import base
