@@ -92,7 +92,7 @@ def main() -> None:
 
     out = common.prepare(args)
     pairs_file = out / "pairs.jsonl"
-    common.write_pairs(args.data, pairs_file, Path(args.model), count=32 * args.pairs, max_length=args.max_length)
+    common.write_pairs(args.data, pairs_file, Path(args.model), count=16 * args.pairs, max_length=args.max_length)
     args.pairs_file = str(pairs_file)
     chosen = common.base_config(args, out)
     chosen.data.cache_dir = ""  # where DPO_JAX_CACHE says

@@ -232,7 +232,7 @@ def load_params(config: Config, folder: Path, programs: Programs) -> Any:
 
     def place(path: str, shape: tuple[int, ...], read: Callable[[Any], np.ndarray]) -> jax.Array:
         spec = sharding.partition(path, shape, programs.mesh.shape, programs.rules)
-        return jax.make_array_from_callback(shape, NamedSharding(programs.mesh, spec), read)
+        return sharding.from_parts(shape, NamedSharding(programs.mesh, spec), read)
 
     with programs.watch.part("weights"):
         params = hf_io.load_params(folder, programs.model, dtype=config.model.param_dtype, place=place)

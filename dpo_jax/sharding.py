@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jax
@@ -192,6 +192,25 @@ def put(batch: Batch, mesh: Mesh) -> Batch:
         return jax.make_array_from_callback(array.shape, place, lambda index: array[index])
 
     return jax.tree.map(share, batch, places)
+
+
+def from_parts(
+    shape: Sequence[int], place: NamedSharding, read: Callable[[tuple[slice, ...]], np.ndarray]
+) -> jax.Array:
+    """An array of which this process reads what its devices hold: each part once, and one after another.
+
+    jax.make_array_from_callback has the parts of all devices in the host's memory before it moves the first, and reads
+    what several of them hold once for each.
+    """
+    parts: dict[tuple[Any, ...], tuple[tuple[slice, ...], list[Any]]] = {}
+    for device, index in place.addressable_devices_indices_map(tuple(shape)).items():
+        assert index is not None
+        parts.setdefault(tuple((each.start, each.stop) for each in index), (index, []))[1].append(device)
+    arrays: list[jax.Array] = []
+    for index, devices in parts.values():
+        numbers = read(index)
+        arrays += [jax.device_put(numbers, device) for device in devices]
+    return jax.make_array_from_single_device_arrays(tuple(shape), place, arrays)
 
 
 def _path_name(path: Iterable[Any]) -> str:

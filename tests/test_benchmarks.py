@@ -11,12 +11,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from benchmarks import common, layouts, memory, scaling, vs_trl, vs_tunix
+from benchmarks import common, layouts, memory, scaling, startup, vs_trl, vs_tunix
 from dpo_jax.types import Encoded
 from tests.runs import make_inputs
 
 ROOT = Path(__file__).parent.parent
-SCRIPTS = ("vs_trl", "vs_tunix", "layouts", "scaling", "memory")
+SCRIPTS = ("vs_trl", "vs_tunix", "layouts", "scaling", "memory", "startup", "host_memory")
 
 
 def a_round(times, *, losses=(0.7, 0.6, 0.5, 0.4), positions=10, peak=100, **more):
@@ -280,6 +280,15 @@ def test_policies_are_compared_to_none_and_may_fail():
     found = memory.compare_policies(results)
     assert found["block"]["temp_bytes_ratio"] == 0.4 and found["block"]["step_s_ratio"] == 2
     assert found["offload"] == {"failed": "no such memory", "temp_bytes_ratio": None, "step_s_ratio": None}
+
+
+def test_parts_of_a_start_are_read_from_what_train_says():
+    line = "first update done after 21.8 s: data 0.8, digest of weights 0.1, compile 18.5"
+    found = startup.parts_of(line)
+    assert found is not None and found == {"data": 0.8, "digest of weights": 0.1, "compile": 18.5, "all": 21.8}
+    assert startup.parts_of("compiled update in 18.5 s") is None
+    again = startup.compare(found, found | {"compile": 3.7, "all": 10.9})
+    assert again["compile_ratio"] == pytest.approx(5) and again["ratio"] == pytest.approx(2)
 
 
 # --- a run --------------------------------------------------------------------------------------------------------
