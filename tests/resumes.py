@@ -1,9 +1,11 @@
 """Goes on with several runs one after another in one process, so that a test pays for its start only once.
 
-python -m tests.resumes CONFIG WORKDIR [WORKDIR ...] --coordinator=HOST:PORT --processes=N --process=I
+python -m tests.resumes CONFIG WORKDIR [WORKDIR ...] --steps=S --coordinator=HOST:PORT --processes=N --process=I
 """
 
 import argparse
+import contextlib
+import itertools
 import traceback
 from pathlib import Path
 
@@ -14,6 +16,7 @@ def main():
     parser = argparse.ArgumentParser()
     parser.add_argument("config", type=Path)
     parser.add_argument("workdirs", nargs="+", type=Path)
+    parser.add_argument("--steps", type=int, required=True, help="of each, after which it is asked to stop")
     parser.add_argument("--coordinator")
     parser.add_argument("--processes", type=int)
     parser.add_argument("--process", type=int)
@@ -22,7 +25,10 @@ def main():
     try:
         chosen = config.from_json(args.config.read_text(), str(args.config))
         for workdir in args.workdirs:
-            train.run(chosen, workdir)
+            asked = itertools.chain([False] * args.steps, itertools.repeat(True))
+            hosts.asked_to_stop = asked.__next__  # of all processes at one step, without a signal
+            with contextlib.suppress(hosts.Stopped):
+                train.run(chosen, workdir)
     except Exception as error:
         traceback.print_exc()
         hosts.leave(1, str(error))  # or the others would wait
