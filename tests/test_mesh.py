@@ -1,5 +1,6 @@
 """One run on many meshes, in one process and over several: the same pairs, numbers and checkpoints."""
 
+import contextlib
 import json
 import shutil
 from typing import Any, NamedTuple
@@ -20,6 +21,7 @@ from tests.test_layout import random_pairs
 
 STEPS, SAVED = 20, 10
 BOUND = 1e-5  # what another order of summation may change, relative
+UNPOLISHED = "--xla_backend_optimization_level=0"  # machine code that is there sooner: what is asked comes before it
 SIZES = dict(hidden_size=64, intermediate_size=128, num_attention_heads=8, num_key_value_heads=8, head_dim=8)
 
 
@@ -38,8 +40,8 @@ class Place(NamedTuple):
 
     @property
     def options(self) -> dict[str, Any]:
-        """Of `Run`. Machine code that is less polished is there sooner; what is asked here XLA decides before."""
-        return dict(processes=self.processes, devices=self.devices, flags="--xla_backend_optimization_level=0")
+        """Of `Run`."""
+        return dict(processes=self.processes, devices=self.devices, flags=UNPOLISHED)
 
     def fields(self) -> dict[str, Any]:
         sizes = dict(zip(("mesh__replica", "mesh__fsdp", "mesh__tensor"), self.mesh, strict=True))
@@ -57,7 +59,7 @@ PLACES = {
     "2 processes, fsdp 2, tensor 2": Place(2, 4, (1, 2, 2), rows=2),  # only fsdp crosses from process to process
     "4 processes, fsdp 2, tensor 2": Place(4, 4, (1, 2, 2), rows=2),  # both do
 }
-OTHERS = [name for name in PLACES if name != ALONE]
+OTHERS = {name: [other for other in PLACES if other != name] for name in PLACES}
 
 
 def write_model(folder, **sizes):
@@ -99,15 +101,48 @@ def write_recipe(inputs, name, **fields):
     return path
 
 
+def in_every_place(start):
+    """Calls `start(name, place)`, which starts a `Run`, for all of PLACES, and waits until all have ended well.
+
+    Those of one process run at the same time: much of what they do, one core does.
+    """
+    alone = [name for name, place in PLACES.items() if place.processes == 1]
+    for names in (alone, *([name] for name in PLACES if name not in alone)):
+        with contextlib.ExitStack() as stack:
+            started = [stack.enter_context(start(name, PLACES[name])) for name in names]
+            for run in started:
+                ended = run.ended_all(within_s=600)
+                assert not any(each.status for each in ended), ended
+
+
 @pytest.fixture(scope="module")
 def runs(inputs, tmp_path_factory):
     """A folder with the same run in every place, by its name."""
     folder = tmp_path_factory.mktemp("runs")
-    for name, place in PLACES.items():
+
+    def start(name, place):
         command = arguments("train", write_recipe(inputs, name, **place.fields()), folder / name)
-        with Run(command, folder / "output" / name, **place.options) as run:
-            ended = run.ended_all(within_s=600)
-        assert [each.status for each in ended] == [0] * place.processes, ended
+        return Run(command, folder / "output" / name, **place.options)
+
+    in_every_place(start)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def resumed(runs, inputs, tmp_path_factory):
+    """A folder for every place, in it the runs of all others, stopped half-way there and gone on with here."""
+    folder = tmp_path_factory.mktemp("resumed")
+
+    def start(name, place):
+        for other in OTHERS[name]:
+            copy = shutil.copytree(runs / other, folder / name / other)
+            shutil.rmtree(copy / "checkpoints" / str(STEPS))
+            shutil.rmtree(copy / "export")
+        workdirs = [folder / name / other for other in OTHERS[name]]
+        command = [write_recipe(inputs, f"{name} again", **place.fields()), *workdirs, f"--steps={place.redone}"]
+        return Run(command, folder / "output" / name, module="tests.resumes", **place.options)
+
+    in_every_place(start)
     return folder
 
 
@@ -143,28 +178,18 @@ def test_run_moves_every_weight(runs, inputs):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", OTHERS)
+@pytest.mark.parametrize("name", OTHERS[ALONE])
 def test_run_is_the_same_on_every_mesh(runs, name):
     assert_same_run(runs / name, runs / ALONE)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", PLACES)
-def test_checkpoint_of_every_other_mesh_goes_on(runs, inputs, tmp_path, name):
-    place = PLACES[name]
-    folders = []
-    for other in PLACES:
-        if other != name:
-            folders.append(shutil.copytree(runs / other, tmp_path / other))
-            shutil.rmtree(folders[-1] / "checkpoints" / str(STEPS))
-            shutil.rmtree(folders[-1] / "export")
-    command = [write_recipe(inputs, f"{name} again", **place.fields()), *folders, f"--steps={place.redone}"]
-    with Run(command, tmp_path, module="tests.resumes", **place.options) as run:
-        ended = run.ended_all(within_s=600)
-    assert [each.status for each in ended] == [0] * place.processes, ended
-    assert ended[0].output.count(f"steps {SAVED} to {STEPS} of") == len(folders)
-    for folder in folders:
-        assert_same_run(folder, runs / ALONE, SAVED + place.redone)
+def test_checkpoint_of_every_other_mesh_goes_on(resumed, runs, name):
+    output = (resumed / "output" / name / "process-0.txt").read_text()
+    assert output.count(f"steps {SAVED} to {STEPS} of") == len(OTHERS[name]) == 6
+    for other in OTHERS[name]:
+        assert_same_run(resumed / name / other, runs / ALONE, SAVED + PLACES[name].redone)
 
 
 def test_tensor_axis_cuts_every_matrix(inputs):
@@ -180,10 +205,9 @@ def test_tensor_axis_cuts_every_matrix(inputs):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["fsdp 8", "replica 2, fsdp 2, tensor 2"])
-def test_update_on_cpus_sums_without_the_collective_that_fails_there(inputs, name):
+def test_update_on_cpus_sums_without_the_collective_that_fails_there(inputs):
     # Wrong once in some ten thousand times, between processes: no run of a test is sure to meet it.
-    chosen = recipe(inputs, **PLACES[name].fields())
+    chosen = recipe(inputs, **PLACES["replica 2, fsdp 2, tensor 2"].fields())
     read = run_inputs.load_inputs(chosen, training=True)
     assert read.train is not None
     built = programs.make_programs(chosen, read.model, read.lengths)
@@ -241,7 +265,8 @@ def test_reference_pass_of_four_processes_is_that_of_one(tmp_path):
         for place in places.values():
             place.mkdir()
         command = arguments("reference", path, tmp_path / "run")
-        with Run(command, tmp_path / f"{processes}", processes=processes, devices=processes, folders=places) as run:
+        options = dict(processes=processes, devices=processes, flags=UNPOLISHED)
+        with Run(command, tmp_path / f"{processes}", folders=places, **options) as run:
             ended = run.ended_all()
         assert [each.status for each in ended] == [0] * processes, ended
         stores[processes] = [
