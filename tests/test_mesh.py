@@ -265,7 +265,7 @@ def test_reference_pass_of_four_processes_is_that_of_one(tmp_path):
         for place in places.values():
             place.mkdir()
         command = arguments("reference", path, tmp_path / "run")
-        options = dict(processes=processes, devices=processes, flags=UNPOLISHED)
+        options: dict[str, Any] = dict(processes=processes, devices=processes, flags=UNPOLISHED)
         with Run(command, tmp_path / f"{processes}", folders=places, **options) as run:
             ended = run.ended_all()
         assert [each.status for each in ended] == [0] * processes, ended
