@@ -306,7 +306,7 @@ def part_of(
     rest = max(0, total - weights - optimizer - gradients)
     # Where microbatches come in several sizes, each has a loop of its own.
     trips = max(1, round(work.microbatches / len(shape.sizes)))
-    moved = collectives(text, unknown_trips=trips)
+    moved = collectives(text, unknown_trips=trips) if text else []  # none where it does not fit
     cost = sent(cost, moved, topology, built.mesh) if text else cost
     return Part(shape, work, Memory(weights, optimizer, gradients, rest), cost, moved)
 
