@@ -10,7 +10,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-import os
 import re
 import tempfile
 from collections.abc import Sequence
@@ -23,7 +22,7 @@ import numpy as np
 from jax.experimental import topologies
 from jaxtyping import Int
 
-from dpo_jax import chips, losses, programs, roofline, sharding, steps
+from dpo_jax import chips, hosts, losses, programs, roofline, sharding, steps
 from dpo_jax import inputs as run_inputs
 from dpo_jax.chips import Chip
 from dpo_jax.collectives import Collective, bytes_across, collectives
@@ -38,15 +37,6 @@ from dpo_jax.types import Encoded, InputError
 
 DRAWN_PAIRS = 4096  # at most, that stand for the data
 SPREAD = 0.7  # standard deviation of the logarithm of a length, about that of HH and of UltraFeedback
-
-
-# Or libtpu looks for the TPU that it should be on, says that it found none, and lets one process at a time compile.
-QUIET = {
-    "TPU_SKIP_MDS_QUERY": "1",
-    "TPU_WORKER_HOSTNAMES": "localhost",
-    "TPU_ACCELERATOR_TYPE": "v5p-8",
-    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
-}
 
 
 class Topology(NamedTuple):
@@ -188,8 +178,7 @@ def devices_of(topology: Topology) -> Sequence[Any]:
     options = topology.chip.topology_options(topology.shape)
     if topology.slices > 1:
         options["num_slices"] = topology.slices
-    for name, value in QUIET.items():
-        os.environ.setdefault(name, value)
+    hosts.without_tpu()
     try:
         return topologies.get_topology_desc(topology.name, platform="tpu", **options).devices
     except Exception as error:  # of several types, by what is missing

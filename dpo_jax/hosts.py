@@ -34,6 +34,15 @@ CONNECT_S = 300  # for all processes to come up
 WATCH_S = 2  # between looks at whether another process failed
 FACT_S = 50  # for every process to say what it has, once it said that it is there
 
+# Where there is no TPU libtpu looks for one all the same, says at length that it found none, and lets one process at a
+# time use it.
+WITHOUT_TPU = {
+    "TPU_SKIP_MDS_QUERY": "1",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "TPU_ACCELERATOR_TYPE": "v5p-8",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+}
+
 T = TypeVar("T")
 
 
@@ -56,6 +65,8 @@ def join(coordinator: str | None = None, processes: int | None = None, process: 
       process: which this is, from 0.
     Raises: InputError if only some of the three are given, or do not fit, or not all processes come up.
     """
+    if not _tpus():
+        without_tpu()
     given = {"--coordinator": coordinator, "--processes": processes, "--process": process}
     source = "flags"
     if not any(value is not None for value in given.values()) and "JAX_COORDINATOR_ADDRESS" in os.environ:
@@ -116,9 +127,19 @@ def _one_of_many() -> bool:
     tasks = {"SLURM_STEP_NODELIST": "SLURM_NTASKS", "OMPI_MCA_orte_hnp_uri": "OMPI_COMM_WORLD_SIZE"}
     if any(mark in os.environ and int(os.environ.get(number, 1)) > 1 for mark, number in tasks.items()):
         return True
-    chips = glob.glob("/dev/accel*") or glob.glob("/dev/vfio/[0-9]*")
     wanted = os.environ.get("JAX_PLATFORMS", "tpu")
-    return bool(chips) and "tpu" in wanted and importlib.util.find_spec("libtpu") is not None
+    return bool(_tpus()) and "tpu" in wanted and importlib.util.find_spec("libtpu") is not None
+
+
+def _tpus() -> list[str]:
+    """The TPU chips of this machine."""
+    return glob.glob("/dev/accel*") or glob.glob("/dev/vfio/[0-9]*")
+
+
+def without_tpu() -> None:
+    """Tells libtpu, if it is installed, that this machine has no TPU; call before anything touches a device."""
+    for name, value in WITHOUT_TPU.items():
+        os.environ.setdefault(name, value)
 
 
 def index() -> int:

@@ -95,3 +95,11 @@ def test_sigterm_stops_a_run_after_the_step_and_the_same_call_goes_on(tmp_path):
     train.run(chosen, tmp_path / "whole")
     assert untimed(read_rows(folder / "metrics.jsonl")) == untimed(read_rows(tmp_path / "whole" / "metrics.jsonl"))
     assert config.from_json((folder / "config.json").read_text(), "config.json") == chosen
+
+
+@pytest.mark.parametrize("chips, skipped", [([], "1"), (["/dev/accel0"], None)])
+def test_libtpu_is_told_where_there_is_no_tpu_and_only_there(monkeypatch, chips, skipped):
+    monkeypatch.setattr(hosts.os, "environ", {"JAX_PLATFORMS": "cpu"})
+    monkeypatch.setattr(hosts.glob, "glob", lambda pattern: chips if "accel" in pattern else [])
+    hosts.join()
+    assert os.environ.get("TPU_SKIP_MDS_QUERY") == skipped

@@ -2,6 +2,8 @@
 
 import math
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -15,6 +17,7 @@ PODS = {
     "v5e:16x16": ("llama3_8b", ["mesh.tensor=8"]),
     "v6e:8x8": ("llama3_8b", []),
     "v5p:8x8x8": ("llama3_70b", []),
+    "v5e:4x4": ("pythia_2b8_hh", []),
 }
 
 pytestmark = pytest.mark.tpu_aot
@@ -42,7 +45,8 @@ def test_recipe_compiles_for_a_pod_and_fits_and_sends_what_it_should(topology):
 
     # Weights are gathered in bfloat16, forward and backward, and nothing else of that size is.
     gathered = sum(each.bytes_sent * each.times for each in update.moved if each.kind == "all-gather")
-    block = model.width * model.head_dim * (2 * model.heads + 2 * model.kv_heads) + 3 * model.width * model.mlp_width
+    mlp = (3 if model.gated else 2) * model.width * model.mlp_width
+    block = model.width * model.head_dim * (2 * model.heads + 2 * model.kv_heads) + mlp
     weights = 2 * model.layers * block / tensor * microbatches
     assert gathered < 2.6 * weights
 
@@ -68,3 +72,9 @@ def test_plan_that_does_not_fit_its_pod_says_so():
     found = estimate.estimate(chosen, estimate.parse_topology("v5e:4x4"))
     assert not found.fits and found.bytes > found.topology.chip.hbm_bytes
     assert plan.verdict(found).startswith("does not fit: ")
+
+
+def test_an_installed_libtpu_says_nothing_where_there_is_no_tpu():
+    code = "from dpo_jax import hosts; hosts.join(); import jax; print(jax.devices()[0].platform)"
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert ran.stdout.strip() != "tpu" and ran.stderr == ""
