@@ -46,7 +46,7 @@ def write_checkpoint(folder: Path, *, width: int, target_bytes: int) -> int:
     def shapes(layers: int) -> tuple[dict[str, Any], dict[str, tuple[int, ...]]]:
         described = hf | dict(num_hidden_layers=layers)
         config = kind.decoder_config(described, "host_memory")
-        return described, leaf_shapes(kind.tensors(config), layers)
+        return described, leaf_shapes(kind.tensors(config), config.stacks)
 
     def size(layers: int) -> int:
         return sum(2 * int(np.prod(shape)) for shape in shapes(layers)[1].values())

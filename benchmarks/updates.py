@@ -62,7 +62,7 @@ def reference_values(parts: Parts, work: Path) -> list[np.ndarray]:
 
 def packed_batches(parts: Parts, reference: Sequence[np.ndarray] | None) -> list[Batch]:
     """Each step's batch as a run makes it; without stored reference where there is none."""
-    collate = functools.partial(layout.collate, shape=parts.programs.update_shape, layout=parts.config.data.layout)
+    collate = functools.partial(layout.collate, shape=parts.programs.update_shape, layout=parts.programs.layout)
     values = reference or [None] * len(parts.pairs)
     return [collate(pairs, each) for pairs, each in zip(parts.pairs, values, strict=True)]
 
@@ -114,7 +114,7 @@ def lengths_of(pairs: Sequence[Encoded]) -> np.ndarray:
 
 def positions_of(parts: Parts, batches: Sequence[Batch]) -> list[int]:
     """Positions that the update computes of each packed batch."""
-    shape, name = parts.programs.update_shape, parts.config.data.layout
+    shape, name = parts.programs.update_shape, parts.programs.layout
     both = zip(batches, parts.pairs, strict=True)
     return [layout.work_counts(batch, lengths_of(pairs), shape, name)["positions_computed"] for batch, pairs in both]
 

@@ -55,7 +55,9 @@ class Data:
     max_prompt_length: int = 512  # tokens of the prompt, >= 1, < max_length
     truncate_prompt: str = "keep_end"  # keep_end | keep_start | error: which end of a long prompt survives, if any
     on_bad_row: str = "error"  # error | skip: skipped rows are counted and reported
-    layout: str = "shared"  # shared: prompt stored once a pair | repeated: once a completion
+    layout: str = (
+        "auto"  # shared: prompt stored once a pair | repeated: once a completion | auto: shared where it can be
+    )
     row_length: int | None = None  # positions in a packed row; unset: from the longest pair
     cache_dir: str = ""  # tokenised data; empty: a folder in the user's cache
 
@@ -207,7 +209,7 @@ _RULES: tuple[tuple[str, Rule], ...] = (  # what the comments above say; an unse
     ("model.param_dtype", _one_of("float32", "bfloat16")),
     ("data.truncate_prompt", _one_of("keep_end", "keep_start", "error")),
     ("data.on_bad_row", _one_of("error", "skip")),
-    ("data.layout", _one_of("shared", "repeated")),
+    ("data.layout", _one_of("auto", "shared", "repeated")),
     ("export.dtype", _one_of("", "float32", "bfloat16", "float16")),
     ("prepare", (re.compile(r"([\w.]+:\w+)?").fullmatch, "'module:function', or nothing")),
 )

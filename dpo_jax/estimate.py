@@ -262,7 +262,7 @@ def part_of(
     weights = sharding.bytes_per_device((params, held[1:]))
     optimizer = sharding.bytes_per_device(state.opt_state) if update else 0
     gradients = sharding.bytes_per_device(as_type(params, jnp.float32)) if update else 0
-    work = roofline.mean_work(built.model, lengths, shape, config.data.layout)
+    work = roofline.mean_work(built.model, lengths, shape, built.layout)
     itemsize = np.dtype(built.dtype).itemsize
     gathered = sharding.bytes_per_device(as_type(params, built.dtype)) * built.mesh.shape["fsdp"]
     count = functools.partial(

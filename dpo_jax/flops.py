@@ -8,6 +8,8 @@ Source: Chowdhery et al. 2022 (PaLM), appendix B, where attention is counted as 
 
 from __future__ import annotations
 
+import collections
+
 import numpy as np
 from jaxtyping import Int
 
@@ -25,21 +27,31 @@ def forward_flops(config: DecoderConfig, lengths: Int[np.ndarray, "P 3"], layout
     """Operations of scoring these pairs once."""
     lengths = np.asarray(lengths, np.int64)
     tokens, scored = int(unit_lengths(lengths, layout).sum()), int(lengths[:, 1:].sum())
-    seen = 2 * config.heads * config.head_dim * visible_pairs(lengths, layout)
-    return product_flops(config, tokens, scored) + 2.0 * config.layers * seen
+    windows = collections.Counter(config.windows)
+    seen = sum(count * visible_pairs(lengths, layout, window) for window, count in windows.items())
+    return product_flops(config, tokens, scored) + 4.0 * config.heads * config.head_dim * seen
 
 
 def product_flops(config: DecoderConfig, tokens: int, scored: int) -> float:
     """Operations of all matrices on so many tokens, and of the vocabulary's on so many scored ones."""
     c = config
     attention_width = c.head_dim * (c.heads + c.kv_heads) * 2  # q and o; k and v
-    block = c.width * attention_width + c.width * c.mlp_width * (3 if c.gated else 2)
+    block = c.width * (attention_width + c.active_width * (3 if c.gated else 2) + c.experts)
     return 2.0 * (c.layers * block * tokens + c.vocab_size * c.width * scored)
 
 
-def visible_pairs(lengths: Int[np.ndarray, "P 3"], layout: str) -> int:
-    """(query, key) pairs that attention has to do with: each answer's token sees the prompt and its answer so far."""
+def visible_pairs(lengths: Int[np.ndarray, "P 3"], layout: str, window: int | None = None) -> int:
+    """(query, key) pairs that attention has to do with: each answer's token sees the prompt and its answer so far.
+
+    Args:
+      window: the most keys that a token sees; prompts are then repeated.
+    """
     prompt, *answers = np.asarray(lengths, np.int64).T
+    if window is not None:
+        assert layout == "repeated"
+        tokens = np.concatenate([(prompt + answer - 1)[answer > 0] for answer in answers])
+        inside = np.minimum(tokens, window)
+        return int((inside * (inside + 1) // 2 + (tokens - inside) * window).sum())
     prompts = 1 if layout == "shared" else sum(answer > 0 for answer in answers)
     triangle = prompt * (prompt + 1) // 2
     rest = [np.maximum(answer - 1, 0) for answer in answers]  # the last token is not fed back

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from jaxtyping import Int
 
 from dpo_jax import hosts, losses, optim, sharding
 from dpo_jax.config import Config
@@ -176,7 +177,37 @@ def load_inputs(config: Config, *, training: bool) -> Inputs:
             expected="at least one of them",
             remedy="Name the pairs.",
         )
+    fit(config, model, found.lengths)
     return found
+
+
+def fit(config: Config, model: DecoderConfig, lengths: Int[np.ndarray, "N 3"]) -> tuple[DecoderConfig, str]:
+    """The model for sequences no longer than these, and how pairs are laid out: one of `layout.LAYOUTS`.
+
+    Args:
+      lengths: token counts of prompt, chosen and rejected of every pair that will be laid out.
+    Raises: InputError if a sequence has positions that the model lacks, or if prompts are to be shared and the model
+      attends through a window, or turns by the length of a sequence, that some of these exceed.
+    """
+    longest = int((lengths[:, 0] + lengths[:, 1:].max(1)).max())
+    if model.learned_positions and longest > model.max_positions:
+        raise InputError(
+            "config.data.max_length",
+            got=f"sequences of up to {longest} tokens, and the model has learned {model.max_positions} positions",
+            expected=f"at most {model.max_positions}",
+            remedy="Lower it, or take a model with more.",
+        )
+    model = model.for_length(longest)
+    if config.data.layout == "shared" and model.needs_whole_sequences:
+        raise InputError(
+            "config.data.layout",
+            got=f"'shared', and the model has windows, or turns by a sequence's length, that {longest} tokens exceed",
+            expected="auto or repeated",
+            remedy="Change it, or lower data.max_length.",
+        )
+    if config.data.layout == "auto":
+        return model, "repeated" if model.needs_whole_sequences else "shared"
+    return model, config.data.layout
 
 
 def check_pairs(config: Config, pairs: PairSet, split: str) -> None:
@@ -228,7 +259,9 @@ def check_lengths(config: Config, inputs: Inputs) -> int:
     return max(1, int(config.train.epochs * size) // config.train.batch_pairs)
 
 
-def reference_identity(config: Config, inputs: Inputs, *, dtype: str, attention: str, platform: str) -> dict[str, Any]:
+def reference_identity(
+    config: Config, inputs: Inputs, *, layout: str, dtype: str, attention: str, platform: str
+) -> dict[str, Any]:
     """All that decides a pair's stored log-probs besides its own token ids."""
     data = config.data
     return {
@@ -238,7 +271,7 @@ def reference_identity(config: Config, inputs: Inputs, *, dtype: str, attention:
         "max_length": data.max_length,
         "max_prompt_length": data.max_prompt_length,
         "truncate_prompt": data.truncate_prompt,
-        "layout": data.layout,
+        "layout": layout,
         "dtype": dtype,
         "param_dtype": config.model.param_dtype,
         "attention": attention,

@@ -26,6 +26,7 @@ def show(config: Config, folder: Path, *, pairs: int) -> None:
     run_inputs.check_names(config)
     run_inputs.prepare(config, folder)
     inputs = run_inputs.load_inputs(config, training=False)
+    _, layout_name = run_inputs.fit(config, inputs.model, inputs.lengths)
     for name, found in (("train", inputs.train), ("eval", inputs.eval)):
         if found is None:
             continue
@@ -33,11 +34,11 @@ def show(config: Config, folder: Path, *, pairs: int) -> None:
             [f"=== {name}: {len(found):,} pairs of {found.report['rows']:,} rows"],
             *(example(found, inputs.tokenizer, i) for i in range(min(pairs, len(found)))),
             cuts(found),
-            lengths(found, config.data.layout),
+            lengths(found, layout_name),
         ):
             print("\n".join(section), end="\n\n")
     if inputs.train is not None:
-        print("\n".join(packing(config, inputs)))
+        print("\n".join(packing(config, inputs, layout_name)))
 
 
 def example(pairs: PairSet, tokenizer: Any, index: int) -> list[str]:
@@ -98,22 +99,22 @@ def histogram(values: np.ndarray) -> list[str]:
     ]
 
 
-def packing(config: Config, inputs: Inputs) -> list[str]:
+def packing(config: Config, inputs: Inputs, name: str) -> list[str]:
     """How full the rows of the first epoch are, and what padding instead would compute."""
     assert inputs.train is not None
     run_inputs.check_lengths(config, inputs)
-    found = [f"=== rows of {config.train.batch_pairs} pairs a step, prompt {config.data.layout}, empty rows counted"]
+    found = [f"=== rows of {config.train.batch_pairs} pairs a step, prompt {name}, empty rows counted"]
     for backend, target in (("a CPU", CPU_POSITIONS), ("an accelerator", ACCELERATOR_POSITIONS)):
         shape = layout.choose_shape(
             inputs.lengths,
-            layout=config.data.layout,
+            layout=name,
             pairs=config.train.batch_pairs,
             row_length=config.data.row_length,
             rows=config.train.microbatch_rows,
             shards=1,
             target_positions=target,
         )
-        computed, real, padded = np.sum([*counts(config, inputs.train, shape)], axis=0)
+        computed, real, padded = np.sum([*counts(config, inputs.train, shape, name)], axis=0)
         found.append(
             f"on one device, {backend}: {shape.rows} rows of {shape.row_length} at a time, {computed:,} positions, "
             f"{real / computed:.3f} of them real"
@@ -125,19 +126,19 @@ def packing(config: Config, inputs: Inputs) -> list[str]:
     return found
 
 
-def counts(config: Config, pairs: PairSet, shape: layout.Shape) -> Iterator[tuple[int, int, int]]:
+def counts(config: Config, pairs: PairSet, shape: layout.Shape, name: str) -> Iterator[tuple[int, int, int]]:
     """Of each step of the first epoch, at most SAMPLED_STEPS: positions computed, real ones, and padded instead."""
     order = make_order(
         pairs.source, pairs.weights, batch_pairs=shape.pairs, seed=config.seed, shuffle=config.data.shuffle
     )
     for step in range(min(SAMPLED_STEPS, epoch_size(pairs.source, pairs.weights) // shape.pairs)):
         tokens = np.asarray(pairs.lengths[order(step)])
-        computed = sum(microbatch.positions for microbatch in layout.plan(tokens, shape, config.data.layout))
+        computed = sum(microbatch.positions for microbatch in layout.plan(tokens, shape, name))
         longest = tokens[:, 0] + tokens[:, 1:].max(1)
         answers = int((tokens[:, 1:] > 0).any(0).sum())
         padded = sum(
             answers * len(group) * group.max()
             for group in (longest[at : at + PADDED_PAIRS] for at in range(0, len(longest), PADDED_PAIRS))
         )
-        real = int(layout.unit_lengths(tokens, config.data.layout).sum())
+        real = int(layout.unit_lengths(tokens, name).sum())
         yield computed, real, int(padded)

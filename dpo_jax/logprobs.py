@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -48,6 +48,13 @@ class Spread(NamedTuple):
     scatter: Callable[[Array, str, int], Array] | None = None  # sums over an axis, cut along a side; None: psum_scatter
 
 
+class Head(NamedTuple):
+    """What turns hidden states into logits, or sums of its gradient."""
+
+    weights: Float[Array, "V D"]
+    bias: Float[Array, "V"] | None = None
+
+
 class _Plan(NamedTuple):
     """Everything static that the two passes go by."""
 
@@ -75,11 +82,12 @@ def completion_logps(
     rows: Rows,
     *,
     pairs: int,
+    bias: Float[Array, "V"] | None = None,
     soft_cap: float | None = None,
     blocks: Blocks = CPU_BLOCKS,
     spread: Spread | None = None,
-    total: Float[Array, "V D"] | None = None,
-) -> tuple[Float[Array, "P 2"], dict[str, Float[Array, "P 2"]], Float[Array, "V D"] | None]:
+    total: Head | None = None,
+) -> tuple[Float[Array, "P 2"], dict[str, Float[Array, "P 2"]], Head | None]:
     """Summed log-probability of every completion, and the sum over its tokens of the mean logit.
 
     Args:
@@ -87,14 +95,15 @@ def completion_logps(
       head: the vocabulary matrix, cast to the type of `hidden`.
       rows: where hidden states predict which tokens, of which completion.
       pairs: P; completions that these rows do not hold get 0.
+      bias: added to the logits.
       soft_cap: logits become cap * tanh(logits / cap); None: they stay as they are.
       blocks: what is computed at once.
       spread: how rows and head lie on a mesh; None: on one device.
-      total: what the gradient of the head is added to, see `gradients`; None: it is the head's cotangent.
+      total: what the gradient of head and bias is added to, see `gradients`; None: it is their cotangent.
     Returns: logps in nats, float32 or wider, column 0 chosen, 1 rejected; {"logits": ...}, without gradient; `total`.
     """
     plan = _Plan(blocks, soft_cap, spread)
-    logps, logits, total = score_tokens(hidden, head, total, rows.source, rows.target, rows.slot >= 0, plan)
+    logps, logits, total = score_tokens(hidden, Head(head, bias), total, rows.source, rows.target, rows.slot >= 0, plan)
     by_slot = functools.partial(sum_by_slot, slot=rows.slot, pairs=pairs)
     return by_slot(logps), {"logits": jax.lax.stop_gradient(by_slot(logits))}, total
 
@@ -110,7 +119,8 @@ custom_vjp: Any = jax.custom_vjp  # its own annotations say nothing of what a fu
 
 @functools.partial(custom_vjp, nondiff_argnums=(6,))
 def score_tokens(hidden, head, total, source, target, scored, plan):
-    """log softmax(hidden[source] . head^T)[target] and the mean logit, [R, T] each, 0 where `scored` is false; `total`.
+    """log softmax(hidden[source] . head^T + bias)[target] and the mean logit, [R, T] each, 0 where none is scored, and
+    `total`.
 
     Blocks of tokens beyond the number of scored ones are neither computed nor differentiated.
     """
@@ -127,9 +137,9 @@ def _forward(hidden, head, total, source, target, scored, plan):
 def _backward(plan, saved, cotangents):
     cotangent, _, total = cotangents
     hidden, head, log_z = saved[0], saved[1], saved[5]
-    before = jnp.zeros(head.shape, log_z.dtype) if total is None else total
+    before = jax.tree.map(lambda x: jnp.zeros(x.shape, log_z.dtype), head) if total is None else total
     to_hidden, after = _everywhere(_backward_here, plan, "rwrrrrkrw", "rw")(*saved, cotangent, before)
-    grads = (after.astype(head.dtype), None) if total is None else (None, after)
+    grads = (jax.tree.map(lambda x, like: x.astype(like.dtype), after, head), None) if total is None else (None, after)
     return to_hidden.astype(hidden.dtype), *grads, None, None, None
 
 
@@ -137,12 +147,13 @@ score_tokens.defvjp(_forward, _backward)
 
 
 def _everywhere(function, plan, takes, gives) -> Any:
-    """`function` on each device's share: what is marked r lies as rows do, w as the vocabulary matrix, k as both."""
+    """`function` on each device's share: what is marked r lies as rows do, w as the head, k as both."""
     here = functools.partial(function, plan)
     if plan.spread is None:
         return here
     mesh, rows, vocab, width, _ = plan.spread
-    specs = {"r": PartitionSpec(rows), "w": PartitionSpec(vocab, width), "k": PartitionSpec(vocab, rows)}
+    of_head = Head(*cast(Any, (PartitionSpec(vocab, width), PartitionSpec(vocab))))
+    specs = {"r": PartitionSpec(rows), "w": of_head, "k": PartitionSpec(vocab, rows)}
     return jax.shard_map(
         here,
         mesh=mesh,
@@ -261,12 +272,14 @@ def _backward_here(plan, hidden, head, source, target, scored, log_z, kept, cota
                 slope = slope * (1 - jnp.square(logits / plan.soft_cap))
             if real is not None:
                 slope = jnp.where(real, slope, 0)
+            to_bias = None if weights.bias is None else slope.sum(0)
             slope = slope.astype(hidden.dtype)
-            pulled = jnp.einsum("tv,vd->td", slope, weights, preferred_element_type=wide)
+            pulled = jnp.einsum("tv,vd->td", slope, weights.weights, preferred_element_type=wide)
             hidden_grad = _put(hidden_grad, _block(hidden_grad, i, size) + pulled, i, size)
-            return hidden_grad, part_grad + jnp.einsum("tv,td->vd", slope, states, preferred_element_type=wide)
+            grad = Head(jnp.einsum("tv,td->vd", slope, states, preferred_element_type=wide), to_bias)
+            return hidden_grad, jax.tree.map(jnp.add, part_grad, grad)
 
-        none = jnp.zeros(weights.shape, wide)
+        none = jax.tree.map(lambda x: jnp.zeros(x.shape, wide), weights)
         hidden_grad, part_grad = jax.lax.fori_loop(0, tokens.blocks, one_block, (hidden_grad, none))
         return hidden_grad, vocab.add(total, part_grad, j)
 
@@ -281,9 +294,9 @@ def _backward_here(plan, hidden, head, source, target, scored, log_z, kept, cota
 class _Vocabulary:
     """This device's share of the vocabulary matrix, part by part; the last part overlaps the one before if it must."""
 
-    def __init__(self, plan: _Plan, head: Array, dtype: Any):
+    def __init__(self, plan: _Plan, head: Head, dtype: Any):
         self._head, self._dtype, self._cap, self._spread = head, dtype, plan.soft_cap, plan.spread
-        self._here = head.shape[0]
+        self._here = head.weights.shape[0]
         gathered = plan.spread is not None and plan.spread.width
         self.length = vocab_block(self._here, plan.blocks, parts=GATHERED_PARTS if gathered else 1)
         self.parts = -(-self._here // self.length)
@@ -293,17 +306,20 @@ class _Vocabulary:
     def _start(self, j):
         return jnp.minimum(j * self.length, self._here - self.length)
 
-    def part(self, j) -> Float[Array, "v D"]:
+    def part(self, j) -> Head:
         """Rows of part j in the compute type, whole."""
-        rows = jax.lax.dynamic_slice_in_dim(self._head, self._start(j), self.length).astype(self._dtype)
+        rows, bias = jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, self._start(j), self.length), self._head)
+        rows = rows.astype(self._dtype)
         if self._spread is not None and self._spread.width:
             rows = jax.lax.all_gather(rows, self._spread.width, axis=1, tiled=True)
-        return rows
+        return Head(rows, bias)
 
     def logits(self, states, weights):
         """Capped logits of a block."""
         wide = jnp.promote_types(states.dtype, jnp.float32)
-        logits = jnp.einsum("td,vd->tv", states, weights, preferred_element_type=wide)
+        logits = jnp.einsum("td,vd->tv", states, weights.weights, preferred_element_type=wide)
+        if weights.bias is not None:
+            logits = logits + weights.bias.astype(wide)[None]
         if self._cap is not None:
             logits = self._cap * jnp.tanh(logits / self._cap)
         return logits
@@ -319,13 +335,19 @@ class _Vocabulary:
     def add(self, total, grad, j):
         """`total` with the gradient of part j added, summed over the devices that hold other rows."""
         if self._spread is not None:
+            to_weights, to_bias = grad
             others = [axis for axis in self._spread.rows if axis != self._spread.width]
             if self._spread.width:
                 scatter = self._spread.scatter or _scatter
-                grad = scatter(grad, self._spread.width, 1)
-            grad = jax.lax.psum(grad, tuple(others))
-        before = jax.lax.dynamic_slice_in_dim(total, self._start(j), self.length)
-        return jax.lax.dynamic_update_slice_in_dim(total, before + grad, self._start(j), axis=0)
+                to_weights = scatter(to_weights, self._spread.width, 1)
+            to_weights = jax.lax.psum(to_weights, tuple(others))
+            grad = Head(to_weights, None if to_bias is None else jax.lax.psum(to_bias, self._spread.rows))
+
+        def add(total, grad):
+            before = jax.lax.dynamic_slice_in_dim(total, self._start(j), self.length)
+            return jax.lax.dynamic_update_slice_in_dim(total, before + grad, self._start(j), axis=0)
+
+        return jax.tree.map(add, total, grad)
 
 
 def _scatter(x, axis, side):

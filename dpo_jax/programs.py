@@ -68,6 +68,7 @@ class Programs(NamedTuple):
     model: DecoderConfig
     mesh: Any  # a sharding.AnyMesh; an abstract one where there are no devices
     rules: sharding.Rules
+    layout: str  # of pairs, one of layout.LAYOUTS
     dtype: Any
     attention: str  # the implementation that was chosen
     update_shape: layout.Shape
@@ -125,7 +126,7 @@ def make_programs(
     made = _without_scoring(config, model, lengths, mesh, platform, sharding.shards_here(mesh), watch)
     shape = made.score_shape
     logps_fn = scoring.make_logps_fn(
-        model,
+        made.model,
         pairs=shape.pairs,
         dtype=made.dtype,
         remat=config.model.remat,
@@ -156,11 +157,12 @@ def _without_scoring(
     here: tuple[int, ...] | None,
     watch: Stopwatch,
 ) -> Programs:
+    model, layout_name = run_inputs.fit(config, model, lengths)
     positions = CPU_POSITIONS if platform == "cpu" else ACCELERATOR_POSITIONS
     choose = functools.partial(
         layout.choose_shape,
         lengths,
-        layout=config.data.layout,
+        layout=layout_name,
         row_length=config.data.row_length,
         shards=sharding.row_shards(mesh),
         here=here,
@@ -180,6 +182,7 @@ def _without_scoring(
         model=model,
         mesh=mesh,
         rules=sharding.parse_rules(config.mesh.rules),
+        layout=layout_name,
         dtype=scoring.compute_dtype(config.model.dtype, platform),
         attention=kernel,
         update_shape=update_shape,
@@ -259,7 +262,7 @@ def reference_values(
         [(pairs, pairs.lengths, pairs.keys, pairs.reference) for pairs in inputs.sets],
         score,
         shape=programs.score_shape,
-        layout=config.data.layout,
+        layout=programs.layout,
         report=report,
     )
     return done, loaded[0] if loaded else None
@@ -275,7 +278,7 @@ def reference_store(config: Config, inputs: Inputs, workdir: Path, programs: Pro
     folder = Path(config.reference.path) if config.reference.path else workdir / "reference"
     dtype, platform = np.dtype(programs.dtype).name, reference.platform()
     identity = run_inputs.reference_identity(
-        config, inputs, dtype=dtype, attention=programs.attention, platform=platform
+        config, inputs, layout=programs.layout, dtype=dtype, attention=programs.attention, platform=platform
     )
     reference.check_identity(folder, identity)
     return Store(folder, identity)

@@ -269,7 +269,7 @@ def initial_params(seed: int, hf_config: dict) -> dict:
             np.ones(shape, np.float32) if path.endswith("scale") else INIT_STD * rng.standard_normal(shape, "float32")
         )
 
-    shapes = leaf_shapes(kind.tensors(config), config.layers)
+    shapes = leaf_shapes(kind.tensors(config), config.stacks)
     leaves = {path: draw(path, shape) for path, shape in sorted(shapes.items())}
     return hf_io.nest(leaves)
 

@@ -87,7 +87,7 @@ def update_flops(work: Work, remat: str) -> float:
 def forward_bytes(model: DecoderConfig, work: Work, *, chips: int, tensor: int, itemsize: int) -> float:
     """Memory traffic of a chip for the activations of one forward pass."""
     m = model
-    across = 2 * (m.heads + m.kv_heads) * m.head_dim + (3 if m.gated else 2) * m.mlp_width
+    across = 2 * (m.heads + m.kv_heads) * m.head_dim + (3 if m.gated else 2) * m.active_width
     blocks = m.layers * (6 * m.width * tensor + across) * work.positions  # what `tensor` does not cut, each holds whole
     logits = work.scored * m.vocab_size
     return 2 * (itemsize * blocks + 4 * logits) / chips
@@ -212,13 +212,13 @@ def activation_bytes(model: DecoderConfig, positions: float, *, tensor: int, ite
       remat: empty: there is no backward pass.
     """
     m = model
-    products = (2 * m.heads + 2 * m.kv_heads) * m.head_dim + (2 if m.gated else 1) * m.mlp_width
+    products = (2 * m.heads + 2 * m.kv_heads) * m.head_dim + (2 if m.gated else 1) * m.active_width
     kept = {
         "": 0.0,
         "offload": 0.0,
         "block": m.width,
         "dots": 3 * m.width + products / tensor,
-        "none": 6 * m.width + (products + m.mlp_width) / tensor,
+        "none": 6 * m.width + (products + m.active_width) / tensor,
     }
-    at_work = 6 * m.width + (products + m.mlp_width) / tensor
+    at_work = 6 * m.width + (products + m.active_width) / tensor
     return itemsize * positions * (m.layers * kept[remat] + (2 if remat else 1) * at_work)

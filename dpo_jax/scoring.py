@@ -15,13 +15,15 @@ from jaxtyping import Float, Int
 
 from dpo_jax import feed, gradients, sharding
 from dpo_jax.data.layout import Shape, collate, unit_lengths
-from dpo_jax.logprobs import ACCELERATOR_BLOCKS, CPU_BLOCKS, Spread, completion_logps
+from dpo_jax.logprobs import ACCELERATOR_BLOCKS, CPU_BLOCKS, Head, Spread, completion_logps
 from dpo_jax.models import attention as attentions
 from dpo_jax.models import decoder
 from dpo_jax.models.config import DecoderConfig
 from dpo_jax.models.layers import Across, across_mesh, lookup
 from dpo_jax.types import Batch, Pairs
 
+# Leaves with something for every word of the vocabulary, by their parents: their gradients are added in place.
+WORDS = {"embed": "embedding", "head": "embedding", "logits": "bias"}
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
 
@@ -86,12 +88,13 @@ def make_logps_fn(
     blocks = CPU_BLOCKS if platform == "cpu" else ACCELERATOR_BLOCKS
 
     def logps_fn(params: Any, rows: Any, sums: Any = None) -> Any:
-        tables = {name: params[name]["embedding"] for name in ("embed", "head") if name in params}
-        body, totals = params, dict.fromkeys(tables)
+        words, body = of_words(params)
+        totals: dict[str, Any] = dict.fromkeys(words)
+        rest: dict[str, Any] = {}
         if sums is not None:
-            totals = {name: sums[name]["embedding"] for name in tables}
-            body, sums = gradients.collect(*({k: tree[k] for k in tree if k not in tables} for tree in (params, sums)))
-        x, totals["embed"] = lookup(tables["embed"], rows.tokens, totals["embed"], move)
+            totals, rest = of_words(sums)
+            body, rest = gradients.collect(body, rest)
+        x, totals["embed"] = lookup(words["embed"], rows.tokens, totals["embed"], move)
         # Or XLA has the gradient, which is moved to the table's columns at the end, lie so in every block.
         x = x if stay is None else stay(x)
         hidden = decoder.hidden_states(
@@ -105,16 +108,32 @@ def make_logps_fn(
             remat=remat,
             attend=attend,
             across=across,
+            unfed=1,
         )
-        last = "head" if "head" in tables else "embed"
-        logps, aux, totals[last] = completion_logps(
-            hidden, tables[last], rows, pairs=pairs, blocks=blocks, spread=of_head, total=totals[last]
+        last = "head" if "head" in words else "embed"
+        logps, aux, total = completion_logps(
+            hidden,
+            words[last],
+            rows,
+            pairs=pairs,
+            bias=words.get("logits"),
+            soft_cap=config.logit_soft_cap,
+            blocks=blocks,
+            spread=of_head,
+            total=None if sums is None else Head(totals[last], totals.get("logits")),
         )
-        if sums is None:
+        if total is None:
             return logps, aux
-        return (logps, aux), sums | {name: {"embedding": total} for name, total in totals.items()}
+        totals |= {last: total.weights} | ({} if total.bias is None else {"logits": total.bias})
+        return (logps, aux), rest | {name: {WORDS[name]: each} for name, each in totals.items()}
 
     return logps_fn
+
+
+def of_words(tree: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Of parameters, or of sums of their gradients: the leaves in WORDS, each by its parent's name, and the rest."""
+    words = {name: tree[name][leaf] for name, leaf in WORDS.items() if name in tree}
+    return words, {name: tree[name] for name in tree if name not in WORDS}
 
 
 def kernel_across(

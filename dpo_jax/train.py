@@ -116,7 +116,7 @@ def train(
     config: Config, inputs: Inputs, folder: Path, built: programs.Programs, store: programs.Store | None, total: int
 ) -> None:
     """Reference pass, updates, evaluations, checkpoints and export."""
-    train_pairs, layout_name = inputs.train, config.data.layout
+    train_pairs, layout_name = inputs.train, built.layout
     assert train_pairs is not None
     # What the run computes with.
     shape, mesh, watch = built.update_shape, built.mesh, built.watch
@@ -184,7 +184,7 @@ def train(
             inputs.eval.lengths,
             reference[1],
             shape=built.score_shape,
-            layout=config.data.layout,
+            layout=built.layout,
         )
         write("eval.jsonl", step, row)
         progress.say(f"step {step}: {one_line(row)}")
@@ -195,7 +195,7 @@ def train(
             [train_pairs[i] for i in chosen.tolist()], reference[0][chosen], shape, layout=layout_name
         )
         counts = layout.work_counts(batch, train_pairs.lengths[chosen], shape, layout_name)
-        flops = train_flops(inputs.model, train_pairs.lengths[chosen], layout_name)
+        flops = train_flops(built.model, train_pairs.lengths[chosen], layout_name)
         return Made(sharding.put(batch, mesh), counts, flops)
 
     # A step's metrics are fetched when the next is under way, so that the device does not wait for the host.
@@ -391,7 +391,7 @@ def evaluate_checkpoint(config: Config, folder: Path) -> dict[str, float]:
         inputs.eval.lengths,
         reference[-1],
         shape=built.score_shape,
-        layout=config.data.layout,
+        layout=built.layout,
     )
     return {"step": step} | row
 

@@ -48,7 +48,7 @@ def decoder_config(hf):
 
 def random_leaves(hf, seed=0, dtype="float32"):
     config = decoder_config(hf)
-    shapes = weights.leaf_shapes(FAMILIES[hf["model_type"]].tensors(config), config.layers)
+    shapes = weights.leaf_shapes(FAMILIES[hf["model_type"]].tensors(config), config.stacks)
     rng = np.random.default_rng(seed)
     return {path: rng.normal(size=shape).astype(dtype) for path, shape in shapes.items()}
 

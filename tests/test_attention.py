@@ -10,8 +10,8 @@ import pytest
 
 from dpo_jax import logprobs, losses, sharding, steps
 from dpo_jax.data import layout
-from dpo_jax.models import attention, blockwise, decoder, splash, triton
-from dpo_jax.models.config import DecoderConfig
+from dpo_jax.models import attention, blockwise, decoder, rope, splash, triton
+from dpo_jax.models.config import DecoderConfig, LayerKind
 from dpo_jax.types import Encoded, InputError
 
 
@@ -144,8 +144,9 @@ def test_kernel_that_cannot_run_is_refused(name, platform, length, message):
         attention.choose(name, platform, head_dim=64, row_length=length)
 
 
+TURNING = (LayerKind(rope.default({}, rope.frequencies(1e4, 64))),)
 CONFIG = DecoderConfig(
-    vocab_size=64, width=64, layers=2, heads=2, kv_heads=1, head_dim=64, mlp_width=64, max_positions=128, rotary_dim=64
+    vocab_size=64, width=64, layers=2, heads=2, kv_heads=1, head_dim=64, mlp_width=64, max_positions=128, kinds=TURNING
 )
 
 
@@ -155,12 +156,13 @@ def five_losses(kernel, remat):
     modules = {"xla": (blockwise, {}), "splash": (splash, {"interpret": True}), "triton": (triton, {"interpret": True})}
     module, options = modules[kernel]
 
-    def attend(q, k, v, start, end):
-        return module.attention(q * q.shape[-1] ** -0.5, k, v, start, end, **options)
+    def attend(q, k, v, start, end, *, scale, soft_cap):
+        assert scale is None
+        return module.attention(q * q.shape[-1] ** -0.5, k, v, start, end, soft_cap=soft_cap, **options)
 
     def logps_fn(params, rows):
         hidden = decoder.forward(params, CONFIG, *rows[:4], remat=remat, attend=attend)
-        return logprobs.completion_logps(hidden, decoder.head(params), rows, pairs=6)[0]
+        return logprobs.completion_logps(hidden, params["head"]["embedding"], rows, pairs=6)[0]
 
     rng = np.random.default_rng(0)
     pairs = [Encoded(*(rng.integers(1, 64, rng.integers(4, 24)) for _ in range(3))) for _ in range(6)]

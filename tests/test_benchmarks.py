@@ -213,7 +213,7 @@ def test_padded_batch_scores_as_the_packed_one_does():
     batches += [layouts.padded_batch(PAIRS, np.zeros((2, 2)), target) for target in (None, 1)]
     assert [batch.rows.tokens.shape for batch in batches[1:]] == [(1, 4, 5), (2, 2, 5)]
     model = DecoderConfig(
-        vocab_size=40, width=16, layers=1, heads=2, kv_heads=2, head_dim=8, mlp_width=32, max_positions=64, rotary_dim=8
+        vocab_size=40, width=16, layers=1, heads=2, kv_heads=2, head_dim=8, mlp_width=32, max_positions=64
     )
     params = decoder.init(jax.random.key(0), model)
     score = jax.jit(make_score_step(make_logps_fn(model, pairs=2, dtype=np.float32), has_aux=True))

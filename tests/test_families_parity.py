@@ -1,4 +1,5 @@
-"""Both families against transformers: the same logits from the same files, and the same files back."""
+"""Every family against transformers itself: the golden files are what it computes now, every field of a configuration
+counts, and what is written it reads back whole."""
 
 import dataclasses
 import json
@@ -7,118 +8,106 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from safetensors.numpy import load_file
 
 from dpo_jax.models import decoder, hf_config, hf_io
+from dpo_jax.models.config import DecoderConfig
+from dpo_jax.models.families import FAMILIES
+from tests import make_golden
+from tests.family_cases import CASES
+from tests.hf_folders import decoder_config
+from tests.make_golden import TOKENS, write_folder
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 activations = pytest.importorskip("transformers.activations")
 
-LLAMA = dict(
-    vocab_size=97,
-    hidden_size=32,
-    intermediate_size=48,
-    num_hidden_layers=3,
-    num_attention_heads=4,
-    num_key_value_heads=4,
-    max_position_embeddings=64,
-)
-NEOX = dict(
-    vocab_size=97,
-    hidden_size=32,
-    intermediate_size=48,
-    num_hidden_layers=3,
-    num_attention_heads=4,
-    max_position_embeddings=64,
-)
-# Each variant moves fields away from their defaults, so that a field read wrongly or not at all shows in the logits.
-LLAMA_VARIANTS = {
-    "plain": {},
-    "grouped": dict(num_key_value_heads=2, rms_norm_eps=1e-2, tie_word_embeddings=True),
-    "theta": dict(rope_parameters={"rope_theta": 50.0, "rope_type": "default"}, head_dim=12, num_key_value_heads=1),
-    "biases": dict(
-        attention_bias=True,
-        mlp_bias=True,
-        hidden_act="gelu_pytorch_tanh",
-        rope_parameters={"rope_theta": 50000.0, "rope_type": "default"},
-    ),
-}
-NEOX_VARIANTS = {
-    "plain": {},
-    "sequential": dict(use_parallel_residual=False, layer_norm_eps=1e-2, attention_bias=False),
-    "full_rotary": dict(rotary_pct=1.0, rotary_emb_base=50, hidden_act="relu"),
-    "half_rotary": dict(rotary_pct=0.5, rotary_emb_base=50000, hidden_act="gelu_new", tie_word_embeddings=True),
-}
-VARIANTS = [("llama", name) for name in LLAMA_VARIANTS] + [("gpt_neox", name) for name in NEOX_VARIANTS]
+GOLDEN = json.loads(make_golden.JSON.read_text())["cases"]
+TOLERANCE = 1e-4
 
 
-# On logits of order 1 to 5. Float error stays under 5e-6; the two forms of gelu differ by 3e-4, other fields by more.
-TOLERANCE = 2e-5
-# Fields that leave all shapes alone, so that only the numbers can tell whether they were honoured.
-SILENT = [
-    ("llama", "grouped", "norm_eps"),
-    ("llama", "theta", "rope_theta"),
-    ("llama", "biases", "activation"),
-    ("gpt_neox", "sequential", "norm_eps"),
-    ("gpt_neox", "sequential", "parallel_residual"),
-    ("gpt_neox", "full_rotary", "rotary_dim"),
-    ("gpt_neox", "half_rotary", "rope_theta"),
-    ("gpt_neox", "half_rotary", "activation"),
-]
+def our_logits(params, config):
+    at = jnp.broadcast_to(jnp.arange(TOKENS.shape[1], dtype=jnp.int32), TOKENS.shape)
+    hidden = decoder.forward(params, config, jnp.asarray(TOKENS), at, jnp.zeros_like(at), at + 1)
+    return np.asarray(decoder.logits(params, config, hidden))
 
 
-def build(model_type, name):
-    """A transformers model with every parameter random, norms and biases too, and large enough to be nonlinear."""
-    base, variants = {"llama": (LLAMA, LLAMA_VARIANTS), "gpt_neox": (NEOX, NEOX_VARIANTS)}[model_type]
-    config = transformers.AutoConfig.for_model(model_type, **base | variants[name])
-    torch.manual_seed(0)
-    model = transformers.AutoModelForCausalLM.from_config(config).eval()
+@pytest.mark.parametrize("name", CASES)
+def test_golden_files_are_what_transformers_saves_and_computes(name):
+    case, logits = make_golden.make(name)
+    assert case == GOLDEN[name] | {
+        "config": GOLDEN[name]["config"] | {"transformers_version": transformers.__version__}
+    }
+    np.testing.assert_allclose(logits, np.load(make_golden.LOGITS)[name], rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_transformers_reads_an_export_whole(name, tmp_path):
+    write_folder(tmp_path / "base", GOLDEN[name])
+    config, _ = hf_io.read_config(tmp_path / "base")
+    changed = jax.tree.map(lambda x: 0.5 * x, hf_io.load_params(tmp_path / "base", config))
+    hf_io.export(changed, base=tmp_path / "base", out=tmp_path / "out")
+    model, info = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", output_loading_info=True)
+    assert not any(info.values()), info
     with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.normal_(0.0, 0.3)
-            if parameter.ndim == 1:
-                parameter.add_(0.5)
-    return model
+        theirs = model.eval()(torch.from_numpy(TOKENS).long()).logits.numpy()
+    np.testing.assert_allclose(our_logits(changed, config), theirs, rtol=0, atol=TOLERANCE)
 
 
-@pytest.fixture(params=VARIANTS, ids="-".join, scope="module")
-def saved(request, tmp_path_factory):
-    """A variant's model, and the folder transformers saved it in."""
-    model, folder = build(*request.param), tmp_path_factory.mktemp("base")
-    model.save_pretrained(folder)
-    return model, folder
+def silent_fields():
+    """Fields that a case moves from their defaults and that leave all shapes alone: only numbers tell of them."""
+    usual = {field.name: field.default for field in dataclasses.fields(DecoderConfig)}
+    shaping = (
+        "qkv_bias",
+        "output_bias",
+        "mlp_bias",
+        "head_bias",
+        "tie_embeddings",
+        "gated",
+        "norm",
+        "norms",
+        "qk_norm",
+    )
+    shaping += ("learned_positions", "shared_norm", "experts", "pattern")
+    for name, case in GOLDEN.items():
+        config = decoder_config(case["config"])
+        for field, default in usual.items():
+            value = getattr(config, field)
+            if default is not dataclasses.MISSING and field not in shaping and value != default:
+                yield name, field
 
 
-def load(folder):
-    config, _ = hf_io.read_config(folder)
-    return hf_io.load_params(
-        folder, config, place=lambda path, shape, read: jnp.asarray(hf_io.whole(path, shape, read))
-    ), config
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "field"), silent_fields())
+def test_ignoring_a_field_would_show(name, field, tmp_path):
+    """The tests above see only what makes a difference: here each field is put back, as if it had not been read."""
+    if (name, field) in NO_DIFFERENCE:
+        pytest.skip(NO_DIFFERENCE[name, field])
+    write_folder(tmp_path, GOLDEN[name])
+    config, _ = hf_io.read_config(tmp_path)
+    params = hf_io.load_params(tmp_path, config)
+    default = next(each.default for each in dataclasses.fields(config) if each.name == field)
+    changes = {field: default} | ({"pattern": ()} if field == "kinds" else {})
+    ignored = our_logits(params, dataclasses.replace(config, **changes))
+    assert np.abs(ignored - np.load(make_golden.LOGITS)[name]).max() > 10 * TOLERANCE
 
 
-def tokens_of(model):
-    return np.random.default_rng(1).integers(0, model.config.vocab_size, (2, 24), dtype=np.int32)
+NO_DIFFERENCE: dict = {}
 
 
-def their_logits(model):
-    with torch.no_grad():
-        return model(torch.from_numpy(tokens_of(model)).long()).logits.numpy()
-
-
-def our_logits(params, config, tokens):
-    at = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
-    with jax.default_matmul_precision("highest"):
-        hidden = decoder.forward(params, config, jnp.asarray(tokens), at, jnp.zeros_like(at), at + 1)
-        return np.asarray(hidden @ decoder.head(params).T)
-
-
-def test_logits_equal_those_of_transformers(saved):
-    model, folder = saved
-    params, config = load(folder)
-    theirs, ours = their_logits(model), our_logits(params, config, tokens_of(model))
-    assert np.abs(theirs).max() > 1
-    np.testing.assert_allclose(ours, theirs, rtol=0, atol=TOLERANCE)
+@pytest.mark.parametrize("name", FAMILIES)
+def test_absent_fields_have_the_defaults_of_transformers(name, tmp_path):
+    """Files of before a field existed mean what the field's default says."""
+    transformers.AutoConfig.for_model(name).save_pretrained(tmp_path)
+    full = json.loads((tmp_path / "config.json").read_text())
+    needed = (
+        "model_type",
+        "vocab_size",
+        "hidden_size",
+        "intermediate_size",
+        "num_hidden_layers",
+        "num_attention_heads",
+    )
+    assert decoder_config({field: full[field] for field in needed if field in full}) == decoder_config(full)
 
 
 @pytest.mark.parametrize("name", hf_config.ACTIVATIONS)
@@ -128,33 +117,3 @@ def test_activation_equals_that_of_transformers(name):
     theirs = activations.ACT2FN[name](torch.from_numpy(x)).numpy()
     ours = np.asarray(decoder.ACTIVATIONS[hf_config.ACTIVATIONS[name]](jnp.asarray(x)))
     np.testing.assert_allclose(ours, theirs, rtol=0, atol=2e-6)
-
-
-@pytest.mark.parametrize("model_type, name, field", SILENT)
-def test_variant_differs_from_the_plain_model_by_more_than_the_tolerance(tmp_path, model_type, name, field):
-    """The test above sees only what makes a difference: here each field is put back, as if it had been ignored."""
-    model = build(model_type, name)
-    model.save_pretrained(tmp_path)
-    params, config = load(tmp_path)
-    build(model_type, "plain").config.save_pretrained(tmp_path)
-    usual = getattr(hf_io.read_config(tmp_path)[0], field)
-    assert usual != getattr(config, field)
-    ignored = our_logits(params, dataclasses.replace(config, **{field: usual}), tokens_of(model))
-    assert np.abs(ignored - their_logits(model)).max() > 10 * TOLERANCE
-
-
-def test_export_of_an_untouched_import_is_bit_exact(saved, tmp_path):
-    """Tensor for tensor what transformers wrote, with the same configuration; and transformers reads it back whole."""
-    model, folder = saved
-    params, _ = load(folder)
-    out = tmp_path / "out"
-    hf_io.export(params, base=folder, out=out)
-    theirs, ours = load_file(folder / "model.safetensors"), load_file(out / "model.safetensors")
-    assert list(ours) == list(theirs)
-    for name in theirs:
-        assert ours[name].dtype == theirs[name].dtype
-        assert ours[name].tobytes() == theirs[name].tobytes(), name
-    assert json.loads((out / "config.json").read_text()) == json.loads((folder / "config.json").read_text())
-    again, info = transformers.AutoModelForCausalLM.from_pretrained(out, output_loading_info=True)
-    assert not any(info.values()), info
-    np.testing.assert_array_equal(their_logits(again.eval()), their_logits(model))

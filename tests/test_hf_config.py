@@ -1,16 +1,37 @@
 """Reading `config.json`: every field counts, is known to be harmless, or is refused."""
 
+import json
+
 import pytest
 
 from dpo_jax.models import hf_config, hf_io
 from dpo_jax.types import InputError
 from tests.hf_folders import CONFIG, LLAMA, NEOX, decoder_config, edit_config, save
+from tests.make_golden import JSON
+
+GOLDEN = json.loads(JSON.read_text())["cases"]
+PHI3, GEMMA3, QWEN2, SMOLLM3, QWEN3_MOE, GPTJ, GPT2 = (
+    GOLDEN[f"{name}-plain"]["config"]
+    for name in ("phi3", "gemma3_text", "qwen2", "smollm3", "qwen3_moe", "gptj", "gpt2")
+)
+
+LONG = {"type": "su", "short_factor": [1.0] * 4, "long_factor": [2.0] * 4}  # LongRoPE under its first name
+
+
+def turning(config):
+    """Dimensions of each head that turn, and the base they turn by."""
+    (kind,) = config.kinds
+    return kind.rope.dim, pytest.approx(kind.rope.frequencies[1] ** (-kind.rope.dim / 2))
 
 
 def test_unknown_architecture_lists_the_known_ones(tmp_path):
+    """And what in its configuration is not understood."""
     save(tmp_path / "m")
-    edit_config(tmp_path / "m", model_type="mamba")
-    with pytest.raises(InputError, match="'mamba'.*gpt_neox, llama"):
+    edit_config(tmp_path / "m", model_type="llambda")
+    with pytest.raises(InputError, match="'llambda'; its config.json reads like Llama's.*gpt_neox, gptj, llama"):
+        hf_io.read_config(tmp_path / "m")
+    edit_config(tmp_path / "m", model_type="granite", residual_multiplier=0.2, attention_multiplier=0.1)
+    with pytest.raises(InputError, match="'granite'.*attention_multiplier=0.1, residual_multiplier=0.2"):
         hf_io.read_config(tmp_path / "m")
 
 
@@ -19,9 +40,38 @@ def test_unknown_architecture_lists_the_known_ones(tmp_path):
     [
         (LLAMA, dict(architectures=["LlamaForSequenceClassification"]), "architectures"),
         (LLAMA, dict(quantization_config={"bits": 4}), "quantised"),
-        (LLAMA, dict(rope_scaling={"type": "linear", "factor": 2.0}), "rope_scaling.*linear"),
-        (LLAMA, dict(rope_scaling={"rope_type": "llama3", "factor": 8.0}), "rope_scaling.*llama3"),
-        (LLAMA, dict(rope_parameters={"rope_type": "yarn", "rope_theta": 1e4}), "rope_parameters.*yarn"),
+        (LLAMA, dict(rope_scaling={"type": "linear"}), "linear without factor"),
+        (
+            LLAMA,
+            dict(rope_scaling={"rope_type": "llama3", "factor": 8.0}),
+            "llama3 without low_freq_factor, high_freq_f",
+        ),
+        (LLAMA, dict(rope_scaling={"rope_type": "proportional", "factor": 8.0}), "rope_type: got 'proportional'"),
+        (
+            LLAMA,
+            dict(rope_scaling={"type": "yarn", "factor": 8.0, "attn_factor": 1.0}),
+            "attn_factor=1.0.*for type yarn",
+        ),
+        (LLAMA, dict(rope_scaling={"type": "yarn", "factor": "8"}), "factor: got '8'"),
+        (LLAMA, dict(rope_scaling={"type": "yarn", "factor": 8.0, "truncate": 1}), "truncate: got 1"),
+        (LLAMA, dict(rope_scaling={"type": "linear", "rope_type": "yarn", "factor": 2.0}), "type=linear"),
+        (LLAMA, dict(rope_scaling=[1.0]), r"rope_scaling: \[1.0\]"),
+        (PHI3, dict(rope_parameters=LONG | {"long_factor": [1.0]}), "long_factor: 1 numbers; expected 4"),
+        (PHI3, dict(rope_parameters=LONG | {"short_factor": [1.0, 0.0, 1.0, 1.0]}), "short_factor: got .1.0, 0.0"),
+        (PHI3, dict(embd_pdrop=0.1), "embd_pdrop=0.1"),
+        (GEMMA3, dict(attn_logit_softcapping=50.0), "attn_logit_softcapping=50.0"),
+        (GEMMA3, dict(use_bidirectional_attention=True), "use_bidirectional_attention=True"),
+        (GEMMA3, dict(layer_types=["full_attention"] * 3), "layer_types.*expected 4 of"),
+        (GEMMA3, dict(layer_types=["chunked_attention"] * 4), "layer_types.*chunked"),
+        (GEMMA3, dict(sliding_window=None), "sliding_attention without a sliding_window"),
+        (GEMMA3, dict(rope_parameters={"rope_type": "default"}), "rope_parameters.*sliding_attention and full"),
+        (QWEN2, dict(layer_types=["sliding_attention"] * 4), "sliding_attention without a sliding_window"),
+        (SMOLLM3, dict(no_rope_layers=[1, 0]), "no_rope_layers.*expected 0 or 1 for each of 4"),
+        (QWEN3_MOE, dict(decoder_sparse_step=2), "decoder_sparse_step=2"),
+        (QWEN3_MOE, dict(mlp_only_layers=[0]), "mlp_only_layers=.0."),
+        (QWEN3_MOE, dict(num_experts_per_tok=9), "num_experts_per_tok: got 9 of 5"),
+        (GPTJ, dict(rotary_dim=10), "rotary_dim: got 10; expected an even number up to 8"),
+        (GPT2, dict(add_cross_attention=True), "add_cross_attention=True"),
         (LLAMA, dict(rope_parameters={"rope_type": "default", "factor": 2.0}), "factor=2.0"),
         (LLAMA, dict(rope_theta=1e4, rope_parameters={"rope_theta": 2e4}), "rope_theta=10000.0.*rope_theta=20000.0"),
         (LLAMA, dict(partial_rotary_factor=0.5), "partial_rotary_factor"),
@@ -31,7 +81,7 @@ def test_unknown_architecture_lists_the_known_ones(tmp_path):
         (LLAMA, dict(hidden_act="gelu_10"), "hidden_act.*gelu_10"),
         (LLAMA, dict(num_key_value_heads=3), "num_attention_heads.*3 does not divide"),
         (LLAMA, dict(head_dim=None, num_attention_heads=3), "hidden_size.*3 does not divide"),
-        (LLAMA, dict(head_dim=5), "head_dim.*even number"),
+        (LLAMA, dict(head_dim=5), "even number"),
         (LLAMA, dict(hidden_size=None), "hidden_size: missing"),
         (LLAMA, dict(hidden_size=True), "hidden_size: got True"),
         (LLAMA, dict(hidden_size=-16), "hidden_size: got -16"),
@@ -72,30 +122,30 @@ def test_llama_fields_are_read():
         )
     )
     assert (config.vocab_size, config.width, config.layers, config.heads, config.kv_heads) == (40, 16, 3, 4, 2)
-    assert (config.head_dim, config.rotary_dim, config.mlp_width, config.max_positions) == (6, 6, 24, 64)
+    assert (config.head_dim, turning(config), config.mlp_width, config.max_positions) == (6, (6, 5e5), 24, 64)
     assert (config.norm, config.norm_eps, config.activation, config.gated) == ("rmsnorm", 1e-3, "gelu_tanh", True)
     assert (config.qkv_bias, config.output_bias, config.mlp_bias) == (False, False, True)
-    assert (config.tie_embeddings, config.rope_theta, config.parallel_residual) == (True, 5e5, False)
+    assert (config.tie_embeddings, config.parallel_residual) == (True, False)
 
 
 def test_gpt_neox_fields_are_read():
     config = decoder_config(
         NEOX | dict(layer_norm_eps=1e-3, use_parallel_residual=False, attention_bias=False, rotary_emb_base=5e5)
     )
-    assert (config.heads, config.kv_heads, config.head_dim, config.rotary_dim) == (4, 4, 4, 2)
+    assert (config.heads, config.kv_heads, config.head_dim, config.kinds[0].rope.dim) == (4, 4, 4, 2)
     assert (config.norm, config.norm_eps, config.activation, config.gated) == ("layernorm", 1e-3, "gelu", False)
     assert (config.qkv_bias, config.output_bias, config.mlp_bias) == (False, False, True)
-    assert (config.parallel_residual, config.rope_theta, config.tie_embeddings) == (False, 5e5, False)
+    assert (config.parallel_residual, config.tie_embeddings) == (False, False)
 
 
 def test_absent_fields_have_the_defaults_of_transformers():
     small = {name: value for name, value in LLAMA.items() if name.startswith(("model", "vocab", "hidden", "inter"))}
     llama = decoder_config(small | dict(num_hidden_layers=3, num_attention_heads=4))
     assert (llama.kv_heads, llama.head_dim, llama.norm_eps, llama.activation) == (4, 4, 1e-6, "silu")
-    assert (llama.rope_theta, llama.max_positions) == (1e4, 2048)
+    assert (*turning(llama), llama.max_positions) == (4, 1e4, 2048)
     assert not (llama.qkv_bias or llama.mlp_bias or llama.tie_embeddings)
     neox = decoder_config(small | dict(model_type="gpt_neox", num_hidden_layers=3, num_attention_heads=1))
-    assert (neox.rotary_dim, neox.norm_eps, neox.activation, neox.rope_theta) == (4, 1e-5, "gelu", 1e4)
+    assert (*turning(neox), neox.norm_eps, neox.activation) == (4, 1e4, 1e-5, "gelu")
     assert neox.qkv_bias and neox.output_bias and neox.parallel_residual and not neox.tie_embeddings
 
 
@@ -110,7 +160,7 @@ def test_absent_fields_have_the_defaults_of_transformers():
     ],
 )
 def test_rope_theta_is_read_wherever_it_stands(changes):
-    assert decoder_config(LLAMA | changes).rope_theta == 5e5
+    assert turning(decoder_config(LLAMA | changes)) == (6, 5e5)
 
 
 @pytest.mark.parametrize(
@@ -123,7 +173,7 @@ def test_rope_theta_is_read_wherever_it_stands(changes):
 )
 def test_partial_rotary_is_read_wherever_it_stands(changes):
     config = decoder_config({name: value for name, value in NEOX.items() if name != "rotary_pct"} | changes)
-    assert (config.rotary_dim, config.rope_theta) == (2, 5e5)
+    assert config.kinds == decoder_config(NEOX | dict(rotary_emb_base=5e5)).kinds and config.kinds[0].rope.dim == 2
 
 
 def test_config_that_is_not_there_or_not_json_is_refused(tmp_path):
@@ -135,3 +185,32 @@ def test_config_that_is_not_there_or_not_json_is_refused(tmp_path):
     (tmp_path / CONFIG).write_text("[]")
     with pytest.raises(InputError, match="config.json: a JSON list"):
         hf_io.read_config(tmp_path)
+
+
+def test_window_that_is_null_is_none_and_one_that_is_absent_is_the_default_of_transformers():
+    mistral = GOLDEN["mistral-plain"]["config"]
+    assert decoder_config(mistral | dict(sliding_window=None)).windows == [None] * 4
+    assert decoder_config({k: v for k, v in mistral.items() if k != "sliding_window"}).windows == [4096] * 4
+    assert decoder_config(mistral | dict(sliding_window=7)).windows == [7] * 4
+
+
+def test_layers_alternate_by_layer_types_or_by_the_older_pattern():
+    assert decoder_config(GEMMA3 | dict(sliding_window=7)).windows == [7] * 4
+    older = {k: v for k, v in GEMMA3.items() if k not in ("layer_types", "rope_parameters")}
+    config = decoder_config(older | dict(sliding_window=7, sliding_window_pattern=2, rope_theta=1e5))
+    assert config.windows == [7, None, 7, None] and config.pattern == (0, 1, 0, 1)
+    near, far = config.kinds
+    assert near.rope.frequencies[1] == pytest.approx(1e4**-0.25) and far.rope.frequencies[1] == pytest.approx(
+        1e5**-0.25
+    )
+
+
+def test_what_no_sequence_reaches_is_left_out():
+    """A window as long as the longest sequence hides nothing, and a trained length as long changes no turn."""
+    config = decoder_config(GOLDEN["gemma3_text-all"]["config"])
+    assert config.for_length(6) == config and config.needs_whole_sequences
+    assert config.for_length(5).windows == [None] * 4 and len(config.for_length(5).kinds) == 2
+    dynamic = decoder_config(GOLDEN["llama-dynamic"]["config"])
+    assert dynamic.for_length(17) == dynamic and dynamic.needs_whole_sequences
+    (kind,) = dynamic.for_length(16).kinds
+    assert kind.rope.trained_length is None and kind.rope.frequencies == dynamic.kinds[0].rope.frequencies

@@ -320,4 +320,4 @@ def test_table_with_a_name_or_leaf_twice_is_a_bug():
     one = weights.plain("a.weight", "a", (2,))
     for other in (weights.plain("a.weight", "b", (2,)), weights.plain("b.weight", "a", (2,))):
         with pytest.raises(AssertionError):
-            weights.leaf_shapes([one, other], 1)
+            weights.leaf_shapes([one, other], {"layer": 1})

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from dpo_jax import logprobs, sharding
-from dpo_jax.logprobs import Blocks
+from dpo_jax.logprobs import Blocks, Head
 from dpo_jax.types import Rows
 
 R, S, T, D, V, P = 2, 24, 24, 8, 31, 3
@@ -95,7 +95,7 @@ def test_blocks_without_a_scored_token_are_not_computed():
     hidden, head, rows = problem()
     plan = logprobs._Plan(Blocks(8, 2**20, 0), None, None)
     few = (jnp.arange(T) < 12)[None] & (jnp.arange(R) == 0)[:, None]
-    logps, *_ = logprobs.score_tokens(hidden, head.at[0].set(jnp.nan), None, rows.source, rows.target, few, plan)
+    logps, *_ = logprobs.score_tokens(hidden, Head(head.at[0].set(jnp.nan)), None, rows.source, rows.target, few, plan)
     assert np.isnan(logps[0, :12]).all() and not np.any(logps[0, 12:]) and not np.any(logps[1])
     tokens = logprobs._tokens(hidden, rows.source, rows.target, few, 8)
     assert int(tokens.blocks) == 2 and len(tokens.index) == R * T
@@ -109,7 +109,7 @@ def test_log_softmax_is_float32_whatever_the_compute_type():
     target = jnp.asarray(rng.integers(0, 1000, (1, 512)))
     plan = logprobs._Plan(Blocks(64, 2**16, 0), None, None)
     source = jnp.arange(512)[None]
-    ours = logprobs.score_tokens(hidden, head, None, source, target, jnp.ones((1, 512), bool), plan)[0].sum()
+    ours = logprobs.score_tokens(hidden, Head(head), None, source, target, jnp.ones((1, 512), bool), plan)[0].sum()
     exact = jax.nn.log_softmax(np.asarray(hidden, np.float64) @ np.asarray(head, np.float64).T)
     exact = jnp.take_along_axis(exact, target[..., None], axis=-1).sum()
     careless = jax.nn.log_softmax(hidden @ head.T).astype(jnp.float32)

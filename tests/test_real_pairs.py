@@ -137,7 +137,7 @@ def alone(found):
 def scorer(shape, dtype, count):
     def logps(params, rows):
         hidden = decoder.forward(params, shape, *rows[:4], dtype=dtype)
-        return logprobs.completion_logps(hidden, decoder.head(params), rows, pairs=count)[:2]
+        return logprobs.completion_logps(hidden, params["head"]["embedding"], rows, pairs=count)[:2]
 
     return logps
 

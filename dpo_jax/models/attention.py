@@ -3,7 +3,7 @@
 Causality, prompt sharing, packing and padding all arrive as the two bounds, so this one function is the only
 place where backends differ: plain XLA (`blockwise`), splash attention on TPUs, a Pallas kernel on GPUs.
 
-    out[q] = sum_k softmax_k(q . k / sqrt(d)) v[k] over key_start[q] <= k < key_end[q]
+    out[q] = sum_k softmax_k(cap(q . k * scale)) v[k] over key_start[q] <= k < key_end[q]
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ SPLASH_ROW = 128, 2**15 - 1  # splash takes rows of a multiple of the one and at
 TRITON_HEAD = 256  # the widest head that triton takes
 XLA_ACCELERATOR_BLOCK = 512  # of the plain path where products must be large to be fast
 
-Attention = Callable[..., Array]  # (q, k, v, key_start, key_end) -> out, as `attention`
+Attention = Callable[..., Array]  # (q, k, v, key_start, key_end, *, scale, soft_cap) -> out, see make_attention
 
 
 class Spread(NamedTuple):
@@ -69,11 +69,12 @@ def choose(name: str, platform: str, *, head_dim: int, row_length: int) -> str:
 
 
 def make_attention(name: str = "xla", *, platform: str = "cpu", spread: Spread | None = None) -> Attention:
-    """Returns `attention(q, k, v, key_start, key_end) -> out` of one implementation, with `choose` done.
+    """Returns `attention(q, k, v, key_start, key_end, *, scale, soft_cap) -> out`, with `choose` done.
 
-    q is [R, S, H, d], not yet scaled; k and v are [R, S, K, d], each of their heads shared by H / K query heads in
-    order; the bounds are indices into S, and no interval is empty. The result, [R, S, H, d], is of v's type; the
-    softmax itself is float32 or wider.
+    q is [R, S, H, d]; k and v are [R, S, K, d], each of their heads shared by H / K query heads in order; the bounds
+    are indices into S, and no interval is empty. The result, [R, S, H, d], is of v's type; the softmax itself is
+    float32 or wider. Scores are q . k times `scale` (None: d^-0.5), and then soft_cap * tanh(scores / soft_cap) unless
+    that is None.
 
     Args:
       spread: how rows and heads lie on a mesh; None: on one device.
@@ -92,19 +93,23 @@ def make_attention(name: str = "xla", *, platform: str = "cpu", spread: Spread |
         v: Float[Array, "R S K d"],
         key_start: Int[Array, "R S"],
         key_end: Int[Array, "R S"],
+        *,
+        scale: float | None = None,
+        soft_cap: float | None = None,
     ) -> Float[Array, "R S H d"]:
-        return kernel(q * q.shape[-1] ** -0.5, k, v, key_start, key_end)
+        here = functools.partial(kernel, soft_cap=soft_cap)
+        if spread is not None:
+            of_heads, of_rows = PartitionSpec(spread.rows, None, spread.heads), PartitionSpec(spread.rows)
+            here = jax.shard_map(
+                here,
+                mesh=spread.mesh,
+                in_specs=(of_heads, of_heads, of_heads, of_rows, of_rows),
+                out_specs=of_heads,
+                check_vma=False,
+            )
+        return here(q * (q.shape[-1] ** -0.5 if scale is None else scale), k, v, key_start, key_end)
 
-    if spread is None:
-        return attention
-    of_heads, of_rows = PartitionSpec(spread.rows, None, spread.heads), PartitionSpec(spread.rows)
-    return jax.shard_map(
-        attention,
-        mesh=spread.mesh,
-        in_specs=(of_heads, of_heads, of_heads, of_rows, of_rows),
-        out_specs=of_heads,
-        check_vma=False,
-    )
+    return attention
 
 
 PLAIN = make_attention()

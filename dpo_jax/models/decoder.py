@@ -6,9 +6,10 @@ file a model is the nested dict of arrays that `DecoderConfig` documents, and th
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Callable
-from typing import Any, cast
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +18,7 @@ from flax import linen as nn
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
+from dpo_jax.models import rope
 from dpo_jax.models.attention import PLAIN, Attention
 from dpo_jax.models.config import DecoderConfig
 from dpo_jax.models.layers import Across, affine, lookup, normalise
@@ -88,27 +90,46 @@ class Dense(Run):
 
 
 class Norm(Run):
-    """RMSNorm or LayerNorm."""
+    """RMSNorm or LayerNorm over the last axis, or the last `axes` as one."""
+
+    axes: int = 1
 
     @nn.compact
     def __call__(self, x):
-        shape = x.shape[-1:]
-        scale = self.param("scale", nn.initializers.ones, shape, self.param_dtype)
-        layer = self.config.norm == "layernorm"
+        c = self.config
+        shape = (math.prod(x.shape[x.ndim - self.axes :]),)
+        scale = jnp.asarray(self.param("scale", nn.initializers.constant(1 - c.norm_offset), shape, self.param_dtype))
+        if c.norm_offset:  # added in float32: next to 1, a bfloat16 has few digits left
+            scale = scale.astype(jnp.promote_types(scale.dtype, jnp.float32)) + c.norm_offset
+        layer = c.norm == "layernorm"
         bias = jnp.asarray(self.param("bias", nn.initializers.zeros, shape, self.param_dtype)) if layer else None
-        return normalise(x.reshape(-1, *shape), jnp.asarray(scale), bias, self.config.norm_eps).reshape(x.shape)
+        return normalise(x.reshape(-1, *shape), scale, bias, c.norm_eps).reshape(x.shape)
 
 
 class SelfAttention(Run):
-    """Grouped-query self-attention with rotary positions on the leading `rotary_dim` of each head."""
+    """Grouped-query self-attention."""
 
     @nn.compact
-    def __call__(self, x, rotation, key_start, key_end):
+    def __call__(self, x, which, layers):
         c = self.config
-        q = rotate(self.dense("q", (c.heads, c.head_dim), c.qkv_bias)(x), rotation)
-        k = rotate(self.dense("k", (c.kv_heads, c.head_dim), c.qkv_bias)(x), rotation)
+        q = self.dense("q", (c.heads, c.head_dim), c.qkv_bias)(x)
+        k = self.dense("k", (c.kv_heads, c.head_dim), c.qkv_bias)(x)
         v = self.dense("v", (c.kv_heads, c.head_dim), c.qkv_bias)(x)
-        out = self.attend(q, k, v, key_start, key_end)
+        if c.qk_norm:
+            axes = {"head": 1, "all": 2}[c.qk_norm]
+            q = Norm(**self.fields, axes=axes, name="q_norm")(q)
+            k = Norm(**self.fields, axes=axes, name="k_norm")(k)
+        if c.qkv_clip is not None:
+            q, k, v = (jnp.clip(each, -c.qkv_clip, c.qkv_clip) for each in (q, k, v))
+        kind, number = which
+        rotation = of_kind(layers.rotations, kind)
+        if rotation is not None:
+            turn = functools.partial(rope.rotate, rotation=rotation, interleaved=interleaved(c))
+            q, k = turn(q), turn(k)
+        if number is not None:
+            q = q / number.astype(q.dtype)
+        key_start = of_kind(layers.key_starts, kind)
+        out = self.attend(q, k, v, key_start, layers.key_end, scale=c.query_scale, soft_cap=c.attention_soft_cap)
         return self.dense("o", c.width, c.output_bias, inputs=2)(out)
 
 
@@ -128,71 +149,126 @@ class Block(Run):
     """Attention and feed-forward, one after the other or side by side."""
 
     @nn.compact
-    def __call__(self, x, rotation, key_start, key_end):
+    def __call__(self, x, which, layers):
+        c = self.config
         x = checkpoint_name(x, "block")
-        attended = SelfAttention(**self.fields, name="attention")(
-            Norm(**self.fields, name="attention_norm")(x), rotation, key_start, key_end
-        )
-        if not self.config.parallel_residual:
+        before, after = c.norms in ("before", "both"), c.norms in ("after", "both")
+
+        def norm(name, x, there):
+            return Norm(**self.fields, name=name)(x) if there else x
+
+        read = norm("attention_norm", x, before)
+        attended = SelfAttention(**self.fields, name="attention")(read, which, layers)
+        attended = norm("attention_post_norm", attended, after)
+        if not c.parallel_residual:
             x, attended = x + attended, 0.0
-        normed = Norm(**self.fields, name="mlp_norm")(x)
-        return x + attended + Mlp(**self.fields, name="mlp")(normed), None
+        read = read if c.shared_norm else norm("mlp_norm", x, before)
+        made = norm("mlp_post_norm", Mlp(**self.fields, name="mlp")(read), after)
+        return x + attended + made, None
 
 
 class Table(Run):
-    """A vocabulary matrix [V, D]: embeddings in, or the head out."""
+    """Vectors by number [size, D]: embeddings in, positions, or the head out."""
+
+    size: int = 0
 
     @nn.compact
     def __call__(self):
-        return self.param("embedding", INIT, (self.config.vocab_size, self.config.width), self.param_dtype)
+        return self.param("embedding", INIT, (self.size, self.config.width), self.param_dtype)
+
+
+class Bias(Run):
+    """One number for each word of the vocabulary [V]."""
+
+    @nn.compact
+    def __call__(self):
+        return self.param("bias", nn.initializers.zeros, (self.config.vocab_size,), self.param_dtype)
 
 
 class Decoder(Run):
     """Embedded tokens to final hidden states. Tables belong to the parameters; what precedes and follows reads them."""
 
     remat: str = "none"
+    unfed: int = 0
 
     @nn.compact
     def __call__(self, x, positions, key_start, key_end):
+        c = self.config
         if self.is_initializing():
-            for name in ("embed",) if self.config.tie_embeddings else ("embed", "head"):
-                Table(**self.fields, name=name)()
-        rotation = rotary_angles(self.config, positions, self.dtype)
+            for name in ("embed",) if c.tie_embeddings else ("embed", "head"):
+                Table(**self.fields, size=c.vocab_size, name=name)()
+            if c.head_bias:
+                Bias(**self.fields, name="logits")()
+        if c.embedding_scale != 1:
+            x = x * jnp.asarray(c.embedding_scale, x.dtype)
+        if c.learned_positions:
+            table = jnp.asarray(Table(**self.fields, size=c.max_positions, name="positions")())
+            x = x + jnp.take(table, positions, axis=0).astype(x.dtype)
         block = Block if self.remat == "none" else nn.remat(Block, prevent_cse=False, policy=REMAT[self.remat])
         blocks = nn.scan(
             block,
             variable_axes={"params": 0},
             split_rngs={"params": True},
-            in_axes=cast(Any, nn.broadcast),  # typed as an int
-            length=self.config.layers,
+            in_axes=cast(Any, (0, nn.broadcast)),  # typed as ints
+            length=c.layers,
         )
-        x, _ = blocks(**self.fields, name="blocks")(x, rotation, key_start, key_end)
+        layers = all_layers(c, positions, key_start, key_end, self.dtype, self.unfed)
+        x, _ = blocks(**self.fields, name="blocks")(x, each_layer(c), layers)
         return Norm(**self.fields, name="final_norm")(x)
 
 
-def rotary_angles(config: DecoderConfig, positions: Int[Array, "R S"], dtype: Any):
-    """(cos, sin) of every position's rotation, [R, S, 1, rotary_dim / 2]; None if nothing rotates.
+class Layers(NamedTuple):
+    """What layers know besides their parameters; a tuple has an entry for each kind of layer, or one for all."""
 
-    angle[p, i] = p * theta^(-2i / rotary_dim); Su et al. 2021, section 3.2.2.
-    """
-    if not config.rotary_dim:
-        return None
-    # Angles in float32 whatever the compute type: bfloat16 cannot tell position 257 from 258.
-    wide = jnp.promote_types(dtype, jnp.float32)
-    frequency = config.rope_theta ** (-jnp.arange(0, config.rotary_dim, 2, dtype=wide) / config.rotary_dim)
-    angle = positions[..., None, None].astype(wide) * frequency[None, None, None]
-    return jnp.cos(angle), jnp.sin(angle)
+    rotations: tuple[Any, ...]
+    key_starts: tuple[Int[Array, "R S"], ...]
+    key_end: Int[Array, "R S"]
 
 
-def rotate(x: Float[Array, "R S H d"], rotation) -> Float[Array, "R S H d"]:
-    """Turns the pairs (x[i], x[i + rotary_dim / 2]) by their angles and leaves the dimensions after them alone."""
-    if rotation is None:
-        return x
-    cos, sin = rotation
-    half = cos.shape[-1]
-    first, second, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
-    turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
-    return jnp.concatenate([turned, rest], axis=-1) if rest.shape[-1] else turned
+def all_layers(
+    config: DecoderConfig,
+    positions: Int[Array, "R S"],
+    key_start: Int[Array, "R S"],
+    key_end: Int[Array, "R S"],
+    dtype: Any,
+    unfed: int,
+) -> Layers:
+    """How far tokens turn and which keys they see, in layers of every kind."""
+    ropes = one_for_all(kind.rope for kind in config.kinds)
+    windows = one_for_all(kind.window for kind in config.kinds)
+    turning = next((each for each in ropes if each is not None), None)
+    # Where some layers turn and others do not, these turn by nothing.
+    rotations = [
+        None if turning is None else rope.rotation(each, turning.dim, positions, key_start, dtype, unfed=unfed)
+        for each in ropes
+    ]
+    index = jnp.arange(key_start.shape[1], dtype=key_start.dtype)[None]
+    starts = [key_start if window is None else jnp.maximum(key_start, index - (window - 1)) for window in windows]
+    return Layers(tuple(rotations), tuple(starts), key_end)
+
+
+def each_layer(config: DecoderConfig) -> tuple[Any, Any]:
+    """The kind of every layer [L], None where there is one, and its number from 1 [L], None where nothing asks."""
+    numbers = np.arange(1, config.layers + 1, dtype=np.int32) if config.scale_by_layer else None
+    return np.array(config.pattern, np.int32) if config.pattern else None, numbers
+
+
+def one_for_all(options: Iterable[Any]) -> list[Any]:
+    """The options, or the one that there is if all are the same."""
+    options = list(options)
+    return options[:1] if len(set(options)) == 1 else options
+
+
+def of_kind(options: tuple[Any, ...], kind: Array | None) -> Any:
+    """That of a layer's kind, or the one that there is."""
+    if kind is None or len(options) == 1:
+        return options[0]
+    return jax.tree.map(lambda *each: jax.lax.select_n(kind, *each), *options)
+
+
+def interleaved(config: DecoderConfig) -> bool:
+    """Whether the dimensions that turn together are neighbours."""
+    return any(kind.rope is not None and kind.rope.interleaved for kind in config.kinds)
 
 
 def init(key: Array, config: DecoderConfig, *, dtype: Any = jnp.float32) -> dict:
@@ -230,6 +306,7 @@ def hidden_states(
     remat: str = "none",
     attend: Attention = PLAIN,
     across: Kernels | None = None,
+    unfed: int = 0,
 ) -> Float[Array, "R S D"]:
     """Final hidden states, normalised, ready for the head.
 
@@ -242,14 +319,22 @@ def hidden_states(
       remat: what the backward pass recomputes, one of REMAT.
       attend: attention, of `attention.make_attention`.
       across: how kernels lie on a mesh; None: on one device.
+      unfed: tokens at the end of each sequence that are not among these, as one is not that predicts nothing; some
+        models turn by how long a sequence is.
     """
-    module = Decoder(config, dtype, attend=attend, across=across, remat=remat)
+    module = Decoder(config, dtype, attend=attend, across=across, remat=remat, unfed=unfed)
     return cast(jax.Array, module.apply({"params": params}, x.astype(dtype), positions, key_start, key_end))
 
 
-def head(params: dict) -> Float[Array, "V D"]:
-    """The vocabulary matrix that turns hidden states into logits: its own, or the tied embeddings."""
-    return params.get("head", params["embed"])["embedding"]
+def logits(params: dict, config: DecoderConfig, hidden: Float[Array, "R S D"]) -> Float[Array, "R S V"]:
+    """Logits of all words at all positions, float32 or wider: for few of them, where `logprobs` is for many."""
+    wide = jnp.promote_types(hidden.dtype, jnp.float32)
+    head = jnp.asarray(params.get("head", params["embed"])["embedding"]).astype(hidden.dtype)
+    found = jnp.einsum("rsd,vd->rsv", hidden, head, preferred_element_type=wide)
+    if config.head_bias:
+        found = found + params["logits"]["bias"].astype(wide)[None, None]
+    cap = config.logit_soft_cap
+    return found if cap is None else cap * jnp.tanh(found / cap)
 
 
 def check_remat(name: str) -> None:

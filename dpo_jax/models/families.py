@@ -3,9 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-from dpo_jax.models import gpt_neox, llama
+from dpo_jax.models import (
+    gemma,
+    gemma2,
+    gemma3,
+    gpt2,
+    gpt_neox,
+    gptj,
+    llama,
+    mistral,
+    mixtral,
+    olmo2,
+    olmoe,
+    phi3,
+    qwen2,
+    qwen3,
+    qwen3_moe,
+    smollm3,
+)
 from dpo_jax.models.config import DecoderConfig
 from dpo_jax.models.weights import Tensor
 from dpo_jax.types import InputError
@@ -20,20 +37,46 @@ class Family(NamedTuple):
     tensors: Callable[[DecoderConfig], list[Tensor]]
 
 
+def _family(module: Any) -> Family:
+    return Family(module.ARCHITECTURE, module.SKIPPED, module.decoder_config, module.tensors)
+
+
 FAMILIES = {
-    "gpt_neox": Family(gpt_neox.ARCHITECTURE, gpt_neox.SKIPPED, gpt_neox.decoder_config, gpt_neox.tensors),
-    "llama": Family(llama.ARCHITECTURE, llama.SKIPPED, llama.decoder_config, llama.tensors),
+    "gemma": _family(gemma),
+    "gemma2": _family(gemma2),
+    "gemma3_text": _family(gemma3),
+    "gpt2": _family(gpt2),
+    "gpt_neox": _family(gpt_neox),
+    "gptj": _family(gptj),
+    "llama": _family(llama),
+    "mistral": _family(mistral),
+    "mixtral": _family(mixtral),
+    "olmo2": _family(olmo2),
+    "olmoe": _family(olmoe),
+    "phi3": _family(phi3),
+    "qwen2": _family(qwen2),
+    "qwen3": _family(qwen3),
+    "qwen3_moe": _family(qwen3_moe),
+    "smollm3": _family(smollm3),
 }
 
 
 def family(hf: dict, place: str) -> Family:
-    """The family of a `config.json`. Raises InputError listing the known ones; `place` names the file."""
+    """The family of a `config.json`.
+
+    Raises: InputError listing the known ones, and what Llama's reader, which most others resemble, makes of the file;
+      `place` names it.
+    """
     name = hf.get("model_type")
-    if not isinstance(name, str) or name not in FAMILIES:
-        raise InputError(
-            f"{place}: model_type",
-            got=f"got {name!r}",
-            expected=f"one of {', '.join(FAMILIES)}",
-            remedy="Other architectures are not implemented.",
-        )
-    return FAMILIES[name]
+    if isinstance(name, str) and name in FAMILIES:
+        return FAMILIES[name]
+    try:
+        llama.decoder_config(hf | {"architectures": None}, place)
+        problem = "its config.json reads like Llama's"
+        remedy = "If it is Llama by another name, say so in a copy: model_type llama, architectures LlamaForCausalLM."
+    except InputError as error:
+        problem = f"read as Llama's, {error.place}: {error.got}; expected {error.expected}"
+        remedy = "Other architectures are not implemented; docs/families.md says how one is added."
+    raise InputError(
+        f"{place}: model_type", got=f"got {name!r}; {problem}", expected=f"one of {', '.join(FAMILIES)}", remedy=remedy
+    )

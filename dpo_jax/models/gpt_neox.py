@@ -5,7 +5,7 @@ from __future__ import annotations
 from functools import partial
 
 from dpo_jax.models import hf_config
-from dpo_jax.models.config import DecoderConfig
+from dpo_jax.models.config import DecoderConfig, LayerKind
 from dpo_jax.models.weights import Tensor, bias, interleaved_bias, interleaved_matrix, matrix, plain
 
 ARCHITECTURE = "GPTNeoXForCausalLM"
@@ -19,9 +19,13 @@ def decoder_config(hf: dict, place: str) -> DecoderConfig:
     take = partial(hf_config.take, fields, place=place)
     width, heads = take("hidden_size", int), take("num_attention_heads", int)
     head_dim = hf_config.divide(width, heads, f"{place}: hidden_size")
-    theta, fraction = hf_config.take_rope(
+    max_positions = take("max_position_embeddings", int, default=2048)
+    rope = hf_config.take_rope(
         fields,
         place=place,
+        head_dim=head_dim,
+        max_positions=max_positions,
+        partial=True,
         thetas=("rotary_emb_base", "rope_theta"),
         fractions=("rotary_pct", "partial_rotary_factor"),
         fraction=0.25,
@@ -35,14 +39,13 @@ def decoder_config(hf: dict, place: str) -> DecoderConfig:
         kv_heads=heads,
         head_dim=head_dim,
         mlp_width=take("intermediate_size", int),
-        max_positions=take("max_position_embeddings", int, default=2048),
+        max_positions=max_positions,
+        kinds=(LayerKind(rope),),
         norm="layernorm",
         norm_eps=take("layer_norm_eps", float, default=1e-5),
         activation=hf_config.take_activation(fields, place=place, default="gelu"),
         gated=False,
         parallel_residual=take("use_parallel_residual", bool, default=True),
-        rotary_dim=hf_config.rotary_dim(head_dim, fraction, f"{place}: rotary_pct"),
-        rope_theta=theta,
         qkv_bias=attention_bias,
         output_bias=attention_bias,
         mlp_bias=True,

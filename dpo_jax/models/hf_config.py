@@ -5,8 +5,11 @@ A family takes the fields it understands out of a copy; what is left over at the
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
+from dpo_jax.models import rope as ropes
+from dpo_jax.models.config import Rope
 from dpo_jax.types import InputError
 
 REQUIRED = object()
@@ -60,8 +63,6 @@ ACTIVATIONS = {
     "gelu_pytorch_tanh": "gelu_tanh",
     "gelu_python_tanh": "gelu_tanh",
 }
-
-ROPE_KEYS = {"rope_type", "type", "rope_theta", "partial_rotary_factor"}
 
 
 def begin(hf: dict, architecture: str, place: str) -> dict[str, Any]:
@@ -121,25 +122,12 @@ def divide(whole: int, parts: int, place: str) -> int:
     return whole // parts
 
 
-def rotary_dim(head_dim: int, fraction: float, place: str) -> int:
-    """Leading dimensions of a head that rotate. Raises InputError unless they are 2, 4, ... up to `head_dim`."""
-    rotating = int(head_dim * fraction)
-    if rotating % 2 or not 2 <= rotating <= head_dim:
-        raise InputError(
-            place,
-            got=f"{fraction} of a head's {head_dim} dimensions would rotate",
-            expected=f"an even number from 2 to {head_dim}",
-            remedy="Compare the file with the one the model was published with.",
-        )
-    return rotating
-
-
-def take_activation(fields: dict[str, Any], *, place: str, default: str) -> Any:
-    """Removes `hidden_act` and returns our name for it. Raises InputError if it is not implemented."""
-    name = take(fields, "hidden_act", str, place=place, default=default)
+def take_activation(fields: dict[str, Any], *, place: str, default: str, field: str = "hidden_act") -> Any:
+    """Removes the field and returns our name for the activation. Raises InputError if it is not implemented."""
+    name = take(fields, field, str, place=place, default=default)
     if name not in ACTIVATIONS:
         raise InputError(
-            f"{place}: hidden_act",
+            f"{place}: {field}",
             got=f"got {name!r}",
             expected=f"one of {', '.join(ACTIVATIONS)}",
             remedy="This activation is not implemented.",
@@ -148,63 +136,150 @@ def take_activation(fields: dict[str, Any], *, place: str, default: str) -> Any:
 
 
 def take_rope(
-    fields: dict[str, Any], *, place: str, thetas: tuple[str, ...], fractions: tuple[str, ...], fraction: float
-) -> tuple[float, float]:
-    """Removes every rotary field; returns (theta, fraction of each head that rotates).
+    fields: dict[str, Any],
+    *,
+    place: str,
+    head_dim: int,
+    max_positions: int,
+    theta: float = 10000.0,
+    fraction: float = 1.0,
+    partial: bool = False,
+    thetas: tuple[str, ...] = ("rope_theta",),
+    fractions: tuple[str, ...] = ("partial_rotary_factor",),
+    also: dict[str, str] | None = None,
+) -> Rope:
+    """Removes every rotary field and returns what they say.
 
     Since transformers 5 the values stand in `rope_parameters`; before, they stood at the top level beside
     `rope_scaling`. Wherever the same value is given more than once, all must agree.
 
     Args:
-      thetas, fractions: top-level names of the two values.
-      fraction: the default of the second; that of theta is 10000.
-    Raises: InputError if positions are scaled, or two places disagree.
+      theta, fraction: defaults of the base and of the part of each head that turns.
+      partial: whether the family honours a part below 1; transformers reads the field for every family and then turns
+        whole heads all the same.
+      thetas, fractions: top-level names of the two.
+      also: types that this family gives another's name, and whose.
+    Raises: InputError for a type or parameter that is not known, one that is missing, or places that disagree.
     """
-    given_thetas = {name: fields.pop(name, None) for name in thetas}
-    given_fractions = {name: fields.pop(name, None) for name in fractions}
-    for key in ("rope_parameters", "rope_scaling"):
-        rope = fields.pop(key, None) or {}
-        check_rope(rope, f"{place}: {key}")
-        given_thetas[f"{key}.rope_theta"] = rope.get("rope_theta")
-        given_fractions[f"{key}.partial_rotary_factor"] = rope.get("partial_rotary_factor")
-    return agreed(given_thetas, place, 10000.0), agreed(given_fractions, place, fraction)
-
-
-def check_rope(rope: Any, place: str) -> None:
-    """Raises InputError unless `rope` is plain rotary embedding: type "default", and no parameters of another."""
-    kinds = {str(rope[key]) for key in ("rope_type", "type") if key in rope} if isinstance(rope, dict) else {repr(rope)}
-    if kinds - {"default"}:
+    length = "original_max_position_embeddings"
+    given: dict[str, dict[str, Any]] = {
+        "rope_theta": {name: fields.pop(name, None) for name in thetas},
+        "partial_rotary_factor": {name: fields.pop(name, None) for name in fractions},
+        length: {length: fields.pop(length, None)},
+    }
+    for source in ("rope_parameters", "rope_scaling"):
+        rope = fields.pop(source, None) or {}
+        if not isinstance(rope, dict):
+            raise InputError(
+                f"{place}: {source}", got=repr(rope), expected="an object", remedy="Take it from the original."
+            )
+        for key, value in rope.items():
+            given.setdefault("rope_type" if key == "type" else key, {})[f"{source}.{key}"] = value
+    found = {key: value for key, values in given.items() if (value := agreed(values, place)) is not None}
+    kind = str(found.pop("rope_type", "default"))
+    kind = (also or {}).get(kind, kind)
+    check_rope(kind, found, place)
+    dim = int(head_dim * found.pop("partial_rotary_factor", fraction))
+    if dim % 2 or not 2 <= dim <= head_dim or (dim < head_dim and not partial):
         raise InputError(
-            place,
-            got=f"got type {', '.join(sorted(kinds))}",
-            expected='type "default"',
-            remedy="Scaled rotary positions are not implemented, and leaving them out would change every log-prob.",
+            f"{place}: {fractions[0]}",
+            got=f"{dim} of a head's {head_dim} dimensions would turn",
+            expected=f"an even number from 2 to {head_dim}" if partial else "all of them, an even number",
+            remedy="Compare the file with the one the model was published with.",
         )
-    if unknown := sorted(rope.keys() - ROPE_KEYS):
+    found = {"rope_theta": theta, length: max_positions, "max_position_embeddings": max_positions} | found
+    for name in ("short_factor", "long_factor"):
+        if len(found.get(name, ())) not in (0, dim // 2):
+            raise InputError(
+                f"{place}: {name}", got=f"{len(found[name])} numbers", expected=f"{dim // 2}", remedy="Correct it."
+            )
+    return ropes.KINDS[kind][0](found, ropes.frequencies(found["rope_theta"], dim))
+
+
+def check_rope(kind: str, found: dict[str, Any], place: str) -> None:
+    """Raises InputError unless a type of rotary positions is known and has the parameters it needs, and no others."""
+    if kind not in ropes.KINDS:
         raise InputError(
-            place,
-            got=f"got {', '.join(f'{key}={rope[key]!r}' for key in unknown)}",
-            expected=f"only {', '.join(sorted(ROPE_KEYS))}",
+            f"{place}: rope_type",
+            got=f"got {kind!r}",
+            expected=f"one of {', '.join(ropes.KINDS)}",
+            remedy="It is not implemented, and leaving it out would change every log-prob.",
+        )
+    needed, known = (names.split() for names in ropes.KINDS[kind][1:])
+    if missing := [name for name in needed if name not in found]:
+        raise InputError(
+            f"{place}: rope_parameters",
+            got=f"type {kind} without {', '.join(missing)}",
+            expected=", ".join(needed),
+            remedy="Compare the file with the one the model was published with.",
+        )
+    # Phi-3 has the trained length beside every type.
+    usual = {"rope_theta", "partial_rotary_factor", "original_max_position_embeddings"}
+    if unknown := sorted(found.keys() - usual - {*needed, *known}):
+        raise InputError(
+            f"{place}: rope_parameters",
+            got=f"got {', '.join(f'{key}={found[key]!r}' for key in unknown)}",
+            expected=f"for type {kind} only {', '.join(sorted(usual | {*needed, *known}))}",
             remedy="If the model ignores these fields, delete them from a copy of config.json.",
         )
+    for name, value in found.items():
+        wanted = "true or false" if name == "truncate" else "positive numbers" if "_factor" in name else "a number"
+        listed = value if name in ("short_factor", "long_factor") and isinstance(value, list) else [value]
+        good = isinstance(value, bool) if name == "truncate" else listed and all(fits(each, float) for each in listed)
+        if not good:
+            raise InputError(f"{place}: {name}", got=f"got {value!r}", expected=wanted, remedy="Correct the value.")
 
 
-def agreed(given: dict[str, Any], place: str, default: float) -> float:
-    """The one positive number that all places give, or `default` where none does. Raises InputError otherwise."""
+def agreed(given: dict[str, Any], place: str) -> Any:
+    """The one value that all places give, None where none does. Raises InputError if two differ."""
     values = {name: value for name, value in given.items() if value is not None}
-    for name, value in values.items():
-        if not fits(value, float):
-            raise InputError(
-                f"{place}: {name}", got=f"got {value!r}", expected="a positive number", remedy="Correct the value."
-            )
-    if len(set(values.values())) > 1:
+    distinct = [value for i, value in enumerate(values.values()) if value not in list(values.values())[:i]]
+    if len(distinct) > 1:
         raise InputError(
             place,
             got=f"got {', '.join(f'{name}={value}' for name, value in values.items())}",
             expected="one value",
             remedy="Keep the one the model was trained with.",
         )
-    return float(next(iter(values.values()), default))
+    return distinct[0] if distinct else None
+
+
+def take_window(fields: dict[str, Any], *, place: str, absent: int | None = None) -> int | None:
+    """Removes `sliding_window` and returns it: None if it is null, `absent` if it is not there."""
+    if "sliding_window" not in fields:
+        return absent
+    return take(fields, "sliding_window", int, place=place, default=None)
+
+
+def take_sliding(
+    fields: dict[str, Any], *, place: str, window: int | None, default: Callable[[int], bool]
+) -> list[bool]:
+    """Removes `layer_types` and returns of each layer whether its attention slides.
+
+    Args:
+      window: of those that do. Raises InputError if there are such and it is None.
+      default: of a layer from 0, whether it slides, where the field is absent.
+    """
+    layers = take(dict(fields), "num_hidden_layers", int, place=place)
+    names = fields.pop("layer_types", None)
+    if names is None:
+        return [default(layer) for layer in range(layers)]
+    kinds = ("full_attention", "sliding_attention")
+    if not isinstance(names, list) or len(names) != layers or not set(names) <= set(kinds):
+        raise InputError(
+            f"{place}: layer_types",
+            got=f"got {names!r:.200}",
+            expected=f"{layers} of {' and '.join(kinds)}",
+            remedy="Other kinds of attention are not implemented.",
+        )
+    if kinds[1] in names and window is None:
+        raise InputError(
+            f"{place}: layer_types",
+            got=f"{kinds[1]} without a sliding_window",
+            expected="the window",
+            remedy="Compare the file with the one the model was published with.",
+        )
+    return [name == kinds[1] for name in names]
 
 
 def finish(fields: dict[str, Any], *, place: str, neutral: dict[str, tuple]) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import json
 import math
 import re
@@ -74,10 +75,10 @@ def load_params(
     """
     check_dtype(dtype, str(folder))
     table, skipped = family_table(folder, config)
-    shapes = weights.leaf_shapes(table, config.layers)
+    shapes = weights.leaf_shapes(table, config.stacks)
     leaves: dict[str, Any] = {}
     with hf_files.open_weights(folder) as source:
-        bound = weights.bind(table, config.layers, source.headers, skipped=skipped, place=str(folder))
+        bound = weights.bind(table, config.stacks, source.headers, skipped=skipped, place=str(folder))
         for leaf, shape in shapes.items():
             parts = [b for b in bound if leaf in b.tensor.leaves]
             read = functools.partial(read_part, source, leaf, shape, parts, dtype, str(folder))
@@ -91,13 +92,15 @@ def read_part(
     """Part `index` of a leaf of this shape, as `dtype`, from the tensors that fill or repeat it."""
     # An array without storage (all strides 0) has the shape cut as the real one would be.
     result = np.empty(np.broadcast_to(np.empty((), dtype), shape)[index].shape, dtype)
-    by_layer = {(b.layer, b.tensor.repeats): b for b in parts}
-    stacked = parts[0].tensor.stacked
-    for at, layer in enumerate(range(shape[0])[index[0]]) if stacked else [(..., None)]:
-        b, repeat = by_layer[layer, False], by_layer.get((layer, True))
-        within = index[1:] if stacked else index
+    found = {(b.at, b.tensor.repeats): b for b in parts}
+    stacked = len(parts[0].at)
+    within = index[stacked:]
+    numbered = [list(enumerate(range(size)[part])) for size, part in zip(shape, index[:stacked], strict=False)]
+    for each in itertools.product(*numbered):
+        into, at = tuple(i for i, _ in each), tuple(number for _, number in each)
+        b, repeat = found[at, False], found.get((at, True))
         for piece, numbers in source.pieces(b.name, viewer(b, leaf, within)):
-            result[at][piece] = cast(numbers, dtype, f"{place}: {b.name}")
+            result[(*into, ...)][piece] = cast(numbers, dtype, f"{place}: {b.name}")
         if repeat:
             check_repeat(source, b, repeat, leaf, within, place)
     return result
@@ -145,7 +148,7 @@ def digest(
     defaults = {field.name: field.default for field in dataclasses.fields(config)}
     fields = {name: value for name, value in dataclasses.asdict(config).items() if value != defaults[name]}
     with hf_files.open_weights(folder) as source:
-        weights.bind(table, config.layers, source.headers, skipped=skipped, place=str(folder))
+        weights.bind(table, config.stacks, source.headers, skipped=skipped, place=str(folder))
         names = sorted(name for name in source.headers if not re.fullmatch(skipped, name))
         by_length = sorted(names, key=lambda name: -math.prod(source.headers[name].shape))
         hashes = gather({name: tensor_digest(source, name) for name in mine(by_length)})
@@ -192,7 +195,7 @@ def export(
     config, hf = read_config(base)
     table, skipped = family_table(base, config)
     with hf_files.open_weights(base) as source:
-        bound = weights.bind(table, config.layers, source.headers, skipped=skipped, place=str(base))
+        bound = weights.bind(table, config.stacks, source.headers, skipped=skipped, place=str(base))
         dtypes = {b.name: FLOATS[source.headers[b.name].dtype] for b in bound}
     if dtype:
         check_dtype(dtype, str(out))
@@ -201,7 +204,7 @@ def export(
         raise InputError(
             str(out), got="is also the folder read from", expected="another folder", remedy="Choose a new name."
         )
-    leaves = fitting(params, weights.leaf_shapes(table, config.layers))
+    leaves = fitting(params, weights.leaf_shapes(table, config.stacks))
     hf_files.check_replaceable(out)
     check_tokenizer(tokenizer)
     with hf_files.replacing(out, hosts) as new:
@@ -230,8 +233,8 @@ def save_new(
     config = family(hf, "hf_config").decoder_config(hf, "hf_config")
     check_dtype(dtype, str(out))
     table = family(hf, "hf_config").tensors(config)
-    bound = weights.all_names(table, config.layers)
-    leaves = fitting(params, weights.leaf_shapes(table, config.layers))
+    bound = weights.all_names(table, config.stacks)
+    leaves = fitting(params, weights.leaf_shapes(table, config.stacks))
     hf_files.check_replaceable(out)
     check_tokenizer(tokenizer)
     with hf_files.replacing(out, ONE_HOST) as new:
@@ -259,34 +262,34 @@ def write_tensors(
     by_name = {b.name: b for b in bound}
 
     def build(name: str) -> Callable[[], np.ndarray]:
-        _, tensor, layer = by_name[name]
+        _, tensor, at = by_name[name]
         # Sliced before it leaves the device, so the host sees one layer of a stacked leaf at a time.
-        arrays = [within_reach(leaves[leaf], layer) for leaf in tensor.leaves]
+        arrays = [within_reach(leaves[leaf], at) for leaf in tensor.leaves]
         return lambda: cast(tensor.to_tensor(*map(np.asarray, arrays)), dtypes[name], name)
 
     specs = [hf_files.Spec(b.name, dtypes[b.name], b.tensor.shape) for b in bound]
     hf_files.write_weights(new, specs, build, max_shard_bytes=max_shard_bytes, hosts=hosts)
 
 
-def within_reach(array: Any, layer: int | None) -> Any:
-    """A layer of an array, or all of it, such that this process can read it.
+def within_reach(array: Any, at: tuple[int, ...]) -> Any:
+    """Part `at` of an array's leading axes, such that this process can read it.
 
     Where devices of other processes hold a share, every device gets a copy, and every process must take part.
     """
     if not isinstance(array, jax.Array) or array.is_fully_addressable:
-        return array if layer is None else array[layer]
+        return array[at] if at else array
     assert isinstance(array.sharding, NamedSharding), array.sharding
-    copied = copier(array.sharding.mesh)(array, layer).addressable_data(0)
+    copied = copier(array.sharding.mesh)(array, at).addressable_data(0)
     # Or a host with nothing to write would run ahead, and fill the devices with copies that wait for the others.
     return jax.block_until_ready(copied)
 
 
 @functools.cache
-def copier(mesh: Any) -> Callable[[jax.Array, int | None], jax.Array]:
-    """A program that copies a layer of an array, or all of it, to every device of the mesh."""
+def copier(mesh: Any) -> Callable[[jax.Array, tuple[int, ...]], jax.Array]:
+    """A program that copies a part of an array's leading axes, or all of it, to every device of the mesh."""
 
-    def copy(array: jax.Array, layer: jax.Array | None) -> jax.Array:  # traced: one compilation serves all layers
-        return array if layer is None else array[layer]
+    def copy(array: jax.Array, at: tuple[jax.Array, ...]) -> jax.Array:  # traced: one compilation serves all layers
+        return array[at] if at else array
 
     return jax.jit(copy, out_shardings=NamedSharding(mesh, PartitionSpec()))
 

@@ -17,15 +17,18 @@ from dpo_jax.types import InputError
 
 # safetensors' codes of the types that weights may have, widest alignment first, as files are ordered.
 FLOATS = {"F64": "float64", "F32": "float32", "BF16": "bfloat16", "F16": "float16"}
+STACKED = ("layer", "expert")
+Sizes = Mapping[str, int]  # of each of these, how many there are
 MAX_LISTED = 20  # problems named in one error; the rest are counted
 
 
 class Tensor(NamedTuple):
     """One Hugging Face tensor, or one in each layer, and the leaves that hold its numbers.
 
-    Where the name has `{layer}`, the leaves are stacked: each has a leading axis L, and `to_leaves` and `to_tensor`
-    deal with one layer of it. The two are exact inverses, and `to_leaves` gives views, by which a part of a leaf is
-    found in the file: it slices, transposes and splits axes, and never copies.
+    Where the name has `{layer}`, or `{layer}` and `{expert}`, the leaves are stacked: each has leading axes L, or L and
+    E, and `to_leaves` and `to_tensor` deal with one layer or expert of it. The two are exact inverses, and `to_leaves`
+    gives views, by which a part of a leaf is found in the file: it slices, transposes and splits axes, and never
+    copies.
     """
 
     names: tuple[str, ...]  # names it goes by; the first is the one written where no base checkpoint has another
@@ -36,8 +39,17 @@ class Tensor(NamedTuple):
     repeats: bool = False  # may be absent, and if present must equal the leaf that another tensor fills
 
     @property
-    def stacked(self) -> bool:
-        return "{layer}" in self.names[0]
+    def axes(self) -> tuple[str, ...]:
+        """What the leaves are stacked by."""
+        return tuple(axis for axis in STACKED if f"{{{axis}}}" in self.names[0])
+
+    def stacks(self, sizes: Sizes) -> tuple[int, ...]:
+        """The leading axes of the leaves."""
+        return tuple(sizes[axis] for axis in self.axes)
+
+    def called(self, at: Sequence[int]) -> list[str]:
+        """The names of one of the tensors."""
+        return [name.format(**dict(zip(self.axes, at, strict=True))) for name in self.names]
 
 
 class Header(NamedTuple):
@@ -48,11 +60,11 @@ class Header(NamedTuple):
 
 
 class Bound(NamedTuple):
-    """A tensor of a checkpoint by its actual name; `layer` is None for those outside the blocks."""
+    """A tensor of a checkpoint by its actual name, and where in the leading axes of its leaves it stands."""
 
     name: str
     tensor: Tensor
-    layer: int | None
+    at: tuple[int, ...]
 
 
 def plain(names: str | tuple[str, ...], leaf: str, shape: tuple[int, ...], *, repeats: bool = False) -> Tensor:
@@ -63,19 +75,58 @@ def plain(names: str | tuple[str, ...], leaf: str, shape: tuple[int, ...], *, re
 
 def bias(name: str, leaf: str, shape: tuple[int, ...]) -> Tensor:
     """A bias: stored flat, held as `shape`."""
-    return Tensor((name,), (leaf,), (math.prod(shape),), lambda t: (t.reshape(shape),), lambda a: a.reshape(-1))
+    return joined_bias(name, (leaf,), (shape,))
 
 
-def matrix(name: str, leaf: str, inputs: tuple[int, ...], outputs: tuple[int, ...]) -> Tensor:
-    """A linear map: stored [out, in] with axes of each side flattened, held [*inputs, *outputs]."""
-    stored = (math.prod(outputs), math.prod(inputs))
+def joined_bias(name: str, leaves: tuple[str, ...], shapes: Sequence[tuple[int, ...]]) -> Tensor:
+    """Several biases one after another: stored flat, held as `shapes`."""
+    spans = _spans(shapes)
     return Tensor(
         (name,),
-        (leaf,),
-        stored,
-        lambda t: (t.T.reshape(*inputs, *outputs),),
-        lambda a: a.reshape(stored[::-1]).T,
+        leaves,
+        (spans[-1].stop,),
+        lambda t: tuple(t[span].reshape(shape) for span, shape in zip(spans, shapes, strict=True)),
+        lambda *a: a[0].reshape(-1) if len(a) == 1 else np.concatenate([part.reshape(-1) for part in a]),
     )
+
+
+def matrix(name: str, leaf: str, inputs: tuple[int, ...], outputs: tuple[int, ...], *, turned: bool = True) -> Tensor:
+    """A linear map: stored [out, in] with axes of each side flattened, held [*inputs, *outputs].
+
+    Args:
+      turned: False: stored [in, out].
+    """
+    return joined_matrix(name, (leaf,), inputs, (outputs,), turned=turned)
+
+
+def joined_matrix(
+    name: str,
+    leaves: tuple[str, ...],
+    inputs: tuple[int, ...],
+    outputs: Sequence[tuple[int, ...]],
+    *,
+    turned: bool = True,
+) -> Tensor:
+    """Several linear maps of the same input, one after another on the side of their outputs; otherwise as `matrix`."""
+    spans = _spans(outputs)
+    stored = (math.prod(inputs), spans[-1].stop)
+
+    def to_leaves(t: np.ndarray) -> tuple[np.ndarray, ...]:
+        t = t.T if turned else t
+        return tuple(t[:, span].reshape(*inputs, *shape) for span, shape in zip(spans, outputs, strict=True))
+
+    def to_tensor(*a: np.ndarray) -> np.ndarray:
+        flat = [part.reshape(stored[0], -1) for part in a]
+        t = flat[0] if len(flat) == 1 else np.concatenate(flat, axis=1)
+        return t.T if turned else t
+
+    return Tensor((name,), leaves, stored[::-1] if turned else stored, to_leaves, to_tensor)
+
+
+def _spans(shapes: Sequence[tuple[int, ...]]) -> list[slice]:
+    """Where each of several flattened shapes lies when they stand one after another."""
+    ends = np.cumsum([math.prod(shape) for shape in shapes]).tolist()
+    return [slice(start, end) for start, end in zip([0, *ends[:-1]], ends, strict=True)]
 
 
 def interleaved_matrix(name: str, leaves: tuple[str, ...], width: int, heads: int, head_dim: int) -> Tensor:
@@ -102,7 +153,7 @@ def interleaved_bias(name: str, leaves: tuple[str, ...], heads: int, head_dim: i
     )
 
 
-def leaf_shapes(table: Sequence[Tensor], layers: int) -> dict[str, tuple[int, ...]]:
+def leaf_shapes(table: Sequence[Tensor], sizes: Sizes) -> dict[str, tuple[int, ...]]:
     """Path and shape of every leaf the table fills. Each leaf must be filled once, and each name used once."""
     names = [name for tensor in table for name in tensor.names]
     assert len(set(names)) == len(names), f"a tensor name stands twice in the table: {sorted(names)}"
@@ -114,23 +165,23 @@ def leaf_shapes(table: Sequence[Tensor], layers: int) -> dict[str, tuple[int, ..
         parts = tensor.to_leaves(np.broadcast_to(np.float32(0), tensor.shape))
         for leaf, part in zip(tensor.leaves, parts, strict=True):
             assert leaf not in shapes, f"two tensors fill {leaf}"
-            shapes[leaf] = (layers, *part.shape) if tensor.stacked else part.shape
+            shapes[leaf] = *tensor.stacks(sizes), *part.shape
     assert all(leaf in shapes for tensor in table for leaf in tensor.leaves)
     return shapes
 
 
-def all_names(table: Sequence[Tensor], layers: int) -> list[Bound]:
+def all_names(table: Sequence[Tensor], sizes: Sizes) -> list[Bound]:
     """Every tensor of a new checkpoint under its first name, without the optional ones."""
     return [
-        Bound(tensor.names[0].format(layer=layer), tensor, layer)
+        Bound(tensor.called(at)[0], tensor, at)
         for tensor in table
         if not tensor.repeats
-        for layer in (range(layers) if tensor.stacked else (None,))
+        for at in np.ndindex(*tensor.stacks(sizes))
     ]
 
 
 def bind(
-    table: Sequence[Tensor], layers: int, headers: Mapping[str, Header], *, skipped: str, place: str
+    table: Sequence[Tensor], sizes: Sizes, headers: Mapping[str, Header], *, skipped: str, place: str
 ) -> list[Bound]:
     """Finds every tensor of the table in a checkpoint, in table order.
 
@@ -143,11 +194,11 @@ def bind(
     bound: list[Bound] = []
     problems: list[str] = []
     for tensor in table:
-        for layer in range(layers) if tensor.stacked else (None,):
-            names = [name.format(layer=layer) for name in tensor.names]
+        for at in np.ndindex(*tensor.stacks(sizes)):
+            names = tensor.called(at)
             name = next((name for name in names if name in headers), None)
             if name is not None:
-                bound.append(Bound(name, tensor, layer))
+                bound.append(Bound(name, tensor, at))
             elif not tensor.repeats:
                 problems.append(f"missing {' or '.join(names)} {list(tensor.shape)}")
     used = {b.name: b.tensor.shape for b in bound}

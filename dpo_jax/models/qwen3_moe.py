@@ -1,0 +1,40 @@
+"""Qwen3-MoE: Qwen3 with a mixture of experts in place of each feed-forward block."""
+
+from __future__ import annotations
+
+from dpo_jax.models import hf_config, llama, qwen2
+from dpo_jax.models.config import DecoderConfig, LayerKind
+from dpo_jax.models.weights import Tensor
+
+ARCHITECTURE = "Qwen3MoeForCausalLM"
+SKIPPED = llama.SKIPPED
+ABSENT = {"num_key_value_heads": 4, "max_position_embeddings": 32768}
+# Layers without experts among those with them are not implemented; no release has any.
+NEUTRAL = {"decoder_sparse_step": (1,), "mlp_only_layers": ([],)}
+
+
+def decoder_config(hf: dict, place: str) -> DecoderConfig:
+    """Reads a Qwen3-MoE `config.json`. Raises InputError on anything it cannot honour; `place` names the file."""
+    fields = hf_config.begin(hf, ARCHITECTURE, place)
+    window = qwen2.take_used_window(fields, place)
+    for unread in ("max_window_layers", "intermediate_size"):  # the second is of layers without experts
+        fields.pop(unread, None)
+    config = llama.read(
+        fields,
+        place,
+        absent=ABSENT,
+        kinds=lambda rope: [LayerKind(rope, window)],
+        qk_norm="head",
+        mlp_width=hf_config.take(fields, "moe_intermediate_size", int, place=place, default=768),
+        normalise_router=hf_config.take(fields, "norm_topk_prob", bool, place=place, default=False),
+        **llama.take_biases(fields, place),
+        **llama.take_experts(fields, place, experts=128, each=8),
+    )
+    hf_config.finish(fields, place=place, neutral=NEUTRAL)
+    return config
+
+
+def tensors(c: DecoderConfig) -> list[Tensor]:
+    """Qwen3-MoE's tensor names and how each maps to ours."""
+    experts = llama.expert_tensors(c, "model.layers.{layer}.mlp.")
+    return llama.outer_tensors(c) + llama.attention_tensors(c) + llama.norm_tensors(c) + experts
