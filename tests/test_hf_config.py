@@ -199,10 +199,8 @@ def test_layers_alternate_by_layer_types_or_by_the_older_pattern():
     older = {k: v for k, v in GEMMA3.items() if k not in ("layer_types", "rope_parameters")}
     config = decoder_config(older | dict(sliding_window=7, sliding_window_pattern=2, rope_theta=1e5))
     assert config.windows == [7, None, 7, None] and config.pattern == (0, 1, 0, 1)
-    near, far = config.kinds
-    assert near.rope.frequencies[1] == pytest.approx(1e4**-0.25) and far.rope.frequencies[1] == pytest.approx(
-        1e5**-0.25
-    )
+    near, far = (kind.rope.frequencies[1] for kind in config.kinds)
+    assert (near, far) == pytest.approx((1e4 ** (-2 / 256), 1e5 ** (-2 / 256)))
 
 
 def test_what_no_sequence_reaches_is_left_out():
