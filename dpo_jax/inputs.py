@@ -14,8 +14,9 @@ from dpo_jax import hosts, losses, optim, sharding
 from dpo_jax.config import Config
 from dpo_jax.data.order import epoch_size, share
 from dpo_jax.data.pairs import PairSet, load
+from dpo_jax.data.specials import disagreements, unended
 from dpo_jax.data.tokenize import identity, load_tokenizer
-from dpo_jax.models import decoder, hf_io
+from dpo_jax.models import decoder, hf_files, hf_io
 from dpo_jax.models.attention import IMPLEMENTATIONS
 from dpo_jax.models.config import DecoderConfig
 from dpo_jax.types import InputError, check_choice
@@ -33,6 +34,7 @@ class Inputs:
     tokenizer: Any
     train: PairSet | None
     eval: PairSet | None
+    warnings: tuple[str, ...]  # a line each: what does not fit between tokenizer, model and pairs, and may be meant so
 
     @property
     def sets(self) -> list[PairSet]:
@@ -114,12 +116,14 @@ def read_inputs(config: Config, workdir: Path, *, training: bool) -> Inputs:
     """What `load_inputs` returns, once the recipe has made its own inputs, if it does.
 
     Of several processes the first goes first, so that what it prepares and tokenises is there for the others.
-    Raises: InputError as `load_inputs`, or if processes read different models or data.
+    Raises: InputError as `load_inputs`, if the weights are not those of config.json (their names and shapes), or if
+      processes read different models or data.
     """
     with hosts.first_alone("inputs") as alone:
         if alone:
             prepare(config, workdir)
         found = load_inputs(config, training=training)
+    hf_io.check_weights(found.base, found.model)
     facts = {"model": dataclasses.asdict(found.model), "tokenizer": identity(found.tokenizer), **found.digests}
     hosts.agree("data and model", facts)
     return found
@@ -133,7 +137,9 @@ def load_inputs(config: Config, *, training: bool) -> Inputs:
       training: whether there must be pairs to train on.
     """
     folder = hf_io.resolve(config.model.path)
-    model, _ = hf_io.read_config(folder)
+    model, hf_config = hf_io.read_config(folder)
+    generation = folder / hf_files.GENERATION
+    files = {"config": hf_config, "generation": hf_files.read_json(generation) if generation.is_file() else {}}
     tokenizer_folder = hf_io.resolve(config.tokenizer.path) if config.tokenizer.path else folder
     tokenizer = load_tokenizer(str(tokenizer_folder))
     if training and not config.data.train:
@@ -160,6 +166,11 @@ def load_inputs(config: Config, *, training: bool) -> Inputs:
         check_pairs(config, found, split)
         return found.without_rejected() if losses.reward_scale(loss_of(config)) is None else found
 
+    sets = {"train": pairs(config.data.train, "train"), "eval": pairs(config.data.eval, "test")}
+    warnings = disagreements(tokenizer, vocab_size=model.vocab_size, **files)
+    for name, each in sets.items():
+        if each is not None:
+            warnings += unended(name, each, tokenizer, max_length=config.data.max_length, **files)
     found = Inputs(
         name=config.model.path,
         base=folder,
@@ -167,8 +178,8 @@ def load_inputs(config: Config, *, training: bool) -> Inputs:
         tokenizer_folder=tokenizer_folder,
         model=model,
         tokenizer=tokenizer,
-        train=pairs(config.data.train, "train"),
-        eval=pairs(config.data.eval, "test"),
+        **sets,
+        warnings=tuple(warnings),
     )
     if not found.sets:
         raise InputError(

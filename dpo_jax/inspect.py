@@ -21,7 +21,7 @@ PADDED_PAIRS = 8  # pairs in the padded batches that packing is compared with
 
 
 def show(config: Config, folder: Path, *, pairs: int) -> None:
-    """Prints `pairs` examples of each set, what was cut and dropped, lengths, and how full packed rows are."""
+    """Prints `pairs` examples of each set, cuts, drops and lengths, what may not be as meant, and how full rows are."""
     config = run_inputs.resolve_paths(config, folder)
     run_inputs.check_names(config)
     run_inputs.prepare(config, folder)
@@ -37,6 +37,8 @@ def show(config: Config, folder: Path, *, pairs: int) -> None:
             lengths(found, layout_name),
         ):
             print("\n".join(section), end="\n\n")
+    for warning in inputs.warnings:
+        print(f"warning: {warning}", end="\n\n")
     if inputs.train is not None:
         print("\n".join(packing(config, inputs, layout_name)))
 

@@ -16,7 +16,7 @@ from dpo_jax.trackers import say
 
 
 def describe_data(config: Config, inputs: Inputs) -> None:
-    """One line for each set of pairs: how many, how long, what was cut or dropped."""
+    """One line for each set of pairs: how many, how long, what was cut or dropped. And what may not be as meant."""
     for name, pairs in (("train", inputs.train), ("eval", inputs.eval)):
         if pairs is None:
             continue
@@ -27,6 +27,8 @@ def describe_data(config: Config, inputs: Inputs) -> None:
                 f"warning: {name} has sequences of up to {longest} tokens and the model was trained on "
                 f"{inputs.model.max_positions}; lower data.max_length unless it is known to reach further"
             )
+    for warning in inputs.warnings:
+        say(f"warning: {warning}")
 
 
 def cuts(report: Mapping[str, Any]) -> str:

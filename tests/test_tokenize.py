@@ -135,8 +135,9 @@ def test_encode_takes_an_empty_prompt_only_where_bos_precedes_it():
 def test_encode_needs_an_eos_token_for_plain_text_only():
     tokenizer = make_tokenizer(template=CHATML)
     tokenizer.eos_token = None
-    with pytest.raises(InputError, match=r"a\.jsonl:1: plain text, and a tokenizer without an eos_token"):
+    with pytest.raises(InputError, match=r"a\.jsonl:1: plain text, and a tokenizer without an eos_token") as caught:
         encode([PAIR], tokenizer)
+    assert "tokenizer_config.json" in caught.value.remedy and "config.json names by eos_token_id" in caught.value.remedy
     pair = render(Row("a:1", CHAT), format="chat", tokenizer=tokenizer)
     assert words(tokenizer, encode_one(pair, tokenizer).encoded)[1] == pair.chosen
 
@@ -241,8 +242,19 @@ def test_encode_refuses_ids_that_the_model_does_not_have():
     ids = tokenizer.convert_tokens_to_ids(["<bos>", "<eos>", "<|im_start|>", "<|im_end|>"])
     assert ids == [0, 1, 2, 3]
     encode_one(pair, tokenizer, vocab_size=4)
-    with pytest.raises(InputError, match=re.escape("a.jsonl:7: token id 3 ('<|im_end|>'); expected ids below 3")):
-        encode([pair], tokenizer, vocab_size=3)
+    with pytest.raises(InputError, match=re.escape("a.jsonl:7: uses '<|im_end|>' (id 3); expected ids below 3")):
+        encode([Pair("a.jsonl:6", "<bos>", "<bos><eos>", "<eos>"), pair], tokenizer, vocab_size=3)
+
+
+def test_encode_names_each_token_without_an_embedding_once_and_the_first_few_of_many():
+    tokenizer = make_tokenizer()
+    with pytest.raises(InputError) as caught:
+        encode([Pair("a:1", "<|im_start|>ab", "<|im_end|>abc", "<|im_start|>defg")], tokenizer, vocab_size=2)
+    a, b, c = (tokenizer.convert_tokens_to_ids(letter) for letter in "abc")
+    assert caught.value.got == (
+        f"uses '<|im_start|>' (id 2), '<|im_end|>' (id 3), 'a' (id {a}), 'b' (id {b}), 'c' (id {c}) and 4 more"
+    )
+    assert "resize_token_embeddings" in caught.value.remedy and "tokenizer.path" in caught.value.remedy
 
 
 def test_identity_changes_with_the_tokenizer_and_the_template_and_with_nothing_else():

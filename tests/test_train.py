@@ -9,8 +9,10 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+import torch
 import transformers
 
+from dpo_jax import inputs as run_inputs
 from dpo_jax import programs, train
 from dpo_jax.models import hf_io
 from dpo_jax.types import InputError
@@ -151,6 +153,45 @@ def test_export_is_a_folder_that_transformers_reads(finished, inputs):
     for shown in ("sigmoid, beta 0.1", "train.jsonl: 40 pairs", "eval/rewards/accuracies", "6 of 8 pairs"):
         assert shown in card
     assert str(inputs) not in card
+
+
+def test_model_with_a_padded_vocabulary_trains_and_keeps_its_shape(finished, inputs):
+    tokens = len(transformers.AutoTokenizer.from_pretrained(inputs / "model"))
+    before, after = weights(inputs / "model"), weights(finished / "export")
+    assert {path: leaf.shape for path, leaf in after.items()} == {path: leaf.shape for path, leaf in before.items()}
+    old, new = before["embed/embedding"], after["embed/embedding"]
+    assert len(new) > tokens
+    np.testing.assert_array_equal(new[tokens:], old[tokens:])  # no text reads them
+    assert (new[:tokens] != old[:tokens]).any()
+    assert run_inputs.load_inputs(make_config(inputs), training=True).warnings == ()
+
+
+def test_softmax_counts_padded_rows_as_that_of_transformers_does(finished, inputs):
+    found = run_inputs.load_inputs(make_config(inputs), training=True).eval
+    assert found is not None
+    tokens = len(transformers.AutoTokenizer.from_pretrained(inputs / "model"))
+    model = transformers.AutoModelForCausalLM.from_pretrained(inputs / "model")
+    sums, without = [], []
+    for prompt, chosen, _ in (found[i] for i in range(len(found))):
+        ids, answer = (torch.tensor(side, dtype=torch.long) for side in ([*prompt, *chosen], chosen))
+        with torch.no_grad():
+            logits = model(ids[None]).logits[0, len(prompt) - 1 : -1]
+        for total, scores in ((sums, logits), (without, logits[:, :tokens])):
+            total.append(scores.log_softmax(-1).gather(-1, answer[:, None]).sum().item())
+    ours = read_rows(finished / "eval.jsonl")[0]["eval/logps/chosen"]
+    assert ours == pytest.approx(np.mean(sums), rel=1e-5)
+    assert ours != pytest.approx(np.mean(without), rel=1e-3)
+
+
+def test_tokenizer_whose_pad_is_its_eos_trains_as_one_without(finished, inputs, tmp_path):
+    tokenizer = transformers.AutoTokenizer.from_pretrained(inputs / "model")
+    assert tokenizer.pad_token is None
+    tokenizer.pad_token = tokenizer.eos_token
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    path = str(tmp_path / "tokenizer")
+    train.run(make_config(inputs, tokenizer__path=path), tmp_path / "run")
+    rows = [untimed(read_rows(run / "metrics.jsonl")) for run in (finished, tmp_path / "run")]
+    assert rows[0] == rows[1]
 
 
 def test_config_json_reproduces_the_run(finished, tmp_path):

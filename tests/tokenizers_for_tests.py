@@ -41,14 +41,14 @@ def _trained() -> str:
 
 
 def make_tokenizer(
-    *, adds: str = "$A", pad: str | None = None, bos: str | None = "<bos>", template: str | None = None
+    *, adds: str = "$A", pad: str | None = None, bos: str | None = "<bos>", template: str | dict[str, str] | None = None
 ) -> PreTrainedTokenizerFast:
     """A tokenizer with the special tokens above.
 
     Args:
       adds: what it puts around a text, such as "<bos> $A <eos>".
       pad, bos: the tokens of these names; eos is <eos>.
-      template: its chat template.
+      template: its chat template, or several by name.
     """
     backend = tokenizers.Tokenizer.from_str(_trained())
     ids = [(token, backend.token_to_id(token)) for token in SPECIALS]

@@ -14,6 +14,8 @@ from dpo_jax.types import Encoded, InputError, Pair
 
 TRUNCATIONS = ("keep_end", "keep_start", "error")
 
+_NAMED = 5  # tokens that a message names
+
 _DROP = 'Drop the row or set data.on_bad_row="skip".'
 
 
@@ -77,6 +79,13 @@ def identity(tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
         "tokenizer": _digest([backend, tokenizer.special_tokens_map]),
         "template": _digest(tokenizer.chat_template),
     }
+
+
+def named(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
+    """Tokens with their ids, for a message; the first ones of many."""
+    tokens = {i: token for token, i in tokenizer.get_vocab().items()}
+    names = [f"{tokens[i]!r} (id {i})" if i in tokens else f"id {i}, which the tokenizer lacks" for i in ids[:_NAMED]]
+    return ", ".join(names) + (f" and {len(ids) - _NAMED} more" if len(ids) > _NAMED else "")
 
 
 def encode(
@@ -143,7 +152,8 @@ def _specials(tokenizer: PreTrainedTokenizerBase, pair: Pair) -> Specials:
             pair.place,
             got="plain text, and a tokenizer without an eos_token",
             expected="a token that ends an answer",
-            remedy="Set eos_token in the tokenizer's tokenizer_config.json.",
+            remedy="Set eos_token in the tokenizer's tokenizer_config.json, to the token that the model's config.json "
+            "names by eos_token_id.",
         )
     (bare,) = _ids(tokenizer, [pair.chosen])
     dressed = cast("list[int]", tokenizer(pair.chosen, verbose=False)["input_ids"])
@@ -188,15 +198,15 @@ def _dressed(parts: Parts, specials: Specials) -> Parts:
 
 
 def _check_ids(pair: Pair, parts: Parts, tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> None:
-    for ids in parts[:3]:
-        top = max(ids, default=0)
-        if top >= vocab_size:
-            raise InputError(
-                pair.place,
-                got=f"token id {top} ({tokenizer.convert_ids_to_tokens(top)!r})",
-                expected=f"ids below {vocab_size}, the model's vocabulary size",
-                remedy="Set tokenizer.path to the tokenizer of this model, or give the model more embeddings.",
-            )
+    over = [ids for ids in parts[:3] if max(ids, default=0) >= vocab_size]
+    if over:
+        raise InputError(
+            pair.place,
+            got=f"uses {named(tokenizer, sorted({i for ids in over for i in ids if i >= vocab_size}))}",
+            expected=f"ids below {vocab_size}, the model's vocab_size",
+            remedy="If tokens were added for this model, resize its embeddings with transformers' "
+            "resize_token_embeddings and save it; if not, set tokenizer.path to the tokenizer it came with.",
+        )
 
 
 def _truncated(pair: Pair, parts: Parts, max_length: int, max_prompt: int, mode: str) -> Outcome | InputError:

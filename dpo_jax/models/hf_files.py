@@ -24,6 +24,7 @@ from dpo_jax.models.weights import FLOATS, Header
 from dpo_jax.types import InputError
 
 CONFIG = "config.json"
+GENERATION = "generation_config.json"
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 TOKENIZER_FILES = (
@@ -42,7 +43,7 @@ TOKENIZER_FILES = (
 )
 TEMPLATE_FOLDER = "additional_chat_templates"  # named chat templates beside the default one
 # Everything a download may bring, and everything an export may write besides its weights. No *.bin, no *.py.
-SMALL_FILES = (CONFIG, "generation_config.json", INDEX, *TOKENIZER_FILES)
+SMALL_FILES = (CONFIG, GENERATION, INDEX, *TOKENIZER_FILES)
 PIECE = 4 << 20  # bytes read at a time: few calls, and still in the processor's cache when they are converted
 GAP = 256 << 10  # the same where only some of them are wanted: skipping would be slower, even if the file is cached
 

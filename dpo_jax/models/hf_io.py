@@ -30,8 +30,9 @@ from dpo_jax.models.hf_files import ONE_HOST, Hosts, Index, Weights, resolve
 from dpo_jax.models.weights import FLOATS, Bound
 from dpo_jax.types import InputError
 
-__all__ = ["Hosts", "digest", "export", "load_params", "read_config", "resolve", "save_new"]
+__all__ = ["Hosts", "check_weights", "digest", "export", "load_params", "read_config", "resolve", "save_new"]
 
+VOCABULARY = {"embed/embedding", "head/embedding"}  # leaves with a row for each token
 DTYPES = ("float32", "bfloat16", "float16")  # that parameters and exports may have
 
 Read = Callable[[Index], np.ndarray]  # a part of a leaf, from the checkpoint
@@ -50,6 +51,23 @@ def read_config(folder: Path) -> tuple[DecoderConfig, dict]:
     path = folder / hf_files.CONFIG
     hf = hf_files.read_json(path)
     return family(hf, str(path)).decoder_config(hf, str(path)), hf
+
+
+def check_weights(folder: Path, config: DecoderConfig) -> None:
+    """Raises InputError unless the weights are the tensors that `config.json` describes; reads names and shapes."""
+    table, skipped = family_table(folder, config)
+    with hf_files.open_weights(folder) as source:
+        names = [name for tensor in table if {*tensor.leaves} & VOCABULARY for name in tensor.names]
+        shapes = {name: source.headers[name].shape for name in names if name in source.headers}
+        rows = {shape[0] for shape in shapes.values() if shape[1:] == (config.width,)}
+        if len(rows) == 1 and rows != {config.vocab_size}:
+            raise InputError(
+                f"{folder / hf_files.CONFIG}: vocab_size",
+                got=f"got {config.vocab_size}, and {', '.join(f'{name} is {[*shapes[name]]}' for name in shapes)}",
+                expected="as many as the embeddings have rows",
+                remedy=f"Set it to {rows.pop()} there, as resize_token_embeddings and save_pretrained do.",
+            )
+        weights.bind(table, config.layers, source.headers, skipped=skipped, place=str(folder))
 
 
 def load_params(
@@ -245,8 +263,8 @@ def save_new(
 def write_small_files(new: Path, hf: Mapping, *, base: Path | None, tokenizer: Path | None, card: str) -> None:
     """Everything but the weights."""
     hf_files.write_json(new / hf_files.CONFIG, hf)
-    if base and (base / "generation_config.json").is_file():
-        shutil.copyfile(base / "generation_config.json", new / "generation_config.json")
+    if base and (base / hf_files.GENERATION).is_file():
+        shutil.copyfile(base / hf_files.GENERATION, new / hf_files.GENERATION)
     if tokenizer:
         for name in hf_files.tokenizer_files(tokenizer):
             (new / name).parent.mkdir(exist_ok=True)
