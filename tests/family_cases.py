@@ -65,14 +65,14 @@ CASES = {
     "mistral-all": ("mistral", GROUPED | dict(sliding_window=5, hidden_act="gelu", tie_word_embeddings=True) | rope()),
     "qwen2-plain": ("qwen2", SMALL),
     "qwen2-all": ("qwen2", GROUPED | SLIDING | dict(max_window_layers=2, tie_word_embeddings=True) | rope()),
-    "qwen3-plain": ("qwen3", SMALL),
+    "qwen3-plain": ("qwen3", SMALL | dict(head_dim=12)),
     "qwen3-all": ("qwen3", GROUPED | SLIDING | dict(attention_bias=True, layer_types=MIXED) | rope()),
-    "gemma-plain": ("gemma", SMALL),
+    "gemma-plain": ("gemma", SMALL | dict(head_dim=12)),
     "gemma-all": (
         "gemma",
         GROUPED | dict(attention_bias=True, hidden_act="gelu", tie_word_embeddings=False) | rope(),
     ),
-    "gemma2-plain": ("gemma2", SMALL),
+    "gemma2-plain": ("gemma2", SMALL | dict(head_dim=12)),
     "gemma2-all": (
         "gemma2",
         GROUPED
@@ -87,7 +87,7 @@ CASES = {
         )
         | rope(),
     ),
-    "gemma3_text-plain": ("gemma3_text", SMALL),
+    "gemma3_text-plain": ("gemma3_text", SMALL | dict(head_dim=12)),
     "gemma3_text-all": (
         "gemma3_text",
         GROUPED

@@ -200,7 +200,7 @@ def test_layers_alternate_by_layer_types_or_by_the_older_pattern():
     config = decoder_config(older | dict(sliding_window=7, sliding_window_pattern=2, rope_theta=1e5))
     assert config.windows == [7, None, 7, None] and config.pattern == (0, 1, 0, 1)
     near, far = (kind.rope.frequencies[1] for kind in config.kinds)
-    assert (near, far) == pytest.approx((1e4 ** (-2 / 256), 1e5 ** (-2 / 256)))
+    assert (near, far) == pytest.approx((1e4 ** (-2 / 12), 1e5 ** (-2 / 12)))
 
 
 def test_what_no_sequence_reaches_is_left_out():

@@ -67,7 +67,7 @@ def check_weights(folder: Path, config: DecoderConfig) -> None:
                 expected="as many as the embeddings have rows",
                 remedy=f"Set it to {rows.pop()} there, as resize_token_embeddings and save_pretrained do.",
             )
-        weights.bind(table, config.layers, source.headers, skipped=skipped, place=str(folder))
+        weights.bind(table, config.stacks, source.headers, skipped=skipped, place=str(folder))
 
 
 def load_params(
