@@ -39,19 +39,25 @@ def write_folder(folder, case):
     save_file(weights_of(case["tensors"]), folder / "model.safetensors", metadata={"format": "pt"})
 
 
+def saved_by_transformers(folder, kind, options):
+    """The configuration that transformers writes for these options, and names and shapes of the tensors."""
+    import transformers
+
+    config = transformers.AutoConfig.for_model(kind, **options)
+    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    with safe_open(folder / "model.safetensors", "np") as file:
+        tensors = {key: file.get_slice(key).get_shape() for key in file.keys()}  # noqa: SIM118 it is no dict
+    return {"config": json.loads((folder / "config.json").read_text()), "tensors": tensors}
+
+
 def make(name):
     """A case as transformers saves it, and the logits it has then."""
     import torch
     import transformers
 
-    kind, options = CASES[name]
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
-        config = transformers.AutoConfig.for_model(kind, **options)
-        transformers.AutoModelForCausalLM.from_config(config).save_pretrained(folder)
-        with safe_open(folder / "model.safetensors", "np") as file:
-            tensors = {key: file.get_slice(key).get_shape() for key in file.keys()}  # noqa: SIM118 it is no dict
-        case = {"config": json.loads((folder / "config.json").read_text()), "tensors": tensors}
+        case = saved_by_transformers(folder, *CASES[name])
         write_folder(folder, case)
         model, info = transformers.AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
         assert not any(info.values()), info

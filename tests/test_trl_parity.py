@@ -1,9 +1,13 @@
 """The loss curve of a run laid over TRL's: same checkpoint, pairs and order, float32, learning rate 1e-4."""
 
 import argparse
+import shutil
 
 import pytest
 
+from dpo_jax import quickstart
+from tests import make_golden
+from tests.family_cases import CASES
 from tests.hf_folders import LLAMA, NEOX
 from tests.runs import make_inputs
 
@@ -14,26 +18,50 @@ from benchmarks import vs_trl
 
 pytestmark = pytest.mark.slow
 PAIRS, STEPS = 4, 20
+FAMILY_STEPS = 5
+FAMILIES = [name for name in CASES if name.endswith("-all") and not name.startswith("llama-yarn")]
 
 
-@pytest.mark.parametrize(("base", "accumulate"), [(LLAMA, 1), (NEOX, 2)], ids=["llama", "gpt_neox-two-batches"])
-def test_loss_curve_has_parity_with_trl(tmp_path, base, accumulate):
-    inputs = make_inputs(tmp_path / "inputs", train_pairs=PAIRS * STEPS, base=base)
-    model = inputs / "model"
+def curves(tmp_path, inputs, *, steps, accumulate):
+    """Losses of dpo_jax and of TRL, from the model and the pairs of a folder."""
     pairs = tmp_path / "pairs.jsonl"
-    vs_trl.write_pairs(str(inputs / "train.jsonl"), pairs, model, count=PAIRS * STEPS, max_length=128)
+    vs_trl.write_pairs(str(inputs / "train.jsonl"), pairs, inputs / "model", count=PAIRS * steps, max_length=128)
     args = argparse.Namespace(
-        model=str(model),
+        model=str(inputs / "model"),
         pairs_file=str(pairs),
         pairs=PAIRS,
-        steps=STEPS,
+        steps=steps,
         accumulate=accumulate,
         max_length=128,
         learning_rate=1e-4,
     )
     ours = vs_trl.run_ours(tmp_path, args)["losses"]
     theirs = vs_trl.run_trl(tmp_path, args)["losses"]
-    distance = [abs(a - b) for a, b in zip(ours, theirs, strict=True)]
+    assert len(ours) == len(theirs) == steps
+    assert max(ours) - min(ours) > 1e-3, "the curve must move for this to mean anything"
+    return ours, theirs
+
+
+@pytest.mark.parametrize(("base", "accumulate"), [(LLAMA, 1), (NEOX, 2)], ids=["llama", "gpt_neox-two-batches"])
+def test_loss_curve_has_parity_with_trl(tmp_path, base, accumulate):
+    inputs = make_inputs(tmp_path / "inputs", train_pairs=PAIRS * STEPS, base=base)
+    both = curves(tmp_path, inputs, steps=STEPS, accumulate=accumulate)
+    distance = [abs(a - b) for a, b in zip(*both, strict=True)]
     print(f"largest difference: {max(distance[:5]):.2e} over 5 steps, {max(distance):.2e} over {STEPS}")
-    assert len(ours) == STEPS and max(ours) - min(ours) > 1e-3, "the curve must move for this to mean anything"
     assert max(distance[:5]) < 1e-4 and max(distance) < 1e-3
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_every_family_has_parity_with_trl(tmp_path, name):
+    """With a checkpoint that transformers saved, every option of its configuration moved."""
+    inputs = make_inputs(tmp_path / "inputs", train_pairs=PAIRS * FAMILY_STEPS)
+    positions = "n_positions" if name.startswith("gpt2") or name.startswith("gptj") else "max_position_embeddings"
+    shape = {"vocab_size": quickstart.VOCAB_SIZE, positions: 256, "eos_token_id": 0}
+    kind, options = CASES[name]
+    case = make_golden.saved_by_transformers(tmp_path / "saved", kind, options | shape)
+    make_golden.write_folder(inputs / "model", case)
+    shutil.rmtree(tmp_path / "saved")
+    ours, theirs = curves(tmp_path, inputs, steps=FAMILY_STEPS, accumulate=1)
+    distance = max(abs(a - b) for a, b in zip(ours, theirs, strict=True))
+    print(f"{name}: largest difference {distance:.2e}, losses {min(ours):.4f} to {max(ours):.4f}")
+    assert distance < 1e-4
