@@ -76,6 +76,7 @@ class Train:
     epochs: float = 1.0  # passes over the training pairs, > 0
     steps: int | None = None  # updates; when set, epochs is not used
     microbatch_rows: int | None = None  # rows in one forward-backward; unset: chosen from the data and backend
+    router_balance: float = 0.0  # weight of the load-balancing loss of a mixture of experts, >= 0; 0: none
 
 
 @dataclasses.dataclass(frozen=True)
@@ -195,7 +196,7 @@ _POSITIVE: Rule = (lambda value: 0 < value < math.inf, "a number > 0")
 _AXIS: Rule = (lambda value: value == -1 or value >= 1, "a number >= 1, or -1 for what is left")
 _RULES: tuple[tuple[str, Rule], ...] = (  # what the comments above say; an unset field (None) is not looked up
     ("seed sft.steps sft.warmup_steps optimizer.warmup_steps eval.every_steps profile.steps", _within(0)),
-    ("optimizer.weight_decay optimizer.clip_norm", _within(0)),
+    ("optimizer.weight_decay optimizer.clip_norm train.router_balance", _within(0)),
     ("data.max_prompt_length train.batch_pairs train.steps train.microbatch_rows sft.batch_pairs", _within(1)),
     ("reference.microbatch_rows checkpoint.every_steps checkpoint.keep log.every_steps", _within(1)),
     ("plan.pairs plan.prompt_tokens plan.answer_tokens", _within(1)),

@@ -208,6 +208,13 @@ def fit(config: Config, model: DecoderConfig, lengths: Int[np.ndarray, "N 3"]) -
             expected=f"at most {model.max_positions}",
             remedy="Lower it, or take a model with more.",
         )
+    if config.train.router_balance and not model.experts:
+        raise InputError(
+            "config.train.router_balance",
+            got=f"got {config.train.router_balance}, and the model has no experts",
+            expected="0",
+            remedy="Leave it out.",
+        )
     model = model.for_length(longest)
     if config.data.layout == "shared" and model.needs_whole_sequences:
         raise InputError(

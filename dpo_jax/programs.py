@@ -219,7 +219,17 @@ def update_step(config: Config, programs: Programs, loss_fn: losses.Loss, tx: An
         rules=programs.rules,
     )
     beta = losses.reward_scale(loss_fn)
-    step = make_train_step(logps_fn, loss_fn, tx, beta=beta, has_aux=True, adds=True, crops=crops(shape))
+    balance = config.train.router_balance
+    step = make_train_step(
+        logps_fn,
+        loss_fn,
+        tx,
+        beta=beta,
+        has_aux=True,
+        adds=True,
+        crops=crops(shape),
+        penalties={"router_balance": balance} if balance else {},
+    )
     return step, logps_fn
 
 

@@ -15,9 +15,9 @@ from jaxtyping import Float, Int
 
 from dpo_jax import feed, gradients, sharding
 from dpo_jax.data.layout import Shape, collate, unit_lengths
-from dpo_jax.logprobs import ACCELERATOR_BLOCKS, CPU_BLOCKS, Head, Spread, completion_logps
+from dpo_jax.logprobs import ACCELERATOR_BLOCKS, CPU_BLOCKS, Head, Spread, completion_logps, sum_by_slot
 from dpo_jax.models import attention as attentions
-from dpo_jax.models import decoder
+from dpo_jax.models import decoder, experts
 from dpo_jax.models.config import DecoderConfig
 from dpo_jax.models.layers import Across, across_mesh, lookup
 from dpo_jax.types import Batch, Pairs
@@ -53,7 +53,8 @@ def make_logps_fn(
     mesh: Mesh | None = None,
     rules: sharding.Rules = sharding.RULES,
 ) -> Callable[..., Any]:
-    """Returns `logps_fn(params, rows) -> (logps [P, 2], {"logits": [P, 2]})` for a decoder.
+    """Returns `logps_fn(params, rows) -> (logps [P, 2], {"logits": [P, 2], ...})` for a decoder, the second sums over
+    answer tokens: of the mean logit, and of what `experts.routing` says.
 
     With a third argument, `sums` as in `gradients`, it returns `((logps, ...), sums)`.
 
@@ -85,6 +86,9 @@ def make_logps_fn(
         stay = functools.partial(jax.lax.with_sharding_constraint, shardings=by_rows)
         across = functools.partial(kernel_across, config, mesh, rules)
     attend = attentions.make_attention(attention, platform=platform, spread=of_attention)
+    of_experts = decoder.Mixing(
+        block=experts.BLOCKS.get(platform), mesh=experts_across(config, mesh, rules) if mesh is not None else None
+    )
     blocks = CPU_BLOCKS if platform == "cpu" else ACCELERATOR_BLOCKS
 
     def logps_fn(params: Any, rows: Any, sums: Any = None) -> Any:
@@ -97,7 +101,7 @@ def make_logps_fn(
         x, totals["embed"] = lookup(words["embed"], rows.tokens, totals["embed"], move)
         # Or XLA has the gradient, which is moved to the table's columns at the end, lie so in every block.
         x = x if stay is None else stay(x)
-        hidden = decoder.hidden_states(
+        hidden, found = decoder.hidden_states(
             body,
             config,
             x,
@@ -108,6 +112,7 @@ def make_logps_fn(
             remat=remat,
             attend=attend,
             across=across,
+            mixing=of_experts,
             unfed=1,
         )
         last = "head" if "head" in words else "embed"
@@ -122,6 +127,8 @@ def make_logps_fn(
             spread=of_head,
             total=None if sums is None else Head(totals[last], totals.get("logits")),
         )
+        at_source = {name: jnp.take_along_axis(values, rows.source, 1) for name, values in found.items()}
+        aux |= {name: sum_by_slot(values, rows.slot, pairs) for name, values in at_source.items()}
         if total is None:
             return logps, aux
         totals |= {last: total.weights} | ({} if total.bias is None else {"logits": total.bias})
@@ -153,6 +160,21 @@ def kernel_across(
         return None
     scatter = functools.partial(sharding.sum_scattered, mesh)
     return across_mesh(mesh, sharding.ROW_AXES, *(side[0] for side in sides), scatter=scatter)
+
+
+def experts_across(config: DecoderConfig, mesh: Mesh, rules: sharding.Rules) -> experts.Spread | None:
+    """How experts lie on the mesh; sides that lie otherwise than they can be used are moved by XLA."""
+    if mesh.size == 1 or not config.experts:
+        return None
+    shape = config.layers, config.experts, config.width, config.mlp_width
+    _, _, width, hidden = (*sharding.partition("blocks/experts/up/kernel", shape, mesh.shape, rules), *(None,) * 4)[:4]
+    return experts.Spread(
+        mesh,
+        sharding.ROW_AXES,
+        width if width in sharding.ROW_AXES else None,
+        None if hidden in sharding.ROW_AXES else hidden,
+        functools.partial(sharding.sum_scattered, mesh),
+    )
 
 
 def score_pairs(

@@ -36,6 +36,9 @@ RULES: Rules = (
     (r"mlp/(gate|up)/kernel$", P(None, "fsdp", "tensor")),
     (r"mlp/(gate|up)/bias$", P(None, "tensor")),
     (r"mlp/down/kernel$", P(None, "tensor", "fsdp")),
+    (r"experts/router/kernel$", P(None, "fsdp", None)),
+    (r"experts/(gate|up)/kernel$", P(None, None, "fsdp", "tensor")),
+    (r"experts/down/kernel$", P(None, None, "tensor", "fsdp")),
     (r"", P()),
 )
 

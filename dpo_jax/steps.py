@@ -5,7 +5,8 @@ All they know of a model is `logps_fn(params, rows) -> [P, 2]`, so any model tha
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import jax
@@ -43,6 +44,7 @@ def make_train_step(
     has_aux: bool = False,
     adds: bool = False,
     crops: Sequence[Crop] = (),
+    penalties: Mapping[str, float] = MappingProxyType({}),
 ) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, Array]]]:
     """Builds `step(state, batch) -> (state, metrics)`.
 
@@ -60,6 +62,8 @@ def make_train_step(
       adds: `logps_fn` takes the sums of gradients so far as a third argument and returns `(what it would, sums)`, see
         `gradients`; otherwise each microbatch's gradient is made and then added.
       crops: functions of a microbatch's rows; `batch.crop` says which is applied to each. Every one is compiled.
+      penalties: weights of means over answer tokens that are made smaller besides, by their names in `has_aux`; they
+        are no part of the reported loss.
     Returns: the step. Its metrics describe the parameters that enter it: those of `pair_metrics` and `grad_norm`,
       the global norm before any clipping.
     """
@@ -67,6 +71,7 @@ def make_train_step(
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Array]]:
         present = batch.present.any(0)
         pairs = jnp.maximum(present.sum(), 1)
+        tokens = jnp.maximum(jnp.where(present[:, None], batch.lengths, 0).sum(), 1)
 
         def score(rows, sums):
             if adds:
@@ -81,7 +86,10 @@ def make_train_step(
                 (logps, aux), sums = score(rows, sums)
                 losses = loss_fn(logps, batch.reference, lengths=batch.lengths)
                 # Masked after the loss: a masked margin of 0 would still count as log 2.
-                return (jnp.where(here, losses, 0).sum() / pairs, sums), _only(here, (logps, aux))
+                loss = jnp.where(here, losses, 0).sum() / pairs
+                for name, weight in penalties.items():
+                    loss += weight * jnp.where(here[:, None], aux[name], 0).sum() / tokens
+                return (loss, sums), _only(here, (logps, aux))
 
             (loss, _), pull, scored = jax.vjp(microbatch_loss, sums, has_aux=True)
             return *pull((jnp.ones_like(loss), sums)), scored

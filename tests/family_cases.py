@@ -16,8 +16,8 @@ SLIDING = dict(use_sliding_window=True, sliding_window=5)
 MIXED = ["full_attention", "sliding_attention", "sliding_attention", "full_attention"]
 
 
-def rope(kind="default", theta=50.0, **parameters):
-    return dict(rope_parameters={"rope_type": kind, "rope_theta": theta} | parameters)
+def rope(kind="default", **parameters):
+    return dict(rope_parameters={"rope_type": kind, "rope_theta": 50.0} | parameters)
 
 
 LLAMA3 = dict(factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=16)

@@ -9,6 +9,7 @@ import json
 import tempfile
 import zlib
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from safetensors import safe_open
@@ -55,11 +56,12 @@ def make(name):
     import torch
     import transformers
 
+    read: Any = transformers.AutoModelForCausalLM.from_pretrained
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         case = saved_by_transformers(folder, *CASES[name])
         write_folder(folder, case)
-        model, info = transformers.AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
+        model, info = read(folder, output_loading_info=True)
         assert not any(info.values()), info
         with torch.no_grad():
             return case, model.eval()(torch.from_numpy(TOKENS).long()).logits.numpy()

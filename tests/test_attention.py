@@ -144,7 +144,7 @@ def test_kernel_that_cannot_run_is_refused(name, platform, length, message):
         attention.choose(name, platform, head_dim=64, row_length=length)
 
 
-TURNING = (LayerKind(rope.default({}, rope.frequencies(1e4, 64))),)
+TURNING = (LayerKind(rope.usual(64)),)
 CONFIG = DecoderConfig(
     vocab_size=64, width=64, layers=2, heads=2, kv_heads=1, head_dim=64, mlp_width=64, max_positions=128, kinds=TURNING
 )

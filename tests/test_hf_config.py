@@ -1,6 +1,7 @@
 """Reading `config.json`: every field counts, is known to be harmless, or is refused."""
 
 import json
+from typing import Any
 
 import pytest
 
@@ -20,8 +21,13 @@ LONG = {"type": "su", "short_factor": [1.0] * 4, "long_factor": [2.0] * 4}  # Lo
 
 def turning(config):
     """Dimensions of each head that turn, and the base they turn by."""
-    (kind,) = config.kinds
-    return kind.rope.dim, pytest.approx(kind.rope.frequencies[1] ** (-kind.rope.dim / 2))
+    (rope,) = ropes(config)
+    return rope.dim, pytest.approx(rope.frequencies[1] ** (-rope.dim / 2))
+
+
+def ropes(config) -> list[Any]:
+    """Of each kind of layer, how it turns."""
+    return [kind.rope for kind in config.kinds]
 
 
 def test_unknown_architecture_lists_the_known_ones(tmp_path):
@@ -132,7 +138,7 @@ def test_gpt_neox_fields_are_read():
     config = decoder_config(
         NEOX | dict(layer_norm_eps=1e-3, use_parallel_residual=False, attention_bias=False, rotary_emb_base=5e5)
     )
-    assert (config.heads, config.kv_heads, config.head_dim, config.kinds[0].rope.dim) == (4, 4, 4, 2)
+    assert (config.heads, config.kv_heads, config.head_dim, ropes(config)[0].dim) == (4, 4, 4, 2)
     assert (config.norm, config.norm_eps, config.activation, config.gated) == ("layernorm", 1e-3, "gelu", False)
     assert (config.qkv_bias, config.output_bias, config.mlp_bias) == (False, False, True)
     assert (config.parallel_residual, config.tie_embeddings) == (False, False)
@@ -173,7 +179,7 @@ def test_rope_theta_is_read_wherever_it_stands(changes):
 )
 def test_partial_rotary_is_read_wherever_it_stands(changes):
     config = decoder_config({name: value for name, value in NEOX.items() if name != "rotary_pct"} | changes)
-    assert config.kinds == decoder_config(NEOX | dict(rotary_emb_base=5e5)).kinds and config.kinds[0].rope.dim == 2
+    assert config.kinds == decoder_config(NEOX | dict(rotary_emb_base=5e5)).kinds and ropes(config)[0].dim == 2
 
 
 def test_config_that_is_not_there_or_not_json_is_refused(tmp_path):
@@ -199,7 +205,7 @@ def test_layers_alternate_by_layer_types_or_by_the_older_pattern():
     older = {k: v for k, v in GEMMA3.items() if k not in ("layer_types", "rope_parameters")}
     config = decoder_config(older | dict(sliding_window=7, sliding_window_pattern=2, rope_theta=1e5))
     assert config.windows == [7, None, 7, None] and config.pattern == (0, 1, 0, 1)
-    near, far = (kind.rope.frequencies[1] for kind in config.kinds)
+    near, far = (rope.frequencies[1] for rope in ropes(config))
     assert (near, far) == pytest.approx((1e4 ** (-2 / 12), 1e5 ** (-2 / 12)))
 
 
@@ -210,5 +216,5 @@ def test_what_no_sequence_reaches_is_left_out():
     assert config.for_length(5).windows == [None] * 4 and len(config.for_length(5).kinds) == 2
     dynamic = decoder_config(GOLDEN["llama-dynamic"]["config"])
     assert dynamic.for_length(17) == dynamic and dynamic.needs_whole_sequences
-    (kind,) = dynamic.for_length(16).kinds
-    assert kind.rope.trained_length is None and kind.rope.frequencies == dynamic.kinds[0].rope.frequencies
+    (rope,) = ropes(dynamic.for_length(16))
+    assert rope.trained_length is None and rope.frequencies == ropes(dynamic)[0].frequencies

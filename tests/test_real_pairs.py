@@ -20,8 +20,8 @@ import transformers
 from dpo_jax import config, inspect, logprobs, losses, scoring, steps, train
 from dpo_jax import inputs as run_inputs
 from dpo_jax.data import layout, pairs
-from dpo_jax.models import decoder, hf_io
-from dpo_jax.models.config import DecoderConfig
+from dpo_jax.models import decoder, hf_io, rope
+from dpo_jax.models.config import DecoderConfig, LayerKind
 from dpo_jax.programs import CPU_POSITIONS
 from dpo_jax.types import Encoded, Rows
 from tests.hf_folders import LLAMA, NEOX, save
@@ -108,7 +108,7 @@ def model_of(family):
         head_dim=16,
         mlp_width=128,
         max_positions=2048,
-        rotary_dim=16 if llama else 4,
+        kinds=(LayerKind(rope.usual(16 if llama else 4)),),
         norm="rmsnorm" if llama else "layernorm",
         gated=llama,
         parallel_residual=not llama,
@@ -218,7 +218,7 @@ def test_rows_are_full_and_compute_a_quarter_of_padded_batches(models, max_lengt
     assert found.train is not None
     shape_of: dict[str, Any] = dict(layout="shared", pairs=64, row_length=None, rows=None, shards=1)
     shape = layout.choose_shape(found.lengths, **shape_of, target_positions=CPU_POSITIONS)
-    computed, real, padded = np.sum([*inspect.counts(chosen, found.train, shape)], axis=0)
+    computed, real, padded = np.sum([*inspect.counts(chosen, found.train, shape, "shared")], axis=0)
     print(f"at {max_length}/{max_prompt_length}: fill {real / computed:.4f}, of padded batches {computed / padded:.4f}")
     assert real / computed >= 0.95 and computed / padded <= 0.29
 

@@ -11,12 +11,13 @@ import pytest
 
 from dpo_jax import logprobs, losses, scoring, sharding, steps
 from dpo_jax.data import layout
-from dpo_jax.models import decoder
-from dpo_jax.models.config import DecoderConfig
+from dpo_jax.models import decoder, rope
+from dpo_jax.models.config import DecoderConfig, LayerKind
 from dpo_jax.types import Batch, Encoded
 
+KINDS = (LayerKind(rope.usual(8)),)
 CONFIG = DecoderConfig(
-    vocab_size=64, width=32, layers=2, heads=8, kv_heads=8, head_dim=8, mlp_width=64, max_positions=64, rotary_dim=8
+    vocab_size=64, width=32, layers=2, heads=8, kv_heads=8, head_dim=8, mlp_width=64, max_positions=64, kinds=KINDS
 )
 PAIRS, LENGTH = 12, 128
 

@@ -16,9 +16,9 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 from jax.ad_checkpoint import checkpoint_name
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
-from dpo_jax.models import rope
+from dpo_jax.models import experts, rope
 from dpo_jax.models.attention import PLAIN, Attention
 from dpo_jax.models.config import DecoderConfig
 from dpo_jax.models.layers import Across, affine, lookup, normalise
@@ -27,7 +27,7 @@ from dpo_jax.types import check_choice
 # What the forward pass of a block keeps for the backward pass besides its input; the rest is computed again.
 _KEPT = jax.checkpoint_policies.save_from_both_policies(
     jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-    jax.checkpoint_policies.save_only_these_names("attention"),
+    jax.checkpoint_policies.save_only_these_names("attention", experts.KEPT),
 )
 REMAT: dict[str, Any] = {
     "none": None,  # everything: nothing is computed twice
@@ -52,6 +52,16 @@ INIT = nn.initializers.normal(0.02)
 Kernels = Callable[[str, tuple[int, ...], tuple[int, ...]], Across | None]
 
 
+class Mixing(NamedTuple):
+    """How a mixture of experts is computed, see `experts.mixture`."""
+
+    block: int | None = experts.CPU_BLOCK
+    mesh: experts.Spread | None = None
+
+
+MIXING = Mixing()
+
+
 class Run(nn.Module):
     """Fields every module shares: what to compute, and how."""
 
@@ -60,10 +70,11 @@ class Run(nn.Module):
     param_dtype: Any = jnp.float32
     attend: Attention = PLAIN
     across: Kernels | None = None
+    mixing: Mixing = MIXING
 
     @property
     def fields(self) -> dict[str, Any]:
-        names = ("config", "dtype", "param_dtype", "attend", "across")
+        names = ("config", "dtype", "param_dtype", "attend", "across", "mixing")
         return {name: getattr(self, name) for name in names}
 
     def dense(self, name: str, features: int | tuple[int, ...], bias: bool, inputs: int = 1) -> Dense:
@@ -145,6 +156,51 @@ class Mlp(Run):
         return self.dense("down", c.width, c.mlp_bias)(hidden)
 
 
+class Experts(Run):
+    """Feed-forward blocks of which each token goes through those that a router chooses."""
+
+    @nn.compact
+    def __call__(self, x, counted):
+        c, flat = self.config, x.reshape(-1, x.shape[-1])
+        router = self.param_of("router", (c.width, c.experts)).astype(self.dtype)
+        path = "/".join((*self.path, "router", "kernel"))
+        across = None if self.across is None else self.across(path, (c.width,), (c.experts,))
+        weights, chosen, probabilities = experts.route(
+            flat,
+            router,
+            top_k=c.experts_per_token,
+            normalise=c.normalise_router,
+            across=across,
+            spread=self.mixing.mesh,
+        )
+        made = experts.mixture(
+            flat,
+            weights,
+            chosen,
+            self.param_of("gate", (c.experts, c.width, c.mlp_width)),
+            self.param_of("up", (c.experts, c.width, c.mlp_width)),
+            self.param_of("down", (c.experts, c.mlp_width, c.width)),
+            activation=ACTIVATIONS[c.activation],
+            block=self.mixing.block,
+            spread=self.mixing.mesh,
+        )
+        found = experts.routing(probabilities, chosen, counted.ravel())
+        return made.reshape(x.shape), {name: values.reshape(counted.shape) for name, values in found.items()}
+
+    def param_of(self, name: str, shape: tuple[int, ...]) -> Array:
+        return jnp.asarray(Kernel(**self.fields, shape=shape, name=name)())
+
+
+class Kernel(Run):
+    """A product's matrix, for what does more with it than multiply."""
+
+    shape: tuple[int, ...] = ()
+
+    @nn.compact
+    def __call__(self):
+        return self.param("kernel", INIT, self.shape, self.param_dtype)
+
+
 class Block(Run):
     """Attention and feed-forward, one after the other or side by side."""
 
@@ -163,8 +219,11 @@ class Block(Run):
         if not c.parallel_residual:
             x, attended = x + attended, 0.0
         read = read if c.shared_norm else norm("mlp_norm", x, before)
-        made = norm("mlp_post_norm", Mlp(**self.fields, name="mlp")(read), after)
-        return x + attended + made, None
+        if c.experts:
+            made, found = Experts(**self.fields, name="experts")(read, layers.counted)
+        else:
+            made, found = Mlp(**self.fields, name="mlp")(read), None
+        return x + attended + norm("mlp_post_norm", made, after), found
 
 
 class Table(Run):
@@ -213,8 +272,9 @@ class Decoder(Run):
             length=c.layers,
         )
         layers = all_layers(c, positions, key_start, key_end, self.dtype, self.unfed)
-        x, _ = blocks(**self.fields, name="blocks")(x, each_layer(c), layers)
-        return Norm(**self.fields, name="final_norm")(x)
+        x, found = blocks(**self.fields, name="blocks")(x, each_layer(c), layers)
+        found = {name: values.mean(0) for name, values in (found or {}).items()}
+        return Norm(**self.fields, name="final_norm")(x), found
 
 
 class Layers(NamedTuple):
@@ -223,6 +283,7 @@ class Layers(NamedTuple):
     rotations: tuple[Any, ...]
     key_starts: tuple[Int[Array, "R S"], ...]
     key_end: Int[Array, "R S"]
+    counted: Bool[Array, "R S"]  # tokens that statistics are of
 
 
 def all_layers(
@@ -244,7 +305,8 @@ def all_layers(
     ]
     index = jnp.arange(key_start.shape[1], dtype=key_start.dtype)[None]
     starts = [key_start if window is None else jnp.maximum(key_start, index - (window - 1)) for window in windows]
-    return Layers(tuple(rotations), tuple(starts), key_end)
+    # All but padding, and, which cannot be told from it, the first of each sequence.
+    return Layers(tuple(rotations), tuple(starts), key_end, positions > 0)
 
 
 def each_layer(config: DecoderConfig) -> tuple[Any, Any]:
@@ -291,7 +353,8 @@ def forward(
 ) -> Float[Array, "R S D"]:
     """Final hidden states of tokens; arguments as in `hidden_states`."""
     x, _ = lookup(jnp.asarray(params["embed"]["embedding"]), tokens, None)
-    return hidden_states(params, config, x, positions, key_start, key_end, dtype=dtype, remat=remat, attend=attend)
+    given = positions, key_start, key_end
+    return hidden_states(params, config, x, *given, dtype=dtype, remat=remat, attend=attend)[0]
 
 
 def hidden_states(
@@ -306,9 +369,11 @@ def hidden_states(
     remat: str = "none",
     attend: Attention = PLAIN,
     across: Kernels | None = None,
+    mixing: Mixing = MIXING,
     unfed: int = 0,
-) -> Float[Array, "R S D"]:
-    """Final hidden states, normalised, ready for the head.
+) -> tuple[Float[Array, "R S D"], dict[str, Float[Array, "R S"]]]:
+    """Final hidden states, normalised, ready for the head; and of a mixture of experts, see `experts.routing`, what its
+    layers find of every token, on average.
 
     Args:
       params: the tree that `DecoderConfig` documents; tables of the vocabulary are not read.
@@ -319,11 +384,12 @@ def hidden_states(
       remat: what the backward pass recomputes, one of REMAT.
       attend: attention, of `attention.make_attention`.
       across: how kernels lie on a mesh; None: on one device.
+      mixing: how experts do, and how they are computed.
       unfed: tokens at the end of each sequence that are not among these, as one is not that predicts nothing; some
         models turn by how long a sequence is.
     """
-    module = Decoder(config, dtype, attend=attend, across=across, remat=remat, unfed=unfed)
-    return cast(jax.Array, module.apply({"params": params}, x.astype(dtype), positions, key_start, key_end))
+    module = Decoder(config, dtype, attend=attend, across=across, mixing=mixing, remat=remat, unfed=unfed)
+    return cast(Any, module.apply({"params": params}, x.astype(dtype), positions, key_start, key_end))
 
 
 def logits(params: dict, config: DecoderConfig, hidden: Float[Array, "R S D"]) -> Float[Array, "R S V"]:

@@ -32,6 +32,9 @@ from dpo_jax.models.layers import Across, affine
 custom_vjp: Any = jax.custom_vjp  # its own annotations say nothing of what a function returns
 
 CPU_BLOCK, LEAST_BLOCK = 128, 16  # lines; larger blocks waste more of an expert's last, smaller ones read more often
+# By platform; `ragged_dot` elsewhere, which is TPUs. On GPUs XLA multiplies all lines with all experts as on CPUs
+# (openxla/xla#40189), and products must be large to be fast.
+BLOCKS = {"cpu": CPU_BLOCK, "gpu": 512}
 KEPT = "experts"  # name, for remat policies, of the two products that the backward pass would else make again
 
 _BY_GROUP_OUTER = jax.lax.RaggedDotDimensionNumbers(
@@ -125,6 +128,26 @@ def _likeliest(probabilities, top_k, spread):
         return here(probabilities)
     rows = PartitionSpec(spread.rows)  # left to itself, XLA gathers the rows of all devices on each
     return jax.shard_map(here, mesh=spread.mesh, in_specs=rows, out_specs=rows, check_vma=False)(probabilities)
+
+
+def routing(
+    probabilities: Float[Array, "N E"], experts: Int[Array, "N k"], counted: Bool[Array, "N"]
+) -> dict[str, Float[Array, "N"]]:
+    """What a router does with each token; the means over `counted` ones say how it spreads them.
+
+    router_entropy: of its probabilities, in nats. router_load: how much its experts have to do, as a multiple of an
+    even share: the mean is E sum_e s_e^2, with s_e the share of expert e, which is 1 if all have the same.
+    router_balance: the mean is `balance_loss`, and so is its gradient, for shares have none.
+    """
+    count = probabilities.shape[1]
+    share = jax.lax.stop_gradient(router_load(experts, counted, count)).astype(probabilities.dtype)
+    entropy = -jnp.sum(probabilities * jnp.log(jnp.maximum(probabilities, jnp.finfo(probabilities.dtype).tiny)), -1)
+    balance = count * experts.shape[1] * jnp.sum(probabilities * share[None], -1)
+    return {
+        "router_entropy": jax.lax.stop_gradient(entropy),
+        "router_load": count * share[experts].mean(-1),
+        "router_balance": balance,
+    }
 
 
 def router_load(experts: Int[Array, "N k"], real: Bool[Array, "N"] | None, count: int) -> Float[Array, "E"]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from functools import partial
 
 from dpo_jax.models import hf_config, rope
@@ -57,7 +56,7 @@ def turning(dim: int, head_dim: int, place: str) -> Rope:
             expected=f"an even number up to {head_dim}",
             remedy="Compare the file with the one the model was published with.",
         )
-    return dataclasses.replace(rope.default({}, rope.frequencies(10000.0, dim)), interleaved=True)
+    return rope.usual(dim, interleaved=True)
 
 
 def tensors(c: DecoderConfig) -> list[Tensor]:

@@ -26,6 +26,11 @@ def frequencies(theta: float, dim: int) -> Float[np.ndarray, "half"]:
     return theta ** (-np.arange(0, dim, 2) / dim)
 
 
+def usual(dim: int, theta: float = 10000.0, *, interleaved: bool = False) -> Rope:
+    """So many dimensions, turning as in the paper."""
+    return Rope(_floats(frequencies(theta, dim)), interleaved=interleaved)
+
+
 def default(given: Given, plain: np.ndarray) -> Rope:
     """As the model was trained."""
     return Rope(_floats(plain))
