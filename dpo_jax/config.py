@@ -55,9 +55,7 @@ class Data:
     max_prompt_length: int = 512  # tokens of the prompt, >= 1, < max_length
     truncate_prompt: str = "keep_end"  # keep_end | keep_start | error: which end of a long prompt survives, if any
     on_bad_row: str = "error"  # error | skip: skipped rows are counted and reported
-    layout: str = (
-        "auto"  # shared: prompt stored once a pair | repeated: once a completion | auto: shared where it can be
-    )
+    layout: str = "auto"  # shared: prompt once a pair | repeated: once a completion | auto: shared where it can be
     row_length: int | None = None  # positions in a packed row; unset: from the longest pair
     cache_dir: str = ""  # tokenised data; empty: a folder in the user's cache
 

@@ -104,6 +104,7 @@ BAD = [
     ("optimizer.learning_rate", float("inf"), "a number > 0"),
     ("optimizer.warmup_steps", -1, "a number >= 0"),
     ("optimizer.weight_decay", -0.1, "a number >= 0"),
+    ("train.router_balance", -0.1, "a number >= 0"),
     ("optimizer.clip_norm", -1.0, "a number >= 0"),
     ("optimizer.b1", 1.0, "a number in [0, 1)"),
     ("optimizer.b2", -0.5, "a number in [0, 1)"),
