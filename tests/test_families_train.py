@@ -104,6 +104,7 @@ def test_a_mesh_changes_nothing(name, sizes, tmp_path):
         np.testing.assert_allclose(metrics[each], expected[each], rtol=2e-5, atol=1e-5, err_msg=each)
 
 
+@pytest.mark.slow
 def test_router_metrics_and_what_weighs_the_balance(tmp_path):
     config, params = model("mixtral-all", tmp_path)
     batch = batch_of(config)

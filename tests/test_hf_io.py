@@ -78,8 +78,8 @@ def test_place_gets_every_leaf_and_its_result_is_kept(tmp_path):
 
 
 def test_host_holds_one_leaf_while_loading_and_one_tensor_while_exporting(tmp_path):
-    """6 MB of weights; the largest stacked leaf has 1 MB, the largest tensor 0.13 MB."""
-    hf = LLAMA | dict(hidden_size=128, intermediate_size=256, num_hidden_layers=8, head_dim=32, num_key_value_heads=4)
+    """25 MB of weights; the largest stacked leaf has 4 MB, the largest tensor 0.5 MB."""
+    hf = LLAMA | dict(hidden_size=256, intermediate_size=512, num_hidden_layers=8, head_dim=64, num_key_value_heads=4)
     leaves = save(tmp_path / "m", hf)
     total, largest = sum(x.nbytes for x in leaves.values()), max(x.nbytes for x in leaves.values())
     config, _ = hf_io.read_config(tmp_path / "m")

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from dpo_jax.models import gemma, hf_config, llama
+from dpo_jax.models import hf_config
 from dpo_jax.models.config import DecoderConfig, LayerKind
+from dpo_jax.models.families import gemma, llama
 from dpo_jax.models.weights import Tensor
 
 ARCHITECTURE = "Gemma2ForCausalLM"

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from functools import partial
 
-from dpo_jax.models import hf_config, llama
+from dpo_jax.models import hf_config
 from dpo_jax.models.config import DecoderConfig, LayerKind
+from dpo_jax.models.families import llama
 from dpo_jax.models.weights import Tensor, joined_matrix, matrix, plain
 
 ARCHITECTURE = "Phi3ForCausalLM"

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from dpo_jax.models import hf_config, llama, qwen3_moe
+from dpo_jax.models import hf_config
 from dpo_jax.models.config import DecoderConfig
+from dpo_jax.models.families import llama, qwen3_moe
 
 ARCHITECTURE = "OlmoeForCausalLM"
 SKIPPED = llama.SKIPPED

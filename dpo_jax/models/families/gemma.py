@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from dpo_jax.models import hf_config, llama
+from dpo_jax.models import hf_config
 from dpo_jax.models.config import DecoderConfig
+from dpo_jax.models.families import llama
 
 ARCHITECTURE = "GemmaForCausalLM"
 SKIPPED = llama.SKIPPED

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from dpo_jax.models import hf_config, llama
+from dpo_jax.models import hf_config
 from dpo_jax.models.config import DecoderConfig, LayerKind
+from dpo_jax.models.families import llama
 
 ARCHITECTURE = "MistralForCausalLM"
 SKIPPED = llama.SKIPPED

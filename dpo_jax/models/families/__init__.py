@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from dpo_jax.models import (
+from dpo_jax.models.config import DecoderConfig
+from dpo_jax.models.families import (
     gemma,
     gemma2,
     gemma3,
@@ -23,7 +24,6 @@ from dpo_jax.models import (
     qwen3_moe,
     smollm3,
 )
-from dpo_jax.models.config import DecoderConfig
 from dpo_jax.models.weights import Tensor
 from dpo_jax.types import InputError
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from dpo_jax.models import gemma2, hf_config, llama
+from dpo_jax.models import hf_config
 from dpo_jax.models.config import DecoderConfig, LayerKind, Rope
+from dpo_jax.models.families import gemma2, llama
 from dpo_jax.types import InputError
 
 ARCHITECTURE = "Gemma3ForCausalLM"

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from dpo_jax.models import hf_config, llama, qwen2
+from dpo_jax.models import hf_config
 from dpo_jax.models.config import DecoderConfig
+from dpo_jax.models.families import llama, qwen2
 
 ARCHITECTURE = "Qwen3ForCausalLM"
 SKIPPED = llama.SKIPPED
