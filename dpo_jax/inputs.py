@@ -141,6 +141,7 @@ def load_inputs(config: Config, *, training: bool) -> Inputs:
     generation = folder / hf_files.GENERATION
     files = {"config": hf_config, "generation": hf_files.read_json(generation) if generation.is_file() else {}}
     tokenizer_folder = hf_io.resolve(config.tokenizer.path) if config.tokenizer.path else folder
+    hf_io.check_tokenizer(tokenizer_folder)  # transformers would make an empty one by the model's type
     tokenizer = load_tokenizer(str(tokenizer_folder))
     if training and not config.data.train:
         raise InputError(

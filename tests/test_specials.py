@@ -260,3 +260,12 @@ def test_named_templates_are_read_and_exported_along(tmp_path):
     assert loaded.chat_template == {"default": CHATML, "tools": THINKING} == exported.chat_template
     found = run_inputs.load_inputs(config, training=True).train
     assert found is not None and str(loaded.decode(found[0].prompt)).endswith("<|im_start|>assistant\n")
+
+
+def test_model_without_a_tokenizer_is_refused(tmp_path):
+    """transformers makes an empty tokenizer of the model's type, in which no text has a token."""
+    config = write(tmp_path, PLAIN, make_tokenizer())
+    for name in hf_files.tokenizer_files(tmp_path / "model"):
+        (tmp_path / "model" / name).unlink()
+    with pytest.raises(InputError, match="model: no tokenizer files; .*set tokenizer.path"):
+        run_inputs.load_inputs(config, training=True)

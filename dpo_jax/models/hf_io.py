@@ -332,7 +332,7 @@ def check_tokenizer(folder: Path | None) -> None:
             str(folder),
             got="no tokenizer files",
             expected=f"some of {', '.join(hf_files.TOKENIZER_FILES)}",
-            remedy="Save the tokenizer there with its save_pretrained.",
+            remedy="Save the tokenizer there with its save_pretrained, or set tokenizer.path.",
         )
 
 
