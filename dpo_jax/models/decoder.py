@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any, NamedTuple, cast
 
 import jax
@@ -16,9 +16,9 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 from jax.ad_checkpoint import checkpoint_name
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
-from dpo_jax.models import experts, rope
+from dpo_jax.models import experts, kinds, rope
 from dpo_jax.models.attention import PLAIN, Attention
 from dpo_jax.models.config import DecoderConfig
 from dpo_jax.models.layers import Across, affine, lookup, normalise
@@ -133,13 +133,13 @@ class SelfAttention(Run):
         if c.qkv_clip is not None:
             q, k, v = (jnp.clip(each, -c.qkv_clip, c.qkv_clip) for each in (q, k, v))
         kind, number = which
-        rotation = of_kind(layers.rotations, kind)
+        rotation = kinds.of_kind(layers.rotations, kind)
         if rotation is not None:
-            turn = functools.partial(rope.rotate, rotation=rotation, interleaved=interleaved(c))
+            turn = functools.partial(rope.rotate, rotation=rotation, interleaved=kinds.interleaved(c))
             q, k = turn(q), turn(k)
         if number is not None:
             q = q / number.astype(q.dtype)
-        key_start = of_kind(layers.key_starts, kind)
+        key_start = kinds.of_kind(layers.key_starts, kind)
         out = self.attend(q, k, v, key_start, layers.key_end, scale=c.query_scale, soft_cap=c.attention_soft_cap)
         return self.dense("o", c.width, c.output_bias, inputs=2)(out)
 
@@ -271,66 +271,10 @@ class Decoder(Run):
             in_axes=cast(Any, (0, nn.broadcast)),  # typed as ints
             length=c.layers,
         )
-        layers = all_layers(c, positions, key_start, key_end, self.dtype, self.unfed)
-        x, found = blocks(**self.fields, name="blocks")(x, each_layer(c), layers)
+        layers = kinds.all_layers(c, positions, key_start, key_end, self.dtype, self.unfed)
+        x, found = blocks(**self.fields, name="blocks")(x, kinds.each_layer(c), layers)
         found = {name: values.mean(0) for name, values in (found or {}).items()}
         return Norm(**self.fields, name="final_norm")(x), found
-
-
-class Layers(NamedTuple):
-    """What layers know besides their parameters; a tuple has an entry for each kind of layer, or one for all."""
-
-    rotations: tuple[Any, ...]
-    key_starts: tuple[Int[Array, "R S"], ...]
-    key_end: Int[Array, "R S"]
-    counted: Bool[Array, "R S"]  # tokens that statistics are of
-
-
-def all_layers(
-    config: DecoderConfig,
-    positions: Int[Array, "R S"],
-    key_start: Int[Array, "R S"],
-    key_end: Int[Array, "R S"],
-    dtype: Any,
-    unfed: int,
-) -> Layers:
-    """How far tokens turn and which keys they see, in layers of every kind."""
-    ropes = one_for_all(kind.rope for kind in config.kinds)
-    windows = one_for_all(kind.window for kind in config.kinds)
-    turning = next((each for each in ropes if each is not None), None)
-    # Where some layers turn and others do not, these turn by nothing.
-    rotations = [
-        None if turning is None else rope.rotation(each, turning.dim, positions, key_start, dtype, unfed=unfed)
-        for each in ropes
-    ]
-    index = jnp.arange(key_start.shape[1], dtype=key_start.dtype)[None]
-    starts = [key_start if window is None else jnp.maximum(key_start, index - (window - 1)) for window in windows]
-    # All but padding, and, which cannot be told from it, the first of each sequence.
-    return Layers(tuple(rotations), tuple(starts), key_end, positions > 0)
-
-
-def each_layer(config: DecoderConfig) -> tuple[Any, Any]:
-    """The kind of every layer [L], None where there is one, and its number from 1 [L], None where nothing asks."""
-    numbers = np.arange(1, config.layers + 1, dtype=np.int32) if config.scale_by_layer else None
-    return np.array(config.pattern, np.int32) if config.pattern else None, numbers
-
-
-def one_for_all(options: Iterable[Any]) -> list[Any]:
-    """The options, or the one that there is if all are the same."""
-    options = list(options)
-    return options[:1] if len(set(options)) == 1 else options
-
-
-def of_kind(options: tuple[Any, ...], kind: Array | None) -> Any:
-    """That of a layer's kind, or the one that there is."""
-    if kind is None or len(options) == 1:
-        return options[0]
-    return jax.tree.map(lambda *each: jax.lax.select_n(kind, *each), *options)
-
-
-def interleaved(config: DecoderConfig) -> bool:
-    """Whether the dimensions that turn together are neighbours."""
-    return any(kind.rope is not None and kind.rope.interleaved for kind in config.kinds)
 
 
 def init(key: Array, config: DecoderConfig, *, dtype: Any = jnp.float32) -> dict:
