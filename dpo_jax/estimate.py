@@ -289,7 +289,7 @@ def part_of(
             itemsize=itemsize,
             remat=config.model.remat if update else "",
         )
-        rest += 2 * gathered / built.model.layers
+        rest += roofline.weight_bytes(built.model, gathered, itemsize=itemsize, update=update)
         return Part(shape, work, Memory(weights, optimizer, gradients, int(rest)), cost, [])
     total, text = compiled(program, (*held, abstract_batch(built, shape)))
     rest = max(0, total - weights - optimizer - gradients)

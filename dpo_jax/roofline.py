@@ -84,12 +84,20 @@ def update_flops(work: Work, remat: str) -> float:
     return (3 + again) * (work.needed - work.head + work.padding) + 4 * work.head
 
 
+def block_arrays(model: DecoderConfig) -> tuple[int, int]:
+    """How many numbers a block makes of a position: in arrays that `tensor` does not cut, and in those that it does."""
+    m = model
+    norms = 4 if m.norms == "both" else 2
+    lines = 2 * m.experts_per_token  # a token for each of its experts, and what each makes of it
+    heads = (3 if m.qk_norm else 2) * (m.heads + m.kv_heads) * m.head_dim  # queries and keys count twice if normalised
+    return (4 + norms + lines) * m.width, heads + (3 if m.gated else 2) * m.active_width
+
+
 def forward_bytes(model: DecoderConfig, work: Work, *, chips: int, tensor: int, itemsize: int) -> float:
     """Memory traffic of a chip for the activations of one forward pass."""
-    m = model
-    across = 2 * (m.heads + m.kv_heads) * m.head_dim + (3 if m.gated else 2) * m.active_width
-    blocks = m.layers * (6 * m.width * tensor + across) * work.positions  # what `tensor` does not cut, each holds whole
-    logits = work.scored * m.vocab_size
+    whole, cut = block_arrays(model)
+    blocks = model.layers * (whole * tensor + cut) * work.positions  # what `tensor` does not cut, each holds whole
+    logits = work.scored * model.vocab_size
     return 2 * (itemsize * blocks + 4 * logits) / chips
 
 
@@ -212,13 +220,27 @@ def activation_bytes(model: DecoderConfig, positions: float, *, tensor: int, ite
       remat: empty: there is no backward pass.
     """
     m = model
+    whole, cut = block_arrays(m)
     products = (2 * m.heads + 2 * m.kv_heads) * m.head_dim + (2 if m.gated else 1) * m.active_width
+    # Of experts only the products with gate and up are kept, whatever the policy keeps of the rest.
+    lines, hidden = 2 * m.experts_per_token * m.width, m.active_width if m.experts else 0
     kept = {
         "": 0.0,
         "offload": 0.0,
         "block": m.width,
-        "dots": 3 * m.width + products / tensor,
-        "none": 6 * m.width + (products + m.active_width) / tensor,
+        "dots": (2 if m.experts else 3) * m.width + products / tensor,
+        "none": whole - lines + (cut - hidden) / tensor,
     }
-    at_work = 6 * m.width + (products + m.active_width) / tensor
+    at_work = whole + cut / tensor
     return itemsize * positions * (m.layers * kept[remat] + (2 if remat else 1) * at_work)
+
+
+def weight_bytes(model: DecoderConfig, gathered: float, *, itemsize: int, update: bool) -> float:
+    """Bytes of what a chip holds of weights besides its own: of a layer gathered, and of the next on its way.
+
+    Args:
+      gathered: bytes of a chip's part of the weights in the compute type with `fsdp` gathered.
+    """
+    # The gradients of all experts of a layer, in float32, are there before the first of them is scattered.
+    gradients = 4 / itemsize if update and model.experts else 0
+    return (2 + gradients) * gathered / model.layers

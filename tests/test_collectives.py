@@ -1,13 +1,17 @@
 """Collectives of hand-written programs, and of compiled ones whose traffic has a closed form."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from dpo_jax import collectives
+from dpo_jax import collectives, scoring, sharding
 from dpo_jax.collectives import Collective
+from dpo_jax.models import decoder
+from dpo_jax.models.config import DecoderConfig
 
 # A loop that the compiler has counted, in one that only the data counts; a gather in two steps; a sum of two arrays.
 LAYERS = """HloModule jit_f, is_scheduled=true, num_partitions=8, entry_computation_layout={(f32[4])->f32[4]}
@@ -244,3 +248,34 @@ def test_weights_of_a_scan_are_gathered_once_a_layer_and_microbatch(layers):
     assert {tuple(sorted(group)) for c in gathers for group in c.groups} == {(0, 1, 2, 3), (4, 5, 6, 7)}
     assert not any(collectives.crosses(c, lambda device: device // 4) for c in gathers)
     assert any(collectives.crosses(c, lambda device: device // 4) for c in found if c.kind == "all-reduce")
+
+
+@pytest.mark.parametrize("qk_norm", ["head", "all"])
+def test_norms_of_queries_and_keys_gather_no_heads(qk_norm):
+    model = DecoderConfig(
+        vocab_size=64,
+        width=32,
+        layers=2,
+        heads=8,
+        kv_heads=4,
+        head_dim=16,
+        mlp_width=64,
+        max_positions=64,
+        qk_norm=qk_norm,
+    )
+    mesh = sharding.make_mesh(1, 4, 2)
+    shapes = jax.eval_shape(lambda: decoder.init(jax.random.key(0), model))
+    placed = functools.partial(jax.tree.map, lambda x, at: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=at))
+    params, rows = placed(shapes, sharding.shardings(mesh, shapes)), NamedSharding(mesh, P(sharding.ROW_AXES))
+    x = jax.ShapeDtypeStruct((8, 16, 32), jnp.float32, sharding=rows)
+    index = jax.ShapeDtypeStruct((8, 16), jnp.int32, sharding=rows)
+    across = functools.partial(scoring.kernel_across, model, mesh, sharding.RULES)
+
+    def loss(params, x, *index):
+        return decoder.hidden_states(params, model, x, *index, across=across)[0].sum()
+
+    text = jax.jit(jax.grad(loss, (0, 1))).lower(params, x, index, index, index).compile().as_text()
+    assert text is not None
+    gathers = [c for c in collectives.collectives(text) if c.kind == "all-gather"]
+    assert gathers  # of kernels, over `fsdp`
+    assert {tuple(sorted(group)) for c in gathers for group in c.groups} == {(0, 2, 4, 6), (1, 3, 5, 7)}

@@ -1,5 +1,7 @@
 """Counted operations against those of unpadded products and of XLA."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,7 +9,7 @@ import pytest
 
 from dpo_jax import flops
 from dpo_jax.data import layout
-from dpo_jax.models.config import DecoderConfig
+from dpo_jax.models.config import DecoderConfig, LayerKind
 from dpo_jax.types import Encoded
 
 CONFIG = DecoderConfig(
@@ -22,16 +24,43 @@ def test_visible_pairs_are_those_of_the_intervals(name):
     assert flops.visible_pairs(LENGTHS, name) == sum((unit.key_end - unit.key_start).sum() for unit in units)
 
 
+@pytest.mark.parametrize("window", [1, 4, 100])
+def test_visible_pairs_of_a_window_are_those_of_the_intervals(window):
+    units = [layout.lay_out(Encoded(*(np.ones(n, int) for n in row)), "repeated") for row in LENGTHS]
+    seen = 0
+    for unit in units:
+        index = np.arange(len(unit.key_end))
+        seen += (unit.key_end - np.maximum(unit.key_start, index - (window - 1))).sum()
+    assert flops.visible_pairs(LENGTHS, "repeated", window) == seen
+
+
+def test_every_layer_sees_as_much_as_its_own_window_lets_it():
+    kinds = dict(kinds=(LayerKind(window=4), LayerKind()), pattern=(0, 0, 1))
+    near, far = (flops.visible_pairs(LENGTHS, "repeated", window) for window in (4, None))
+    assert near < far
+    less = 4.0 * CONFIG.heads * CONFIG.head_dim * 2 * (far - near)  # in two of the three layers
+    some = flops.forward_flops(dataclasses.replace(CONFIG, **kinds), LENGTHS, "repeated")
+    assert flops.forward_flops(CONFIG, LENGTHS, "repeated") - some == less
+
+
+def products(rows, inner, columns):
+    """As XLA counts them on a compiled product of just that size."""
+    args = jax.ShapeDtypeStruct((rows, inner), jnp.float32), jax.ShapeDtypeStruct((inner, columns), jnp.float32)
+    cost = jax.jit(jnp.matmul).lower(*args).compile().cost_analysis()
+    assert cost is not None
+    return cost["flops"]
+
+
+def test_a_token_costs_what_its_own_experts_and_the_router_do():
+    # Five experts, of which each token meets two: of 10 tokens, 20 go through a feed-forward block of some expert.
+    mixed = dataclasses.replace(CONFIG, experts=5, experts_per_token=2)
+    dense = flops.product_flops(CONFIG, 10, 4) - 3 * 3 * products(10, 32, 64)
+    assert flops.product_flops(mixed, 10, 4) == dense + 3 * (3 * products(20, 32, 64) + products(10, 32, 5))
+
+
 def test_forward_operations_are_those_of_the_products():
-    # Ten real tokens of one block matrix after the other, counted by XLA on a compiled product of just that size.
+    # Ten real tokens of one block matrix after the other.
     tokens = int(layout.unit_lengths(LENGTHS, "shared").sum())
-
-    def products(rows, inner, columns):
-        args = jax.ShapeDtypeStruct((rows, inner), jnp.float32), jax.ShapeDtypeStruct((inner, columns), jnp.float32)
-        cost = jax.jit(jnp.matmul).lower(*args).compile().cost_analysis()
-        assert cost is not None
-        return cost["flops"]
-
     c = CONFIG
     block = products(tokens, 32, 32) * 2 + products(tokens, 32, 16) * 2 + products(tokens, 32, 64) * 3
     seen = 4.0 * c.heads * c.head_dim * flops.visible_pairs(LENGTHS, "shared")

@@ -16,13 +16,15 @@ def draw(*shapes, seed=0):
 def formula(x, scale, bias, eps=1e-3):
     if bias is not None:
         x = x - x.mean(-1, keepdims=True)
-    y = x / jnp.sqrt((x**2).mean(-1, keepdims=True) + eps) * scale[None]
-    return y if bias is None else y + bias[None]
+    along = (1,) * (x.ndim - 1) + (-1,)
+    y = x / jnp.sqrt((x**2).mean(-1, keepdims=True) + eps) * scale.reshape(along)
+    return y if bias is None else y + bias.reshape(along)
 
 
+@pytest.mark.parametrize("rows", [(7,), (7, 3)], ids=["rows", "heads of rows"])
 @pytest.mark.parametrize("layer", [True, False], ids=["layernorm", "rmsnorm"])
-def test_norm_and_its_gradients_are_those_of_the_formula(layer):
-    x, scale, bias, weight = draw((7, 24), (24,), (24,), (7, 24))
+def test_norm_and_its_gradients_are_those_of_the_formula(layer, rows):
+    x, scale, bias, weight = draw((*rows, 24), (24,), (24,), (*rows, 24))
     bias = bias if layer else None
     ours = jax.value_and_grad(lambda x, s, b: (normalise(x, s, b, 1e-3) * weight).sum(), (0, 1, 2))
     theirs = jax.value_and_grad(lambda x, s, b: (formula(x, s, b) * weight).sum(), (0, 1, 2))

@@ -16,7 +16,7 @@ from dpo_jax.data.layout import Shape, unit_lengths
 from dpo_jax.types import InputError
 
 ROOT = Path(__file__).parents[1]
-LLAMA = "configs/architectures/llama3_8b.json"
+MIXTRAL = "configs/architectures/mixtral_8x7b.json"
 
 
 @pytest.fixture(autouse=True)
@@ -86,6 +86,56 @@ def test_network_bytes_of_a_gpu_mesh_in_closed_form():
     assert two_hosts.across == pytest.approx(2 * (2e9 + 2e9) / 2 / 8)
     whole = roofline.network_bytes(model, work, sizes=dict(replica=1, fsdp=1, tensor=8), **options)
     assert whole.within == pytest.approx(2 * 4096 * 4096 * 2 * 32 * 2 * 2 * 7 / 8)
+
+
+def test_memory_traffic_of_a_block_counts_what_tensor_does_not_cut_on_every_chip():
+    work = roofline.Work(8, 2.0, 4096.0, 4000.0, 0.0, 1.0, 1.0, 1.0)
+    llama = estimate.architecture(recipe("llama3_8b"))
+    # Twice two bytes: queries and attention's result, keys, values, three of the MLP; norms, results, sums.
+    cut, whole = 2 * 4096 + 2 * 1024 + 3 * 14336, 6 * 4096
+    for changes, more_cut, more_whole in (
+        ({}, 0, 0),
+        ({"qk_norm": "head"}, 4096 + 1024, 0),
+        ({"norms": "both"}, 0, 2 * 4096),
+        # Two experts' MLPs, and their lines in and out.
+        ({"experts": 8, "experts_per_token": 2}, 3 * 14336, 4 * 4096),
+    ):
+        model = dataclasses.replace(llama, **changes)
+        for tensor in (1, 4):
+            numbers = cut + more_cut + tensor * (whole + more_whole)
+            found = roofline.forward_bytes(model, work, chips=8, tensor=tensor, itemsize=2)
+            assert found == 2 * 2 * 32 * numbers * 4096 / 8, changes
+
+
+@pytest.mark.parametrize("remat", ["none", "dots", "block"])
+def test_activations_of_experts_are_their_products_and_while_at_work_their_lines(remat):
+    dense = estimate.architecture(recipe("llama3_8b"))
+    wide = dataclasses.replace(dense, mlp_width=2 * dense.mlp_width)  # as much as two experts
+    mixed = dataclasses.replace(dense, experts=8, experts_per_token=2)
+    lines, hidden = 4 * dense.width, wide.mlp_width
+    kept = {"none": -hidden, "dots": -dense.width, "block": 0}[remat]  # not what `down` reads, or makes
+    more = 2 * 4096 * (32 * kept + 2 * lines)
+    options: dict[str, Any] = dict(tensor=1, itemsize=2, remat=remat)
+    found, other = (roofline.activation_bytes(model, 4096, **options) for model in (mixed, wide))
+    assert found == other + more
+
+
+def test_plan_of_experts_holds_and_reads_them_all():
+    chosen = recipe("llama3_8b", f"plan.architecture={MIXTRAL}", "mesh.tensor=1")
+    found = estimate.estimate(chosen, estimate.parse_topology("h100:64"))
+    update, every = found.parts["update"], 46_702_792_704  # parameters of Mixtral 8x7B
+    assert update.memory.weights == pytest.approx(4 * every / 64, rel=1e-3)
+    # Besides activations and what a chip has of its own, every weight is written and read, forward and backward.
+    forward = roofline.forward_bytes(estimate.architecture(chosen), update.work, chips=64, tensor=1, itemsize=2)
+    memory, microbatches = update.memory, update.work.microbatches
+    own = 2 * (memory.weights + memory.optimizer) + (2 * microbatches + 2) * memory.gradients
+    passing = update.cost.hbm_bytes - 3 * forward - own
+    assert passing == pytest.approx(microbatches * 4 * 2 * every, rel=1e-3)
+    # Of a layer the weights and those of the next, and the gradients of experts, in four bytes.
+    kept = roofline.activation_bytes(
+        estimate.architecture(chosen), update.shape.positions / 64, tensor=1, itemsize=2, remat="dots"
+    )
+    assert memory.rest - kept == pytest.approx((2 * 2 + 4) * every / 32, rel=1e-3)
 
 
 @pytest.mark.parametrize("remat, more", [("none", "dots"), ("dots", "block"), ("block", "offload")])

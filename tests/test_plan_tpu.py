@@ -9,17 +9,18 @@ from pathlib import Path
 
 import pytest
 
-from dpo_jax import config, estimate, hosts, plan
+from dpo_jax import config, estimate, hosts, plan, roofline
 from dpo_jax.types import InputError
 
 ROOT = Path(__file__).parents[1]
-PODS = {
-    "v5p:4x4x4": ("llama3_8b", []),
-    "v5e:16x16": ("llama3_8b", ["mesh.tensor=8"]),
-    "v6e:8x8": ("llama3_8b", []),
-    "v5p:8x8x8": ("llama3_70b", []),
-    "v5e:4x4": ("pythia_2b8_hh", []),
-}
+PODS = [
+    ("v5p:4x4x4", "llama3_8b", []),
+    ("v5e:16x16", "llama3_8b", ["mesh.tensor=8"]),
+    ("v6e:8x8", "llama3_8b", []),
+    ("v5p:4x4x4", "qwen3_8b", []),
+    ("v5p:8x8x8", "llama3_70b", []),
+    ("v5e:4x4", "pythia_2b8_hh", []),
+]
 
 pytestmark = pytest.mark.tpu_aot
 
@@ -33,34 +34,69 @@ def at_the_root(monkeypatch):
         pytest.skip(str(error))
 
 
-@pytest.mark.parametrize("topology", PODS)
-def test_recipe_compiles_for_a_pod_and_fits_and_sends_what_it_should(topology):
-    name, overrides = PODS[topology]
-    chosen = config.load(f"configs/{name}.py", overrides)
-    found = estimate.estimate(chosen, estimate.parse_topology(topology))
+@pytest.mark.parametrize("topology, name, overrides", PODS)
+def test_recipe_compiles_for_a_pod_and_fits_and_sends_what_it_should(topology, name, overrides):
+    found = estimate.estimate(config.load(f"configs/{name}.py", overrides), estimate.parse_topology(topology))
+    model = assert_fits_and_sends_weights_alone(found)
+
+    # Neither logits nor the whole vocabulary cross: no array is half of what a device has of its matrix.
+    table = model.vocab_size * model.width / found.mesh["tensor"]
+    for each in found.parts["update"].moved:
+        assert max(map(elements, each.shape.split(", "))) < table / 2, each
+
+
+def test_experts_compile_for_a_pod_where_tokens_stay_and_take_what_is_counted():
+    chosen = config.load("configs/llama3_8b.py", ["plan.architecture=configs/architectures/mixtral_8x7b.json"])
+    found = estimate.estimate(chosen, estimate.parse_topology("v5p:4x4x4"))
+    model = assert_fits_and_sends_weights_alone(found)
+    update, tensor = found.parts["update"], found.mesh["tensor"]
+
+    assert not any(each.kind.startswith("ragged") for each in update.moved)  # no token goes where its expert is
+    # What is gathered or scattered is no larger than dense weights, or is a matrix of all experts, or its gradient.
+    sides = {model.width, model.width // found.mesh["fsdp"], model.mlp_width // tensor}
+    part = model.experts * model.width * model.mlp_width / tensor / found.mesh["fsdp"]
+    for each in update.moved:
+        *_, experts, first, second = 0, 0, 0, *map(int, re.findall(r"\d+", each.shape.partition("[")[2]))
+        tokens = first == model.vocab_size  # their gradient, summed for part of the width at a time
+        if each.kind in ("all-gather", "reduce-scatter") and elements(each.shape) >= part and not tokens:
+            assert experts == model.experts and {first, second} <= sides, each
+            assert each.shape.startswith("bf16" if each.kind == "all-gather" else "f32"), each
+
+    # GPUs are planned for by counting: what the compiler finds is not far from it.
+    gathered = 2 * 46.7e9 / tensor  # bytes of all parameters, of which a chip has its part of `tensor`
+    counted = roofline.activation_bytes(model, update.shape.row_length, tensor=tensor, itemsize=2, remat="dots")
+    counted += roofline.weight_bytes(model, gathered, itemsize=2, update=True)
+    assert 0.75 < counted / update.memory.rest < 1.25
+
+
+def assert_fits_and_sends_weights_alone(found):
+    """Checks all but what depends on how large the vocabulary is beside the rest; returns the model's shape."""
     assert found.fits and plan.verdict(found).startswith("fits: ")
     assert found.attention == "splash"
-    model = estimate.architecture(chosen)
+    model = estimate.architecture(found.config)
     update, tensor = found.parts["update"], found.mesh["tensor"]
     microbatches = round(update.work.microbatches)
 
     # Weights are gathered in bfloat16, forward and backward, and nothing else of that size is.
     gathered = sum(each.bytes_sent * each.times for each in update.moved if each.kind == "all-gather")
-    mlp = (3 if model.gated else 2) * model.width * model.mlp_width
+    mlp = (3 if model.gated else 2) * model.width * model.mlp_width * max(1, model.experts)
     block = model.width * model.head_dim * (2 * model.heads + 2 * model.kv_heads) + mlp
     weights = 2 * model.layers * block / tensor * microbatches
     assert gathered < 2.6 * weights
 
-    # Neither logits nor the whole vocabulary cross: no array is half of what a device has of its matrix.
-    table = model.vocab_size * model.width / tensor
+    # Nor do the devices of `tensor` gather in any layer: each has its own heads, and its part of the MLP.
+    rows = update.shape.row_length * model.width
     for each in update.moved:
-        assert max(map(elements, each.shape.split(", "))) < table / 2, each
+        over_tensor = len(each.groups[0]) == tensor != found.mesh["fsdp"]
+        if each.kind == "all-gather" and over_tensor and each.times > microbatches:
+            assert max(map(elements, each.shape.split(", "))) < rows / tensor, each
 
     # Rows stay on their devices from the first layer to the last and back; what moves of them is embedded tokens.
     activations = update.shape.positions * model.width * 2 / update.shape.shards
     moved = sum(each.bytes_sent * each.times for each in update.moved if each.kind == "all-to-all")
     assert moved < 8 * microbatches * activations
     assert all(each.times <= 4 * microbatches for each in update.moved if each.kind == "all-to-all")
+    return model
 
 
 def elements(array):

@@ -114,7 +114,9 @@ class Norm(Run):
             scale = scale.astype(jnp.promote_types(scale.dtype, jnp.float32)) + c.norm_offset
         layer = c.norm == "layernorm"
         bias = jnp.asarray(self.param("bias", nn.initializers.zeros, shape, self.param_dtype)) if layer else None
-        return normalise(x.reshape(-1, *shape), scale, bias, c.norm_eps).reshape(x.shape)
+        # Heads are no more rows: both may be cut, and XLA gathers what it can only write as one cut axis.
+        heads = x.shape[2 : x.ndim - self.axes]
+        return normalise(x.reshape(-1, *heads, *shape), scale, bias, c.norm_eps).reshape(x.shape)
 
 
 class SelfAttention(Run):

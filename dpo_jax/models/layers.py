@@ -100,17 +100,17 @@ def across_mesh(
     )
 
 
-def column_sums(x: Float[Array, "N D"]) -> Float[Array, "D"]:
-    """Sums over rows, float32 or wider."""
+def column_sums(x: Float[Array, "*N D"]) -> Float[Array, "D"]:
+    """Sums over all but the last axis, float32 or wider."""
     wide = jnp.promote_types(x.dtype, jnp.float32)
-    ones = jnp.ones(x.shape[0], wide)
-    return jnp.einsum("n,nd->d", ones, x.astype(wide), precision=jax.lax.Precision.HIGHEST)
+    ones = jnp.ones(x.shape[:-1], wide)
+    return jnp.tensordot(ones, x.astype(wide), x.ndim - 1, precision=jax.lax.Precision.HIGHEST)
 
 
 @functools.partial(custom_vjp, nondiff_argnums=(3,))
 def normalise(
-    x: Float[Array, "N D"], scale: Float[Array, "D"], bias: Float[Array, "D"] | None, eps: float
-) -> Float[Array, "N D"]:
+    x: Float[Array, "*N D"], scale: Float[Array, "D"], bias: Float[Array, "D"] | None, eps: float
+) -> Float[Array, "*N D"]:
     """LayerNorm where there is a bias, RMSNorm where there is none; statistics float32 or wider, result of x's type.
 
     y = (x - mean) / sqrt(var + eps) * scale + bias, Ba et al. 2016; y = x / sqrt(mean(x^2) + eps) * scale, Zhang and
@@ -127,11 +127,15 @@ def _statistics(x, centred, eps):
     return x * inverse, inverse
 
 
+def _along(unit, columns):
+    return jnp.expand_dims(columns, range(unit.ndim - 1)).astype(unit.dtype)
+
+
 def _normalise_forward(x, scale, bias, eps):
     unit, _ = _statistics(x, bias is not None, eps)
-    y = unit * scale[None].astype(unit.dtype)
+    y = unit * _along(unit, scale)
     if bias is not None:
-        y = y + bias[None].astype(unit.dtype)
+        y = y + _along(unit, bias)
     return y.astype(x.dtype), (x, scale, bias)
 
 
@@ -139,7 +143,7 @@ def _normalise_backward(eps, saved, grad):
     x, scale, bias = saved
     unit, inverse = _statistics(x, bias is not None, eps)
     grad = grad.astype(unit.dtype)
-    pulled = grad * scale[None].astype(unit.dtype)
+    pulled = grad * _along(unit, scale)
     to_x = pulled - unit * (pulled * unit).mean(-1, keepdims=True)
     if bias is not None:
         to_x = to_x - pulled.mean(-1, keepdims=True)
