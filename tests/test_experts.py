@@ -98,6 +98,7 @@ def skewed(drawn: Drawn, how: str) -> Drawn:
 
 
 @both_ways
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["as drawn", "one expert", "an idle expert", "one token"])
 def test_mixture_and_its_gradients_are_those_of_the_formula(x64, block, how):
     drawn = skewed(draw(dtype=jnp.float64), how)
@@ -212,6 +213,7 @@ def placed(drawn: Drawn, spread) -> Drawn:
     return Drawn(*(jax.device_put(a, NamedSharding(mesh, s)) for a, s in zip(drawn, specs, strict=True)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("block, name", [(16, name) for name in MESHES] + [(None, "fsdp 4, tensor 2")])
 def test_mesh_gives_what_one_device_does(block, name):
     drawn, real = draw(), jnp.arange(N) % 7 != 3
@@ -219,6 +221,7 @@ def test_mesh_gives_what_one_device_does(block, name):
     assert_near(results(block, placed(drawn, spread), real, spread), results(block, drawn, real), 1e-5)
 
 
+@pytest.mark.slow
 def test_sides_that_the_mesh_does_not_divide_lie_whole_on_every_device():
     drawn = draw(width=15, hidden=9)
     spread = spread_over((1, 4, 2), 15, 9)
@@ -233,6 +236,7 @@ def test_layouts_that_would_give_wrong_sums_are_refused():
             mixture(*draw(), activation=silu, spread=wrong)
 
 
+@pytest.mark.slow
 def test_matrices_are_gathered_in_the_compute_type_and_tokens_stay_where_they_are():
     drawn = draw(tokens=256, dtype=jnp.bfloat16)
     drawn = drawn._replace(**{k: getattr(drawn, k).astype(jnp.float32) for k in ("gate", "up", "down")})
