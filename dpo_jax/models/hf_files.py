@@ -27,6 +27,8 @@ CONFIG = "config.json"
 GENERATION = "generation_config.json"
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+ADAPTER_CONFIG = "adapter_config.json"  # of PEFT, as is the next
+ADAPTER = "adapter_model.safetensors"
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -43,7 +45,7 @@ TOKENIZER_FILES = (
 )
 TEMPLATE_FOLDER = "additional_chat_templates"  # named chat templates beside the default one
 # Everything a download may bring, and everything an export may write besides its weights. No *.bin, no *.py.
-SMALL_FILES = (CONFIG, GENERATION, INDEX, *TOKENIZER_FILES)
+SMALL_FILES = (CONFIG, GENERATION, INDEX, ADAPTER_CONFIG, ADAPTER, *TOKENIZER_FILES)
 PIECE = 4 << 20  # bytes read at a time: few calls, and still in the processor's cache when they are converted
 GAP = 256 << 10  # the same where only some of them are wanted: skipping would be slower, even if the file is cached
 
@@ -128,6 +130,8 @@ def read_json(path: Path) -> dict:
 
 def weight_files(folder: Path) -> list[Path]:
     """The safetensors files of a checkpoint. Raises InputError if there are none or one is not there."""
+    if folder.suffix == ".safetensors" and folder.is_file():
+        return [folder]
     if (folder / SINGLE).is_file():  # transformers, too, prefers it to an index
         return [folder / SINGLE]
     if not (folder / INDEX).is_file():
@@ -155,7 +159,7 @@ def weight_files(folder: Path) -> list[Path]:
 
 @contextlib.contextmanager
 def open_weights(folder: Path) -> Iterator[Weights]:
-    """Opens a checkpoint's safetensors, one file or many; numbers are read only when asked for.
+    """Opens a checkpoint's safetensors, one file or many, or a file by itself; numbers are read only when asked for.
 
     Raises: InputError if a file is damaged, or two files hold the same tensor.
     """
@@ -234,8 +238,9 @@ def write_weights(
     *,
     max_shard_bytes: int,
     hosts: Hosts,
+    stem: str = "model",
 ) -> None:
-    """Writes model.safetensors, or numbered files and their index where it would exceed `max_shard_bytes`.
+    """Writes STEM.safetensors, or numbered files and their index where it would exceed `max_shard_bytes`.
 
     Each file is written by one of the hosts, in turn. `build(name)` is called on all of them, in the same order and
     once for each tensor, when its turn to be written has come; what it returns is called on the host that writes,
@@ -245,7 +250,7 @@ def write_weights(
     split = huggingface_hub.split_state_dict_into_shards_factory(
         {name: by_name[name].bytes for name in sorted(by_name)},
         get_storage_size=int,
-        filename_pattern="model{suffix}.safetensors",
+        filename_pattern=stem + "{suffix}.safetensors",
         max_shard_size=max_shard_bytes,
     )
     for number, (filename, names) in enumerate(split.filename_to_tensors.items()):

@@ -76,12 +76,14 @@ def load_params(
     *,
     dtype: str = "float32",
     place: Callable[[str, tuple[int, ...], Read], Any] = whole,
+    only: Callable[[str], bool] = lambda leaf: True,
 ) -> dict:
     """Reads a checkpoint into the tree that `DecoderConfig` documents.
 
     Args:
       config: from `read_config` of the same folder.
       dtype: of every leaf; one of DTYPES.
+      only: of a leaf's path, whether it is wanted; the tree has no others.
       place: called for each leaf with its path, such as blocks/mlp/up/kernel, its shape, and `read`; what it returns
         stands in the result. `read(index)`, valid until `place` returns, takes a slice for each axis and reads that
         part of the leaf, and of the files little more than that part. With jax.make_array_from_callback(shape,
@@ -93,15 +95,30 @@ def load_params(
     """
     check_dtype(dtype, str(folder))
     table, skipped = family_table(folder, config)
-    shapes = weights.leaf_shapes(table, config.stacks)
+    return nest(load_leaves(folder, table, config.stacks, skipped=skipped, dtype=dtype, place=place, only=only))
+
+
+def load_leaves(
+    path: Path,
+    table: Sequence[weights.Tensor],
+    sizes: weights.Sizes,
+    *,
+    skipped: str,
+    dtype: str,
+    place: Callable[[str, tuple[int, ...], Read], Any],
+    only: Callable[[str], bool] = lambda leaf: True,
+) -> dict[str, Any]:
+    """The leaves, by path, that a table fills from the safetensors of a folder, or from one file; see `load_params`."""
+    shapes = weights.leaf_shapes(table, sizes)
     leaves: dict[str, Any] = {}
-    with hf_files.open_weights(folder) as source:
-        bound = weights.bind(table, config.stacks, source.headers, skipped=skipped, place=str(folder))
+    with hf_files.open_weights(path) as source:
+        bound = weights.bind(table, sizes, source.headers, skipped=skipped, place=str(path))
         for leaf, shape in shapes.items():
-            parts = [b for b in bound if leaf in b.tensor.leaves]
-            read = functools.partial(read_part, source, leaf, shape, parts, dtype, str(folder))
-            leaves[leaf] = place(leaf, shape, read)
-    return nest(leaves)
+            if only(leaf):
+                parts = [b for b in bound if leaf in b.tensor.leaves]
+                read = functools.partial(read_part, source, leaf, shape, parts, dtype, str(path))
+                leaves[leaf] = place(leaf, shape, read)
+    return leaves
 
 
 def read_part(
@@ -265,6 +282,11 @@ def write_small_files(new: Path, hf: Mapping, *, base: Path | None, tokenizer: P
     hf_files.write_json(new / hf_files.CONFIG, hf)
     if base and (base / hf_files.GENERATION).is_file():
         shutil.copyfile(base / hf_files.GENERATION, new / hf_files.GENERATION)
+    write_companions(new, tokenizer=tokenizer, card=card)
+
+
+def write_companions(new: Path, *, tokenizer: Path | None, card: str) -> None:
+    """The tokenizer and the card."""
     if tokenizer:
         for name in hf_files.tokenizer_files(tokenizer):
             (new / name).parent.mkdir(exist_ok=True)
@@ -274,7 +296,13 @@ def write_small_files(new: Path, hf: Mapping, *, base: Path | None, tokenizer: P
 
 
 def write_tensors(
-    new: Path, leaves: Mapping, bound: list[Bound], dtypes: Mapping[str, str], max_shard_bytes: int, hosts: Hosts
+    new: Path,
+    leaves: Mapping,
+    bound: list[Bound],
+    dtypes: Mapping[str, str],
+    max_shard_bytes: int,
+    hosts: Hosts,
+    stem: str = "model",
 ) -> None:
     """The weights, in as many files as it takes."""
     by_name = {b.name: b for b in bound}
@@ -286,7 +314,7 @@ def write_tensors(
         return lambda: cast(tensor.to_tensor(*map(np.asarray, arrays)), dtypes[name], name)
 
     specs = [hf_files.Spec(b.name, dtypes[b.name], b.tensor.shape) for b in bound]
-    hf_files.write_weights(new, specs, build, max_shard_bytes=max_shard_bytes, hosts=hosts)
+    hf_files.write_weights(new, specs, build, max_shard_bytes=max_shard_bytes, hosts=hosts, stem=stem)
 
 
 def within_reach(array: Any, at: tuple[int, ...]) -> Any:

@@ -37,6 +37,8 @@ class Tensor(NamedTuple):
     to_leaves: Callable[[np.ndarray], tuple[np.ndarray, ...]]
     to_tensor: Callable[..., np.ndarray]
     repeats: bool = False  # may be absent, and if present must equal the leaf that another tensor fills
+    # Of a linear map [I, O] called so, and a rank r: the tensors of A [I, r] and B [r, O], see `adapters`.
+    low_rank: Callable[[str, int], tuple[Tensor, Tensor]] | None = None
 
     @property
     def axes(self) -> tuple[str, ...]:
@@ -120,7 +122,21 @@ def joined_matrix(
         t = flat[0] if len(flat) == 1 else np.concatenate(flat, axis=1)
         return t.T if turned else t
 
-    return Tensor((name,), leaves, stored[::-1] if turned else stored, to_leaves, to_tensor)
+    def low_rank(module: str, rank: int) -> tuple[Tensor, Tensor]:
+        b = joined_matrix(f"{module}.lora_B.weight", _beside(leaves, "lora_b"), (rank,), outputs)
+        return _first_factor(module, leaves, inputs, rank), b
+
+    return Tensor((name,), leaves, stored[::-1] if turned else stored, to_leaves, to_tensor, low_rank=low_rank)
+
+
+def _first_factor(module: str, leaves: tuple[str, ...], inputs: tuple[int, ...], rank: int) -> Tensor:
+    """A of a linear map, one for all the maps that are stored as one: it stands beside the first of them."""
+    return matrix(f"{module}.lora_A.weight", _beside(leaves[:1], "lora_a")[0], inputs, (rank,))
+
+
+def _beside(leaves: tuple[str, ...], name: str) -> tuple[str, ...]:
+    """Paths of leaves of another name next to these."""
+    return tuple(f"{leaf.rpartition('/')[0]}/{name}" for leaf in leaves)
 
 
 def _spans(shapes: Sequence[tuple[int, ...]]) -> list[slice]:
@@ -132,12 +148,18 @@ def _spans(shapes: Sequence[tuple[int, ...]]) -> list[slice]:
 def interleaved_matrix(name: str, leaves: tuple[str, ...], width: int, heads: int, head_dim: int) -> Tensor:
     """Several per-head maps in one: stored [heads * maps * head_dim, width], held [width, heads, head_dim] each."""
     maps = len(leaves)
+
+    def low_rank(module: str, rank: int) -> tuple[Tensor, Tensor]:
+        b = interleaved_matrix(f"{module}.lora_B.weight", _beside(leaves, "lora_b"), rank, heads, head_dim)
+        return _first_factor(module, leaves, (width,), rank), b
+
     return Tensor(
         (name,),
         leaves,
         (heads * maps * head_dim, width),
         lambda t: tuple(t.reshape(heads, maps, head_dim, width).transpose(1, 3, 0, 2)),
         lambda *a: np.stack(a).transpose(2, 0, 3, 1).reshape(-1, width),
+        low_rank=low_rank,
     )
 
 
