@@ -83,9 +83,7 @@ class Lora:
     rank: int = 0  # of low-rank adapters, which then train alone; 0: none, or those of path
     alpha: float | None = None  # their products count alpha / rank times, > 0; unset: alpha is twice the rank
     rank_stabilised: bool = False  # alpha / sqrt(rank) times instead
-    targets: str = (
-        ""  # regex of whole module names, as model.layers.0.self_attn.q_proj; empty: all linear ones in blocks
-    )
+    targets: str = ""  # regex of whole module names, as model.layers.0.mlp.up_proj; empty: all linear ones in blocks
     path: str = ""  # PEFT folder or Hub id to start from, which then says all of the above
 
 
