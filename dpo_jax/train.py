@@ -360,8 +360,9 @@ def export(
         )
         if pairs is not None
     }
-    text = card.model_card(config, inputs.name, data=data, steps=steps, final=evaluations[-1] if evaluations else {})
+    final = evaluations[-1] if evaluations else {}
     adapters = inputs.selection.adapters
+    text = card.model_card(config, inputs.name, data=data, steps=steps, final=final, adapters=adapters, merged=merge)
     together: dict[str, Any] = {
         "tokenizer": inputs.tokenizer_folder,
         "card": text,
