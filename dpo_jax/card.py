@@ -75,7 +75,8 @@ def _what_trained(config: Config, adapters: Adapters | None, merged: bool) -> di
         held = f", on a model in {config.lora.base}" if config.lora.base else ""
         words = f"rank {adapters.rank}, scale {adapters.scale:g}, beside {', '.join(modules)}{held}"
         return {"adapters, merged" if merged else "adapters": words}
-    return {"frozen": f"tensors of a name with `{config.train.freeze}`"} if config.train.freeze else {}
+    pattern = config.train.freeze.replace("|", "\\|")  # or it would end the cell
+    return {"frozen": f"tensors of a name with `{pattern}`"} if pattern else {}
 
 
 def _words(options: Mapping[str, object]) -> str:
