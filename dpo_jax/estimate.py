@@ -22,7 +22,7 @@ import numpy as np
 from jax.experimental import topologies
 from jaxtyping import Int
 
-from dpo_jax import chips, hosts, losses, programs, roofline, scoring, sharding, steps
+from dpo_jax import chips, flops, hosts, losses, programs, roofline, scoring, sharding, steps
 from dpo_jax import inputs as run_inputs
 from dpo_jax.chips import Chip
 from dpo_jax.collectives import Collective, bytes_across, collectives
@@ -109,7 +109,7 @@ class Estimate(NamedTuple):
     def mfu(self) -> float:
         """Of the update at its least time: operations that its real tokens need, over what the chips could do."""
         update, chip = self.parts["update"], self.topology.chip
-        return 3 * update.work.needed / (max(self.seconds("update").values()) * chip.flops * self.topology.count)
+        return update.work.training / (max(self.seconds("update").values()) * chip.flops * self.topology.count)
 
     @property
     def run_seconds(self) -> float:
@@ -272,12 +272,18 @@ def part_of(
     state = held[0]
     params = state.params if update else state
     weights = sharding.bytes_per_device((params, held[1:]))
+    trained = sharding.bytes_per_device(params)
     optimizer = sharding.bytes_per_device(state.opt_state) if update else 0
     gradients = sharding.bytes_per_device(as_type(params, jnp.float32)) if update else 0
-    work = roofline.mean_work(built.model, lengths, shape, built.layout)
+    read = scoring.join(params, held[1]) if update else params
+    shares = functools.partial(flops.shares_of, built.model, read)
+    work = roofline.mean_work(
+        built.model, lengths, shape, built.layout, shares(built.selection.share), shares(built.selection.trains)
+    )
     itemsize = np.dtype(built.dtype).itemsize
-    read = (params, held[1]) if update else params
-    gathered = sharding.bytes_per_device(as_type(read, built.dtype)) * built.mesh.shape["fsdp"]
+    gathered, training = (
+        sharding.bytes_per_device(as_type(tree, built.dtype), gathered="fsdp") for tree in (read, params)
+    )
     count = functools.partial(
         roofline.counted,
         built.model,
@@ -286,9 +292,10 @@ def part_of(
         sizes=dict(built.mesh.shape),
         itemsize=itemsize,
         remat=config.model.remat,
-        state=weights + optimizer,
+        state=trained + optimizer,
         gradients=gradients,
         weights=gathered,
+        trained=training,
     )
     cost = count(update=update)
     if len(held) > 2:
@@ -302,7 +309,7 @@ def part_of(
             itemsize=itemsize,
             remat=config.model.remat if update else "",
         )
-        rest += roofline.weight_bytes(built.model, gathered, itemsize=itemsize, update=update)
+        rest += roofline.weight_bytes(built.model, gathered, itemsize=itemsize, trained=training if update else 0)
         return Part(shape, work, Memory(weights, optimizer, gradients, int(rest)), cost, [])
     total, text = compiled(program, (*held, abstract_batch(built, shape)))
     rest = max(0, total - weights - optimizer - gradients)

@@ -33,7 +33,11 @@ class Selection(NamedTuple):
 
     def trains(self, path: str) -> bool:
         """Whether any part of a leaf does."""
-        return path not in self.rates or bool(np.any(self.rates[path]))
+        return self.share(path) > 0
+
+    def share(self, path: str) -> float:
+        """Of a leaf's layers, and experts, those that do."""
+        return float(np.mean(self.rates[path] != 0)) if path in self.rates else 1.0
 
     def split(self, params: Mapping) -> tuple[dict, dict]:
         """The parameters that train, and those that do not."""

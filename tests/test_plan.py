@@ -77,8 +77,8 @@ def test_work_and_flops_of_an_update_in_closed_form():
 
 def test_network_bytes_of_a_gpu_mesh_in_closed_form():
     model = estimate.architecture(recipe("llama3_8b"))
-    work = roofline.Work(8, 2.0, 4096.0, 4000.0, 800.0, 1.0, 1.0, 1.0)
-    options: dict[str, Any] = dict(per_host=8, itemsize=2, weights=1e9, backward=True)
+    work = roofline.Work(8, 2.0, 4096.0, 4000.0, 800.0, 1.0, 1.0, 1.0, 1.0, 0.0)
+    options: dict[str, Any] = dict(per_host=8, itemsize=2, weights=1e9, trained=1e9, backward=True)
     one_host = roofline.network_bytes(model, work, sizes=dict(replica=1, fsdp=8, tensor=1), **options)
     # Two microbatches: weights twice in two bytes, gradients once in four.
     assert one_host.within == pytest.approx(2 * (2e9 + 2e9) * 7 / 8) and one_host.across == 0
@@ -89,7 +89,7 @@ def test_network_bytes_of_a_gpu_mesh_in_closed_form():
 
 
 def test_memory_traffic_of_a_block_counts_what_tensor_does_not_cut_on_every_chip():
-    work = roofline.Work(8, 2.0, 4096.0, 4000.0, 0.0, 1.0, 1.0, 1.0)
+    work = roofline.Work(8, 2.0, 4096.0, 4000.0, 0.0, 1.0, 1.0, 1.0, 1.0, 0.0)
     llama = estimate.architecture(recipe("llama3_8b"))
     # Twice two bytes: queries and attention's result, keys, values, three of the MLP; norms, results, sums.
     cut, whole = 2 * 4096 + 2 * 1024 + 3 * 14336, 6 * 4096
