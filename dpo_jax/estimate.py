@@ -86,6 +86,8 @@ class Estimate(NamedTuple):
     topology: Topology
     mesh: dict[str, int]
     attention: str
+    parameters: int
+    training: int  # of those
     parts: dict[str, Part]
 
     @property
@@ -236,7 +238,14 @@ def estimate(config: Config, topology: Topology, *, reference_in_step: bool = Fa
     if reference_in_step or config.loss.name in losses.REFERENCE_FREE:
         del calls["scoring"]
     parts = {name: part_of(config, topology, built, lengths, name, *call) for name, call in calls.items()}
-    return Estimate(config, topology, dict(built.mesh.shape), built.attention, parts)
+    training = count_of(state.params)
+    every = training + count_of(frozen)
+    return Estimate(config, topology, dict(built.mesh.shape), built.attention, every, training, parts)
+
+
+def count_of(tree: Any) -> int:
+    """How many numbers are in a tree of arrays or of their shapes."""
+    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(tree))
 
 
 def with_reference(config: Config, built: Programs, tx: Any, state: Any) -> programs.Compiled:

@@ -47,7 +47,8 @@ class Selection(NamedTuple):
 
     def wanted(self, grads: Any) -> Any:
         """Gradients without those of layers that do not train."""
-        masks = {path: (rate != 0).astype(np.float32) for path, rate in self.rates.items() if not np.all(rate)}
+        partly = {path: rate for path, rate in self.rates.items() if 0 < self.share(path) < 1}
+        masks = {path: (rate != 0).astype(np.float32) for path, rate in partly.items()}
         return scaled(masks, grads)
 
     def paced(self, updates: Any) -> Any:
