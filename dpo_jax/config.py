@@ -35,9 +35,7 @@ from dpo_jax.types import InputError
 class Model:
     path: str = ""  # Hugging Face folder or Hub id; required
     dtype: str = "auto"  # compute: float32 | bfloat16; auto: bfloat16 on accelerators, float32 on CPU
-    param_dtype: str = (
-        "float32"  # parameters: float32 | bfloat16, rounded at random; optimizer state, adapters: float32
-    )
+    param_dtype: str = "float32"  # parameters: float32 | bfloat16, rounded at random; moments, adapters: float32
     remat: str = "dots"  # none | dots | block | offload: what the backward pass computes again, see docs/performance.md
     attention: str = "auto"  # auto | xla | splash (TPU) | triton (GPU)
 
@@ -85,9 +83,7 @@ class Lora:
     rank: int = 0  # of low-rank adapters, which then train alone; 0: none, or those of path
     alpha: float | None = None  # their products count alpha / rank times, > 0; unset: alpha is twice the rank
     rank_stabilised: bool = False  # alpha / sqrt(rank) times instead
-    targets: str = (
-        ""  # regex of whole module names, as model.layers.0.self_attn.q_proj; empty: all linear ones in blocks
-    )
+    targets: str = ""  # regex of whole module names, as model.layers.0.mlp.up_proj; empty: all linear ones in blocks
     path: str = ""  # PEFT folder or Hub id to start from, which then says all of the above
 
 
@@ -330,10 +326,10 @@ def _check_relations(config: Config, problems: Problems) -> None:
         _refuse(problems, "data.max_prompt_length", data.max_prompt_length, expected)
     if config.eval.every_steps > 0 and not data.eval:
         _refuse(problems, "eval.every_steps", config.eval.every_steps, "0 where config.data.eval is empty")
-    lora = config.lora
-    if lora.path and lora != Lora(path=lora.path):
+    lora, alone = config.lora, config.lora == Lora(path=config.lora.path)
+    if lora.path and not alone:
         _refuse(problems, "lora.path", lora.path, "empty, or no other field of lora beside it")
-    elif not lora.rank and lora != Lora(path=lora.path):
+    elif not (lora.rank or alone or any(name.startswith("lora.") for name in problems)):
         _refuse(problems, "lora.rank", lora.rank, "a number >= 1 where other fields of lora are set")
     if (lora.rank or lora.path) and config.train.freeze:
         _refuse(problems, "train.freeze", config.train.freeze, "empty where adapters train, which freezes all else")
