@@ -22,7 +22,7 @@ import numpy as np
 from jax.experimental import topologies
 from jaxtyping import Int
 
-from dpo_jax import chips, hosts, losses, programs, roofline, scoring, sharding, steps
+from dpo_jax import chips, flops, hosts, losses, programs, roofline, scoring, sharding, steps
 from dpo_jax import inputs as run_inputs
 from dpo_jax.chips import Chip
 from dpo_jax.collectives import Collective, bytes_across, collectives
@@ -86,6 +86,8 @@ class Estimate(NamedTuple):
     topology: Topology
     mesh: dict[str, int]
     attention: str
+    parameters: int
+    training: int  # of those
     parts: dict[str, Part]
 
     @property
@@ -109,7 +111,7 @@ class Estimate(NamedTuple):
     def mfu(self) -> float:
         """Of the update at its least time: operations that its real tokens need, over what the chips could do."""
         update, chip = self.parts["update"], self.topology.chip
-        return 3 * update.work.needed / (max(self.seconds("update").values()) * chip.flops * self.topology.count)
+        return update.work.training / (max(self.seconds("update").values()) * chip.flops * self.topology.count)
 
     @property
     def run_seconds(self) -> float:
@@ -236,7 +238,14 @@ def estimate(config: Config, topology: Topology, *, reference_in_step: bool = Fa
     if reference_in_step or config.loss.name in losses.REFERENCE_FREE:
         del calls["scoring"]
     parts = {name: part_of(config, topology, built, lengths, name, *call) for name, call in calls.items()}
-    return Estimate(config, topology, dict(built.mesh.shape), built.attention, parts)
+    training = count_of(state.params)
+    every = training + count_of(frozen)
+    return Estimate(config, topology, dict(built.mesh.shape), built.attention, every, training, parts)
+
+
+def count_of(tree: Any) -> int:
+    """How many numbers are in a tree of arrays or of their shapes."""
+    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(tree))
 
 
 def with_reference(config: Config, built: Programs, tx: Any, state: Any) -> programs.Compiled:
@@ -272,12 +281,18 @@ def part_of(
     state = held[0]
     params = state.params if update else state
     weights = sharding.bytes_per_device((params, held[1:]))
+    trained = sharding.bytes_per_device(params)
     optimizer = sharding.bytes_per_device(state.opt_state) if update else 0
     gradients = sharding.bytes_per_device(as_type(params, jnp.float32)) if update else 0
-    work = roofline.mean_work(built.model, lengths, shape, built.layout)
+    read = scoring.join(params, held[1]) if update else params
+    shares = functools.partial(flops.shares_of, built.model, read)
+    work = roofline.mean_work(
+        built.model, lengths, shape, built.layout, shares(built.selection.share), shares(built.selection.trains)
+    )
     itemsize = np.dtype(built.dtype).itemsize
-    read = (params, held[1]) if update else params
-    gathered = sharding.bytes_per_device(as_type(read, built.dtype)) * built.mesh.shape["fsdp"]
+    gathered, training = (
+        sharding.bytes_per_device(as_type(tree, built.dtype), gathered="fsdp") for tree in (read, params)
+    )
     count = functools.partial(
         roofline.counted,
         built.model,
@@ -286,9 +301,10 @@ def part_of(
         sizes=dict(built.mesh.shape),
         itemsize=itemsize,
         remat=config.model.remat,
-        state=weights + optimizer,
+        state=trained + optimizer,
         gradients=gradients,
         weights=gathered,
+        trained=training,
     )
     cost = count(update=update)
     if len(held) > 2:
@@ -302,7 +318,7 @@ def part_of(
             itemsize=itemsize,
             remat=config.model.remat if update else "",
         )
-        rest += roofline.weight_bytes(built.model, gathered, itemsize=itemsize, update=update)
+        rest += roofline.weight_bytes(built.model, gathered, itemsize=itemsize, trained=training if update else 0)
         return Part(shape, work, Memory(weights, optimizer, gradients, int(rest)), cost, [])
     total, text = compiled(program, (*held, abstract_batch(built, shape)))
     rest = max(0, total - weights - optimizer - gradients)

@@ -2,13 +2,17 @@
 
 A product of [m, k] and [k, n] is 2mkn operations. The forward pass multiplies every real token by every block matrix,
 every visible (query, key) pair by a head's width twice, and every scored token by the vocabulary matrix; the backward
-pass takes twice that. What is computed a second time to save memory does not count, nor do norms and softmax.
+pass takes twice that, once for the gradient of what a matrix multiplies and once for that of the matrix, if it trains.
+What is computed a second time to save memory does not count, nor do norms and softmax.
 Source: Chowdhery et al. 2022 (PaLM), appendix B, where attention is counted as if every token saw all others.
 """
 
 from __future__ import annotations
 
 import collections
+import math
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Int
@@ -16,28 +20,77 @@ from jaxtyping import Int
 from dpo_jax.chips import chip_of
 from dpo_jax.data.layout import unit_lengths
 from dpo_jax.models.config import DecoderConfig
+from dpo_jax.models.hf_io import flatten
+from dpo_jax.models.quantised import leaf_of
 
 
-def train_flops(config: DecoderConfig, lengths: Int[np.ndarray, "P 3"], layout: str) -> float:
+class Shares(NamedTuple):
+    """What trains of the matrices, and what adapters add to them."""
+
+    blocks: float = 1.0  # of the operations of the blocks' matrices, the share of those that train
+    head: float = 1.0  # the same of the vocabulary's
+    adapters: float = 0.0  # operations of all adapters, which do train, on a token, forward
+
+
+WHOLE = Shares()  # all that there is trains
+
+
+def shares_of(config: DecoderConfig, params: Mapping, trained: Callable[[str], float]) -> Shares:
+    """The shares of a model.
+
+    Maps that the checkpoint stores as one have one A, counted once, though it is multiplied beside each of them.
+
+    Args:
+      params: all of them, adapters too, or their shapes.
+      trained: of a leaf's path, the share of it that trains.
+    """
+    every = blocks = adapters = 0.0
+    for path, leaf in flatten(params).items():
+        size, path = math.prod(leaf.shape), leaf_of(path)  # of codes and scales, the kernel's
+        if path.endswith(("/lora_a", "/lora_b")):
+            adapters += 2 * size
+        elif path.startswith("blocks/") and path.endswith("/kernel"):
+            if "/experts/" in path and "/router/" not in path:
+                size *= config.experts_per_token / config.experts  # a token meets these alone
+            every += size
+            blocks += size * trained(path)
+    head = trained("embed/embedding" if config.tie_embeddings else "head/embedding")
+    return Shares(blocks / every, float(head), adapters)
+
+
+def train_flops(config: DecoderConfig, lengths: Int[np.ndarray, "P 3"], layout: str, shares: Shares = WHOLE) -> float:
     """Operations of one update on these pairs, from their token counts of prompt, chosen and rejected."""
-    return 3 * forward_flops(config, lengths, layout)
+    return 3 * forward_flops(config, lengths, layout, shares) - unmade_flops(
+        config, *tokens_of(lengths, layout), shares
+    )
 
 
-def forward_flops(config: DecoderConfig, lengths: Int[np.ndarray, "P 3"], layout: str) -> float:
+def forward_flops(config: DecoderConfig, lengths: Int[np.ndarray, "P 3"], layout: str, shares: Shares = WHOLE) -> float:
     """Operations of scoring these pairs once."""
-    lengths = np.asarray(lengths, np.int64)
-    tokens, scored = int(unit_lengths(lengths, layout).sum()), int(lengths[:, 1:].sum())
     windows = collections.Counter(config.windows)
     seen = sum(count * visible_pairs(lengths, layout, window) for window, count in windows.items())
-    return product_flops(config, tokens, scored) + 4.0 * config.heads * config.head_dim * seen
+    products = product_flops(config, *tokens_of(lengths, layout), shares)
+    return products + 4.0 * config.heads * config.head_dim * seen
 
 
-def product_flops(config: DecoderConfig, tokens: int, scored: int) -> float:
+def tokens_of(lengths: Int[np.ndarray, "P 3"], layout: str) -> tuple[int, int]:
+    """How many tokens pairs have that go through the blocks, and how many are scored."""
+    lengths = np.asarray(lengths, np.int64)
+    return int(unit_lengths(lengths, layout).sum()), int(lengths[:, 1:].sum())
+
+
+def product_flops(config: DecoderConfig, tokens: int, scored: int, shares: Shares = WHOLE) -> float:
     """Operations of all matrices on so many tokens, and of the vocabulary's on so many scored ones."""
     c = config
     attention_width = c.head_dim * (c.heads + c.kv_heads) * 2  # q and o; k and v
     block = c.width * (attention_width + c.active_width * (3 if c.gated else 2) + c.experts)
-    return 2.0 * (c.layers * block * tokens + c.vocab_size * c.width * scored)
+    return 2.0 * (c.layers * block * tokens + c.vocab_size * c.width * scored) + shares.adapters * tokens
+
+
+def unmade_flops(config: DecoderConfig, tokens: int, scored: int, shares: Shares) -> float:
+    """What an update of so many tokens spares: the gradients of matrices that do not train."""
+    blocks, head = product_flops(config, tokens, 0), product_flops(config, 0, scored)
+    return (1 - shares.blocks) * blocks + (1 - shares.head) * head
 
 
 def visible_pairs(lengths: Int[np.ndarray, "P 3"], layout: str, window: int | None = None) -> int:

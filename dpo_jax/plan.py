@@ -27,10 +27,12 @@ def show(found: Estimate, *, beside: Estimate | None = None) -> list[str]:
     """The lines of an estimate, without the last; `beside`: the same with the reference in the update."""
     chip, update = found.topology.chip, found.parts["update"]
     mesh = " x ".join(f"{axis} {size}" for axis, size in found.mesh.items())
+    those = "" if found.training == found.parameters else f", of which {found.training:,} train"
     columns = dict(found.parts) | ({"update with reference": beside.parts["update"]} if beside else {})
     lines = [
         f"{found.topology}: {found.topology.count} chips of {gib(chip.hbm_bytes)}, {mesh}; attention by "
-        f"{found.attention}, remat {found.config.model.remat}, parameters {found.config.model.param_dtype}",
+        f"{found.attention}, remat {found.config.model.remat}",
+        f"parameters: {found.parameters:,} in {found.config.model.param_dtype}{those}",
         f"an update: {update.shape.pairs} pairs, in {update.work.microbatches:.1f} microbatches of {update.shape.rows} "
         f"rows of {update.shape.row_length} positions, {update.work.tokens / update.work.positions:.0%} of them real",
         "",

@@ -19,6 +19,7 @@ from dpo_jax import flops
 from dpo_jax.chips import Chip
 from dpo_jax.data import layout
 from dpo_jax.data.layout import Shape
+from dpo_jax.flops import WHOLE, Shares
 from dpo_jax.models.config import DecoderConfig
 
 DRAWN_BATCHES = 16  # that a mean update is the mean of
@@ -35,6 +36,8 @@ class Work(NamedTuple):
     needed: float  # operations of one forward pass over what is real
     padding: float  # operations of one forward pass over the rest
     head: float  # of the needed ones, the vocabulary's
+    training: float  # operations that an update needs, of what is real
+    unmade: float  # operations of gradients, padding's too, that an update does not make
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,27 +64,40 @@ class Cost:
         }
 
 
-def mean_work(model: DecoderConfig, lengths: Int[np.ndarray, "N 3"], shape: Shape, name: str) -> Work:
-    """The mean over batches drawn at random, packed as a run would pack them."""
+def mean_work(
+    model: DecoderConfig,
+    lengths: Int[np.ndarray, "N 3"],
+    shape: Shape,
+    name: str,
+    needed: Shares = WHOLE,
+    made: Shares = WHOLE,
+) -> Work:
+    """The mean over batches drawn at random, packed as a run would pack them.
+
+    Args:
+      needed: what trains.
+      made: what gradients are made of: whole leaves, also where some layers of them do not train.
+    """
     rng = np.random.default_rng(0)
     found = []
     for _ in range(DRAWN_BATCHES):
         drawn = lengths[rng.integers(0, len(lengths), shape.pairs)]
         microbatches = layout.plan(drawn, shape, name)
         positions = sum(each.positions for each in microbatches)
-        tokens = int(layout.unit_lengths(drawn, name).sum())
-        scored = int(drawn[:, 1:].sum())
-        padding = flops.product_flops(model, positions - tokens, 0)
+        tokens, scored = flops.tokens_of(drawn, name)
+        forward = flops.forward_flops(model, drawn, name, needed)
+        padding = flops.product_flops(model, positions - tokens, 0, needed)
         head = flops.product_flops(model, 0, scored)
-        needed = flops.forward_flops(model, drawn, name)
-        found.append((len(microbatches), positions, tokens, scored, needed, padding, head))
+        training = flops.train_flops(model, drawn, name, needed)
+        unmade = flops.unmade_flops(model, positions, scored, made)
+        found.append((len(microbatches), positions, tokens, scored, forward, padding, head, training, unmade))
     return Work(shape.pairs, *np.mean(found, 0).tolist())
 
 
 def update_flops(work: Work, remat: str) -> float:
     """Operations that an update computes: forward, backward, and what is computed again, the head's always."""
     again = 1 if remat in ("block", "offload") else 0
-    return (3 + again) * (work.needed - work.head + work.padding) + 4 * work.head
+    return (3 + again) * (work.needed - work.head + work.padding) + 4 * work.head - work.unmade
 
 
 def block_arrays(model: DecoderConfig) -> tuple[int, int]:
@@ -116,7 +132,7 @@ def update_bytes(
     """Memory traffic of a chip for one update.
 
     Args:
-      state: bytes of weights and optimizer state on a chip, read and written once.
+      state: bytes of the weights that train and of optimizer state on a chip, read and written once.
       gradients: bytes of their sums on a chip, read and written for every microbatch, and read by the optimizer.
       weights: bytes of a chip's part of the weights in the compute type with `fsdp` gathered.
     """
@@ -142,6 +158,7 @@ def network_bytes(
     per_host: int,
     itemsize: int,
     weights: float,
+    trained: float,
     backward: bool,
     remat: str = "dots",
 ) -> Analytic:
@@ -152,10 +169,11 @@ def network_bytes(
 
     Args:
       weights: bytes of a chip's part of the weights in the compute type with `fsdp` gathered.
+      trained: of those, the bytes of what has gradients.
     """
     again = 1 if remat in ("block", "offload") else 0
     fsdp, tensor, replica = sizes["fsdp"], sizes["tensor"], sizes["replica"]
-    wide = weights * 4 / itemsize
+    wide = trained * 4 / itemsize
     over_fsdp = work.microbatches * (weights * (2 + again if backward else 1) + (wide if backward else 0))
     rows = work.positions / (fsdp * replica)
     over_tensor = 2 * rows * model.width * itemsize * model.layers * 2 * (2 + again if backward else 1)
@@ -179,6 +197,7 @@ def counted(
     state: int,
     gradients: int,
     weights: float,
+    trained: float,
 ) -> Cost:
     """The cost of an update, or of scoring; arguments as those of the functions above."""
     chips, tensor = sizes["replica"] * sizes["fsdp"] * sizes["tensor"], sizes["tensor"]
@@ -206,6 +225,7 @@ def counted(
         per_host=chip.chips_per_host,
         itemsize=itemsize,
         weights=weights,
+        trained=trained,
         backward=update,
         remat=remat,
     )
@@ -235,12 +255,13 @@ def activation_bytes(model: DecoderConfig, positions: float, *, tensor: int, ite
     return itemsize * positions * (m.layers * kept[remat] + (2 if remat else 1) * at_work)
 
 
-def weight_bytes(model: DecoderConfig, gathered: float, *, itemsize: int, update: bool) -> float:
+def weight_bytes(model: DecoderConfig, gathered: float, *, itemsize: int, trained: float) -> float:
     """Bytes of what a chip holds of weights besides its own: of a layer gathered, and of the next on its way.
 
     Args:
       gathered: bytes of a chip's part of the weights in the compute type with `fsdp` gathered.
+      trained: of those, the bytes of what has gradients; 0 where there is no backward pass.
     """
     # The gradients of all experts of a layer, in float32, are there before the first of them is scattered.
-    gradients = 4 / itemsize if update and model.experts else 0
-    return (2 + gradients) * gathered / model.layers
+    gradients = trained * 4 / itemsize if model.experts else 0
+    return (2 * gathered + gradients) / model.layers

@@ -34,8 +34,12 @@ class Selection(NamedTuple):
 
     def trains(self, path: str) -> bool:
         """Whether any part of a leaf does."""
-        path = leaf_of(path)
-        return path not in self.rates or bool(np.any(self.rates[path]))
+        return self.share(path) > 0
+
+    def share(self, path: str) -> float:
+        """Of a leaf's layers, and experts, those that do."""
+        rate = self.rates.get(leaf_of(path))
+        return 1.0 if rate is None else float(np.mean(rate != 0))
 
     def split(self, params: Mapping) -> tuple[dict, dict]:
         """The parameters that train, and those that do not."""

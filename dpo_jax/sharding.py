@@ -227,6 +227,11 @@ def path_name(path: Iterable[Any]) -> str:
     return "/".join(str(getattr(part, "key", getattr(part, "name", getattr(part, "idx", part)))) for part in path)
 
 
-def bytes_per_device(tree: Any) -> int:
-    """Bytes of a placed tree that one device holds."""
-    return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+def bytes_per_device(tree: Any, gathered: str = "") -> int:
+    """Bytes of a placed tree that one device holds, or would if what lies across the axis `gathered` did not."""
+
+    def size(leaf: Any) -> int:
+        times = leaf.sharding.mesh.shape[gathered] if gathered and gathered in leaf.sharding.spec else 1
+        return times * math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+
+    return sum(map(size, jax.tree.leaves(tree)))

@@ -23,7 +23,7 @@ from dpo_jax.config import Config
 from dpo_jax.data import layout
 from dpo_jax.data.order import epoch_size, make_order
 from dpo_jax.evaluate import evaluate, make_summary
-from dpo_jax.flops import peak_flops, train_flops
+from dpo_jax.flops import peak_flops, shares_of, train_flops
 from dpo_jax.inputs import Inputs
 from dpo_jax.models import adapters as low_rank
 from dpo_jax.models import hf_files, hf_io
@@ -150,6 +150,7 @@ def train(
     epoch = epoch_size(train_pairs.source, train_pairs.weights)
     peak = peak_flops(mesh.devices.flat[0].device_kind, np.dtype(built.dtype).name)
     peak = None if peak is None else peak * mesh.size
+    shares = shares_of(built.model, scoring.join(state.params, frozen), built.selection.share)
     record = {"config": dataclasses.asdict(config), "data": inputs.digests, "version": dpo_jax.__version__}
 
     # Where it writes; what an interrupted run logged after its last checkpoint is dropped, and comes again.
@@ -204,7 +205,7 @@ def train(
             [train_pairs[i] for i in chosen.tolist()], reference[0][chosen], shape, layout=layout_name
         )
         counts = layout.work_counts(batch, train_pairs.lengths[chosen], shape, layout_name)
-        flops = train_flops(built.model, train_pairs.lengths[chosen], layout_name)
+        flops = train_flops(built.model, train_pairs.lengths[chosen], layout_name, shares)
         return Made(sharding.put(batch, mesh), counts, flops)
 
     # A step's metrics are fetched when the next is under way, so that the device does not wait for the host.

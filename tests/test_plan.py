@@ -77,8 +77,8 @@ def test_work_and_flops_of_an_update_in_closed_form():
 
 def test_network_bytes_of_a_gpu_mesh_in_closed_form():
     model = estimate.architecture(recipe("llama3_8b"))
-    work = roofline.Work(8, 2.0, 4096.0, 4000.0, 800.0, 1.0, 1.0, 1.0)
-    options: dict[str, Any] = dict(per_host=8, itemsize=2, weights=1e9, backward=True)
+    work = roofline.Work(8, 2.0, 4096.0, 4000.0, 800.0, 1.0, 1.0, 1.0, 1.0, 0.0)
+    options: dict[str, Any] = dict(per_host=8, itemsize=2, weights=1e9, trained=1e9, backward=True)
     one_host = roofline.network_bytes(model, work, sizes=dict(replica=1, fsdp=8, tensor=1), **options)
     # Two microbatches: weights twice in two bytes, gradients once in four.
     assert one_host.within == pytest.approx(2 * (2e9 + 2e9) * 7 / 8) and one_host.across == 0
@@ -88,8 +88,42 @@ def test_network_bytes_of_a_gpu_mesh_in_closed_form():
     assert whole.within == pytest.approx(2 * 4096 * 4096 * 2 * 32 * 2 * 2 * 7 / 8)
 
 
+def test_gradients_of_what_trains_alone_are_scattered_and_held():
+    model = estimate.architecture(recipe("llama3_8b"))
+    work = roofline.Work(8, 2.0, 4096.0, 4000.0, 800.0, 1.0, 1.0, 1.0, 1.0, 0.0)
+    options: dict[str, Any] = dict(sizes=dict(replica=2, fsdp=8, tensor=1), per_host=8, itemsize=2, backward=True)
+    some = roofline.network_bytes(model, work, weights=1e9, trained=1e8, **options)
+    # Two microbatches: weights twice in two bytes, a tenth's gradients once in four; those then over the two replicas.
+    assert some.within == pytest.approx(2 * (2e9 + 2e8) * 7 / 8) and some.across == pytest.approx(2 * 2e8 / 8 / 2)
+    mixed = dataclasses.replace(model, experts=8, experts_per_token=2)
+    assert roofline.weight_bytes(mixed, 3.2e9, itemsize=2, trained=0) == 2 * 1e8
+    assert roofline.weight_bytes(mixed, 3.2e9, itemsize=2, trained=1.6e9) == 3 * 1e8
+
+
+def test_plan_of_adapters_holds_their_optimizer_state_and_gradients_alone():
+    topology = estimate.parse_topology("h100:8")
+    fixed = "mesh.tensor=1", "model.param_dtype=bfloat16"
+    full, found = (estimate.estimate(recipe("llama3_8b", *fixed, *more), topology) for more in ([], ["lora.rank=16"]))
+    # Llama 3 8B: q, k, v, o, gate, up, down.
+    sides = 2 * (4096 + 4096) + 2 * (4096 + 1024) + 3 * (4096 + 14336)
+    adapters = 32 * 16 * sides
+    assert (found.training, found.parameters) == (adapters, full.parameters + adapters)
+    assert f", of which {adapters:,} train" in plan.show(found)[1] and "train" not in plan.show(full)[1]
+    memory, more = found.parts["update"].memory, full.parts["update"].memory
+    assert memory.gradients == 4 * adapters and memory.optimizer == pytest.approx(8 * adapters, abs=16)
+    assert memory.weights == more.weights + 4 * adapters
+    # No gradient of a matrix: a third of what its products took, and of the head's a fourth; and none sent.
+    update, other = found.parts["update"], full.parts["update"]
+    work, low = other.work, 2 * adapters * update.work.positions
+    products = flops.product_flops(estimate.architecture(full.config), round(work.positions), 0)
+    assert update.cost.flops * 8 == pytest.approx(other.cost.flops * 8 - products - work.head + 3 * low)
+    assert update.work.training < 0.75 * work.training and 0 < found.mfu < 1
+    assert update.cost.ici_bytes / other.cost.ici_bytes == pytest.approx(1 / 2 + adapters / full.parameters, rel=1e-4)
+    assert found.parts["scoring"].cost.flops > full.parts["scoring"].cost.flops
+
+
 def test_memory_traffic_of_a_block_counts_what_tensor_does_not_cut_on_every_chip():
-    work = roofline.Work(8, 2.0, 4096.0, 4000.0, 0.0, 1.0, 1.0, 1.0)
+    work = roofline.Work(8, 2.0, 4096.0, 4000.0, 0.0, 1.0, 1.0, 1.0, 1.0, 0.0)
     llama = estimate.architecture(recipe("llama3_8b"))
     # Twice two bytes: queries and attention's result, keys, values, three of the MLP; norms, results, sums.
     cut, whole = 2 * 4096 + 2 * 1024 + 3 * 14336, 6 * 4096

@@ -65,7 +65,7 @@ def test_experts_compile_for_a_pod_where_tokens_stay_and_take_what_is_counted():
     # GPUs are planned for by counting: what the compiler finds is not far from it.
     gathered = 2 * 46.7e9 / tensor  # bytes of all parameters, of which a chip has its part of `tensor`
     counted = roofline.activation_bytes(model, update.shape.row_length, tensor=tensor, itemsize=2, remat="dots")
-    counted += roofline.weight_bytes(model, gathered, itemsize=2, update=True)
+    counted += roofline.weight_bytes(model, gathered, itemsize=2, trained=gathered)
     assert 0.75 < counted / update.memory.rest < 1.25
 
 

@@ -1,0 +1,177 @@
+"""What does not train costs no gradient: neither in what is counted nor in the compiled update."""
+
+import json
+import math
+import re
+
+import jax
+import numpy as np
+import pytest
+
+from dpo_jax import config, estimate, flops, programs
+from dpo_jax import inputs as run_inputs
+from dpo_jax.models import weights
+from dpo_jax.models.families import family
+from dpo_jax.models.hf_io import flatten, nest
+from tests.family_cases import CASES
+
+LENGTHS = np.array([[20, 10, 12], [16, 9, 9]])
+# Sides that no number of positions, of lines in a block or of tokens in one has.
+SIZES = dict(hidden_size=40, intermediate_size=56, vocab_size=94, num_hidden_layers=2)
+KERNEL = re.compile(r"blocks/.*/kernel")
+
+
+def case(name, **changes):
+    """Configuration and table of a small model, and shapes of its parameters as a tree."""
+    kind, hf = CASES[name]
+    hf = dict(hf, model_type=kind) | changes
+    model = family(hf, name).decoder_config(hf, name)
+    table = family(hf, name).tensors(model)
+    shapes = weights.leaf_shapes(table, model.stacks)
+    return model, table, shapes
+
+
+def chosen(**fields):
+    return config.freeze(config_of(fields))
+
+
+def config_of(fields):
+    made = config.base()
+    made.model.path, made.data.train = "a folder", "a file"
+    with made.ignore_type():
+        made.update_from_flattened_dict(fields)
+    return made
+
+
+def shares(name, **fields):
+    """Of a small model, and its operations of a token's products and of a scored one's, forward."""
+    model, table, shapes = case(name)
+    selection = run_inputs.selection_of(chosen(**fields), table, model)
+    if selection.adapters is not None:
+        shapes = shapes | weights.leaf_shapes(selection.adapters.table, model.stacks)
+    tree = nest({path: jax.ShapeDtypeStruct(shape, np.float32) for path, shape in shapes.items()})
+    return flops.shares_of(model, tree, selection.share), flops.shares_of(model, tree, selection.trains)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_share_of_a_kernel_is_that_of_its_operations(name):
+    model, _, shapes = case(name)
+    tree = nest({path: jax.ShapeDtypeStruct(shape, np.float32) for path, shape in shapes.items()})
+    assert flops.shares_of(model, tree, lambda path: 1.0) == flops.WHOLE
+    for path in filter(KERNEL.fullmatch, shapes):
+        size = math.prod(shapes[path])
+        if re.search("experts/(gate|up|down)", path):
+            size *= model.experts_per_token / model.experts
+        found = flops.shares_of(model, tree, lambda other, path=path: float(other == path))
+        assert found.blocks * flops.product_flops(model, 1, 0) == pytest.approx(2 * size), path
+        assert found.head == found.adapters == 0
+
+
+def test_shares_of_layers_and_experts_are_those_that_train():
+    whole, _ = shares("mixtral-all", **{"train.freeze": r"embed_tokens"})
+    assert whole == flops.Shares(1.0, 0.0, 0.0), "its head is its embedding"
+    # Of four layers the first does not train, in leaves of which gradients are made all the same.
+    some, made = shares("llama-plain", **{"train.freeze": r"layers\.0\."})
+    assert some == flops.Shares(3 / 4, 1.0, 0.0) and made == flops.WHOLE
+    model, _, _ = case("mixtral-all")
+    one, _ = shares("mixtral-all", **{"train.freeze": r"experts\.1\."})
+    of_experts = 2 * model.layers * model.width * model.active_width * 3
+    assert 1 - one.blocks == pytest.approx(of_experts / flops.product_flops(model, 1, 0) / model.experts)
+
+
+def test_adapters_count_the_products_they_need_and_maps_stored_as_one_share_the_first():
+    rank = 3
+    model, _, _ = case("phi3-plain")  # q, k and v are stored as one, and so are gate and up
+    joined = [(32, 32 + 2 * 32), (32, 32), (32, 2 * 48), (48, 32)]
+    found, _ = shares("phi3-plain", **{"lora.rank": rank})
+    assert found == flops.Shares(0.0, 0.0, 2 * rank * model.layers * sum(map(sum, joined)))
+    apart = [(32, 32)] * 4 + [(32, 48)] * 2 + [(48, 32)]
+    found, _ = shares("llama-plain", **{"lora.rank": rank})
+    assert found.adapters == 2 * rank * model.layers * sum(map(sum, apart))
+
+
+def test_update_with_adapters_in_closed_form():
+    model, _, _ = case("llama-plain")
+    found, _ = shares("llama-plain", **{"lora.rank": 3})
+    tokens, scored = flops.tokens_of(LENGTHS, "shared")
+    products, head = flops.product_flops(model, tokens, 0), flops.product_flops(model, 0, scored)
+    attention = flops.forward_flops(model, LENGTHS, "shared") - products - head
+    low = found.adapters * tokens
+    assert flops.forward_flops(model, LENGTHS, "shared", found) == products + head + attention + low
+    assert flops.train_flops(model, LENGTHS, "shared", found) == 2 * (products + head) + 3 * (attention + low)
+    headless = flops.Shares(blocks=0.25, head=0.0)
+    expected = 2.25 * products + 2 * head + 3 * attention
+    assert flops.train_flops(model, LENGTHS, "shared", headless) == pytest.approx(expected)
+
+
+def compiled(folder, name, sizes, **fields):
+    """The text of a compiled update, by path the shapes of what a device has of leaves, and the paths that train."""
+    kind, hf = CASES[name]
+    (folder / "config.json").write_text(json.dumps(dict(hf, model_type=kind) | SIZES))
+    fields = {"model.path": str(folder), "train.batch_pairs": 2, "optimizer.name": "sgd"} | fields
+    how = chosen(**fields, **{f"mesh.{axis}": size for axis, size in sizes.items()})
+    model = estimate.architecture(how)
+    selection = estimate.selected(how, model)
+    devices = jax.devices()[: math.prod(sizes.values())]
+    built = programs.make_programs(how, model, LENGTHS, selection=selection, devices=devices)
+    tx, _ = run_inputs.optimizer_of(how, total_steps=6, selection=selection)
+    state, (_, frozen) = programs.abstract_state(how, built, tx), programs.abstract_params(how, built)
+    update = programs.make_update(how, built, run_inputs.loss_of(how), tx, state)
+    # What XLA does to the program is looked at, not what LLVM does to its loops.
+    quick = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
+    program = update.compile(state, frozen, estimate.abstract_batch(built, built.update_shape), options=quick)
+    leaves = flatten(state.params) | flatten(frozen)
+    here = {path: leaf.sharding.shard_shape(leaf.shape) for path, leaf in leaves.items()}
+    return program.as_text(), here, set(flatten(state.params))
+
+
+def made(text, shape):
+    """Operations that make an array of a shape: all but those that pass on one that is there."""
+    found = re.findall(rf"(\S+) = f32\[{','.join(map(str, shape))}\]\S* ([\w-]+)\(", text)
+    return {op for name, op in found if "copy" not in name and op not in ("parameter", "get-tuple-element", "bitcast")}
+
+
+def gradient_products(text, path, shape):
+    """Products that make an array of a matrix's size, of one layer and one expert, either way round."""
+    inner = shape[1 + ("experts/" in path and "router" not in path) :] if path.startswith("blocks/") else shape
+    cut = 2 if path.endswith("attention/o/kernel") else 1
+    sides = math.prod(inner[:cut]), math.prod(inner[cut:])
+    return [side for side in (sides, sides[::-1]) if f"= f32[{side[0]},{side[1]}]" in dots(text)]
+
+
+def dots(text):
+    return "\n".join(line for line in text.splitlines() if " dot(" in line)
+
+
+def matrices(shapes):
+    return [path for path in shapes if KERNEL.fullmatch(path) or path.endswith("embedding")]
+
+
+ONE = dict(replica=1, fsdp=1, tensor=1)
+MESH = dict(replica=1, fsdp=2, tensor=2)
+
+
+@pytest.mark.parametrize(
+    "name, sizes",
+    [
+        ("mixtral-all", ONE),
+        pytest.param("mixtral-all", MESH, marks=pytest.mark.slow),
+        pytest.param("llama-plain", ONE, marks=pytest.mark.slow),
+        pytest.param("llama-plain", MESH, marks=pytest.mark.slow),
+    ],
+)
+def test_update_of_adapters_makes_no_gradient_of_what_does_not_train(name, sizes, tmp_path):
+    text, shapes, train = compiled(tmp_path, name, sizes, **{"lora.rank": 3})
+    assert train and all(path.endswith(("/lora_a", "/lora_b")) for path in train)
+    for path in matrices(shapes):
+        assert not gradient_products(text, path, shapes[path]), path
+        assert sizes == MESH or not made(text, shapes[path]), path  # on a mesh, parts are moved
+
+
+@pytest.mark.slow
+def test_update_of_all_makes_the_gradients_that_the_tests_of_adapters_look_for(tmp_path):
+    text, shapes, train = compiled(tmp_path, "mixtral-all", ONE)
+    assert train == set(shapes)
+    for path in matrices(shapes):
+        assert gradient_products(text, path, shapes[path]), path
+        assert made(text, shapes[path]), path
