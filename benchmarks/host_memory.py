@@ -16,6 +16,7 @@ import argparse
 import os
 import socket
 import sys
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -29,10 +30,16 @@ FILES = 8  # of the checkpoint, about
 SHAPE = dict(model_type="llama", vocab_size=32_000, num_attention_heads=16, num_key_value_heads=8, rms_norm_eps=1e-5)
 
 
-def write_checkpoint(folder: Path, *, width: int, target_bytes: int) -> int:
-    """A random bfloat16 llama of about so many bytes, of as many layers as that takes; returns its bytes.
+def write_checkpoint(
+    folder: Path, *, width: int, target_bytes: int, shape: Mapping[str, Any] = SHAPE, wider: int = 3
+) -> int:
+    """A random bfloat16 model of about so many bytes, of as many layers as that takes; returns its bytes.
 
     No array is ever in memory whole: of each leaf one vector is drawn, and stands in it over and over.
+
+    Args:
+      shape: fields of its `config.json`, other than the sizes given here.
+      wider: how many times the width its feed-forward blocks have.
     """
     import ml_dtypes
 
@@ -40,7 +47,8 @@ def write_checkpoint(folder: Path, *, width: int, target_bytes: int) -> int:
     from dpo_jax.models.families import family
     from dpo_jax.models.weights import leaf_shapes
 
-    hf = SHAPE | dict(hidden_size=width, intermediate_size=3 * width, max_position_embeddings=2048)
+    sizes = dict(hidden_size=width, intermediate_size=wider * width, max_position_embeddings=2048)
+    hf = dict(shape) | sizes
     kind = family(hf | dict(num_hidden_layers=1), "host_memory")
 
     def shapes(layers: int) -> tuple[dict[str, Any], dict[str, tuple[int, ...]]]:

@@ -6,7 +6,9 @@ Nothing here unpickles or runs code that came with a model.
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
+import os
 import re
 import shutil
 import struct
@@ -20,6 +22,8 @@ import ml_dtypes  # noqa: F401  gives numpy its bfloat16
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
+from dpo_jax.models import copies
+from dpo_jax.models.copies import Index
 from dpo_jax.models.weights import FLOATS, Header
 from dpo_jax.types import InputError
 
@@ -47,19 +51,17 @@ SMALL_FILES = (CONFIG, GENERATION, INDEX, *TOKENIZER_FILES)
 PIECE = 4 << 20  # bytes read at a time: few calls, and still in the processor's cache when they are converted
 GAP = 256 << 10  # the same where only some of them are wanted: skipping would be slower, even if the file is cached
 
-Index = tuple[slice, ...]  # as jax.make_array_from_callback gives it
-
 
 class Weights(NamedTuple):
     """An open checkpoint: what it holds, and how to read it.
 
-    `pieces(name, view)` are the numbers of `view(tensor)`, a function that only slices, reshapes and transposes: one
-    after another, in the order of the file, each with its place in that view. No other parts of the file are read,
-    but for gaps that would be slower to skip.
+    `pieces(name, view)` are the parts of `view(tensor)`, a function that only slices, reshapes and transposes: in the
+    order of the file, each with its place in that view and what reads its numbers, which any thread may call. No other
+    parts of the file are read, but for gaps that would be slower to skip.
     """
 
     headers: dict[str, Header]
-    pieces: Callable[[str, Callable[[np.ndarray], np.ndarray]], Iterator[tuple[Index, np.ndarray]]]
+    pieces: Callable[[str, Callable[[np.ndarray], np.ndarray]], Iterator[tuple[Index, Callable[[], np.ndarray]]]]
 
 
 class Hosts(NamedTuple):
@@ -71,6 +73,10 @@ class Hosts(NamedTuple):
 
 
 ONE_HOST = Hosts()
+
+
+# Makes a tensor's bytes: called once, it gives one job after another, each of which any thread may do.
+Build = Callable[[], Iterator[Callable[[], memoryview]]]
 
 
 class Spec(NamedTuple):
@@ -188,49 +194,43 @@ def open_weights(folder: Path) -> Iterator[Weights]:
 
 def read_pieces(
     file: BinaryIO, begin: int, header: Header, view: Callable[[np.ndarray], np.ndarray]
-) -> Iterator[tuple[Index, np.ndarray]]:
+) -> Iterator[tuple[Index, Callable[[], np.ndarray]]]:
     """`Weights.pieces` of the tensor whose numbers stand at `begin`.
 
     A view is laid out in memory as it is in the file, so it is made of an array that is never filled (memory that
-    is not touched takes no room), and its address and strides tell where to read. It is halved along the axis of the
-    longest stride until a piece has no gaps or is so short that they do not matter.
+    is not touched takes no room), and its address and strides tell where to read.
     """
     tensor = np.empty(header.shape, FLOATS[header.dtype])
     whole = view(tensor)
     assert not whole.size or np.may_share_memory(whole, tensor), "not a view but a copy"
-    todo = [tuple(slice(0, size) for size in whole.shape)] if whole.size else []
-    while todo:
-        index = todo.pop()
-        part = whole[(*index, ...)]  # with the dots even a single number stays an array
-        span = part.itemsize + sum((size - 1) * stride for size, stride in zip(part.shape, part.strides, strict=True))
-        if part.size > 1 and span > (PIECE if span == part.nbytes else GAP):
-            _, axis = max((stride, i) for i, stride in enumerate(part.strides) if part.shape[i] > 1)
-            start, stop = index[axis].start, index[axis].stop
-            middle = (start + stop) // 2
-            todo += [(*index[:axis], half, *index[axis + 1 :]) for half in (slice(middle, stop), slice(start, middle))]
-        else:
-            numbers = read_bytes(file, begin + part.ctypes.data - tensor.ctypes.data, span)
-            yield index, np.ndarray(part.shape, part.dtype, numbers, strides=part.strides)
+
+    def read(part: copies.Part) -> np.ndarray:
+        return part.within(read_bytes(file, begin + part.begin, part.span), FLOATS[header.dtype])
+
+    for part in copies.cut(tensor, whole, piece=PIECE, gap=GAP):
+        yield part.index, functools.partial(read, part)
 
 
 def read_bytes(file: BinaryIO, start: int, count: int) -> bytes:
-    """`count` bytes from `start`. Raises InputError if the file has become shorter."""
-    file.seek(start)
-    found = file.read(count)
-    if len(found) < count:
-        raise InputError(
-            str(file.name),
-            got=f"ends at byte {start + len(found)}",
-            expected=f"{start + count} bytes or more",
-            remedy="It was cut while being read; download it again.",
-        )
+    """`count` bytes from `start`; threads may call it at once. Raises InputError if the file has become shorter."""
+    found = b""
+    while len(found) < count:
+        more = os.pread(file.fileno(), count - len(found), start + len(found))
+        found = found + more if found else more  # nearly always one call gives all
+        if not more:
+            raise InputError(
+                str(file.name),
+                got=f"ends at byte {start + len(found)}",
+                expected=f"{start + count} bytes or more",
+                remedy="It was cut while being read; download it again.",
+            )
     return found
 
 
 def write_weights(
     folder: Path,
     specs: Sequence[Spec],
-    build: Callable[[str], Callable[[], np.ndarray]],
+    build: Callable[[str], Build],
     *,
     max_shard_bytes: int,
     hosts: Hosts,
@@ -238,8 +238,8 @@ def write_weights(
     """Writes model.safetensors, or numbered files and their index where it would exceed `max_shard_bytes`.
 
     Each file is written by one of the hosts, in turn. `build(name)` is called on all of them, in the same order and
-    once for each tensor, when its turn to be written has come; what it returns is called on the host that writes,
-    so that no more than one tensor is in memory.
+    once for each tensor, when its turn to be written has come; what it returns is called on the host that writes, and
+    gives what makes the tensor's bytes, a few MiB after another, so that no more than a few such pieces are in memory.
     """
     by_name = {spec.name: spec for spec in specs}
     split = huggingface_hub.split_state_dict_into_shards_factory(
@@ -266,8 +266,8 @@ def in_file_order(specs: Sequence[Spec]) -> list[Spec]:
     return sorted(specs, key=lambda spec: (rank.index(spec.dtype), spec.name))
 
 
-def write_file(path: Path, ordered: Sequence[Spec], build: Callable[[str], Callable[[], np.ndarray]]) -> None:
-    """Writes one safetensors file, byte for byte as the safetensors library does, a tensor at a time.
+def write_file(path: Path, ordered: Sequence[Spec], build: Callable[[str], Build]) -> None:
+    """Writes one safetensors file, byte for byte as the safetensors library does, a piece at a time.
 
     The library itself wants every tensor of the file in memory at once. Layout: eight bytes of header length, a JSON
     header padded with spaces to a multiple of eight, then the numbers.
@@ -280,12 +280,13 @@ def write_file(path: Path, ordered: Sequence[Spec], build: Callable[[str], Calla
         header[spec.name] = {"dtype": codes[spec.dtype], "shape": list(spec.shape), "data_offsets": [begin, end]}
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
-    with path.open("wb") as file:
+    jobs = (job for spec in ordered for job in build(spec.name)())
+    # Threads make the next pieces while one is written; several that wrote to one file would wait for each other.
+    with path.open("wb") as file, copies.pool() as threads:
         file.write(struct.pack("<Q", len(text)) + text)
-        for spec in ordered:
-            array = np.ascontiguousarray(build(spec.name)())
-            assert (array.dtype, array.shape) == (np.dtype(spec.dtype), spec.shape), spec.name
-            file.write(array.view(np.uint8).data)
+        for piece in copies.ahead(threads, jobs):
+            file.write(piece)
+        assert file.tell() == 8 + len(text) + end, path
 
 
 def write_json(path: Path, value: Mapping) -> None:

@@ -13,20 +13,21 @@ import json
 import math
 import re
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Executor
 from pathlib import Path
 from typing import Any
 
 import jax
-import ml_dtypes
 import numpy as np
 import xxhash
 from jax.sharding import NamedSharding, PartitionSpec
 
-from dpo_jax.models import hf_files, weights
+from dpo_jax.models import copies, hf_files, weights
 from dpo_jax.models.config import DecoderConfig
+from dpo_jax.models.copies import Index
 from dpo_jax.models.families import family
-from dpo_jax.models.hf_files import ONE_HOST, Hosts, Index, Weights, resolve
+from dpo_jax.models.hf_files import ONE_HOST, Hosts, Weights, resolve
 from dpo_jax.models.weights import FLOATS, Bound
 from dpo_jax.types import InputError
 
@@ -95,32 +96,46 @@ def load_params(
     table, skipped = family_table(folder, config)
     shapes = weights.leaf_shapes(table, config.stacks)
     leaves: dict[str, Any] = {}
-    with hf_files.open_weights(folder) as source:
+    with hf_files.open_weights(folder) as source, copies.pool() as threads:
         bound = weights.bind(table, config.stacks, source.headers, skipped=skipped, place=str(folder))
         for leaf, shape in shapes.items():
             parts = [b for b in bound if leaf in b.tensor.leaves]
-            read = functools.partial(read_part, source, leaf, shape, parts, dtype, str(folder))
+            read = functools.partial(read_part, source, threads, leaf, shape, parts, dtype, str(folder))
             leaves[leaf] = place(leaf, shape, read)
     return nest(leaves)
 
 
 def read_part(
-    source: Weights, leaf: str, shape: tuple[int, ...], parts: list[Bound], dtype: str, place: str, index: Index
+    source: Weights,
+    threads: Executor,
+    leaf: str,
+    shape: tuple[int, ...],
+    parts: list[Bound],
+    dtype: str,
+    place: str,
+    index: Index,
 ) -> np.ndarray:
     """Part `index` of a leaf of this shape, as `dtype`, from the tensors that fill or repeat it."""
     # An array without storage (all strides 0) has the shape cut as the real one would be.
     result = np.empty(np.broadcast_to(np.empty((), dtype), shape)[index].shape, dtype)
     found = {(b.at, b.tensor.repeats): b for b in parts}
-    stacked = len(parts[0].at)
-    within = index[stacked:]
+    stacked, within = len(parts[0].at), index[len(parts[0].at) :]
     numbered = [list(enumerate(range(size)[part])) for size, part in zip(shape, index[:stacked], strict=False)]
-    for each in itertools.product(*numbered):
-        into, at = tuple(i for i, _ in each), tuple(number for _, number in each)
-        b, repeat = found[at, False], found.get((at, True))
-        for piece, numbers in source.pieces(b.name, viewer(b, leaf, within)):
-            result[(*into, ...)][piece] = cast(numbers, dtype, f"{place}: {b.name}")
-        if repeat:
-            check_repeat(source, b, repeat, leaf, within, place)
+
+    def fill(into: np.ndarray, read: Callable[[], np.ndarray], name: str) -> None:
+        copies.copy(copies.cast(read(), dtype, f"{place}: {name}"), into)
+
+    def jobs() -> Iterator[Callable[[], None]]:
+        for each in itertools.product(*numbered):
+            into, at = tuple(i for i, _ in each), tuple(number for _, number in each)
+            b, repeat = found[at, False], found.get((at, True))
+            for piece, read in source.pieces(b.name, viewer(b, leaf, within)):
+                yield functools.partial(fill, result[(*into, ...)][(*piece, ...)], read, b.name)
+            if repeat:
+                yield functools.partial(check_repeat, source, b, repeat, leaf, within, place)
+
+    for _ in copies.ahead(threads, jobs()):
+        pass
     return result
 
 
@@ -132,9 +147,10 @@ def viewer(bound: Bound, leaf: str, index: Index) -> Callable[[np.ndarray], np.n
 def check_repeat(source: Weights, one: Bound, repeat: Bound, leaf: str, index: Index, place: str) -> None:
     """Raises InputError unless two tensors hold the same numbers for part `index` of a leaf, as tied ones must."""
     view = viewer(repeat, leaf, index)
-    for piece, numbers in source.pieces(one.name, viewer(one, leaf, index)):
-        for within, others in source.pieces(repeat.name, lambda tensor, piece=piece: view(tensor)[piece]):
-            if not np.array_equal(numbers[within], others):
+    for piece, read in source.pieces(one.name, viewer(one, leaf, index)):
+        numbers = read()
+        for within, read_other in source.pieces(repeat.name, lambda tensor, piece=piece: view(tensor)[piece]):
+            if not np.array_equal(numbers[within], read_other()):
                 raise InputError(
                     f"{place}: {repeat.name}",
                     got=f"differs from {one.name}, and config.json has tie_word_embeddings",
@@ -178,8 +194,8 @@ def tensor_digest(source: Weights, name: str) -> str:
     """A 128-bit hash of one tensor's name, type, shape and bytes."""
     header = source.headers[name]
     state = xxhash.xxh3_128(f"{name} {header.dtype} {list(header.shape)}\n".encode())
-    for _, numbers in source.pieces(name, lambda tensor: tensor.reshape(-1)):
-        state.update(numbers.view(np.uint8).data)
+    for _, read in source.pieces(name, lambda tensor: tensor.reshape(-1)):
+        state.update(read().view(np.uint8).data)
     return state.hexdigest()
 
 
@@ -279,11 +295,13 @@ def write_tensors(
     """The weights, in as many files as it takes."""
     by_name = {b.name: b for b in bound}
 
-    def build(name: str) -> Callable[[], np.ndarray]:
+    def build(name: str) -> hf_files.Build:
         _, tensor, at = by_name[name]
         # Sliced before it leaves the device, so the host sees one layer of a stacked leaf at a time.
         arrays = [within_reach(leaves[leaf], at) for leaf in tensor.leaves]
-        return lambda: cast(tensor.to_tensor(*map(np.asarray, arrays)), dtypes[name], name)
+        return lambda: copies.tensor_bytes(
+            tensor, [np.asarray(array) for array in arrays], dtypes[name], name, piece=hf_files.PIECE
+        )
 
     specs = [hf_files.Spec(b.name, dtypes[b.name], b.tensor.shape) for b in bound]
     hf_files.write_weights(new, specs, build, max_shard_bytes=max_shard_bytes, hosts=hosts)
@@ -340,21 +358,6 @@ def with_dtype(hf: Mapping, dtype: str) -> dict:
     """A configuration that names another type of weights, under the keys it has (transformers 5 renamed it)."""
     keys = [key for key in ("torch_dtype", "dtype") if key in hf] or ["torch_dtype"]
     return dict(hf) | dict.fromkeys(keys, dtype)
-
-
-def cast(array: np.ndarray, dtype: str, place: str) -> np.ndarray:
-    """`array` as `dtype`, without a copy where it has it already. Raises InputError if a finite number overflows."""
-    with np.errstate(over="ignore"):
-        result = array.astype(dtype, copy=False)
-    narrower = ml_dtypes.finfo(result.dtype).max < ml_dtypes.finfo(array.dtype).max
-    if narrower and np.any(np.isfinite(array) & ~np.isfinite(result)):
-        raise InputError(
-            place,
-            got=f"holds numbers beyond the range of {dtype}",
-            expected=f"magnitudes up to {float(ml_dtypes.finfo(result.dtype).max):.3g}",
-            remedy="Use bfloat16 or float32.",
-        )
-    return result
 
 
 def nest(leaves: Mapping[str, Any]) -> dict:
