@@ -18,9 +18,10 @@ files may stay in the system's memory too, on all sides; with --fsync all sides 
 starts every side takes as much memory as it will need and gives it back: in a virtual machine the host may have to find
 it, which is slower than anything measured here, and by chance.
 
-Prints for each side the median time, its speed, the calls that read and wrote and their bytes, and how many times as
-fast reading or writing plainly is; writes them to --out as JSON. With --check it fails where loading or exporting has
-less than 0.7 of the plain speed.
+Prints for each side the median time, that of all its threads on processors, its speed, the calls that read and wrote
+and their bytes, and which part of the plain speed it has; writes them to --out as JSON. With --check it fails where
+loading or exporting has less than 0.7 of the plain speed. On a machine that others use, threads wait for each other,
+and the processors' time says what they would do alone.
 """
 
 from __future__ import annotations
@@ -60,11 +61,11 @@ CHECKED = ("load", "export")
 
 @contextlib.contextmanager
 def measured() -> Iterator[dict[str, Any]]:
-    """Seconds that the body takes, and the calls and bytes with which this process reads and writes meanwhile."""
+    """What the body takes: seconds, those of processors, and the calls and bytes with which it reads and writes."""
     found: dict[str, Any] = {}
-    before, started = io_counts(), time.perf_counter()
+    before, used, started = io_counts(), time.process_time(), time.perf_counter()
     yield found
-    found["seconds"] = time.perf_counter() - started
+    found |= {"seconds": time.perf_counter() - started, "cpu_s": time.process_time() - used}
     found |= {name: value - before[name] for name, value in io_counts().items()}
 
 
@@ -258,8 +259,8 @@ def compare(results: Mapping[str, Sequence[Mapping[str, Any]]], total: int) -> d
     """
     sides: dict[str, Any] = {}
     for side, rounds in results.items():
-        seconds = statistics.median(one["seconds"] for one in rounds)
-        sides[side] = {**rounds[-1], "seconds": seconds, "bytes_per_s": total / seconds}
+        seconds, cpu = (statistics.median(one[name] for one in rounds) for name in ("seconds", "cpu_s"))
+        sides[side] = {**rounds[-1], "seconds": seconds, "cpu_s": cpu, "bytes_per_s": total / seconds}
     ratios = {
         side: {other: sides[other]["seconds"] / sides[side]["seconds"] for other in plain if other in sides}
         for side, plain in PLAIN.items()
@@ -282,7 +283,7 @@ def rows_of(found: Mapping[str, Any]) -> list[dict[str, Any]]:
     """The table: a row for each side."""
     rows = []
     for side, one in found["sides"].items():
-        row = {"side": side, "seconds": one["seconds"], "GiB/s": one["bytes_per_s"] / 2**30}
+        row = {"side": side, "seconds": one["seconds"], "CPU s": one["cpu_s"], "GiB/s": one["bytes_per_s"] / 2**30}
         row |= {"reads": one["reads"], "MiB read": common.mib(one["read_bytes"])}
         row |= {"MiB twice": common.mib(one.get("read_again_bytes")), "writes": one["writes"]}
         row |= {"MiB written": common.mib(one["written_bytes"])}

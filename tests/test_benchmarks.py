@@ -294,12 +294,12 @@ def test_parts_of_a_start_are_read_from_what_train_says():
 def test_loading_comparison_is_of_medians_and_names_what_is_too_slow():
     def rounds(*seconds):
         counts = {"reads": 3, "read_bytes": 2**20, "writes": 0, "written_bytes": 0}
-        return [{"seconds": each} | counts for each in seconds]
+        return [{"seconds": each, "cpu_s": 2 * each} | counts for each in seconds]
 
     results = {"read": rounds(6, 9, 1), "load_file": rounds(4), "load": rounds(8, 99, 8), "export": rounds(10)}
     found = loading.compare(results | {"write": rounds(9)}, total=2**30)
     assert found["ratios"] == {"load": {"read": 0.75, "load_file": 0.5}, "export": {"write": 0.9}}
-    assert found["sides"]["read"]["bytes_per_s"] == 2**30 / 6
+    assert found["sides"]["read"]["bytes_per_s"] == 2**30 / 6 and found["sides"]["read"]["cpu_s"] == 12
     assert loading.below(found["ratios"]) == ["load has 0.5 of the speed of load_file"]
     rows = {row["side"]: row for row in loading.rows_of(found)}
     assert rows["load"]["of read/write"] == 0.75 and rows["load"]["of safetensors"] == 0.5
