@@ -27,7 +27,8 @@ dpo-jax COMMAND --config=configs/NAME.py [--config.section.field=value ...] --wo
              weights, data or that hardware. --sweep compares meshes, remat policies and microbatches,
              --reference_in_step with holding two models. Ends with status 3 where memory does not suffice
   export     the newest checkpoint of DIR as a Hugging Face folder, into --out (default DIR/export, or DIR/export-STEP
-             while the run goes on)
+             while the run goes on); of a run with adapters these alone, or with --merge the model with them
+             merged into it (default DIR/merged-STEP)
 
 evaluate and export read DIR/config.json where no --config is given. The fields are listed in README.md.
 
@@ -113,6 +114,7 @@ def _parse(command: str, argv: list[str]) -> tuple[Config, Path, flags.FlagValue
         flags.DEFINE_integer("process", None, "which this is, from 0", lower_bound=0, flag_values=values)
     if command == "export":
         flags.DEFINE_string("out", None, "folder to write", flag_values=values)
+        flags.DEFINE_boolean("merge", False, "merge adapters into the model", flag_values=values)
     if command == "inspect":
         flags.DEFINE_integer("pairs", 3, "pairs to show", lower_bound=0, flag_values=values)
     rest = configs.parse_flags(argv, values)[1:]
@@ -176,7 +178,7 @@ def _export(config: Config, workdir: Path, values: Any) -> None:
     from dpo_jax import train
 
     out = values["out"].value
-    train.export_checkpoint(config, workdir, Path(out) if out else None)
+    train.export_checkpoint(config, workdir, Path(out) if out else None, merge=values["merge"].value)
 
 
 COMMANDS: dict[str, Callable[[Config, Path, Any], None]] = {

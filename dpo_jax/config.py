@@ -35,7 +35,9 @@ from dpo_jax.types import InputError
 class Model:
     path: str = ""  # Hugging Face folder or Hub id; required
     dtype: str = "auto"  # compute: float32 | bfloat16; auto: bfloat16 on accelerators, float32 on CPU
-    param_dtype: str = "float32"  # parameters: float32 | bfloat16, rounded at random; optimizer state is float32
+    param_dtype: str = (
+        "float32"  # parameters: float32 | bfloat16, rounded at random; optimizer state, adapters: float32
+    )
     remat: str = "dots"  # none | dots | block | offload: what the backward pass computes again, see docs/performance.md
     attention: str = "auto"  # auto | xla | splash (TPU) | triton (GPU)
 
@@ -75,6 +77,18 @@ class Train:
     steps: int | None = None  # updates; when set, epochs is not used
     microbatch_rows: int | None = None  # rows in one forward-backward; unset: chosen from the data and backend
     router_balance: float = 0.0  # weight of the load-balancing loss of a mixture of experts, >= 0; 0: none
+    freeze: str = ""  # regex, searched for in the checkpoint's names of tensors: these do not train
+
+
+@dataclasses.dataclass(frozen=True)
+class Lora:
+    rank: int = 0  # of low-rank adapters, which then train alone; 0: none, or those of path
+    alpha: float | None = None  # their products count alpha / rank times, > 0; unset: alpha is twice the rank
+    rank_stabilised: bool = False  # alpha / sqrt(rank) times instead
+    targets: str = (
+        ""  # regex of whole module names, as model.layers.0.self_attn.q_proj; empty: all linear ones in blocks
+    )
+    path: str = ""  # PEFT folder or Hub id to start from, which then says all of the above
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,6 +110,7 @@ class Optimizer:
     b1: float = 0.9  # adamw, lion: first-moment decay; sgd: momentum
     b2: float = 0.999  # adamw, lion, rmsprop: second-moment decay
     eps: float = 1e-8  # adamw, rmsprop
+    layer_decay: float = 1.0  # of the learning rate, from the head down: each block's times this, (0, 1]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -157,6 +172,7 @@ class Config:
     data: Data = Data()
     loss: Loss = Loss()
     train: Train = Train()
+    lora: Lora = Lora()
     sft: Sft = Sft()
     optimizer: Optimizer = Optimizer()
     reference: Reference = Reference()
@@ -190,18 +206,27 @@ def _one_of(*names: str) -> Rule:
     return lambda value: value in names, "one of " + ", ".join(map(repr, names))
 
 
+def _is_pattern(text: str) -> bool:
+    try:
+        return bool(re.compile(text))
+    except re.error:
+        return False
+
+
 _POSITIVE: Rule = (lambda value: 0 < value < math.inf, "a number > 0")
 _AXIS: Rule = (lambda value: value == -1 or value >= 1, "a number >= 1, or -1 for what is left")
 _RULES: tuple[tuple[str, Rule], ...] = (  # what the comments above say; an unset field (None) is not looked up
-    ("seed sft.steps sft.warmup_steps optimizer.warmup_steps eval.every_steps profile.steps", _within(0)),
+    ("seed lora.rank sft.steps sft.warmup_steps optimizer.warmup_steps eval.every_steps profile.steps", _within(0)),
     ("optimizer.weight_decay optimizer.clip_norm train.router_balance", _within(0)),
     ("data.max_prompt_length train.batch_pairs train.steps train.microbatch_rows sft.batch_pairs", _within(1)),
     ("reference.microbatch_rows checkpoint.every_steps checkpoint.keep log.every_steps", _within(1)),
     ("plan.pairs plan.prompt_tokens plan.answer_tokens", _within(1)),
     ("data.max_length data.row_length", _within(2)),
-    ("loss.beta train.epochs sft.learning_rate optimizer.learning_rate optimizer.eps", _POSITIVE),
+    ("loss.beta lora.alpha train.epochs sft.learning_rate optimizer.learning_rate optimizer.eps", _POSITIVE),
     ("loss.label_smoothing", _within(0, 0.5)),
     ("optimizer.b1 optimizer.b2", _within(0, 1)),
+    ("optimizer.layer_decay", (lambda value: 0 < value <= 1, "a number in (0, 1]")),
+    ("train.freeze lora.targets", (_is_pattern, "a regular expression")),
     ("mesh.replica mesh.fsdp mesh.tensor", _AXIS),
     ("model.path", (bool, "a Hugging Face folder or Hub id")),
     ("model.dtype", _one_of("auto", "float32", "bfloat16")),  # float16 loses most gradients of the head to underflow
@@ -305,6 +330,13 @@ def _check_relations(config: Config, problems: Problems) -> None:
         _refuse(problems, "data.max_prompt_length", data.max_prompt_length, expected)
     if config.eval.every_steps > 0 and not data.eval:
         _refuse(problems, "eval.every_steps", config.eval.every_steps, "0 where config.data.eval is empty")
+    lora = config.lora
+    if lora.path and lora != Lora(path=lora.path):
+        _refuse(problems, "lora.path", lora.path, "empty, or no other field of lora beside it")
+    elif not lora.rank and lora != Lora(path=lora.path):
+        _refuse(problems, "lora.rank", lora.rank, "a number >= 1 where other fields of lora are set")
+    if (lora.rank or lora.path) and config.train.freeze:
+        _refuse(problems, "train.freeze", config.train.freeze, "empty where adapters train, which freezes all else")
     if (mesh.replica, mesh.fsdp, mesh.tensor).count(-1) > 1:
         problems["mesh"] = str(mesh), "at most one axis of -1", "Give the other axes a size."
 

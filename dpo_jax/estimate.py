@@ -22,7 +22,7 @@ import numpy as np
 from jax.experimental import topologies
 from jaxtyping import Int
 
-from dpo_jax import chips, hosts, losses, programs, roofline, sharding, steps
+from dpo_jax import chips, hosts, losses, programs, roofline, scoring, sharding, steps
 from dpo_jax import inputs as run_inputs
 from dpo_jax.chips import Chip
 from dpo_jax.collectives import Collective, bytes_across, collectives
@@ -33,6 +33,7 @@ from dpo_jax.models.config import DecoderConfig
 from dpo_jax.models.families import family
 from dpo_jax.programs import Programs
 from dpo_jax.roofline import Cost, Work
+from dpo_jax.selection import Selection
 from dpo_jax.types import Encoded, InputError
 
 DRAWN_PAIRS = 4096  # at most, that stand for the data
@@ -146,6 +147,18 @@ def architecture(config: Config) -> DecoderConfig:
 
     Raises: InputError if neither is there.
     """
+    hf, place = described(config)
+    return family(hf, place).decoder_config(hf, place)
+
+
+def selected(config: Config, model: DecoderConfig) -> Selection:
+    """What trains of it."""
+    hf, place = described(config)
+    return run_inputs.selection_of(config, family(hf, place).tensors(model), model)
+
+
+def described(config: Config) -> tuple[dict, str]:
+    """The contents of the model's config.json, and its path."""
     path = Path(config.plan.architecture or Path(config.model.path) / hf_files.CONFIG)
     if not path.is_file():
         raise InputError(
@@ -154,8 +167,7 @@ def architecture(config: Config) -> DecoderConfig:
             expected="the model's config.json",
             remedy="Name it, or a local folder as model.path.",
         )
-    hf = hf_files.read_json(path)
-    return family(hf, str(path)).decoder_config(hf, str(path))
+    return hf_files.read_json(path), str(path)
 
 
 def drawn_lengths(config: Config) -> Int[np.ndarray, "N 3"]:
@@ -204,24 +216,23 @@ def estimate(config: Config, topology: Topology, *, reference_in_step: bool = Fa
     Raises: InputError for a mesh, rules or shapes that do not fit, or without libtpu.
     """
     model, lengths = architecture(config), drawn_lengths(config)
+    selection = selected(config, model)
     compiles = bool(topology.chip.dimensions)
     if compiles:
-        built = programs.make_programs(config, model, lengths, devices=devices_of(topology))
+        built = programs.make_programs(config, model, lengths, selection=selection, devices=devices_of(topology))
     else:
-        built = programs.without_devices(config, model, lengths, topology.count, platform="gpu")
-    tx, _ = run_inputs.optimizer_of(config, total_steps=updates(config))
-    state = programs.abstract_state(config, built, tx)
+        built = programs.without_devices(config, model, lengths, topology.count, platform="gpu", selection=selection)
+    tx, _ = run_inputs.optimizer_of(config, total_steps=updates(config), selection=selection)
+    state, (_, frozen) = programs.abstract_state(config, built, tx), programs.abstract_params(config, built)
+    update = programs.make_update(config, built, run_inputs.loss_of(config), tx, state) if compiles else None
     calls: dict[str, tuple[layout.Shape, Any, tuple]] = {
-        "update": (built.update_shape, None, (state,)),
-        "scoring": (built.score_shape, built.scoring, (state.params,)),
+        "update": (built.update_shape, update, (state, frozen)),
+        "scoring": (built.score_shape, built.scoring, (scoring.join(state.params, frozen),)),
     }
-    if compiles:
-        update = programs.make_update(config, built, run_inputs.loss_of(config), tx, state)
-        calls["update"] = built.update_shape, update, (state,)
     if reference_in_step:
-        frozen = as_type(state.params, built.dtype)
+        reference = as_type(scoring.join(state.params, frozen), built.dtype)
         update = with_reference(config, built, tx, state) if compiles else None
-        calls["update"] = built.update_shape, update, (state, frozen)
+        calls["update"] = built.update_shape, update, (state, frozen, reference)
     if reference_in_step or config.loss.name in losses.REFERENCE_FREE:
         del calls["scoring"]
     parts = {name: part_of(config, topology, built, lengths, name, *call) for name, call in calls.items()}
@@ -229,13 +240,13 @@ def estimate(config: Config, topology: Topology, *, reference_in_step: bool = Fa
 
 
 def with_reference(config: Config, built: Programs, tx: Any, state: Any) -> programs.Compiled:
-    """The update(state, frozen, batch) that scores the reference first."""
+    """The update(state, frozen, reference, batch) that scores with the reference's parameters first."""
     loss_fn = run_inputs.loss_of(config)
     step, logps_fn = programs.update_step(config, built, loss_fn, tx)
     score = steps.make_score_step(logps_fn, has_aux=True, crops=programs.crops(built.update_shape))
 
-    def update(state: Any, frozen: Any, batch: Any) -> Any:
-        return step(state, batch._replace(reference=score(frozen, batch)[0]))
+    def update(state: Any, frozen: Any, reference: Any, batch: Any) -> Any:
+        return step(state, frozen, batch._replace(reference=score(reference, batch)[0]))
 
     return programs.jit_update("update with the reference in it", update, built, state)
 
@@ -254,7 +265,8 @@ def part_of(
 
     Args:
       program: None: count it.
-      held: its arguments but for the batch, of which the first is a state or its parameters.
+      held: its arguments but for the batch: parameters to score with; or a state, what does not train, and the
+        parameters of a reference, if any.
     """
     update = name == "update"
     state = held[0]
@@ -264,7 +276,8 @@ def part_of(
     gradients = sharding.bytes_per_device(as_type(params, jnp.float32)) if update else 0
     work = roofline.mean_work(built.model, lengths, shape, built.layout)
     itemsize = np.dtype(built.dtype).itemsize
-    gathered = sharding.bytes_per_device(as_type(params, built.dtype)) * built.mesh.shape["fsdp"]
+    read = (params, held[1]) if update else params
+    gathered = sharding.bytes_per_device(as_type(read, built.dtype)) * built.mesh.shape["fsdp"]
     count = functools.partial(
         roofline.counted,
         built.model,
@@ -278,7 +291,7 @@ def part_of(
         weights=gathered,
     )
     cost = count(update=update)
-    if len(held) > 1:
+    if len(held) > 2:
         cost = cost.plus(count(update=False))
     if program is None:
         here = shape.positions / shape.shards

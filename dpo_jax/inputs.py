@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +17,12 @@ from dpo_jax.data.order import epoch_size, share
 from dpo_jax.data.pairs import PairSet, load
 from dpo_jax.data.specials import disagreements, unended
 from dpo_jax.data.tokenize import identity, load_tokenizer
+from dpo_jax.models import adapters as low_rank
 from dpo_jax.models import decoder, hf_files, hf_io
 from dpo_jax.models.attention import IMPLEMENTATIONS
 from dpo_jax.models.config import DecoderConfig
+from dpo_jax.models.weights import Tensor
+from dpo_jax.selection import EVERYTHING, Selection, select
 from dpo_jax.types import InputError, check_choice
 
 
@@ -34,6 +38,7 @@ class Inputs:
     tokenizer: Any
     train: PairSet | None
     eval: PairSet | None
+    selection: Selection  # what trains
     warnings: tuple[str, ...]  # a line each: what does not fit between tokenizer, model and pairs, and may be meant so
 
     @property
@@ -90,9 +95,24 @@ def loss_of(config: Config) -> losses.Loss:
     return losses.make_loss(config.loss.name, options)
 
 
-def optimizer_of(config: Config, *, total_steps: int) -> Any:
+def optimizer_of(config: Config, *, total_steps: int, selection: Selection = EVERYTHING) -> Any:
     """The configured optimizer and its learning-rate schedule over `total_steps` updates."""
-    return optim.make_optimizer(**dataclasses.asdict(config.optimizer), total_steps=total_steps)
+    options = {name: value for name, value in dataclasses.asdict(config.optimizer).items() if name != "layer_decay"}
+    paced = selection.paced if selection.rates else None
+    return optim.make_optimizer(**options, total_steps=total_steps, paced=paced)
+
+
+def selection_of(config: Config, table: Sequence[Tensor], model: DecoderConfig) -> Selection:
+    """What trains of a model of this table. Raises: InputError for patterns or an adapter that do not fit it."""
+    lora, adapters = config.lora, None
+    if lora.path:
+        adapters = low_rank.read(hf_io.resolve(lora.path), table, model.stacks)
+    elif lora.rank:
+        alpha = 2.0 * lora.rank if lora.alpha is None else lora.alpha
+        chosen = low_rank.choose(table, model.stacks, lora.targets)
+        adapters = low_rank.Adapters(lora.rank, alpha, lora.rank_stabilised, chosen)
+    freeze, decay = config.train.freeze, config.optimizer.layer_decay
+    return select(table, model, adapters=adapters, freeze=freeze, layer_decay=decay)
 
 
 def prepare(config: Config, workdir: Path) -> None:
@@ -180,6 +200,7 @@ def load_inputs(config: Config, *, training: bool) -> Inputs:
         model=model,
         tokenizer=tokenizer,
         **sets,
+        selection=selection_of(config, hf_io.family_table(folder, model)[0], model),
         warnings=tuple(warnings),
     )
     if not found.sets:
@@ -282,8 +303,11 @@ def reference_identity(
     config: Config, inputs: Inputs, *, layout: str, dtype: str, attention: str, platform: str
 ) -> dict[str, Any]:
     """All that decides a pair's stored log-probs besides its own token ids."""
-    data = config.data
+    data, adapters = config.data, inputs.selection.adapters
+    # Adapters at their start change nothing, so values are the same without them.
+    of_adapters = {"adapters": low_rank.digest(hf_io.resolve(config.lora.path), adapters)} if config.lora.path else {}
     return {
+        **of_adapters,
         "weights": hf_io.digest(inputs.folder, mine=hosts.mine, gather=hosts.merged("weights")),
         **identity(inputs.tokenizer),
         "format": data.format,

@@ -49,9 +49,9 @@ class Spread(NamedTuple):
 
 
 class Head(NamedTuple):
-    """What turns hidden states into logits, or sums of its gradient."""
+    """What turns hidden states into logits, or sums of its gradient, without those that nobody wants."""
 
-    weights: Float[Array, "V D"]
+    weights: Float[Array, "V D"] | None
     bias: Float[Array, "V"] | None = None
 
 
@@ -99,7 +99,8 @@ def completion_logps(
       soft_cap: logits become cap * tanh(logits / cap); None: they stay as they are.
       blocks: what is computed at once.
       spread: how rows and head lie on a mesh; None: on one device.
-      total: what the gradient of head and bias is added to, see `gradients`; None: it is their cotangent.
+      total: what the gradients of head and bias are added to, see `gradients`; None: they are their cotangents. One
+        that it lacks is not made.
     Returns: logps in nats, float32 or wider, column 0 chosen, 1 rejected; {"logits": ...}, without gradient; `total`.
     """
     plan = _Plan(blocks, soft_cap, spread)
@@ -272,14 +273,16 @@ def _backward_here(plan, hidden, head, source, target, scored, log_z, kept, cota
                 slope = slope * (1 - jnp.square(logits / plan.soft_cap))
             if real is not None:
                 slope = jnp.where(real, slope, 0)
-            to_bias = None if weights.bias is None else slope.sum(0)
+            to_bias = None if total.bias is None else slope.sum(0)
             slope = slope.astype(hidden.dtype)
             pulled = jnp.einsum("tv,vd->td", slope, weights.weights, preferred_element_type=wide)
             hidden_grad = _put(hidden_grad, _block(hidden_grad, i, size) + pulled, i, size)
-            grad = Head(jnp.einsum("tv,td->vd", slope, states, preferred_element_type=wide), to_bias)
-            return hidden_grad, jax.tree.map(jnp.add, part_grad, grad)
+            to_weights = None
+            if total.weights is not None:
+                to_weights = jnp.einsum("tv,td->vd", slope, states, preferred_element_type=wide)
+            return hidden_grad, jax.tree.map(jnp.add, part_grad, Head(to_weights, to_bias))
 
-        none = jax.tree.map(lambda x: jnp.zeros(x.shape, wide), weights)
+        none = Head(*(None if t is None else jnp.zeros(w.shape, wide) for t, w in zip(total, weights, strict=True)))
         hidden_grad, part_grad = jax.lax.fori_loop(0, tokens.blocks, one_block, (hidden_grad, none))
         return hidden_grad, vocab.add(total, part_grad, j)
 
@@ -336,12 +339,11 @@ class _Vocabulary:
         """`total` with the gradient of part j added, summed over the devices that hold other rows."""
         if self._spread is not None:
             to_weights, to_bias = grad
-            others = [axis for axis in self._spread.rows if axis != self._spread.width]
-            if self._spread.width:
-                scatter = self._spread.scatter or _scatter
-                to_weights = scatter(to_weights, self._spread.width, 1)
-            to_weights = jax.lax.psum(to_weights, tuple(others))
-            grad = Head(to_weights, None if to_bias is None else jax.lax.psum(to_bias, self._spread.rows))
+            others = tuple(axis for axis in self._spread.rows if axis != self._spread.width)
+            if to_weights is not None and self._spread.width:
+                to_weights = (self._spread.scatter or _scatter)(to_weights, self._spread.width, 1)
+            # Without gradients these are trees without leaves.
+            grad = Head(jax.lax.psum(to_weights, others), jax.lax.psum(to_bias, self._spread.rows))
 
         def add(total, grad):
             before = jax.lax.dynamic_slice_in_dim(total, self._start(j), self.length)

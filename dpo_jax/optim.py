@@ -57,6 +57,7 @@ def make_optimizer(
     b2: float,
     eps: float,
     total_steps: int,
+    paced: Callable[[Any], Any] | None = None,
 ) -> tuple[optax.GradientTransformation, Schedule]:
     """Clipping, the named optimizer, decoupled weight decay and the learning rate, in this order.
 
@@ -73,6 +74,7 @@ def make_optimizer(
         the 1e-6 it adds to the norm; 0: never.
       b1, b2, eps: see the comments in `config.Optimizer`.
       total_steps: updates in the run, where the schedule ends.
+      paced: takes updates to those that are made, in proportion, for parameters with learning rates of their own.
     Returns: the optax transformation, and the learning rate as a function of the update, counted from 0.
     Raises: InputError for an unknown name, or for an option that the optimizer does not have and that is not at
       its default.
@@ -94,6 +96,7 @@ def make_optimizer(
         transform(**{theirs: given[ours] for ours, theirs in options.items()}),
         optax.add_decayed_weights(weight_decay, mask=decayed) if weight_decay else optax.identity(),
         optax.scale_by_learning_rate(rate),
+        optax.stateless(lambda updates, _: paced(updates)) if paced is not None else optax.identity(),
     ]
     return _in_float32(optax.chain(*parts)), rate
 

@@ -22,8 +22,11 @@ from dpo_jax.config import Config
 from dpo_jax.data import layout
 from dpo_jax.data.pairs import cache_folder
 from dpo_jax.inputs import Inputs
-from dpo_jax.models import attention, decoder, hf_io
+from dpo_jax.models import adapters as low_rank
+from dpo_jax.models import attention, decoder, hf_io, weights
 from dpo_jax.models.config import DecoderConfig
+from dpo_jax.scoring import join
+from dpo_jax.selection import EVERYTHING, Selection
 from dpo_jax.steps import TrainState, init_state, make_score_step, make_train_step
 from dpo_jax.trackers import Stopwatch, say
 from dpo_jax.types import Batch
@@ -68,6 +71,7 @@ class Programs(NamedTuple):
     model: DecoderConfig
     mesh: Any  # a sharding.AnyMesh; an abstract one where there are no devices
     rules: sharding.Rules
+    selection: Selection  # of the parameters, those that train
     layout: str  # of pairs, one of layout.LAYOUTS
     dtype: Any
     attention: str  # the implementation that was chosen
@@ -108,6 +112,7 @@ def make_programs(
     model: DecoderConfig,
     lengths: Int[np.ndarray, "N 3"],
     *,
+    selection: Selection = EVERYTHING,
     devices: Sequence[Any] | None = None,
     watch: Stopwatch | None = None,
 ) -> Programs:
@@ -115,6 +120,7 @@ def make_programs(
 
     Args:
       lengths: token counts of prompt, chosen and rejected of every pair that will be laid out.
+      selection: what trains.
       devices: those of the mesh, which need not be there; None: all that there are, and what is compiled is kept.
       watch: told how long compiling and reading weights take.
     """
@@ -123,35 +129,34 @@ def make_programs(
         keep_compiled()
     mesh = sharding.make_mesh(config.mesh.replica, config.mesh.fsdp, config.mesh.tensor, devices)
     platform = mesh.devices.flat[0].platform
-    made = _without_scoring(config, model, lengths, mesh, platform, sharding.shards_here(mesh), watch)
+    made = _without_scoring(config, model, lengths, selection, mesh, platform, sharding.shards_here(mesh), watch)
     shape = made.score_shape
-    logps_fn = scoring.make_logps_fn(
-        made.model,
-        pairs=shape.pairs,
-        dtype=made.dtype,
-        remat=config.model.remat,
-        attention=made.attention,
-        mesh=mesh,
-        rules=made.rules,
-    )
+    logps_fn = logps_of(config, made, shape)
     step = make_score_step(logps_fn, has_aux=True, crops=crops(shape))
     jitted = jax.jit(step, out_shardings=sharding.everywhere(mesh), compiler_options=COMPILER_OPTIONS)
     return made._replace(scoring=Compiled("scoring", jitted, watch))
 
 
 def without_devices(
-    config: Config, model: DecoderConfig, lengths: Int[np.ndarray, "N 3"], count: int, *, platform: str
+    config: Config,
+    model: DecoderConfig,
+    lengths: Int[np.ndarray, "N 3"],
+    count: int,
+    *,
+    platform: str,
+    selection: Selection = EVERYTHING,
 ) -> Programs:
     """The same for so many devices that are not there, and cannot be compiled for: without a scoring program."""
     sizes = sharding.mesh_shape((config.mesh.replica, config.mesh.fsdp, config.mesh.tensor), count)
     mesh = AbstractMesh(sizes, sharding.AXES, axis_types=(AxisType.Auto,) * 3)
-    return _without_scoring(config, model, lengths, mesh, platform, None, Stopwatch())
+    return _without_scoring(config, model, lengths, selection, mesh, platform, None, Stopwatch())
 
 
 def _without_scoring(
     config: Config,
     model: DecoderConfig,
     lengths: np.ndarray,
+    selection: Selection,
     mesh: Any,
     platform: str,
     here: tuple[int, ...] | None,
@@ -182,6 +187,7 @@ def _without_scoring(
         model=model,
         mesh=mesh,
         rules=sharding.parse_rules(config.mesh.rules),
+        selection=selection,
         layout=layout_name,
         dtype=scoring.compute_dtype(config.model.dtype, platform),
         attention=kernel,
@@ -207,9 +213,31 @@ def make_update(config: Config, programs: Programs, loss_fn: losses.Loss, tx: An
 
 
 def update_step(config: Config, programs: Programs, loss_fn: losses.Loss, tx: Any) -> tuple[Any, Any]:
-    """The update as a pure function, and what it scores by."""
+    """The update(state, frozen, batch) as a pure function, and what it scores by."""
     shape = programs.update_shape
-    logps_fn = scoring.make_logps_fn(
+    logps_fn = logps_of(config, programs, shape)
+    balance = config.train.router_balance
+
+    def update(state: TrainState, frozen: Any, batch: Batch) -> Any:
+        step = make_train_step(
+            functools.partial(logps_fn, frozen=frozen),
+            loss_fn,
+            tx,
+            beta=losses.reward_scale(loss_fn),
+            has_aux=True,
+            adds=True,
+            crops=crops(shape),
+            penalties={"router_balance": balance} if balance else {},
+            wanted=programs.selection.wanted,
+        )
+        return step(state, batch)
+
+    return update, logps_fn
+
+
+def logps_of(config: Config, programs: Programs, shape: layout.Shape) -> Callable[..., Any]:
+    """The `logps_fn` of a run, for batches of a shape."""
+    return scoring.make_logps_fn(
         programs.model,
         pairs=shape.pairs,
         dtype=programs.dtype,
@@ -217,20 +245,8 @@ def update_step(config: Config, programs: Programs, loss_fn: losses.Loss, tx: An
         attention=programs.attention,
         mesh=programs.mesh,
         rules=programs.rules,
+        adapters=programs.selection.adapters,
     )
-    beta = losses.reward_scale(loss_fn)
-    balance = config.train.router_balance
-    step = make_train_step(
-        logps_fn,
-        loss_fn,
-        tx,
-        beta=beta,
-        has_aux=True,
-        adds=True,
-        crops=crops(shape),
-        penalties={"router_balance": balance} if balance else {},
-    )
-    return step, logps_fn
 
 
 def jit_update(name: str, step: Any, programs: Programs, state: TrainState) -> Compiled:
@@ -240,15 +256,29 @@ def jit_update(name: str, step: Any, programs: Programs, state: TrainState) -> C
     return Compiled(name, jitted, programs.watch)
 
 
-def load_params(config: Config, folder: Path, programs: Programs) -> Any:
-    """The weights in a folder, each device's part of a leaf read from the bytes that hold it."""
+def load_params(
+    config: Config, folder: Path, programs: Programs, *, only: Callable[[str], bool] = lambda leaf: True
+) -> dict:
+    """The weights in a folder, each device's part of a leaf read from the bytes that hold it, and adapters at their
+    start.
+
+    Args:
+      only: of a leaf's path, whether it is wanted.
+    """
+    model, adapters = programs.model, programs.selection.adapters
 
     def place(path: str, shape: tuple[int, ...], read: Callable[[Any], np.ndarray]) -> jax.Array:
         spec = sharding.partition(path, shape, programs.mesh.shape, programs.rules)
         return sharding.from_parts(shape, NamedSharding(programs.mesh, spec), read)
 
     with programs.watch.part("weights"):
-        params = hf_io.load_params(folder, programs.model, dtype=config.model.param_dtype, place=place)
+        params = hf_io.load_params(folder, model, dtype=config.model.param_dtype, place=place, only=only)
+        if adapters is not None and any(map(only, adapters.leaves)):
+            if config.lora.path:
+                beside = low_rank.load(hf_io.resolve(config.lora.path), adapters, model.stacks, place=place)
+            else:
+                beside = low_rank.first_values(adapters, model.stacks, seed=config.seed, place=place)
+            params = join(params, hf_io.nest(beside))
         return jax.block_until_ready(params)
 
 
@@ -301,36 +331,50 @@ def no_reference(inputs: Inputs) -> list[Float[np.ndarray, "N 2"]]:
 
 def first_state(
     config: Config, folder: Path, programs: Programs, tx: Any, checkpoints: Checkpoints, params: Any | None
-) -> TrainState:
-    """The newest checkpoint's state, or the one before the first update; every leaf in its place on the mesh.
+) -> tuple[TrainState, dict]:
+    """The newest checkpoint's state, or the one before the first update, and the parameters that do not train; every
+    leaf in its place on the mesh.
 
     Args:
       folder: of the initial weights.
-      params: these if they are loaded already; donated.
+      params: these if they are loaded already; what trains of them is donated.
     """
-    like = abstract_state(config, programs, tx)
+    like, selection = abstract_state(config, programs, tx), programs.selection
     step = checkpoints.latest_step()
     if step is not None:
-        return checkpoints.restore(step, like)
-    params = load_params(config, folder, programs) if params is None else params
+        frozen = selection.split(params)[1] if params is not None else load_frozen(config, folder, programs)
+        return checkpoints.restore(step, like), frozen
+    params, frozen = selection.split(load_params(config, folder, programs) if params is None else params)
 
     def first(params: Any) -> TrainState:
         return init_state(params, tx)
 
     places = jax.tree.map(lambda leaf: leaf.sharding, like)
-    return jax.jit(first, out_shardings=places, donate_argnums=0)(params)
+    return jax.jit(first, out_shardings=places, donate_argnums=0)(params), frozen
+
+
+def load_frozen(config: Config, folder: Path, programs: Programs) -> dict:
+    """Of the weights in a folder, those that do not train."""
+    selection = programs.selection
+    return load_params(config, folder, programs, only=lambda leaf: not selection.trains(leaf))
 
 
 def abstract_state(config: Config, programs: Programs, tx: Any) -> TrainState:
     """Shapes, types and places of a training state, without any array."""
-    params = abstract_params(config, programs)
+    params, _ = abstract_params(config, programs)
     return placed(programs, jax.eval_shape(lambda params: init_state(params, tx), params))
 
 
-def abstract_params(config: Config, programs: Programs) -> Any:
-    """Shapes, types and places of the parameters, without any array."""
-    dtype = scoring.DTYPES[config.model.param_dtype]
-    return placed(programs, jax.eval_shape(lambda: decoder.init(jax.random.key(0), programs.model, dtype=dtype)))
+def abstract_params(config: Config, programs: Programs) -> tuple[dict, dict]:
+    """Shapes, types and places of the parameters that train, and of those that do not, without any array."""
+    dtype, adapters = scoring.DTYPES[config.model.param_dtype], programs.selection.adapters
+    params = jax.eval_shape(lambda: decoder.init(jax.random.key(0), programs.model, dtype=dtype))
+    if adapters is not None:
+        shapes = weights.leaf_shapes(adapters.table, programs.model.stacks)
+        beside = {path: jax.ShapeDtypeStruct(shape, np.float32) for path, shape in shapes.items()}
+        params = join(params, hf_io.nest(beside))
+    train, frozen = programs.selection.split(params)
+    return placed(programs, train), placed(programs, frozen)
 
 
 def placed(programs: Programs, tree: Any) -> Any:

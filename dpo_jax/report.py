@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from dpo_jax import hosts, sharding
+from dpo_jax import hosts, scoring, sharding
 from dpo_jax.config import Config
 from dpo_jax.inputs import Inputs
 from dpo_jax.programs import Programs
@@ -39,18 +39,20 @@ def cuts(report: Mapping[str, Any]) -> str:
     return f"{counts}; {dropped or 'no row dropped'}"
 
 
-def describe_run(config: Config, inputs: Inputs, programs: Programs, params: Any, start: int, total: int) -> None:
-    """The run's size: parameters, mesh, shapes, steps."""
-    count = sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(params))
+def describe_run(config: Config, programs: Programs, params: Any, frozen: Any, start: int, total: int) -> None:
+    """The run's size: parameters, those that train and those that do not, mesh, shapes, steps."""
+    sizes = [sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(tree)) for tree in (params, frozen)]
+    those = f", of which {sizes[0]:,} train" if sizes[1] else ""
     mesh = " x ".join(f"{axis} {size}" for axis, size in programs.mesh.shape.items())
     shape = programs.update_shape
     cut = f", the last ones cut to {', '.join(f'{r} x {n}' for r, n in shape.crops[1:])}" if shape.crops else ""
     processes = f" of {hosts.count()} processes" if hosts.count() > 1 else ""
+    held = sharding.bytes_per_device((params, frozen))
     say(
-        f"model: {count:,} parameters, {config.model.param_dtype}, computing in {np.dtype(programs.dtype).name} "
-        f"on {mesh} {jax.devices()[0].platform}{processes}, {sharding.bytes_per_device(params):,} bytes a device"
+        f"model: {sum(sizes):,} parameters{those}, {config.model.param_dtype}, computing in "
+        f"{np.dtype(programs.dtype).name} on {mesh} {jax.devices()[0].platform}{processes}, {held:,} bytes a device"
     )
-    for path, size in sharding.whole_everywhere(params).items():
+    for path, size in sharding.whole_everywhere(scoring.join(params, frozen)).items():
         say(f"warning: {path}, {size:,} bytes, lies whole on every device; mesh.rules can cut it")
     say(
         f"steps {start} to {total} of {shape.pairs} pairs, packed into rows of {shape.row_length} positions, "

@@ -16,6 +16,7 @@ from jaxtyping import Float, Int
 from dpo_jax import feed, gradients, sharding
 from dpo_jax.data.layout import Shape, collate, unit_lengths
 from dpo_jax.logprobs import ACCELERATOR_BLOCKS, CPU_BLOCKS, Head, Spread, completion_logps, sum_by_slot
+from dpo_jax.models import adapters as low_rank
 from dpo_jax.models import attention as attentions
 from dpo_jax.models import decoder, experts
 from dpo_jax.models.config import DecoderConfig
@@ -52,17 +53,20 @@ def make_logps_fn(
     attention: str = "xla",
     mesh: Mesh | None = None,
     rules: sharding.Rules = sharding.RULES,
+    adapters: low_rank.Adapters | None = None,
 ) -> Callable[..., Any]:
     """Returns `logps_fn(params, rows) -> (logps [P, 2], {"logits": [P, 2], ...})` for a decoder, the second sums over
     answer tokens: of the mean logit, and of what `experts.routing` says.
 
-    With a third argument, `sums` as in `gradients`, it returns `((logps, ...), sums)`.
+    With a third argument, `sums` as in `gradients`, it returns `((logps, ...), sums)`. With `frozen`, parameters that
+    are not among `params`, it reads those as well; their gradients are not made.
 
     Args:
       pairs, dtype, remat: see `completion_logps` and `decoder.hidden_states`.
       attention: an implementation that `attention.choose` gave.
       mesh: what rows and parameters lie across, as `sharding` has it; None: one device of JAX's default platform.
       rules: by which parameters do.
+      adapters: that are among the parameters.
     """
     platform = jax.default_backend() if mesh is None else mesh.devices.flat[0].platform
     of_attention = of_head = move = across = stay = None
@@ -91,14 +95,20 @@ def make_logps_fn(
     )
     blocks = CPU_BLOCKS if platform == "cpu" else ACCELERATOR_BLOCKS
 
-    def logps_fn(params: Any, rows: Any, sums: Any = None) -> Any:
+    def logps_fn(params: Any, rows: Any, sums: Any = None, *, frozen: Any = None) -> Any:
         words, body = of_words(params)
-        totals: dict[str, Any] = dict.fromkeys(words)
+        trained = tuple(words)
+        totals: dict[str, Any] = {}
         rest: dict[str, Any] = {}
         if sums is not None:
             totals, rest = of_words(sums)
             body, rest = gradients.collect(body, rest)
-        x, totals["embed"] = lookup(words["embed"], rows.tokens, totals["embed"], move)
+        if frozen is not None:
+            others, still = of_words(frozen)
+            words, body = words | others, join(body, still)
+        if adapters is not None:
+            body = low_rank.spread(body, adapters)
+        x, totals["embed"] = lookup(words["embed"], rows.tokens, totals.get("embed"), move)
         # Or XLA has the gradient, which is moved to the table's columns at the end, lie so in every block.
         x = x if stay is None else stay(x)
         hidden, found = decoder.hidden_states(
@@ -113,6 +123,7 @@ def make_logps_fn(
             attend=attend,
             across=across,
             mixing=of_experts,
+            adapter_scale=1.0 if adapters is None else adapters.scale,
             unfed=1,
         )
         last = "head" if "head" in words else "embed"
@@ -125,16 +136,22 @@ def make_logps_fn(
             soft_cap=config.logit_soft_cap,
             blocks=blocks,
             spread=of_head,
-            total=None if sums is None else Head(totals[last], totals.get("logits")),
+            total=None if sums is None else Head(totals.get(last), totals.get("logits")),
         )
         at_source = {name: jnp.take_along_axis(values, rows.source, 1) for name, values in found.items()}
         aux |= {name: sum_by_slot(values, rows.slot, pairs) for name, values in at_source.items()}
         if total is None:
             return logps, aux
-        totals |= {last: total.weights} | ({} if total.bias is None else {"logits": total.bias})
-        return (logps, aux), rest | {name: {WORDS[name]: each} for name, each in totals.items()}
+        totals |= {last: total.weights, "logits": total.bias}
+        return (logps, aux), rest | {name: {WORDS[name]: totals[name]} for name in trained}
 
     return logps_fn
+
+
+def join(tree: Any, other: Any) -> dict[str, Any]:
+    """The leaves of two nested dicts that have none in common."""
+    both = {name: join(tree[name], other[name]) for name in tree.keys() & other.keys()}
+    return {**tree, **other, **both}
 
 
 def of_words(tree: Any) -> tuple[dict[str, Any], dict[str, Any]]:

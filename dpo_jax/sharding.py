@@ -36,6 +36,11 @@ RULES: Rules = (
     (r"mlp/(gate|up)/kernel$", P(None, "fsdp", "tensor")),
     (r"mlp/(gate|up)/bias$", P(None, "tensor")),
     (r"mlp/down/kernel$", P(None, "tensor", "fsdp")),
+    # Adapters' sides of a width that `tensor` cuts lie as the kernels' do; the others are too small to gather.
+    (r"attention/[qkv]/lora_b$", P(None, None, "tensor", None)),
+    (r"attention/o/lora_a$", P(None, "tensor", None, None)),
+    (r"mlp/(gate|up)/lora_b$", P(None, None, "tensor")),
+    (r"mlp/down/lora_a$", P(None, "tensor", None)),
     (r"experts/router/kernel$", P(None, "fsdp", None)),
     (r"experts/(gate|up)/kernel$", P(None, None, "fsdp", "tensor")),
     (r"experts/down/kernel$", P(None, None, "tensor", "fsdp")),
@@ -132,7 +137,7 @@ def shardings(mesh: AnyMesh, tree: Any, rules: Rules = RULES) -> Any:
     """A NamedSharding for every array (or its shape) of a tree of parameters or of a training state."""
 
     def place(path: Any, leaf: Any) -> NamedSharding:
-        return NamedSharding(mesh, partition(_path_name(path), leaf.shape, mesh.shape, rules))
+        return NamedSharding(mesh, partition(path_name(path), leaf.shape, mesh.shape, rules))
 
     return jax.tree_util.tree_map_with_path(place, tree)
 
@@ -155,7 +160,7 @@ def whole_everywhere(tree: Any) -> dict[str, int]:
     for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]:
         size = math.prod(leaf.shape) * leaf.dtype.itemsize
         if size >= LARGE and len(leaf.sharding.device_set) > 1 and leaf.sharding.is_fully_replicated:
-            found[_path_name(path)] = size
+            found[path_name(path)] = size
     return found
 
 
@@ -216,7 +221,8 @@ def from_parts(
     return jax.make_array_from_single_device_arrays(tuple(shape), place, arrays)
 
 
-def _path_name(path: Iterable[Any]) -> str:
+def path_name(path: Iterable[Any]) -> str:
+    """A leaf's path in a tree, as in blocks/mlp/up/kernel."""
     return "/".join(str(getattr(part, "key", getattr(part, "name", getattr(part, "idx", part)))) for part in path)
 
 

@@ -45,6 +45,7 @@ def make_train_step(
     adds: bool = False,
     crops: Sequence[Crop] = (),
     penalties: Mapping[str, float] = MappingProxyType({}),
+    wanted: Callable[[Any], Any] = lambda grads: grads,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, Array]]]:
     """Builds `step(state, batch) -> (state, metrics)`.
 
@@ -64,6 +65,7 @@ def make_train_step(
       crops: functions of a microbatch's rows; `batch.crop` says which is applied to each. Every one is compiled.
       penalties: weights of means over answer tokens that are made smaller besides, by their names in `has_aux`; they
         are no part of the reported loss.
+      wanted: takes gradients to those that count, for where parts of a leaf do not train.
     Returns: the step. Its metrics describe the parameters that enter it: those of `pair_metrics` and `grad_norm`,
       the global norm before any clipping.
     """
@@ -95,6 +97,7 @@ def make_train_step(
             return *pull((jnp.ones_like(loss), sums)), scored
 
         grads, (policy, aux) = _each_microbatch(add_gradient, gradients.zeros(state.params), batch, crops)
+        grads = wanted(grads)
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
         params = apply_updates(state.params, updates, state.step)
         losses = loss_fn(policy, batch.reference, lengths=batch.lengths)

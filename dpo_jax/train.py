@@ -15,7 +15,7 @@ import jax
 import numpy as np
 
 import dpo_jax
-from dpo_jax import card, feed, hosts, losses, programs, sharding, trackers, workdir
+from dpo_jax import card, feed, hosts, losses, programs, scoring, sharding, trackers, workdir
 from dpo_jax import config as configs
 from dpo_jax import inputs as run_inputs
 from dpo_jax.checkpoint import Checkpoints
@@ -25,12 +25,18 @@ from dpo_jax.data.order import epoch_size, make_order
 from dpo_jax.evaluate import evaluate, make_summary
 from dpo_jax.flops import peak_flops, train_flops
 from dpo_jax.inputs import Inputs
+from dpo_jax.models import adapters as low_rank
 from dpo_jax.models import hf_files, hf_io
 from dpo_jax.report import before_and_after, describe_data, describe_run, one_line
 from dpo_jax.trackers import say
 from dpo_jax.types import Batch, InputError
 
 WARM_UP = 2  # updates before a profile begins
+# Fields that say what a checkpoint's parameters are.
+OF_PARAMETERS = (
+    "model.path model.param_dtype train.freeze lora.rank lora.alpha lora.rank_stabilised lora.targets lora.path "
+    "sft.steps"
+).split()
 
 
 def run(config: Config, folder: Path) -> None:
@@ -57,7 +63,7 @@ def run(config: Config, folder: Path) -> None:
     if (folder / "export").exists() and step == total:
         say(f"{folder} is complete at step {total}; the model is in {folder / 'export'}")
         return
-    built = programs.make_programs(config, inputs.model, inputs.lengths, watch=watch)
+    built = programs.make_programs(config, inputs.model, inputs.lengths, selection=inputs.selection, watch=watch)
     config, inputs = after_sft(given, config, inputs, folder)
     with watch.part("digest of weights"):
         store = programs.reference_store(config, inputs, folder, built)
@@ -89,7 +95,7 @@ def after_sft(given: Config, config: Config, inputs: Inputs, folder: Path) -> tu
         sft=configs.Sft(),
         prepare="",
         # The next stage starts from this export, so nothing may be rounded away in between.
-        export=configs.Export(dtype=config.model.param_dtype),
+        export=configs.Export(dtype=config.model.param_dtype if inputs.selection.adapters is None else "float32"),
     )
     run(stage, folder / "sft")
     say("then: preference optimization")
@@ -108,6 +114,8 @@ def from_sft(config: Config, inputs: Inputs, folder: Path) -> tuple[Config, Inpu
         raise InputError(
             str(exported), got="no such folder", expected="the model after sft.steps", remedy="Run train again first."
         )
+    if inputs.selection.adapters is not None:
+        return dataclasses.replace(config, lora=configs.Lora(path=str(exported))), inputs
     model = dataclasses.replace(config.model, path=str(exported))
     return dataclasses.replace(config, model=model), dataclasses.replace(inputs, folder=exported)
 
@@ -122,13 +130,14 @@ def train(
     shape, mesh, watch = built.update_shape, built.mesh, built.watch
     with watch.part("reference"):
         reference, params = reference_of(config, inputs, store, built)
-    tx, schedule = run_inputs.optimizer_of(config, total_steps=total)
+    tx, schedule = run_inputs.optimizer_of(config, total_steps=total, selection=inputs.selection)
     loss_fn = run_inputs.loss_of(config)
     rate, summary = jax.jit(schedule), make_summary(loss_fn)
     checkpoints = Checkpoints(folder / "checkpoints", keep=config.checkpoint.keep)
     with watch.part("weights"):
-        state = jax.block_until_ready(programs.first_state(config, inputs.folder, built, tx, checkpoints, params))
-    del params  # donated to the state: from here on one model is held
+        state, frozen = programs.first_state(config, inputs.folder, built, tx, checkpoints, params)
+        jax.block_until_ready((state, frozen))
+    del params  # what trains is donated to the state: from here on one model is held
     update = programs.make_update(config, built, loss_fn, tx, state)
     start = int(state.step)
     order = make_order(
@@ -157,7 +166,7 @@ def train(
         )
     for log in logs.values():
         log.truncate_after(start - 1)
-    describe_run(config, inputs, built, state.params, start, total)
+    describe_run(config, built, state.params, frozen, start, total)
     progress = trackers.Progress(total, start=start)
     clock, faults = Clock(start), Faults()
     profile = Profile(folder / "profile", start + WARM_UP, config.profile.steps)
@@ -178,7 +187,7 @@ def train(
         if inputs.eval is None:
             return
         row = evaluate(
-            functools.partial(built.score, state.params),
+            functools.partial(built.score, scoring.join(state.params, frozen)),
             summary,
             inputs.eval,
             inputs.eval.lengths,
@@ -230,7 +239,7 @@ def train(
             profile.at(step, state)
             (batch, counts, flops), seconds = next(made)
             waited += seconds
-            state, metrics = update(state, batch)
+            state, metrics = update(state, frozen, batch)
             if step == start:
                 jax.block_until_ready(metrics)
                 say(f"first update done after {watch}")
@@ -241,7 +250,8 @@ def train(
                 waited = 0.0
             if (step + 1) % config.checkpoint.every_steps == 0 or step + 1 == total:
                 save(step + 1)
-    export(config, inputs, state.params, folder / "export", workdir.read_rows(folder / "eval.jsonl"), total)
+    params = scoring.join(state.params, frozen)
+    export(config, inputs, params, folder / "export", workdir.read_rows(folder / "eval.jsonl"), total)
     before_and_after(workdir.read_rows(folder / "eval.jsonl"))
 
 
@@ -328,9 +338,20 @@ class Clock:
 
 
 def export(
-    config: Config, inputs: Inputs, params: Any, out: Path, evaluations: list[dict[str, float]], steps: int
+    config: Config,
+    inputs: Inputs,
+    params: Any,
+    out: Path,
+    evaluations: list[dict[str, float]],
+    steps: int,
+    *,
+    merge: bool = False,
 ) -> None:
-    """Writes a Hugging Face folder with a model card."""
+    """Writes a Hugging Face folder with a model card.
+
+    Args:
+      merge: write the model with adapters merged into it, and not the adapters alone.
+    """
     data = {
         split: (spec, len(pairs))
         for split, spec, pairs in (
@@ -340,15 +361,19 @@ def export(
         if pairs is not None
     }
     text = card.model_card(config, inputs.name, data=data, steps=steps, final=evaluations[-1] if evaluations else {})
-    hf_io.export(
-        params,
-        base=inputs.base,
-        out=out,
-        dtype=config.export.dtype,
-        tokenizer=inputs.tokenizer_folder,
-        card=text,
-        hosts=hf_files.Hosts(hosts.index(), hosts.count(), hosts.wait),
-    )
+    adapters = inputs.selection.adapters
+    together: dict[str, Any] = {
+        "tokenizer": inputs.tokenizer_folder,
+        "card": text,
+        "hosts": hf_files.Hosts(hosts.index(), hosts.count(), hosts.wait),
+    }
+    if adapters is None or merge:
+        params = params if adapters is None else low_rank.merge(params, adapters)
+        hf_io.export(params, base=inputs.base, out=out, dtype=config.export.dtype, **together)
+    else:
+        table, _ = hf_io.family_table(inputs.base, inputs.model)
+        dtype = config.export.dtype or "float32"
+        low_rank.save(params, adapters, table, inputs.model.stacks, base=inputs.name, out=out, dtype=dtype, **together)
     hosts.wait("export")  # it is in place once the first is through
     say(f"exported to {out}")
 
@@ -369,7 +394,7 @@ def score_reference(config: Config, folder: Path) -> None:
         )
     inputs = run_inputs.read_inputs(config, folder, training=False)
     describe_data(config, inputs)
-    built = programs.make_programs(config, inputs.model, inputs.lengths)
+    built = programs.make_programs(config, inputs.model, inputs.lengths, selection=inputs.selection)
     config, inputs = after_sft(given, config, inputs, folder)
     with hosts.listening():
         reference_of(config, inputs, programs.reference_store(config, inputs, folder, built), built)
@@ -396,16 +421,23 @@ def evaluate_checkpoint(config: Config, folder: Path) -> dict[str, float]:
     return {"step": step} | row
 
 
-def export_checkpoint(config: Config, folder: Path, out: Path | None) -> None:
+def export_checkpoint(config: Config, folder: Path, out: Path | None, *, merge: bool = False) -> None:
     """Writes the newest checkpoint in `folder` as a Hugging Face folder.
 
     Args:
-      out: None: `folder`/export, or `folder`/export-STEP until the run has made that itself.
-    Raises: InputError if there is no checkpoint, or `out` is the place of an export that is still to come.
+      out: None: `folder`/export, or `folder`/export-STEP until the run has made that itself; `folder`/merged-STEP with
+        `merge`.
+      merge: write the whole model, adapters merged into it.
+    Raises: InputError if there is no checkpoint, `out` is the place of an export that is still to come, or there are no
+      adapters to merge.
     """
     config, inputs, _, step, params = open_checkpoint(config, folder)
+    if merge and inputs.selection.adapters is None:
+        raise InputError(
+            "--merge", got="a run without adapters", expected="one with lora.rank", remedy="Leave --merge off."
+        )
     final = folder / "export"
-    out = out or (final if final.exists() else folder / f"export-{step}")
+    out = out or (folder / f"merged-{step}" if merge else final if final.exists() else folder / f"export-{step}")
     if out.resolve() == final.resolve() and not final.exists():
         raise InputError(
             str(out),
@@ -414,7 +446,7 @@ def export_checkpoint(config: Config, folder: Path, out: Path | None) -> None:
             remedy="Leave --out off, or finish the run.",
         )
     rows = [row for row in workdir.read_rows(folder / "eval.jsonl") if row["step"] == step]
-    export(config, inputs, params, out, rows, step)
+    export(config, inputs, params, out, rows, step, merge=merge)
 
 
 def open_checkpoint(config: Config, folder: Path) -> tuple[Config, Inputs, programs.Programs, int, Any]:
@@ -422,7 +454,7 @@ def open_checkpoint(config: Config, folder: Path) -> tuple[Config, Inputs, progr
 
     Raises: InputError if there is none, or the configuration names another model than the run's.
     """
-    workdir.check(config, folder, fields=("model.path", "model.param_dtype", "sft.steps"))
+    workdir.check(config, folder, fields=OF_PARAMETERS)
     config = run_inputs.resolve_paths(config, folder)
     run_inputs.check_names(config)
     checkpoints = Checkpoints(folder / "checkpoints", keep=1, read_only=True)
@@ -432,7 +464,7 @@ def open_checkpoint(config: Config, folder: Path) -> tuple[Config, Inputs, progr
             str(folder / "checkpoints"), got="no checkpoint", expected="one of a training run", remedy="Train first."
         )
     config, inputs = from_sft(config, run_inputs.load_inputs(config, training=False), folder)
-    built = programs.make_programs(config, inputs.model, inputs.lengths)
-    params = checkpoints.restore_params(step, programs.abstract_params(config, built))
+    built = programs.make_programs(config, inputs.model, inputs.lengths, selection=inputs.selection)
+    params = checkpoints.restore_params(step, programs.abstract_params(config, built)[0])
     checkpoints.close()
-    return config, inputs, built, step, params
+    return config, inputs, built, step, scoring.join(params, programs.load_frozen(config, inputs.folder, built))

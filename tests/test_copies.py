@@ -1,4 +1,4 @@
-"""Pieces of tensors: that they are all of them, that copies keep every number in its place, and what threads hold."""
+"""Copies: that every number stays in its place, and that threads hold little and end."""
 
 import threading
 
@@ -6,7 +6,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from dpo_jax.models import copies, weights
+from dpo_jax.models import copies
 
 
 @pytest.mark.parametrize("dtype", [np.float32, ml_dtypes.bfloat16])
@@ -31,32 +31,11 @@ def test_copy_of_one_number_repeated_is_that_number():
     assert into.reshape(4, 3).T.tolist() == [[0, 1, 2, 3]] * 3
 
 
-TENSORS = [
-    weights.plain("a", "a", ()),
-    weights.plain("a", "a", (6, 5)),
-    weights.matrix("a", "a", (4, 3), (7,)),
-    weights.joined_matrix("a", ("a", "b", "c"), (5,), ((4, 2), (1, 2), (3,))),
-    weights.joined_matrix("a", ("a", "b"), (5,), ((4,), (3,)), turned=False),
-    weights.joined_bias("a", ("a", "b"), ((4, 2), (3,))),
-    weights.interleaved_matrix("a", ("a", "b", "c"), 6, 4, 2),
-    weights.interleaved_bias("a", ("a", "b"), 4, 2),
-]
-
-
-@pytest.mark.parametrize("piece", [4, 24, 1000])
-@pytest.mark.parametrize("tensor", TENSORS, ids=range(len(TENSORS)))
-def test_bytes_of_a_tensor_are_made_of_its_leaves(tensor, piece):
-    whole = np.arange(np.prod(tensor.shape), dtype=np.float32).reshape(tensor.shape)
-    leaves = [leaf.copy() for leaf in tensor.to_leaves(whole)]
-    made = [bytes(job()) for job in copies.tensor_bytes(tensor, leaves, "float32", "a", piece=piece)]
-    assert b"".join(made) == whole.tobytes()
-    assert max(map(len, made)) <= piece * len(leaves)
-
-
-def test_views_that_leave_something_out_are_found():
-    tensor = weights.plain("a", "a", (6, 5))._replace(to_leaves=lambda t: (t[:5],))
-    with pytest.raises(AssertionError, match="gaps"):
-        list(copies.tensor_bytes(tensor, [np.zeros((5, 5))], "float32", "a", piece=1000))
+def test_contiguous_copies_only_what_is_not():
+    numbers = np.arange(12, dtype=np.float32).reshape(3, 4)
+    assert copies.contiguous(numbers) is numbers
+    turned = copies.contiguous(numbers.T)
+    assert turned.flags.c_contiguous and turned.tolist() == numbers.T.tolist()
 
 
 def test_jobs_run_ahead_in_bounded_number_and_answer_in_order(monkeypatch):

@@ -12,7 +12,7 @@ LEVELS = (
     "__init__ types feed gradients chips collectives",
     "config hosts",
     "logprobs losses metrics sharding data models",
-    "optim steps scoring flops generate quickstart",
+    "optim steps scoring flops generate quickstart selection",
     "reference checkpoint inputs trackers roofline",
     "evaluate programs workdir",
     "estimate",

@@ -71,10 +71,11 @@ class Run(nn.Module):
     attend: Attention = PLAIN
     across: Kernels | None = None
     mixing: Mixing = MIXING
+    adapter_scale: float = 1.0
 
     @property
     def fields(self) -> dict[str, Any]:
-        names = ("config", "dtype", "param_dtype", "attend", "across", "mixing")
+        names = ("config", "dtype", "param_dtype", "attend", "across", "mixing", "adapter_scale")
         return {name: getattr(self, name) for name in names}
 
     def dense(self, name: str, features: int | tuple[int, ...], bias: bool, inputs: int = 1) -> Dense:
@@ -82,7 +83,8 @@ class Run(nn.Module):
 
 
 class Dense(Run):
-    """A product over the last `inputs` axes of x, into axes of the sizes `features`."""
+    """A product over the last `inputs` axes of x, into axes of the sizes `features`; with an adapter beside the kernel,
+    see `adapters`, also that of x, A and B."""
 
     features: int | tuple[int, ...] = 1
     bias: bool = False
@@ -90,14 +92,20 @@ class Dense(Run):
 
     @nn.compact
     def __call__(self, x):
-        given, made = x.shape[x.ndim - self.inputs :], np.atleast_1d(self.features).tolist()
+        given, made = x.shape[x.ndim - self.inputs :], tuple(np.atleast_1d(self.features).tolist())
         kernel = self.param("kernel", INIT, (*given, *made), self.param_dtype)
-        bias = self.param("bias", nn.initializers.zeros, (*made,), self.param_dtype) if self.bias else None
-        width = math.prod(given)
-        flat = None if bias is None else bias.astype(self.dtype).ravel()
-        across = None if self.across is None else self.across("/".join((*self.path, "kernel")), given, tuple(made))
-        y = affine(x.reshape(-1, width), kernel.astype(self.dtype).reshape(width, -1), flat, across)
+        bias = self.param("bias", nn.initializers.zeros, made, self.param_dtype) if self.bias else None
+        flat = x.reshape(-1, math.prod(given))
+        y = self.times(flat, "kernel", kernel, given, made, None if bias is None else bias.astype(self.dtype).ravel())
+        if self.has_variable("params", "lora_a"):
+            a, b = (jnp.asarray(self.get_variable("params", name)) for name in ("lora_a", "lora_b"))
+            low = self.times(flat, "lora_a", a, given, a.shape[-1:])
+            y = y + self.adapter_scale * self.times(low, "lora_b", b, b.shape[:1], made)
         return y.reshape(*x.shape[: x.ndim - self.inputs], *made)
+
+    def times(self, x, name, matrix, given, made, bias=None):
+        across = None if self.across is None else self.across("/".join((*self.path, name)), given, made)
+        return affine(x, matrix.astype(self.dtype).reshape(x.shape[-1], -1), bias, across)
 
 
 class Norm(Run):
@@ -316,6 +324,7 @@ def hidden_states(
     attend: Attention = PLAIN,
     across: Kernels | None = None,
     mixing: Mixing = MIXING,
+    adapter_scale: float = 1.0,
     unfed: int = 0,
 ) -> tuple[Float[Array, "R S D"], dict[str, Float[Array, "R S"]]]:
     """Final hidden states, normalised, ready for the head; and of a mixture of experts, see `experts.routing`, what its
@@ -331,10 +340,12 @@ def hidden_states(
       attend: attention, of `attention.make_attention`.
       across: how kernels lie on a mesh; None: on one device.
       mixing: how experts do, and how they are computed.
+      adapter_scale: what the products of adapters are multiplied by, where `params` have some.
       unfed: tokens at the end of each sequence that are not among these, as one is not that predicts nothing; some
         models turn by how long a sequence is.
     """
-    module = Decoder(config, dtype, attend=attend, across=across, mixing=mixing, remat=remat, unfed=unfed)
+    how = dict(attend=attend, across=across, mixing=mixing, adapter_scale=adapter_scale)
+    module = Decoder(config, dtype, **cast(Any, how), remat=remat, unfed=unfed)
     return cast(Any, module.apply({"params": params}, x.astype(dtype), positions, key_start, key_end))
 
 

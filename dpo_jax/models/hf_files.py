@@ -23,7 +23,6 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from dpo_jax.models import copies
-from dpo_jax.models.copies import Index
 from dpo_jax.models.weights import FLOATS, Header
 from dpo_jax.types import InputError
 
@@ -31,6 +30,8 @@ CONFIG = "config.json"
 GENERATION = "generation_config.json"
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+ADAPTER_CONFIG = "adapter_config.json"  # of PEFT, as is the next
+ADAPTER = "adapter_model.safetensors"
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -47,21 +48,23 @@ TOKENIZER_FILES = (
 )
 TEMPLATE_FOLDER = "additional_chat_templates"  # named chat templates beside the default one
 # Everything a download may bring, and everything an export may write besides its weights. No *.bin, no *.py.
-SMALL_FILES = (CONFIG, GENERATION, INDEX, *TOKENIZER_FILES)
-PIECE = 4 << 20  # bytes read at a time: few calls, and still in the processor's cache when they are converted
+SMALL_FILES = (CONFIG, GENERATION, INDEX, ADAPTER_CONFIG, ADAPTER, *TOKENIZER_FILES)
+PIECE = 1 << 20  # bytes read or written at a time: few calls, and still in a core's own cache when they are converted
 GAP = 256 << 10  # the same where only some of them are wanted: skipping would be slower, even if the file is cached
+
+Index = tuple[slice, ...]  # as jax.make_array_from_callback gives it
 
 
 class Weights(NamedTuple):
     """An open checkpoint: what it holds, and how to read it.
 
-    `pieces(name, view)` are the parts of `view(tensor)`, a function that only slices, reshapes and transposes: in the
-    order of the file, each with its place in that view and what reads its numbers, which any thread may call. No other
-    parts of the file are read, but for gaps that would be slower to skip.
+    `pieces(name, view)` are the numbers of `view(tensor)`, a function that only slices, reshapes and transposes: one
+    after another, in the order of the file, each with its place in that view. No other parts of the file are read,
+    but for gaps that would be slower to skip. Several threads may read at once.
     """
 
     headers: dict[str, Header]
-    pieces: Callable[[str, Callable[[np.ndarray], np.ndarray]], Iterator[tuple[Index, Callable[[], np.ndarray]]]]
+    pieces: Callable[[str, Callable[[np.ndarray], np.ndarray]], Iterator[tuple[Index, np.ndarray]]]
 
 
 class Hosts(NamedTuple):
@@ -73,10 +76,6 @@ class Hosts(NamedTuple):
 
 
 ONE_HOST = Hosts()
-
-
-# Makes a tensor's bytes: called once, it gives one job after another, each of which any thread may do.
-Build = Callable[[], Iterator[Callable[[], memoryview]]]
 
 
 class Spec(NamedTuple):
@@ -134,6 +133,8 @@ def read_json(path: Path) -> dict:
 
 def weight_files(folder: Path) -> list[Path]:
     """The safetensors files of a checkpoint. Raises InputError if there are none or one is not there."""
+    if folder.suffix == ".safetensors" and folder.is_file():
+        return [folder]
     if (folder / SINGLE).is_file():  # transformers, too, prefers it to an index
         return [folder / SINGLE]
     if not (folder / INDEX).is_file():
@@ -161,7 +162,7 @@ def weight_files(folder: Path) -> list[Path]:
 
 @contextlib.contextmanager
 def open_weights(folder: Path) -> Iterator[Weights]:
-    """Opens a checkpoint's safetensors, one file or many; numbers are read only when asked for.
+    """Opens a checkpoint's safetensors, one file or many, or a file by itself; numbers are read only when asked for.
 
     Raises: InputError if a file is damaged, or two files hold the same tensor.
     """
@@ -194,29 +195,41 @@ def open_weights(folder: Path) -> Iterator[Weights]:
 
 def read_pieces(
     file: BinaryIO, begin: int, header: Header, view: Callable[[np.ndarray], np.ndarray]
-) -> Iterator[tuple[Index, Callable[[], np.ndarray]]]:
+) -> Iterator[tuple[Index, np.ndarray]]:
     """`Weights.pieces` of the tensor whose numbers stand at `begin`.
 
     A view is laid out in memory as it is in the file, so it is made of an array that is never filled (memory that
-    is not touched takes no room), and its address and strides tell where to read.
+    is not touched takes no room), and its address and strides tell where to read. It is halved along the axis of the
+    longest stride until a piece has no gaps or is so short that they do not matter.
     """
     tensor = np.empty(header.shape, FLOATS[header.dtype])
     whole = view(tensor)
     assert not whole.size or np.may_share_memory(whole, tensor), "not a view but a copy"
-
-    def read(part: copies.Part) -> np.ndarray:
-        return part.within(read_bytes(file, begin + part.begin, part.span), FLOATS[header.dtype])
-
-    for part in copies.cut(tensor, whole, piece=PIECE, gap=GAP):
-        yield part.index, functools.partial(read, part)
+    todo = [tuple(slice(0, size) for size in whole.shape)] if whole.size else []
+    while todo:
+        index = todo.pop()
+        part = whole[(*index, ...)]  # with the dots even a single number stays an array
+        span = part.itemsize + sum((size - 1) * stride for size, stride in zip(part.shape, part.strides, strict=True))
+        if part.size > 1 and span > (PIECE if span == part.nbytes else GAP):
+            _, axis = max((stride, i) for i, stride in enumerate(part.strides) if part.shape[i] > 1)
+            start, stop = index[axis].start, index[axis].stop
+            middle = (start + stop) // 2
+            todo += [(*index[:axis], half, *index[axis + 1 :]) for half in (slice(middle, stop), slice(start, middle))]
+        else:
+            numbers = read_bytes(file, begin + part.ctypes.data - tensor.ctypes.data, span)
+            yield index, np.ndarray(part.shape, part.dtype, numbers, strides=part.strides)
 
 
 def read_bytes(file: BinaryIO, start: int, count: int) -> bytes:
-    """`count` bytes from `start`; threads may call it at once. Raises InputError if the file has become shorter."""
+    """`count` bytes from `start`. Raises InputError if the file has become shorter.
+
+    pread leaves the position of the file alone, which threads share: one's seek would come between seek and read of
+    another.
+    """
     found = b""
-    while len(found) < count:
+    while len(found) < count:  # once, but for reads that are interrupted or of 2 GiB and more
         more = os.pread(file.fileno(), count - len(found), start + len(found))
-        found = found + more if found else more  # nearly always one call gives all
+        found = found + more if found else more
         if not more:
             raise InputError(
                 str(file.name),
@@ -230,22 +243,23 @@ def read_bytes(file: BinaryIO, start: int, count: int) -> bytes:
 def write_weights(
     folder: Path,
     specs: Sequence[Spec],
-    build: Callable[[str], Build],
+    build: Callable[[str], Callable[[], np.ndarray]],
     *,
     max_shard_bytes: int,
     hosts: Hosts,
+    stem: str = "model",
 ) -> None:
-    """Writes model.safetensors, or numbered files and their index where it would exceed `max_shard_bytes`.
+    """Writes STEM.safetensors, or numbered files and their index where it would exceed `max_shard_bytes`.
 
     Each file is written by one of the hosts, in turn. `build(name)` is called on all of them, in the same order and
-    once for each tensor, when its turn to be written has come; what it returns is called on the host that writes, and
-    gives what makes the tensor's bytes, a few MiB after another, so that no more than a few such pieces are in memory.
+    once for each tensor, when its turn to be written has come; what it returns is called on the host that writes,
+    so that no more than one tensor is in memory. It may be of another type, and its axes in any order.
     """
     by_name = {spec.name: spec for spec in specs}
     split = huggingface_hub.split_state_dict_into_shards_factory(
         {name: by_name[name].bytes for name in sorted(by_name)},
         get_storage_size=int,
-        filename_pattern="model{suffix}.safetensors",
+        filename_pattern=stem + "{suffix}.safetensors",
         max_shard_size=max_shard_bytes,
     )
     for number, (filename, names) in enumerate(split.filename_to_tensors.items()):
@@ -266,8 +280,8 @@ def in_file_order(specs: Sequence[Spec]) -> list[Spec]:
     return sorted(specs, key=lambda spec: (rank.index(spec.dtype), spec.name))
 
 
-def write_file(path: Path, ordered: Sequence[Spec], build: Callable[[str], Build]) -> None:
-    """Writes one safetensors file, byte for byte as the safetensors library does, a piece at a time.
+def write_file(path: Path, ordered: Sequence[Spec], build: Callable[[str], Callable[[], np.ndarray]]) -> None:
+    """Writes one safetensors file, byte for byte as the safetensors library does, a piece of a tensor at a time.
 
     The library itself wants every tensor of the file in memory at once. Layout: eight bytes of header length, a JSON
     header padded with spaces to a multiple of eight, then the numbers.
@@ -280,13 +294,31 @@ def write_file(path: Path, ordered: Sequence[Spec], build: Callable[[str], Build
         header[spec.name] = {"dtype": codes[spec.dtype], "shape": list(spec.shape), "data_offsets": [begin, end]}
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
-    jobs = (job for spec in ordered for job in build(spec.name)())
-    # Threads make the next pieces while one is written; several that wrote to one file would wait for each other.
+    jobs = (
+        functools.partial(in_file_layout, rows, spec)
+        for spec in ordered
+        for rows in row_pieces(build(spec.name)(), spec)
+    )
+    # Threads make the next pieces while one is written, in order: some network file systems take no other.
     with path.open("wb") as file, copies.pool() as threads:
         file.write(struct.pack("<Q", len(text)) + text)
         for piece in copies.ahead(threads, jobs):
             file.write(piece)
         assert file.tell() == 8 + len(text) + end, path
+
+
+def row_pieces(array: np.ndarray, spec: Spec) -> Iterator[np.ndarray]:
+    """Rows of a tensor, as many at a time as are PIECE bytes in the file, or one."""
+    assert array.shape == spec.shape, (spec.name, array.shape, spec.shape)
+    array = np.atleast_1d(array)
+    step = max(1, PIECE * len(array) // max(1, spec.bytes))
+    for start in range(0, len(array), step):
+        yield array[start : start + step]
+
+
+def in_file_layout(rows: np.ndarray, spec: Spec) -> memoryview:
+    """The bytes of some rows of a tensor as they stand in the file."""
+    return copies.contiguous(copies.cast(rows, spec.dtype, spec.name)).reshape(-1).view(np.uint8).data
 
 
 def write_json(path: Path, value: Mapping) -> None:

@@ -13,7 +13,7 @@ import json
 import math
 import re
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Executor
 from pathlib import Path
 from typing import Any
@@ -25,9 +25,8 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from dpo_jax.models import copies, hf_files, weights
 from dpo_jax.models.config import DecoderConfig
-from dpo_jax.models.copies import Index
 from dpo_jax.models.families import family
-from dpo_jax.models.hf_files import ONE_HOST, Hosts, Weights, resolve
+from dpo_jax.models.hf_files import ONE_HOST, Hosts, Index, Weights, resolve
 from dpo_jax.models.weights import FLOATS, Bound
 from dpo_jax.types import InputError
 
@@ -77,12 +76,14 @@ def load_params(
     *,
     dtype: str = "float32",
     place: Callable[[str, tuple[int, ...], Read], Any] = whole,
+    only: Callable[[str], bool] = lambda leaf: True,
 ) -> dict:
     """Reads a checkpoint into the tree that `DecoderConfig` documents.
 
     Args:
       config: from `read_config` of the same folder.
       dtype: of every leaf; one of DTYPES.
+      only: of a leaf's path, whether it is wanted; the tree has no others.
       place: called for each leaf with its path, such as blocks/mlp/up/kernel, its shape, and `read`; what it returns
         stands in the result. `read(index)`, valid until `place` returns, takes a slice for each axis and reads that
         part of the leaf, and of the files little more than that part. With jax.make_array_from_callback(shape,
@@ -94,15 +95,30 @@ def load_params(
     """
     check_dtype(dtype, str(folder))
     table, skipped = family_table(folder, config)
-    shapes = weights.leaf_shapes(table, config.stacks)
+    return nest(load_leaves(folder, table, config.stacks, skipped=skipped, dtype=dtype, place=place, only=only))
+
+
+def load_leaves(
+    path: Path,
+    table: Sequence[weights.Tensor],
+    sizes: weights.Sizes,
+    *,
+    skipped: str,
+    dtype: str,
+    place: Callable[[str, tuple[int, ...], Read], Any],
+    only: Callable[[str], bool] = lambda leaf: True,
+) -> dict[str, Any]:
+    """The leaves, by path, that a table fills from the safetensors of a folder, or from one file; see `load_params`."""
+    shapes = weights.leaf_shapes(table, sizes)
     leaves: dict[str, Any] = {}
-    with hf_files.open_weights(folder) as source, copies.pool() as threads:
-        bound = weights.bind(table, config.stacks, source.headers, skipped=skipped, place=str(folder))
+    with hf_files.open_weights(path) as source, copies.pool() as threads:
+        bound = weights.bind(table, sizes, source.headers, skipped=skipped, place=str(path))
         for leaf, shape in shapes.items():
-            parts = [b for b in bound if leaf in b.tensor.leaves]
-            read = functools.partial(read_part, source, threads, leaf, shape, parts, dtype, str(folder))
-            leaves[leaf] = place(leaf, shape, read)
-    return nest(leaves)
+            if only(leaf):
+                parts = [b for b in bound if leaf in b.tensor.leaves]
+                read = functools.partial(read_part, source, threads, leaf, shape, parts, dtype, str(path))
+                leaves[leaf] = place(leaf, shape, read)
+    return leaves
 
 
 def read_part(
@@ -115,28 +131,32 @@ def read_part(
     place: str,
     index: Index,
 ) -> np.ndarray:
-    """Part `index` of a leaf of this shape, as `dtype`, from the tensors that fill or repeat it."""
+    """Part `index` of a leaf of this shape, as `dtype`, from the tensors that fill or repeat it.
+
+    Each thread reads whole tensors, one of each layer, so no two write to the same part of the result.
+    """
     # An array without storage (all strides 0) has the shape cut as the real one would be.
     result = np.empty(np.broadcast_to(np.empty((), dtype), shape)[index].shape, dtype)
     found = {(b.at, b.tensor.repeats): b for b in parts}
-    stacked, within = len(parts[0].at), index[len(parts[0].at) :]
+    stacked = len(parts[0].at)
+    within = index[stacked:]
     numbered = [list(enumerate(range(size)[part])) for size, part in zip(shape, index[:stacked], strict=False)]
-
-    def fill(into: np.ndarray, read: Callable[[], np.ndarray], name: str) -> None:
-        copies.copy(copies.cast(read(), dtype, f"{place}: {name}"), into)
-
-    def jobs() -> Iterator[Callable[[], None]]:
-        for each in itertools.product(*numbered):
-            into, at = tuple(i for i, _ in each), tuple(number for _, number in each)
-            b, repeat = found[at, False], found.get((at, True))
-            for piece, read in source.pieces(b.name, viewer(b, leaf, within)):
-                yield functools.partial(fill, result[(*into, ...)][(*piece, ...)], read, b.name)
-            if repeat:
-                yield functools.partial(check_repeat, source, b, repeat, leaf, within, place)
-
-    for _ in copies.ahead(threads, jobs()):
+    jobs = []
+    for each in itertools.product(*numbered):
+        into, at = tuple(i for i, _ in each), tuple(number for _, number in each)
+        b, repeat = found[at, False], found.get((at, True))
+        jobs.append(functools.partial(fill, result[(*into, ...)], source, b, leaf, within, place))
+        if repeat:
+            jobs.append(functools.partial(check_repeat, source, b, repeat, leaf, within, place))
+    for _ in copies.ahead(threads, jobs):
         pass
     return result
+
+
+def fill(into: np.ndarray, source: Weights, bound: Bound, leaf: str, index: Index, place: str) -> None:
+    """Reads part `index` of a leaf, or of one layer of it, into an array of any type."""
+    for piece, numbers in source.pieces(bound.name, viewer(bound, leaf, index)):
+        copies.copy(copies.cast(numbers, into.dtype.name, f"{place}: {bound.name}"), into[(*piece, ...)])
 
 
 def viewer(bound: Bound, leaf: str, index: Index) -> Callable[[np.ndarray], np.ndarray]:
@@ -147,10 +167,9 @@ def viewer(bound: Bound, leaf: str, index: Index) -> Callable[[np.ndarray], np.n
 def check_repeat(source: Weights, one: Bound, repeat: Bound, leaf: str, index: Index, place: str) -> None:
     """Raises InputError unless two tensors hold the same numbers for part `index` of a leaf, as tied ones must."""
     view = viewer(repeat, leaf, index)
-    for piece, read in source.pieces(one.name, viewer(one, leaf, index)):
-        numbers = read()
-        for within, read_other in source.pieces(repeat.name, lambda tensor, piece=piece: view(tensor)[piece]):
-            if not np.array_equal(numbers[within], read_other()):
+    for piece, numbers in source.pieces(one.name, viewer(one, leaf, index)):
+        for within, others in source.pieces(repeat.name, lambda tensor, piece=piece: view(tensor)[piece]):
+            if not np.array_equal(numbers[within], others):
                 raise InputError(
                     f"{place}: {repeat.name}",
                     got=f"differs from {one.name}, and config.json has tie_word_embeddings",
@@ -194,8 +213,8 @@ def tensor_digest(source: Weights, name: str) -> str:
     """A 128-bit hash of one tensor's name, type, shape and bytes."""
     header = source.headers[name]
     state = xxhash.xxh3_128(f"{name} {header.dtype} {list(header.shape)}\n".encode())
-    for _, read in source.pieces(name, lambda tensor: tensor.reshape(-1)):
-        state.update(read().view(np.uint8).data)
+    for _, numbers in source.pieces(name, lambda tensor: tensor.reshape(-1)):
+        state.update(numbers.view(np.uint8).data)
     return state.hexdigest()
 
 
@@ -281,6 +300,11 @@ def write_small_files(new: Path, hf: Mapping, *, base: Path | None, tokenizer: P
     hf_files.write_json(new / hf_files.CONFIG, hf)
     if base and (base / hf_files.GENERATION).is_file():
         shutil.copyfile(base / hf_files.GENERATION, new / hf_files.GENERATION)
+    write_companions(new, tokenizer=tokenizer, card=card)
+
+
+def write_companions(new: Path, *, tokenizer: Path | None, card: str) -> None:
+    """The tokenizer and the card."""
     if tokenizer:
         for name in hf_files.tokenizer_files(tokenizer):
             (new / name).parent.mkdir(exist_ok=True)
@@ -290,21 +314,25 @@ def write_small_files(new: Path, hf: Mapping, *, base: Path | None, tokenizer: P
 
 
 def write_tensors(
-    new: Path, leaves: Mapping, bound: list[Bound], dtypes: Mapping[str, str], max_shard_bytes: int, hosts: Hosts
+    new: Path,
+    leaves: Mapping,
+    bound: list[Bound],
+    dtypes: Mapping[str, str],
+    max_shard_bytes: int,
+    hosts: Hosts,
+    stem: str = "model",
 ) -> None:
     """The weights, in as many files as it takes."""
     by_name = {b.name: b for b in bound}
 
-    def build(name: str) -> hf_files.Build:
+    def build(name: str) -> Callable[[], np.ndarray]:
         _, tensor, at = by_name[name]
         # Sliced before it leaves the device, so the host sees one layer of a stacked leaf at a time.
         arrays = [within_reach(leaves[leaf], at) for leaf in tensor.leaves]
-        return lambda: copies.tensor_bytes(
-            tensor, [np.asarray(array) for array in arrays], dtypes[name], name, piece=hf_files.PIECE
-        )
+        return lambda: tensor.to_tensor(*map(np.asarray, arrays))
 
     specs = [hf_files.Spec(b.name, dtypes[b.name], b.tensor.shape) for b in bound]
-    hf_files.write_weights(new, specs, build, max_shard_bytes=max_shard_bytes, hosts=hosts)
+    hf_files.write_weights(new, specs, build, max_shard_bytes=max_shard_bytes, hosts=hosts, stem=stem)
 
 
 def within_reach(array: Any, at: tuple[int, ...]) -> Any:

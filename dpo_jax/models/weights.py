@@ -26,16 +26,19 @@ class Tensor(NamedTuple):
     """One Hugging Face tensor, or one in each layer, and the leaves that hold its numbers.
 
     Where the name has `{layer}`, or `{layer}` and `{expert}`, the leaves are stacked: each has leading axes L, or L and
-    E, and `to_leaves` deals with one layer or expert of it. It gives views that together are all of the tensor: it
-    slices, transposes and splits axes, and never copies. By them a part of a leaf is found in the file, to be read
-    there or written.
+    E, and `to_leaves` and `to_tensor` deal with one layer or expert of it. The two are exact inverses, and `to_leaves`
+    gives views, by which a part of a leaf is found in the file: it slices, transposes and splits axes, and never
+    copies.
     """
 
     names: tuple[str, ...]  # names it goes by; the first is the one written where no base checkpoint has another
     leaves: tuple[str, ...]  # paths such as blocks/attention/q/kernel
     shape: tuple[int, ...]  # as the checkpoint stores it
     to_leaves: Callable[[np.ndarray], tuple[np.ndarray, ...]]
+    to_tensor: Callable[..., np.ndarray]
     repeats: bool = False  # may be absent, and if present must equal the leaf that another tensor fills
+    # Of a linear map [I, O] called so, and a rank r: the tensors of A [I, r] and B [r, O], see `adapters`.
+    low_rank: Callable[[str, int], tuple[Tensor, Tensor]] | None = None
 
     @property
     def axes(self) -> tuple[str, ...]:
@@ -69,7 +72,7 @@ class Bound(NamedTuple):
 def plain(names: str | tuple[str, ...], leaf: str, shape: tuple[int, ...], *, repeats: bool = False) -> Tensor:
     """A tensor stored as we hold it: embeddings, heads, norms."""
     names = (names,) if isinstance(names, str) else names
-    return Tensor(names, (leaf,), shape, lambda t: (t,), repeats)
+    return Tensor(names, (leaf,), shape, lambda t: (t,), lambda a: a, repeats)
 
 
 def bias(name: str, leaf: str, shape: tuple[int, ...]) -> Tensor:
@@ -85,6 +88,7 @@ def joined_bias(name: str, leaves: tuple[str, ...], shapes: Sequence[tuple[int, 
         leaves,
         (spans[-1].stop,),
         lambda t: tuple(t[span].reshape(shape) for span, shape in zip(spans, shapes, strict=True)),
+        lambda *a: a[0].reshape(-1) if len(a) == 1 else np.concatenate([part.reshape(-1) for part in a]),
     )
 
 
@@ -113,7 +117,26 @@ def joined_matrix(
         t = t.T if turned else t
         return tuple(t[:, span].reshape(*inputs, *shape) for span, shape in zip(spans, outputs, strict=True))
 
-    return Tensor((name,), leaves, stored[::-1] if turned else stored, to_leaves)
+    def to_tensor(*a: np.ndarray) -> np.ndarray:
+        flat = [part.reshape(stored[0], -1) for part in a]
+        t = flat[0] if len(flat) == 1 else np.concatenate(flat, axis=1)
+        return t.T if turned else t
+
+    def low_rank(module: str, rank: int) -> tuple[Tensor, Tensor]:
+        b = joined_matrix(f"{module}.lora_B.weight", _beside(leaves, "lora_b"), (rank,), outputs)
+        return _first_factor(module, leaves, inputs, rank), b
+
+    return Tensor((name,), leaves, stored[::-1] if turned else stored, to_leaves, to_tensor, low_rank=low_rank)
+
+
+def _first_factor(module: str, leaves: tuple[str, ...], inputs: tuple[int, ...], rank: int) -> Tensor:
+    """A of a linear map, one for all the maps that are stored as one: it stands beside the first of them."""
+    return matrix(f"{module}.lora_A.weight", _beside(leaves[:1], "lora_a")[0], inputs, (rank,))
+
+
+def _beside(leaves: tuple[str, ...], name: str) -> tuple[str, ...]:
+    """Paths of leaves of another name next to these."""
+    return tuple(f"{leaf.rpartition('/')[0]}/{name}" for leaf in leaves)
 
 
 def _spans(shapes: Sequence[tuple[int, ...]]) -> list[slice]:
@@ -125,11 +148,18 @@ def _spans(shapes: Sequence[tuple[int, ...]]) -> list[slice]:
 def interleaved_matrix(name: str, leaves: tuple[str, ...], width: int, heads: int, head_dim: int) -> Tensor:
     """Several per-head maps in one: stored [heads * maps * head_dim, width], held [width, heads, head_dim] each."""
     maps = len(leaves)
+
+    def low_rank(module: str, rank: int) -> tuple[Tensor, Tensor]:
+        b = interleaved_matrix(f"{module}.lora_B.weight", _beside(leaves, "lora_b"), rank, heads, head_dim)
+        return _first_factor(module, leaves, (width,), rank), b
+
     return Tensor(
         (name,),
         leaves,
         (heads * maps * head_dim, width),
         lambda t: tuple(t.reshape(heads, maps, head_dim, width).transpose(1, 3, 0, 2)),
+        lambda *a: np.stack(a).transpose(2, 0, 3, 1).reshape(-1, width),
+        low_rank=low_rank,
     )
 
 
@@ -141,6 +171,7 @@ def interleaved_bias(name: str, leaves: tuple[str, ...], heads: int, head_dim: i
         leaves,
         (heads * maps * head_dim,),
         lambda t: tuple(t.reshape(heads, maps, head_dim).transpose(1, 0, 2)),
+        lambda *a: np.stack(a).transpose(1, 0, 2).reshape(-1),
     )
 
 

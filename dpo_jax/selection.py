@@ -1,0 +1,131 @@
+"""Which parameters train, at what multiple of the learning rate, and with adapters beside which kernels.
+
+A parameter that does not train is kept apart from those that do: no gradient of it is made, no optimizer state is held
+for it, and no checkpoint has it. Of a leaf that holds all layers and trains in some of them, gradients and updates of
+the others are dropped.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from dpo_jax.models import hf_io, weights
+from dpo_jax.models.adapters import Adapters
+from dpo_jax.models.config import DecoderConfig
+from dpo_jax.models.weights import Tensor
+from dpo_jax.sharding import path_name
+from dpo_jax.types import InputError
+
+
+class Selection(NamedTuple):
+    """By the paths of leaves, what training changes."""
+
+    adapters: Adapters | None = None
+    # Multiples of the learning rate: a number, or one for each layer (and expert) in leading axes; 1 where absent.
+    rates: Mapping[str, np.ndarray] = MappingProxyType({})
+
+    def trains(self, path: str) -> bool:
+        """Whether any part of a leaf does."""
+        return path not in self.rates or bool(np.any(self.rates[path]))
+
+    def split(self, params: Mapping) -> tuple[dict, dict]:
+        """The parameters that train, and those that do not."""
+        leaves = hf_io.flatten(params)
+        both = [{path: leaf for path, leaf in leaves.items() if self.trains(path) == kind} for kind in (True, False)]
+        return hf_io.nest(both[0]), hf_io.nest(both[1])
+
+    def wanted(self, grads: Any) -> Any:
+        """Gradients without those of layers that do not train."""
+        masks = {path: (rate != 0).astype(np.float32) for path, rate in self.rates.items() if not np.all(rate)}
+        return scaled(masks, grads)
+
+    def paced(self, updates: Any) -> Any:
+        """Updates times the multiples of the learning rate."""
+        return scaled(self.rates, updates)
+
+
+EVERYTHING = Selection()
+
+
+def scaled(factors: Mapping[str, np.ndarray], tree: Any) -> Any:
+    """A tree of arrays by paths, each times its factor, where it has one."""
+
+    def times(path: Any, leaf: Any) -> Any:
+        factor = factors.get(path_name(path))
+        return leaf if factor is None else leaf * jnp.asarray(factor, leaf.dtype)
+
+    return jax.tree_util.tree_map_with_path(times, tree)
+
+
+def select(
+    table: Sequence[Tensor],
+    config: DecoderConfig,
+    *,
+    adapters: Adapters | None = None,
+    freeze: str = "",
+    layer_decay: float = 1.0,
+) -> Selection:
+    """What trains of a model.
+
+    Args:
+      table: of its family.
+      adapters: these alone train.
+      freeze: a regular expression, searched for in names of tensors of the checkpoint: those do not train.
+      layer_decay: the learning rate of the final norm and the head is multiplied by 1, that of the last block by
+        `layer_decay`, and that of each block before it, and of the embeddings before the first, by as much again.
+        Source: Clark et al. 2020 (ELECTRA), appendix A.
+    Raises: InputError if `freeze` matches no tensor, or all of them.
+    """
+    shapes = weights.leaf_shapes(table, config.stacks)
+    rates = {path: np.ones(()) for path in shapes}
+    if adapters is not None:
+        rates = dict.fromkeys(shapes, np.zeros(()))
+        shapes |= weights.leaf_shapes(adapters.table, config.stacks)
+    for path, frozen in frozen_parts(table, config, freeze).items() if freeze else ():
+        rates[path] = (1.0 - frozen).reshape(*frozen.shape, *(1,) * (len(shapes[path]) - frozen.ndim))
+    if layer_decay != 1:
+        for path, shape in shapes.items():
+            rates[path] = rates.get(path, 1.0) * decay_of(path, len(shape), config.layers, layer_decay)
+    found = Selection(adapters, {path: rate for path, rate in rates.items() if np.any(rate != 1)})
+    if not any(map(found.trains, shapes)):
+        raise InputError(
+            "config.train.freeze",
+            got=f"{freeze!r}, which matches every tensor",
+            expected="some tensors that train",
+            remedy="Narrow it.",
+        )
+    return found
+
+
+def frozen_parts(table: Sequence[Tensor], config: DecoderConfig, freeze: str) -> dict[str, np.ndarray]:
+    """Of every leaf that a tensor of a matching name fills a part of: 1 for such parts and 0 for the others."""
+    found: dict[str, np.ndarray] = {}
+    for tensor in table:
+        stacks = tensor.stacks(config.stacks)
+        for at in np.ndindex(*stacks):
+            if not tensor.repeats and any(re.search(freeze, name) for name in tensor.called(at)):
+                for leaf in tensor.leaves:
+                    found.setdefault(leaf, np.zeros(stacks))[at] = 1
+    if not found:
+        names = sorted({tensor.names[0] for tensor in table if not tensor.repeats})
+        raise InputError(
+            "config.train.freeze",
+            got=f"{freeze!r}, which matches no tensor",
+            expected=f"a regular expression found in some of {', '.join(names)}",
+            remedy="Correct it.",
+        )
+    return found
+
+
+def decay_of(path: str, axes: int, layers: int, decay: float) -> np.ndarray:
+    """The multiple of a leaf's learning rate, of so many axes."""
+    if path.startswith("blocks/"):
+        return decay ** (layers - np.arange(layers, dtype=np.float64)).reshape(-1, *(1,) * (axes - 1))
+    return np.asarray(decay ** (layers + 1) if path.startswith(("embed/", "positions/")) else 1.0)
