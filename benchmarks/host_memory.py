@@ -31,9 +31,15 @@ SHAPE = dict(model_type="llama", vocab_size=32_000, num_attention_heads=16, num_
 
 
 def write_checkpoint(
-    folder: Path, *, width: int, target_bytes: int, shape: Mapping[str, Any] = SHAPE, wider: int = 3
+    folder: Path,
+    *,
+    width: int,
+    target_bytes: int,
+    shape: Mapping[str, Any] = SHAPE,
+    wider: int = 3,
+    dtype: str = "bfloat16",
 ) -> int:
-    """A random bfloat16 model of about so many bytes, of as many layers as that takes; returns its bytes.
+    """A random model of about so many bytes, of as many layers as that takes; returns its bytes.
 
     No array is ever in memory whole: of each leaf one vector is drawn, and stands in it over and over.
 
@@ -41,7 +47,7 @@ def write_checkpoint(
       shape: fields of its `config.json`, other than the sizes given here.
       wider: how many times the width its feed-forward blocks have.
     """
-    import ml_dtypes
+    import ml_dtypes  # noqa: F401  gives numpy its bfloat16
 
     from dpo_jax.models import hf_io
     from dpo_jax.models.families import family
@@ -57,18 +63,17 @@ def write_checkpoint(
         return described, leaf_shapes(kind.tensors(config), config.stacks)
 
     def size(layers: int) -> int:
-        return sum(2 * int(np.prod(shape)) for shape in shapes(layers)[1].values())
+        return sum(np.dtype(dtype).itemsize * int(np.prod(shape)) for shape in shapes(layers)[1].values())
 
     layers = max(1, round((target_bytes - size(1)) / (size(2) - size(1))) + 1)
     described, found = shapes(layers)
     rng = np.random.default_rng(0)
     leaves = {
-        path: np.broadcast_to(rng.standard_normal(shape[-1]).astype(ml_dtypes.bfloat16), shape)
-        for path, shape in found.items()
+        path: np.broadcast_to(rng.standard_normal(shape[-1]).astype(dtype), shape) for path, shape in found.items()
     }
     total = size(layers)
     params = hf_io.nest(leaves)
-    hf_io.save_new(params, hf_config=described, out=folder, dtype="bfloat16", max_shard_bytes=total // FILES)
+    hf_io.save_new(params, hf_config=described, out=folder, dtype=dtype, max_shard_bytes=total // FILES)
     return total
 
 

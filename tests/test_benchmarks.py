@@ -304,6 +304,7 @@ def test_loading_comparison_is_of_medians_and_names_what_is_too_slow():
     rows = {row["side"]: row for row in loading.rows_of(found)}
     assert rows["load"]["of read/write"] == 0.75 and rows["load"]["of safetensors"] == 0.5
     assert rows["export"]["of read/write"] == 0.9 and rows["read"]["MiB read"] == 1
+    assert rows["export"]["CPU of read/write"] == 0.9
 
 
 def test_bytes_read_again_are_those_that_reads_of_a_file_share():
