@@ -305,9 +305,9 @@ def reference_identity(
     """All that decides a pair's stored log-probs besides its own token ids."""
     data, adapters = config.data, inputs.selection.adapters
     # Adapters at their start change nothing, so values are the same without them.
-    of_adapters = {"adapters": low_rank.digest(hf_io.resolve(config.lora.path), adapters)} if config.lora.path else {}
+    loaded = adapters if config.lora.path else None
     return {
-        **of_adapters,
+        **({} if loaded is None else {"adapters": low_rank.digest(hf_io.resolve(config.lora.path), loaded)}),
         "weights": hf_io.digest(inputs.folder, mine=hosts.mine, gather=hosts.merged("weights")),
         **identity(inputs.tokenizer),
         "format": data.format,

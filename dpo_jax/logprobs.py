@@ -49,9 +49,9 @@ class Spread(NamedTuple):
 
 
 class Head(NamedTuple):
-    """What turns hidden states into logits, or sums of its gradient, without those that nobody wants."""
+    """What turns hidden states into logits, or sums of its gradient."""
 
-    weights: Float[Array, "V D"] | None
+    weights: Any  # [V, D]; of sums, None for a gradient that nobody wants
     bias: Float[Array, "V"] | None = None
 
 

@@ -43,7 +43,7 @@ class Selection(NamedTuple):
 
     def wanted(self, grads: Any) -> Any:
         """Gradients without those of layers that do not train."""
-        masks = {path: (rate != 0).astype(np.float32) for path, rate in self.rates.items() if not np.all(rate)}
+        masks = {path: np.asarray(rate != 0, np.float32) for path, rate in self.rates.items() if not np.all(rate)}
         return scaled(masks, grads)
 
     def paced(self, updates: Any) -> Any:
@@ -93,7 +93,7 @@ def select(
     if layer_decay != 1:
         for path, shape in shapes.items():
             rates[path] = rates.get(path, 1.0) * decay_of(path, len(shape), config.layers, layer_decay)
-    found = Selection(adapters, {path: rate for path, rate in rates.items() if np.any(rate != 1)})
+    found = Selection(adapters, {path: np.asarray(rate) for path, rate in rates.items() if np.any(rate != 1)})
     if not any(map(found.trains, shapes)):
         raise InputError(
             "config.train.freeze",

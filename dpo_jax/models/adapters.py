@@ -137,7 +137,7 @@ def merge(params: Mapping, adapters: Adapters) -> dict:
 
 
 @jax.jit
-def _merged(kernel: Any, a: Any, b: Any, scale: float) -> Any:
+def _merged(kernel: Any, a: Any, b: Any, scale: Any) -> Any:
     wide = jnp.promote_types(kernel.dtype, jnp.float32)
     product = jax.lax.dot_general(
         a.astype(wide), b.astype(wide), (((a.ndim - 1,), (1,)), ((0,), (0,))), precision=jax.lax.Precision.HIGHEST

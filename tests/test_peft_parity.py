@@ -1,0 +1,104 @@
+"""Adapters against PEFT's: folders written by either are read by the other, and compute the same."""
+
+import json
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dpo_jax.models import adapters as low_rank
+from dpo_jax.models import decoder, hf_io
+from dpo_jax.scoring import join
+from tests.make_golden import JSON, TOKENS, write_folder
+
+torch = pytest.importorskip("torch")
+transformers = pytest.importorskip("transformers")
+peft = pytest.importorskip("peft")
+
+GOLDEN = json.loads(JSON.read_text())["cases"]
+# Plain matrices; three of them stored as one, per head, or one after another, or [in, out]; two; and experts beside.
+CASES = ["llama-all", "gpt_neox-all", "phi3-all", "gpt2-all", "gemma3_text-all", "mixtral-all"]
+SOME = {  # of the modules, some
+    "llama-all": r".*\.(q_proj|down_proj)",
+    "gpt_neox-all": r".*\.(query_key_value|dense)",
+    "phi3-all": r".*\.(qkv_proj|gate_up_proj)",
+    "gpt2-all": r".*\.attn\.c_proj|.*\.c_attn",
+    "gemma3_text-all": r".*\.o_proj",
+    "mixtral-all": r".*\.self_attn\..*",
+}
+
+
+def read(folder):
+    config, _ = hf_io.read_config(folder)
+    table, _ = hf_io.family_table(folder, config)
+    return config, table, hf_io.load_params(folder, config)
+
+
+def logits(params, config, adapters=None):
+    at = jnp.broadcast_to(jnp.arange(TOKENS.shape[1], dtype=jnp.int32), TOKENS.shape)
+    tokens = jnp.asarray(TOKENS)
+    x = jnp.take(params["embed"]["embedding"], tokens, axis=0)
+    given = params if adapters is None else low_rank.spread(params, adapters)
+    scale = 1.0 if adapters is None else adapters.scale
+    hidden, _ = decoder.hidden_states(given, config, x, at, jnp.zeros_like(at), at + 1, adapter_scale=scale)
+    return np.asarray(decoder.logits(params, config, hidden))
+
+
+def theirs_of(model):
+    with torch.no_grad():
+        return model.eval()(torch.from_numpy(TOKENS).long()).logits.numpy()
+
+
+def moved(leaves, seed=0):
+    """Adapters as after some training: B no longer 0."""
+    rng = np.random.default_rng(seed)
+    return {path: (rng.normal(size=leaf.shape) * 0.2).astype(np.float32) for path, leaf in leaves.items()}
+
+
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("stabilised", [False, True], ids=["", "rslora"])
+def test_adapter_written_here_has_parity_in_peft(name, stabilised, tmp_path):
+    write_folder(tmp_path / "base", GOLDEN[name])
+    config, table, params = read(tmp_path / "base")
+    chosen = low_rank.choose(table, config.stacks, SOME[name] if stabilised else "")
+    adapters = low_rank.Adapters(3, 7.0, stabilised, chosen)
+    params = join(params, hf_io.nest(moved(low_rank.first_values(adapters, config.stacks, seed=0))))
+    low_rank.save(params, adapters, table, config.stacks, base=str(tmp_path / "base"), out=tmp_path / "adapter")
+    base = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    model = peft.PeftModel.from_pretrained(base, tmp_path / "adapter")
+    names = {key for key in model.state_dict() if ".lora_" in key}
+    assert len(names) == 2 * config.layers * len(chosen), "PEFT finds adapters of the same modules and no others"
+    ours = logits(params, config, adapters)
+    np.testing.assert_allclose(ours, theirs_of(model), rtol=0, atol=1e-5)
+    with model.disable_adapter():
+        assert np.abs(ours - theirs_of(model)).max() > 1e-2
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_adapter_written_by_peft_has_parity_here_and_merged(name, tmp_path):
+    write_folder(tmp_path / "base", GOLDEN[name])
+    config, table, params = read(tmp_path / "base")
+    base = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    able = low_rank.choose(table, config.stacks, "")
+    targets = sorted({low_rank.module_of(each).split(".")[-1] for each in able})
+    model = peft.get_peft_model(base, peft.LoraConfig(r=3, lora_alpha=5, target_modules=targets, task_type="CAUSAL_LM"))
+    with torch.no_grad():
+        for key, value in model.named_parameters():
+            if ".lora_" in key:
+                value.normal_(std=0.2)
+    model.save_pretrained(tmp_path / "adapter")
+    adapters = low_rank.read(tmp_path / "adapter", table, config.stacks)
+    assert adapters.scale == pytest.approx(5 / 3) and len(adapters.tensors) == len(able)
+    both = join(params, hf_io.nest(low_rank.load(tmp_path / "adapter", adapters, config.stacks)))
+    ours, theirs = logits(both, config, adapters), theirs_of(model)
+    np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-5)
+    merged = low_rank.merge(both, adapters)
+    assert hf_io.flatten(merged).keys() == hf_io.flatten(params).keys()
+    np.testing.assert_allclose(logits(merged, config), ours, rtol=0, atol=1e-5)
+    print(
+        f"{name}: largest logit {np.abs(ours).max():.1f}, PEFT {np.abs(ours - theirs).max():.1e} apart, "
+        f"merged {np.abs(logits(merged, config) - ours).max():.1e}"
+    )
+    hf_io.export(merged, base=tmp_path / "base", out=tmp_path / "merged")
+    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    np.testing.assert_allclose(theirs_of(again), theirs, rtol=0, atol=1e-5)
