@@ -70,7 +70,9 @@ def run_side(work: Path, args: Any) -> dict[str, Any]:
 
 def run_ours(work: Path, args: Any) -> dict[str, Any]:
     """Trains with dpo_jax in `work`; returns losses, step times, positions and page faults."""
-    return common.train_ours(work, common.base_config(args, work))
+    chosen = common.base_config(args, work)
+    chosen.lora.path = args.adapter
+    return common.train_ours(work, chosen)
 
 
 def score_ours(work: Path, args: Any) -> dict[str, Any]:
@@ -155,8 +157,13 @@ def make_trainer(work: Path, args: Any, settings: dict[str, Any], callbacks: lis
             self.scored.append((time.perf_counter(), common.minor_faults(), self.counts["reference"]))
             return found
 
+    model: Any = transformers.AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32)
+    if args.adapter:
+        import peft
+
+        model = peft.PeftModel.from_pretrained(model, args.adapter, is_trainable=True)
     trainer = Recorded(
-        model=transformers.AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32),
+        model=model,
         args=DPOConfig(
             output_dir=str(work / "trl"),
             per_device_train_batch_size=args.pairs // args.accumulate,
@@ -421,6 +428,7 @@ def parse_args() -> tuple[argparse.Namespace, list[tuple[str, str]]]:
     parser.add_argument("--accumulate", type=int, default=1, help="batches that TRL makes of a step's pairs")
     parser.add_argument("--rounds", type=int, default=1, help="times that each side runs, in turn")
     parser.add_argument("--max_length", type=int, default=512)
+    parser.add_argument("--adapter", default="", help="PEFT folder of an adapter, which then trains alone; empty: none")
     parser.add_argument("--learning_rate", type=float, default=1e-4)
     args = parser.parse_args()
     reference = args.what == "reference"

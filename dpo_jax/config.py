@@ -35,9 +35,7 @@ from dpo_jax.types import InputError
 class Model:
     path: str = ""  # Hugging Face folder or Hub id; required
     dtype: str = "auto"  # compute: float32 | bfloat16; auto: bfloat16 on accelerators, float32 on CPU
-    param_dtype: str = (
-        "float32"  # parameters: float32 | bfloat16, rounded at random; optimizer state, adapters: float32
-    )
+    param_dtype: str = "float32"  # parameters: float32 | bfloat16, rounded at random; moments, adapters: float32
     remat: str = "dots"  # none | dots | block | offload: what the backward pass computes again, see docs/performance.md
     attention: str = "auto"  # auto | xla | splash (TPU) | triton (GPU)
 
@@ -85,10 +83,9 @@ class Lora:
     rank: int = 0  # of low-rank adapters, which then train alone; 0: none, or those of path
     alpha: float | None = None  # their products count alpha / rank times, > 0; unset: alpha is twice the rank
     rank_stabilised: bool = False  # alpha / sqrt(rank) times instead
-    targets: str = (
-        ""  # regex of whole module names, as model.layers.0.self_attn.q_proj; empty: all linear ones in blocks
-    )
+    targets: str = ""  # regex of whole module names, as model.layers.0.mlp.up_proj; empty: all linear ones in blocks
     path: str = ""  # PEFT folder or Hub id to start from, which then says all of the above
+    base: str = ""  # int8 | nf4: how frozen matrices of blocks are held, with the `quantize` extra; empty: as they are
 
 
 @dataclasses.dataclass(frozen=True)
@@ -231,6 +228,7 @@ _RULES: tuple[tuple[str, Rule], ...] = (  # what the comments above say; an unse
     ("model.path", (bool, "a Hugging Face folder or Hub id")),
     ("model.dtype", _one_of("auto", "float32", "bfloat16")),  # float16 loses most gradients of the head to underflow
     ("model.param_dtype", _one_of("float32", "bfloat16")),
+    ("lora.base", _one_of("", "int8", "nf4")),
     ("data.truncate_prompt", _one_of("keep_end", "keep_start", "error")),
     ("data.on_bad_row", _one_of("error", "skip")),
     ("data.layout", _one_of("auto", "shared", "repeated")),
@@ -331,9 +329,9 @@ def _check_relations(config: Config, problems: Problems) -> None:
     if config.eval.every_steps > 0 and not data.eval:
         _refuse(problems, "eval.every_steps", config.eval.every_steps, "0 where config.data.eval is empty")
     lora = config.lora
-    if lora.path and lora != Lora(path=lora.path):
-        _refuse(problems, "lora.path", lora.path, "empty, or no other field of lora beside it")
-    elif not lora.rank and lora != Lora(path=lora.path):
+    if lora.path and lora != Lora(path=lora.path, base=lora.base):
+        _refuse(problems, "lora.path", lora.path, "empty, or no other field of lora but base beside it")
+    elif not (lora.rank or lora.path or lora == Lora() or any(name.startswith("lora.") for name in problems)):
         _refuse(problems, "lora.rank", lora.rank, "a number >= 1 where other fields of lora are set")
     if (lora.rank or lora.path) and config.train.freeze:
         _refuse(problems, "train.freeze", config.train.freeze, "empty where adapters train, which freezes all else")

@@ -19,6 +19,7 @@ import numpy as np
 from dpo_jax.models import hf_io, weights
 from dpo_jax.models.adapters import Adapters
 from dpo_jax.models.config import DecoderConfig
+from dpo_jax.models.quantised import leaf_of
 from dpo_jax.models.weights import Tensor
 from dpo_jax.sharding import path_name
 from dpo_jax.types import InputError
@@ -33,6 +34,7 @@ class Selection(NamedTuple):
 
     def trains(self, path: str) -> bool:
         """Whether any part of a leaf does."""
+        path = leaf_of(path)
         return path not in self.rates or bool(np.any(self.rates[path]))
 
     def split(self, params: Mapping) -> tuple[dict, dict]:

@@ -35,7 +35,7 @@ WARM_UP = 2  # updates before a profile begins
 # Fields that say what a checkpoint's parameters are.
 OF_PARAMETERS = (
     "model.path model.param_dtype train.freeze lora.rank lora.alpha lora.rank_stabilised lora.targets lora.path "
-    "sft.steps"
+    "lora.base sft.steps"
 ).split()
 
 
@@ -115,7 +115,7 @@ def from_sft(config: Config, inputs: Inputs, folder: Path) -> tuple[Config, Inpu
             str(exported), got="no such folder", expected="the model after sft.steps", remedy="Run train again first."
         )
     if inputs.selection.adapters is not None:
-        return dataclasses.replace(config, lora=configs.Lora(path=str(exported))), inputs
+        return dataclasses.replace(config, lora=configs.Lora(path=str(exported), base=config.lora.base)), inputs
     model = dataclasses.replace(config.model, path=str(exported))
     return dataclasses.replace(config, model=model), dataclasses.replace(inputs, folder=exported)
 

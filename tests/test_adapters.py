@@ -139,7 +139,8 @@ def test_no_mesh_changes_the_gradients(name, sizes, tmp_path):
     adapters = adapters_of(name)
     config, params, frozen = loaded(name, tmp_path, adapters, at_start=False)
     one, _ = update(config, adapters, params, frozen, batch_of(config))
-    mesh = sharding.make_mesh(*sizes, jax.devices()[: math.prod(sizes)])
+    replica, fsdp, tensor = sizes
+    mesh = sharding.make_mesh(replica, fsdp, tensor, jax.devices()[: math.prod(sizes)])
     assert_near(update(config, adapters, params, frozen, batch_of(config), mesh)[0], one)
 
 

@@ -4,6 +4,7 @@ import argparse
 import shutil
 
 import pytest
+import transformers
 
 from dpo_jax import quickstart
 from tests import make_golden
@@ -22,7 +23,7 @@ FAMILY_STEPS = 5
 FAMILIES = [name for name in CASES if name.endswith("-all") and not name.startswith("llama-yarn")]
 
 
-def curves(tmp_path, inputs, *, steps, accumulate):
+def curves(tmp_path, inputs, *, steps, accumulate, adapter=""):
     """Losses of dpo_jax and of TRL, from the model and the pairs of a folder."""
     pairs = tmp_path / "pairs.jsonl"
     vs_trl.write_pairs(str(inputs / "train.jsonl"), pairs, inputs / "model", count=PAIRS * steps, max_length=128)
@@ -33,7 +34,8 @@ def curves(tmp_path, inputs, *, steps, accumulate):
         steps=steps,
         accumulate=accumulate,
         max_length=128,
-        learning_rate=1e-4,
+        adapter=adapter,
+        learning_rate=1e-2 if adapter else 1e-4,
     )
     ours = vs_trl.run_ours(tmp_path, args)["losses"]
     # TRL weighs the balance of experts as config.json says, unless told not to.
@@ -65,4 +67,19 @@ def test_every_family_has_parity_with_trl(tmp_path, name):
     ours, theirs = curves(tmp_path, inputs, steps=FAMILY_STEPS, accumulate=1)
     distance = max(abs(a - b) for a, b in zip(ours, theirs, strict=True))
     print(f"{name}: largest difference {distance:.2e}, losses {min(ours):.4f} to {max(ours):.4f}")
+    assert distance < 1e-4
+
+
+@pytest.mark.parametrize(("base", "targets"), [(LLAMA, "all-linear"), (NEOX, ["query_key_value", "dense_4h_to_h"])])
+def test_curve_of_adapters_has_parity_with_trl(tmp_path, base, targets):
+    """From one adapter of PEFT's own start, all linear maps, or maps stored as one and others."""
+    peft = pytest.importorskip("peft")
+    inputs = make_inputs(tmp_path / "inputs", train_pairs=PAIRS * FAMILY_STEPS, base=base)
+    model = transformers.AutoModelForCausalLM.from_pretrained(inputs / "model")
+    chosen = peft.LoraConfig(r=4, lora_alpha=8, target_modules=targets, task_type="CAUSAL_LM", use_rslora=True)
+    peft.get_peft_model(model, chosen).save_pretrained(tmp_path / "adapter")
+    adapter = str(tmp_path / "adapter")
+    ours, theirs = curves(tmp_path, inputs, steps=FAMILY_STEPS, accumulate=1, adapter=adapter)
+    distance = max(abs(a - b) for a, b in zip(ours, theirs, strict=True))
+    print(f"adapters: largest difference {distance:.2e}, losses {min(ours):.4f} to {max(ours):.4f}")
     assert distance < 1e-4
