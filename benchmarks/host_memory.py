@@ -16,6 +16,7 @@ import argparse
 import os
 import socket
 import sys
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -29,18 +30,31 @@ FILES = 8  # of the checkpoint, about
 SHAPE = dict(model_type="llama", vocab_size=32_000, num_attention_heads=16, num_key_value_heads=8, rms_norm_eps=1e-5)
 
 
-def write_checkpoint(folder: Path, *, width: int, target_bytes: int) -> int:
-    """A random bfloat16 llama of about so many bytes, of as many layers as that takes; returns its bytes.
+def write_checkpoint(
+    folder: Path,
+    *,
+    width: int,
+    target_bytes: int,
+    shape: Mapping[str, Any] = SHAPE,
+    wider: int = 3,
+    dtype: str = "bfloat16",
+) -> int:
+    """A random model of about so many bytes, of as many layers as that takes; returns its bytes.
 
     No array is ever in memory whole: of each leaf one vector is drawn, and stands in it over and over.
+
+    Args:
+      shape: fields of its `config.json`, other than the sizes given here.
+      wider: how many times the width its feed-forward blocks have.
     """
-    import ml_dtypes
+    import ml_dtypes  # noqa: F401  gives numpy its bfloat16
 
     from dpo_jax.models import hf_io
     from dpo_jax.models.families import family
     from dpo_jax.models.weights import leaf_shapes
 
-    hf = SHAPE | dict(hidden_size=width, intermediate_size=3 * width, max_position_embeddings=2048)
+    sizes = dict(hidden_size=width, intermediate_size=wider * width, max_position_embeddings=2048)
+    hf = dict(shape) | sizes
     kind = family(hf | dict(num_hidden_layers=1), "host_memory")
 
     def shapes(layers: int) -> tuple[dict[str, Any], dict[str, tuple[int, ...]]]:
@@ -49,18 +63,17 @@ def write_checkpoint(folder: Path, *, width: int, target_bytes: int) -> int:
         return described, leaf_shapes(kind.tensors(config), config.stacks)
 
     def size(layers: int) -> int:
-        return sum(2 * int(np.prod(shape)) for shape in shapes(layers)[1].values())
+        return sum(np.dtype(dtype).itemsize * int(np.prod(shape)) for shape in shapes(layers)[1].values())
 
     layers = max(1, round((target_bytes - size(1)) / (size(2) - size(1))) + 1)
     described, found = shapes(layers)
     rng = np.random.default_rng(0)
     leaves = {
-        path: np.broadcast_to(rng.standard_normal(shape[-1]).astype(ml_dtypes.bfloat16), shape)
-        for path, shape in found.items()
+        path: np.broadcast_to(rng.standard_normal(shape[-1]).astype(dtype), shape) for path, shape in found.items()
     }
     total = size(layers)
     params = hf_io.nest(leaves)
-    hf_io.save_new(params, hf_config=described, out=folder, dtype="bfloat16", max_shard_bytes=total // FILES)
+    hf_io.save_new(params, hf_config=described, out=folder, dtype=dtype, max_shard_bytes=total // FILES)
     return total
 
 

@@ -11,12 +11,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from benchmarks import common, layouts, memory, scaling, startup, vs_trl, vs_tunix
+from benchmarks import common, host_memory, layouts, loading, memory, scaling, startup, vs_trl, vs_tunix
 from dpo_jax.types import Encoded
 from tests.runs import make_inputs
 
 ROOT = Path(__file__).parent.parent
-SCRIPTS = ("vs_trl", "vs_tunix", "layouts", "scaling", "memory", "startup", "host_memory")
+SCRIPTS = ("vs_trl", "vs_tunix", "layouts", "scaling", "memory", "startup", "host_memory", "loading")
 
 
 def a_round(times, *, losses=(0.7, 0.6, 0.5, 0.4), positions=10, peak=100, **more):
@@ -289,6 +289,49 @@ def test_parts_of_a_start_are_read_from_what_train_says():
     assert startup.parts_of("compiled update in 18.5 s") is None
     again = startup.compare(found, found | {"compile": 3.7, "all": 10.9})
     assert again["compile_ratio"] == pytest.approx(5) and again["ratio"] == pytest.approx(2)
+
+
+def test_loading_comparison_is_of_medians_and_names_what_is_too_slow():
+    def rounds(*seconds):
+        counts = {"reads": 3, "read_bytes": 2**20, "writes": 0, "written_bytes": 0}
+        return [{"seconds": each, "cpu_s": 2 * each} | counts for each in seconds]
+
+    results = {"read": rounds(6, 9, 1), "load_file": rounds(4), "load": rounds(8, 99, 8), "export": rounds(10)}
+    found = loading.compare(results | {"write": rounds(9)}, total=2**30)
+    assert found["ratios"] == {"load": {"read": 0.75, "load_file": 0.5}, "export": {"write": 0.9}}
+    assert found["sides"]["read"]["bytes_per_s"] == 2**30 / 6 and found["sides"]["read"]["cpu_s"] == 12
+    assert loading.below(found["ratios"]) == ["load has 0.5 of the speed of load_file"]
+    rows = {row["side"]: row for row in loading.rows_of(found)}
+    assert rows["load"]["of read/write"] == 0.75 and rows["load"]["of safetensors"] == 0.5
+    assert rows["export"]["of read/write"] == 0.9 and rows["read"]["MiB read"] == 1
+    assert rows["export"]["CPU of read/write"] == 0.9
+
+
+def test_bytes_read_again_are_those_that_reads_of_a_file_share():
+    reads = [("a", 0, 10), ("b", 5, 5), ("a", 10, 10), ("a", 5, 8), ("a", 19, 1)]
+    assert loading.read_again(reads[:3]) == 0
+    assert loading.read_again(reads) == 8 + 1
+
+
+@pytest.mark.parametrize("family", loading.FAMILIES)
+def test_loading_and_exporting_move_every_byte_once(tmp_path, family):
+    """Sides in this process, on a model of so wide heads that nothing is read across gaps."""
+    about = loading.FAMILIES[family]
+    small = dict(vocab_size=64, num_attention_heads=1, num_key_value_heads=1)
+    shape = {name: small.get(name, value) for name, value in about["shape"].items()}
+    host_memory.write_checkpoint(tmp_path / "model", width=512, target_bytes=12 * 2**20, **about | {"shape": shape})
+    args = types.SimpleNamespace(model=str(tmp_path / "model"), fsync=True, total=0)
+    paths = loading.weight_files(args)
+    args.total = sum(path.stat().st_size for path in paths)
+    found = {}
+    for side in ("read", "load", "write", "export"):
+        (tmp_path / side).mkdir()
+        found[side] = getattr(loading, side)(tmp_path / side, args)
+    assert len(paths) > 4 and found["read"]["read_bytes"] >= args.total
+    assert found["load"]["read_again_bytes"] == 0
+    assert args.total <= found["load"]["read_bytes"] < 1.05 * args.total  # headers are read by the library, too
+    for side in ("write", "export"):
+        assert 0.99 * args.total < found[side]["size_bytes"] <= found[side]["written_bytes"] < 1.01 * args.total
 
 
 # --- a run --------------------------------------------------------------------------------------------------------

@@ -1,5 +1,9 @@
 """Parts of leaves: the same numbers as in the whole, for little more reading than they take."""
 
+import struct
+import sys
+import threading
+
 import jax
 import ml_dtypes
 import numpy as np
@@ -7,7 +11,7 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 from safetensors.numpy import load_file
 
-from dpo_jax.models import hf_files, hf_io
+from dpo_jax.models import copies, hf_files, hf_io
 from dpo_jax.types import InputError
 from tests.hf_folders import (
     CONFIGS,
@@ -51,6 +55,52 @@ def test_parts_of_a_leaf_are_slices_of_the_whole(tmp_path, monkeypatch, hf, piec
             assert part.tobytes() == expected.tobytes(), (path, index)
 
     load(tmp_path / "m", place=place)
+
+
+@pytest.fixture
+def hurried_threads(monkeypatch):
+    """Eight threads that take turns after every few steps, so that one is met in the middle of another's work."""
+    monkeypatch.setattr(copies, "THREADS", 8)
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    yield
+    sys.setswitchinterval(before)
+
+
+def test_threads_that_read_one_file_at_once_get_what_they_asked_for(tmp_path, hurried_threads):
+    """A position of the file that threads have in common, as seek and read have it, would give them one another's."""
+    path, count = tmp_path / "numbers", 4096
+    path.write_bytes(struct.pack(f"<{count}Q", *range(count)))
+    wrong = []
+
+    def read(file, own):
+        for at in range(own, count, 8):
+            found = struct.unpack("<Q", hf_files.read_bytes(file, 8 * at, 8))[0]
+            if found != at:
+                wrong.append((at, found))
+
+    with path.open("rb") as file:
+        threads = [threading.Thread(target=read, args=(file, own)) for own in range(8)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert not wrong
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt_neox_tied"])
+def test_threads_fill_every_part_of_a_leaf_and_of_a_file(tmp_path, monkeypatch, hurried_threads, family):
+    """Again and again, a few numbers at a time: each number is in its place before the leaf is handed out."""
+    monkeypatch.setattr(hf_files, "PIECE", 128)
+    monkeypatch.setattr(hf_files, "GAP", 64)
+    monkeypatch.setattr(copies, "TILE", (3, 5))
+    hf = CONFIGS[family] | dict(num_hidden_layers=9)
+    leaves = save(tmp_path / "m", hf)
+    edit_weights(tmp_path / "m", lambda tensors: repeat_head(hf, tensors))
+    for _ in range(2):
+        assert_same(load(tmp_path / "m"), leaves)
+    hf_io.export(hf_io.nest(leaves), base=tmp_path / "m", out=tmp_path / "again")
+    assert_same(load(tmp_path / "again"), leaves)
 
 
 @both_families

@@ -6,7 +6,9 @@ Nothing here unpickles or runs code that came with a model.
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
+import os
 import re
 import shutil
 import struct
@@ -20,6 +22,7 @@ import ml_dtypes  # noqa: F401  gives numpy its bfloat16
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
+from dpo_jax.models import copies
 from dpo_jax.models.weights import FLOATS, Header
 from dpo_jax.types import InputError
 
@@ -46,7 +49,7 @@ TOKENIZER_FILES = (
 TEMPLATE_FOLDER = "additional_chat_templates"  # named chat templates beside the default one
 # Everything a download may bring, and everything an export may write besides its weights. No *.bin, no *.py.
 SMALL_FILES = (CONFIG, GENERATION, INDEX, ADAPTER_CONFIG, ADAPTER, *TOKENIZER_FILES)
-PIECE = 4 << 20  # bytes read at a time: few calls, and still in the processor's cache when they are converted
+PIECE = 1 << 20  # bytes read or written at a time: few calls, and still in a core's own cache when they are converted
 GAP = 256 << 10  # the same where only some of them are wanted: skipping would be slower, even if the file is cached
 
 Index = tuple[slice, ...]  # as jax.make_array_from_callback gives it
@@ -57,7 +60,7 @@ class Weights(NamedTuple):
 
     `pieces(name, view)` are the numbers of `view(tensor)`, a function that only slices, reshapes and transposes: one
     after another, in the order of the file, each with its place in that view. No other parts of the file are read,
-    but for gaps that would be slower to skip.
+    but for gaps that would be slower to skip. Several threads may read at once.
     """
 
     headers: dict[str, Header]
@@ -218,16 +221,22 @@ def read_pieces(
 
 
 def read_bytes(file: BinaryIO, start: int, count: int) -> bytes:
-    """`count` bytes from `start`. Raises InputError if the file has become shorter."""
-    file.seek(start)
-    found = file.read(count)
-    if len(found) < count:
-        raise InputError(
-            str(file.name),
-            got=f"ends at byte {start + len(found)}",
-            expected=f"{start + count} bytes or more",
-            remedy="It was cut while being read; download it again.",
-        )
+    """`count` bytes from `start`. Raises InputError if the file has become shorter.
+
+    pread leaves the position of the file alone, which threads share: one's seek would come between seek and read of
+    another.
+    """
+    found = b""
+    while len(found) < count:  # once, but for reads that are interrupted or of 2 GiB and more
+        more = os.pread(file.fileno(), count - len(found), start + len(found))
+        found = found + more if found else more
+        if not more:
+            raise InputError(
+                str(file.name),
+                got=f"ends at byte {start + len(found)}",
+                expected=f"{start + count} bytes or more",
+                remedy="It was cut while being read; download it again.",
+            )
     return found
 
 
@@ -244,7 +253,7 @@ def write_weights(
 
     Each file is written by one of the hosts, in turn. `build(name)` is called on all of them, in the same order and
     once for each tensor, when its turn to be written has come; what it returns is called on the host that writes,
-    so that no more than one tensor is in memory.
+    so that no more than one tensor is in memory. It may be of another type, and its axes in any order.
     """
     by_name = {spec.name: spec for spec in specs}
     split = huggingface_hub.split_state_dict_into_shards_factory(
@@ -272,7 +281,7 @@ def in_file_order(specs: Sequence[Spec]) -> list[Spec]:
 
 
 def write_file(path: Path, ordered: Sequence[Spec], build: Callable[[str], Callable[[], np.ndarray]]) -> None:
-    """Writes one safetensors file, byte for byte as the safetensors library does, a tensor at a time.
+    """Writes one safetensors file, byte for byte as the safetensors library does, a piece of a tensor at a time.
 
     The library itself wants every tensor of the file in memory at once. Layout: eight bytes of header length, a JSON
     header padded with spaces to a multiple of eight, then the numbers.
@@ -285,12 +294,31 @@ def write_file(path: Path, ordered: Sequence[Spec], build: Callable[[str], Calla
         header[spec.name] = {"dtype": codes[spec.dtype], "shape": list(spec.shape), "data_offsets": [begin, end]}
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
-    with path.open("wb") as file:
+    jobs = (
+        functools.partial(in_file_layout, rows, spec)
+        for spec in ordered
+        for rows in row_pieces(build(spec.name)(), spec)
+    )
+    # Threads make the next pieces while one is written, in order: some network file systems take no other.
+    with path.open("wb") as file, copies.pool() as threads:
         file.write(struct.pack("<Q", len(text)) + text)
-        for spec in ordered:
-            array = np.ascontiguousarray(build(spec.name)())
-            assert (array.dtype, array.shape) == (np.dtype(spec.dtype), spec.shape), spec.name
-            file.write(array.view(np.uint8).data)
+        for piece in copies.ahead(threads, jobs):
+            file.write(piece)
+        assert file.tell() == 8 + len(text) + end, path
+
+
+def row_pieces(array: np.ndarray, spec: Spec) -> Iterator[np.ndarray]:
+    """Rows of a tensor, as many at a time as are PIECE bytes in the file, or one."""
+    assert array.shape == spec.shape, (spec.name, array.shape, spec.shape)
+    array = np.atleast_1d(array)
+    step = max(1, PIECE * len(array) // max(1, spec.bytes))
+    for start in range(0, len(array), step):
+        yield array[start : start + step]
+
+
+def in_file_layout(rows: np.ndarray, spec: Spec) -> memoryview:
+    """The bytes of some rows of a tensor as they stand in the file."""
+    return copies.contiguous(copies.cast(rows, spec.dtype, spec.name)).reshape(-1).view(np.uint8).data
 
 
 def write_json(path: Path, value: Mapping) -> None:

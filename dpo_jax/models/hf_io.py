@@ -14,16 +14,16 @@ import math
 import re
 import shutil
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Executor
 from pathlib import Path
 from typing import Any
 
 import jax
-import ml_dtypes
 import numpy as np
 import xxhash
 from jax.sharding import NamedSharding, PartitionSpec
 
-from dpo_jax.models import hf_files, weights
+from dpo_jax.models import copies, hf_files, weights
 from dpo_jax.models.config import DecoderConfig
 from dpo_jax.models.families import family
 from dpo_jax.models.hf_files import ONE_HOST, Hosts, Index, Weights, resolve
@@ -111,34 +111,52 @@ def load_leaves(
     """The leaves, by path, that a table fills from the safetensors of a folder, or from one file; see `load_params`."""
     shapes = weights.leaf_shapes(table, sizes)
     leaves: dict[str, Any] = {}
-    with hf_files.open_weights(path) as source:
+    with hf_files.open_weights(path) as source, copies.pool() as threads:
         bound = weights.bind(table, sizes, source.headers, skipped=skipped, place=str(path))
         for leaf, shape in shapes.items():
             if only(leaf):
                 parts = [b for b in bound if leaf in b.tensor.leaves]
-                read = functools.partial(read_part, source, leaf, shape, parts, dtype, str(path))
+                read = functools.partial(read_part, source, threads, leaf, shape, parts, dtype, str(path))
                 leaves[leaf] = place(leaf, shape, read)
     return leaves
 
 
 def read_part(
-    source: Weights, leaf: str, shape: tuple[int, ...], parts: list[Bound], dtype: str, place: str, index: Index
+    source: Weights,
+    threads: Executor,
+    leaf: str,
+    shape: tuple[int, ...],
+    parts: list[Bound],
+    dtype: str,
+    place: str,
+    index: Index,
 ) -> np.ndarray:
-    """Part `index` of a leaf of this shape, as `dtype`, from the tensors that fill or repeat it."""
+    """Part `index` of a leaf of this shape, as `dtype`, from the tensors that fill or repeat it.
+
+    Each thread reads whole tensors, one of each layer, so no two write to the same part of the result.
+    """
     # An array without storage (all strides 0) has the shape cut as the real one would be.
     result = np.empty(np.broadcast_to(np.empty((), dtype), shape)[index].shape, dtype)
     found = {(b.at, b.tensor.repeats): b for b in parts}
     stacked = len(parts[0].at)
     within = index[stacked:]
     numbered = [list(enumerate(range(size)[part])) for size, part in zip(shape, index[:stacked], strict=False)]
+    jobs = []
     for each in itertools.product(*numbered):
         into, at = tuple(i for i, _ in each), tuple(number for _, number in each)
         b, repeat = found[at, False], found.get((at, True))
-        for piece, numbers in source.pieces(b.name, viewer(b, leaf, within)):
-            result[(*into, ...)][piece] = cast(numbers, dtype, f"{place}: {b.name}")
+        jobs.append(functools.partial(fill, result[(*into, ...)], source, b, leaf, within, place))
         if repeat:
-            check_repeat(source, b, repeat, leaf, within, place)
+            jobs.append(functools.partial(check_repeat, source, b, repeat, leaf, within, place))
+    for _ in copies.ahead(threads, jobs):
+        pass
     return result
+
+
+def fill(into: np.ndarray, source: Weights, bound: Bound, leaf: str, index: Index, place: str) -> None:
+    """Reads part `index` of a leaf, or of one layer of it, into an array of any type."""
+    for piece, numbers in source.pieces(bound.name, viewer(bound, leaf, index)):
+        copies.copy(copies.cast(numbers, into.dtype.name, f"{place}: {bound.name}"), into[(*piece, ...)])
 
 
 def viewer(bound: Bound, leaf: str, index: Index) -> Callable[[np.ndarray], np.ndarray]:
@@ -311,7 +329,7 @@ def write_tensors(
         _, tensor, at = by_name[name]
         # Sliced before it leaves the device, so the host sees one layer of a stacked leaf at a time.
         arrays = [within_reach(leaves[leaf], at) for leaf in tensor.leaves]
-        return lambda: cast(tensor.to_tensor(*map(np.asarray, arrays)), dtypes[name], name)
+        return lambda: tensor.to_tensor(*map(np.asarray, arrays))
 
     specs = [hf_files.Spec(b.name, dtypes[b.name], b.tensor.shape) for b in bound]
     hf_files.write_weights(new, specs, build, max_shard_bytes=max_shard_bytes, hosts=hosts, stem=stem)
@@ -368,21 +386,6 @@ def with_dtype(hf: Mapping, dtype: str) -> dict:
     """A configuration that names another type of weights, under the keys it has (transformers 5 renamed it)."""
     keys = [key for key in ("torch_dtype", "dtype") if key in hf] or ["torch_dtype"]
     return dict(hf) | dict.fromkeys(keys, dtype)
-
-
-def cast(array: np.ndarray, dtype: str, place: str) -> np.ndarray:
-    """`array` as `dtype`, without a copy where it has it already. Raises InputError if a finite number overflows."""
-    with np.errstate(over="ignore"):
-        result = array.astype(dtype, copy=False)
-    narrower = ml_dtypes.finfo(result.dtype).max < ml_dtypes.finfo(array.dtype).max
-    if narrower and np.any(np.isfinite(array) & ~np.isfinite(result)):
-        raise InputError(
-            place,
-            got=f"holds numbers beyond the range of {dtype}",
-            expected=f"magnitudes up to {float(ml_dtypes.finfo(result.dtype).max):.3g}",
-            remedy="Use bfloat16 or float32.",
-        )
-    return result
 
 
 def nest(leaves: Mapping[str, Any]) -> dict:
