@@ -10,6 +10,7 @@ import dpo_jax
 from dpo_jax import inputs as run_inputs
 from dpo_jax.config import Config
 from dpo_jax.losses import options_of
+from dpo_jax.models.adapters import Adapters, module_of
 
 OBJECTIVES = {
     "sigmoid": "[Direct Preference Optimization](https://arxiv.org/abs/2305.18290)",
@@ -20,7 +21,14 @@ OBJECTIVES = {
 
 
 def model_card(
-    config: Config, base: str, *, data: Mapping[str, tuple[str, int]], steps: int, final: Mapping[str, float]
+    config: Config,
+    base: str,
+    *,
+    data: Mapping[str, tuple[str, int]],
+    steps: int,
+    final: Mapping[str, float],
+    adapters: Adapters | None = None,
+    merged: bool = False,
 ) -> str:
     """Markdown with a YAML head: base model, objective, data, settings and the last evaluation.
 
@@ -30,16 +38,20 @@ def model_card(
       data: of each split, the files or data sets it was read from and its number of pairs.
       steps: updates made.
       final: the row of the last evaluation; empty where there was none.
+      adapters: that trained, and nothing else.
+      merged: whether they are merged into the model; otherwise they are all that there is.
     """
     folder = Path(base).expanduser()
     hub = not folder.exists()
     name = base if hub else folder.resolve().name
-    head = ["---", "library_name: transformers", "pipeline_tag: text-generation", "tags:", "- dpo_jax"]
+    library = "transformers" if adapters is None or merged else "peft"
+    head = ["---", f"library_name: {library}", "pipeline_tag: text-generation", "tags:", "- dpo_jax"]
     head += [f"base_model: {json.dumps(base)}"] if hub else []
     rows = {
         "objective": f"{config.loss.name}, {_words(options_of(run_inputs.loss_of(config)))}".rstrip(", "),
         **{f"{split} data": f"{_names(spec)}: {pairs:,} pairs" for split, (spec, pairs) in data.items()},
         "updates": f"{steps} of {config.train.batch_pairs} pairs",
+        **_what_trained(config, adapters, merged),
         "optimizer": _words({k: v for k, v in vars(config.optimizer).items()}),
         "lengths": f"{config.data.max_length} tokens at most, of them the prompt {config.data.max_prompt_length}",
         "seed": str(config.seed),
@@ -54,6 +66,17 @@ def model_card(
     if scores:
         text += ["", f"Evaluated after update {steps}:", "", "| metric | value |", "|---|---|", *scores]
     return "\n".join(text) + "\n"
+
+
+def _what_trained(config: Config, adapters: Adapters | None, merged: bool) -> dict[str, str]:
+    """A row for adapters or for frozen tensors, if there are any."""
+    if adapters is not None:
+        modules = sorted({module_of(each).rpartition("{layer}.")[2] for each in adapters.tensors})
+        held = f", on a model in {config.lora.base}" if config.lora.base else ""
+        words = f"rank {adapters.rank}, scale {adapters.scale:g}, beside {', '.join(modules)}{held}"
+        return {"adapters, merged" if merged else "adapters": words}
+    pattern = config.train.freeze.replace("|", "\\|")  # or it would end the cell
+    return {"frozen": f"tensors of a name with `{pattern}`"} if pattern else {}
 
 
 def _words(options: Mapping[str, object]) -> str:

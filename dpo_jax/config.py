@@ -85,6 +85,7 @@ class Lora:
     rank_stabilised: bool = False  # alpha / sqrt(rank) times instead
     targets: str = ""  # regex of whole module names, as model.layers.0.mlp.up_proj; empty: all linear ones in blocks
     path: str = ""  # PEFT folder or Hub id to start from, which then says all of the above
+    base: str = ""  # int8 | nf4: how frozen matrices of blocks are held, with the `quantize` extra; empty: as they are
 
 
 @dataclasses.dataclass(frozen=True)
@@ -227,6 +228,7 @@ _RULES: tuple[tuple[str, Rule], ...] = (  # what the comments above say; an unse
     ("model.path", (bool, "a Hugging Face folder or Hub id")),
     ("model.dtype", _one_of("auto", "float32", "bfloat16")),  # float16 loses most gradients of the head to underflow
     ("model.param_dtype", _one_of("float32", "bfloat16")),
+    ("lora.base", _one_of("", "int8", "nf4")),
     ("data.truncate_prompt", _one_of("keep_end", "keep_start", "error")),
     ("data.on_bad_row", _one_of("error", "skip")),
     ("data.layout", _one_of("auto", "shared", "repeated")),
@@ -326,10 +328,10 @@ def _check_relations(config: Config, problems: Problems) -> None:
         _refuse(problems, "data.max_prompt_length", data.max_prompt_length, expected)
     if config.eval.every_steps > 0 and not data.eval:
         _refuse(problems, "eval.every_steps", config.eval.every_steps, "0 where config.data.eval is empty")
-    lora, alone = config.lora, config.lora == Lora(path=config.lora.path)
-    if lora.path and not alone:
-        _refuse(problems, "lora.path", lora.path, "empty, or no other field of lora beside it")
-    elif not (lora.rank or alone or any(name.startswith("lora.") for name in problems)):
+    lora = config.lora
+    if lora.path and lora != Lora(path=lora.path, base=lora.base):
+        _refuse(problems, "lora.path", lora.path, "empty, or no other field of lora but base beside it")
+    elif not (lora.rank or lora.path or lora == Lora() or any(name.startswith("lora.") for name in problems)):
         _refuse(problems, "lora.rank", lora.rank, "a number >= 1 where other fields of lora are set")
     if (lora.rank or lora.path) and config.train.freeze:
         _refuse(problems, "train.freeze", config.train.freeze, "empty where adapters train, which freezes all else")

@@ -18,7 +18,7 @@ from dpo_jax.data.pairs import PairSet, load
 from dpo_jax.data.specials import disagreements, unended
 from dpo_jax.data.tokenize import identity, load_tokenizer
 from dpo_jax.models import adapters as low_rank
-from dpo_jax.models import decoder, hf_files, hf_io
+from dpo_jax.models import decoder, hf_files, hf_io, quantised
 from dpo_jax.models.attention import IMPLEMENTATIONS
 from dpo_jax.models.config import DecoderConfig
 from dpo_jax.models.weights import Tensor
@@ -86,6 +86,7 @@ def check_names(config: Config) -> None:
     optimizer_of(config, total_steps=1)
     decoder.check_remat(config.model.remat)
     sharding.parse_rules(config.mesh.rules)
+    quantised.check_available(config.lora.base)
     check_choice("config.model.attention", config.model.attention, IMPLEMENTATIONS)
 
 
@@ -308,6 +309,7 @@ def reference_identity(
     loaded = adapters if config.lora.path else None
     return {
         **({} if loaded is None else {"adapters": low_rank.digest(hf_io.resolve(config.lora.path), loaded)}),
+        **({"base": config.lora.base} if config.lora.base else {}),
         "weights": hf_io.digest(inputs.folder, mine=hosts.mine, gather=hosts.merged("weights")),
         **identity(inputs.tokenizer),
         "format": data.format,

@@ -282,9 +282,8 @@ def _backward_here(plan, hidden, head, source, target, scored, log_z, kept, cota
                 to_weights = jnp.einsum("tv,td->vd", slope, states, preferred_element_type=wide)
             return hidden_grad, jax.tree.map(jnp.add, part_grad, Head(to_weights, to_bias))
 
-        none = Head(
-            *(None if t is None else jnp.zeros(w.shape, wide) for t, w in zip(total, cast(Any, weights), strict=True))
-        )
+        whole = zip(total, cast(Any, weights), strict=True)
+        none = Head(*(None if sum_of is None else jnp.zeros_like(each, wide) for sum_of, each in whole))
         hidden_grad, part_grad = jax.lax.fori_loop(0, tokens.blocks, one_block, (hidden_grad, none))
         return hidden_grad, vocab.add(total, part_grad, j)
 

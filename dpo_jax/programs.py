@@ -23,7 +23,7 @@ from dpo_jax.data import layout
 from dpo_jax.data.pairs import cache_folder
 from dpo_jax.inputs import Inputs
 from dpo_jax.models import adapters as low_rank
-from dpo_jax.models import attention, decoder, hf_io, weights
+from dpo_jax.models import attention, decoder, hf_io, quantised, weights
 from dpo_jax.models.config import DecoderConfig
 from dpo_jax.scoring import join
 from dpo_jax.selection import EVERYTHING, Selection
@@ -267,9 +267,13 @@ def load_params(
     """
     model, adapters = programs.model, programs.selection.adapters
 
-    def place(path: str, shape: tuple[int, ...], read: Callable[[Any], np.ndarray]) -> jax.Array:
+    def place(path: str, shape: tuple[int, ...], read: Callable[[Any], np.ndarray]) -> Any:
         spec = sharding.partition(path, shape, programs.mesh.shape, programs.rules)
-        return sharding.from_parts(shape, NamedSharding(programs.mesh, spec), read)
+        array = sharding.from_parts(shape, NamedSharding(programs.mesh, spec), read)
+        if not held_in_few_bits(config, path):
+            return array
+        made = {path: quantised.encode(array, config.lora.base)}
+        return jax.device_put(made, sharding.shardings(programs.mesh, made, programs.rules))[path]
 
     with programs.watch.part("weights"):
         params = hf_io.load_params(folder, model, dtype=config.model.param_dtype, place=place, only=only)
@@ -280,6 +284,11 @@ def load_params(
                 beside = low_rank.first_values(adapters, model.stacks, seed=config.seed, place=place)
             params = join(params, hf_io.nest(beside))
         return jax.block_until_ready(params)
+
+
+def held_in_few_bits(config: Config, path: str) -> bool:
+    """Whether a leaf is, by `lora.base`."""
+    return bool(config.lora.base and quantised.KERNEL.fullmatch(path))
 
 
 def reference_values(
@@ -369,6 +378,10 @@ def abstract_params(config: Config, programs: Programs) -> tuple[dict, dict]:
     """Shapes, types and places of the parameters that train, and of those that do not, without any array."""
     dtype, adapters = scoring.DTYPES[config.model.param_dtype], programs.selection.adapters
     params = jax.eval_shape(lambda: decoder.init(jax.random.key(0), programs.model, dtype=dtype))
+    leaves = hf_io.flatten(params)
+    for path in filter(functools.partial(held_in_few_bits, config), leaves):
+        leaves[path] = jax.eval_shape(functools.partial(quantised.encode, kind=config.lora.base), leaves[path])
+    params = hf_io.nest(leaves)
     if adapters is not None:
         shapes = weights.leaf_shapes(adapters.table, programs.model.stacks)
         beside = {path: jax.ShapeDtypeStruct(shape, np.float32) for path, shape in shapes.items()}

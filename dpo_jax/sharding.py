@@ -27,23 +27,24 @@ AnyMesh = Mesh | AbstractMesh  # an abstract one has sizes and no devices
 Rules = tuple[tuple[str, P], ...]  # pattern of a leaf's path, and where such leaves lie
 
 # First match wins; leaves of the optimizer state end in the same paths and so match the same rules. An axis that
-# does not divide a dimension is left out. Every family's parameters have these paths (`models.config`).
+# does not divide a dimension is left out. Every family's parameters have these paths (`models.config`); a kernel
+# that is held in few bits has its codes and scales below its own.
 RULES: Rules = (
     (r"(embed|head)/embedding$", P("tensor", "fsdp")),
-    (r"attention/[qkv]/kernel$", P(None, "fsdp", "tensor", None)),
+    (r"attention/[qkv]/kernel(/|$)", P(None, "fsdp", "tensor", None)),
     (r"attention/[qkv]/bias$", P(None, "tensor", None)),
-    (r"attention/o/kernel$", P(None, "tensor", None, "fsdp")),
-    (r"mlp/(gate|up)/kernel$", P(None, "fsdp", "tensor")),
+    (r"attention/o/kernel(/|$)", P(None, "tensor", None, "fsdp")),
+    (r"mlp/(gate|up)/kernel(/|$)", P(None, "fsdp", "tensor")),
     (r"mlp/(gate|up)/bias$", P(None, "tensor")),
-    (r"mlp/down/kernel$", P(None, "tensor", "fsdp")),
+    (r"mlp/down/kernel(/|$)", P(None, "tensor", "fsdp")),
     # Adapters' sides of a width that `tensor` cuts lie as the kernels' do; the others are too small to gather.
     (r"attention/[qkv]/lora_b$", P(None, None, "tensor", None)),
     (r"attention/o/lora_a$", P(None, "tensor", None, None)),
     (r"mlp/(gate|up)/lora_b$", P(None, None, "tensor")),
     (r"mlp/down/lora_a$", P(None, "tensor", None)),
     (r"experts/router/kernel$", P(None, "fsdp", None)),
-    (r"experts/(gate|up)/kernel$", P(None, None, "fsdp", "tensor")),
-    (r"experts/down/kernel$", P(None, None, "tensor", "fsdp")),
+    (r"experts/(gate|up)/kernel(/|$)", P(None, None, "fsdp", "tensor")),
+    (r"experts/down/kernel(/|$)", P(None, None, "tensor", "fsdp")),
     (r"", P()),
 )
 

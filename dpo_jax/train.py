@@ -35,7 +35,7 @@ WARM_UP = 2  # updates before a profile begins
 # Fields that say what a checkpoint's parameters are.
 OF_PARAMETERS = (
     "model.path model.param_dtype train.freeze lora.rank lora.alpha lora.rank_stabilised lora.targets lora.path "
-    "sft.steps"
+    "lora.base sft.steps"
 ).split()
 
 
@@ -115,7 +115,7 @@ def from_sft(config: Config, inputs: Inputs, folder: Path) -> tuple[Config, Inpu
             str(exported), got="no such folder", expected="the model after sft.steps", remedy="Run train again first."
         )
     if inputs.selection.adapters is not None:
-        return dataclasses.replace(config, lora=configs.Lora(path=str(exported))), inputs
+        return dataclasses.replace(config, lora=configs.Lora(path=str(exported), base=config.lora.base)), inputs
     model = dataclasses.replace(config.model, path=str(exported))
     return dataclasses.replace(config, model=model), dataclasses.replace(inputs, folder=exported)
 
@@ -150,7 +150,7 @@ def train(
     epoch = epoch_size(train_pairs.source, train_pairs.weights)
     peak = peak_flops(mesh.devices.flat[0].device_kind, np.dtype(built.dtype).name)
     peak = None if peak is None else peak * mesh.size
-    shares = shares_of(built.model, scoring.join(state.params, frozen), built.selection.share)
+    shares = shares_of(built.model, built.selection.shapes(built.model), built.selection.share)
     record = {"config": dataclasses.asdict(config), "data": inputs.digests, "version": dpo_jax.__version__}
 
     # Where it writes; what an interrupted run logged after its last checkpoint is dropped, and comes again.
@@ -361,8 +361,9 @@ def export(
         )
         if pairs is not None
     }
-    text = card.model_card(config, inputs.name, data=data, steps=steps, final=evaluations[-1] if evaluations else {})
+    final = evaluations[-1] if evaluations else {}
     adapters = inputs.selection.adapters
+    text = card.model_card(config, inputs.name, data=data, steps=steps, final=final, adapters=adapters, merged=merge)
     together: dict[str, Any] = {
         "tokenizer": inputs.tokenizer_folder,
         "card": text,

@@ -139,7 +139,8 @@ def test_no_mesh_changes_the_gradients(name, sizes, tmp_path):
     adapters = adapters_of(name)
     config, params, frozen = loaded(name, tmp_path, adapters, at_start=False)
     one, _ = update(config, adapters, params, frozen, batch_of(config))
-    mesh = sharding.make_mesh(*sizes, jax.devices()[: math.prod(sizes)])
+    replica, fsdp, tensor = sizes
+    mesh = sharding.make_mesh(replica, fsdp, tensor, jax.devices()[: math.prod(sizes)])
     assert_near(update(config, adapters, params, frozen, batch_of(config), mesh)[0], one)
 
 
@@ -304,6 +305,8 @@ def test_run_trains_adapters_alone_and_exports_them(finished, inputs):
     names = {path.name for path in (finished / "export").iterdir()}
     assert {"adapter_config.json", "adapter_model.safetensors", "README.md", "tokenizer.json"} <= names
     assert "model.safetensors" not in names
+    card = (finished / "export/README.md").read_text()
+    assert "library_name: peft" in card and "rank 2, scale 2, beside mlp.down_proj" in card
 
 
 def adam(chosen, leaves):
@@ -327,6 +330,8 @@ def test_run_with_adapters_goes_on_bit_for_bit(finished, inputs, tmp_path):
 def test_merged_export_evaluates_as_the_adapters_do(finished, inputs, tmp_path):
     config = make_config(inputs, lora__rank=2)
     train.export_checkpoint(config, finished, tmp_path / "merged", merge=True)
+    card = (tmp_path / "merged/README.md").read_text()
+    assert "library_name: transformers" in card and "adapters, merged" in card
     before = train.evaluate_checkpoint(config, finished)
     assert before["eval/logps/chosen"] == pytest.approx(
         read_rows(finished / "eval.jsonl")[-1]["eval/logps/chosen"], rel=1e-7

@@ -113,6 +113,7 @@ BAD = [
     ("optimizer.layer_decay", 1.5, "a number in (0, 1]"),
     ("train.freeze", "layers.(", "a regular expression"),
     ("lora.rank", -1, "a number >= 0"),
+    ("lora.base", "int4", "'int8', 'nf4'"),
     ("lora.alpha", 0.0, "a number > 0"),
     ("lora.targets", "(", "a regular expression"),
     ("reference.microbatch_rows", 0, "a number >= 1"),

@@ -1,6 +1,7 @@
 """Which parameters train: frozen tensors, frozen layers, and learning rates by layer."""
 
 import re
+from typing import Any
 
 import jax
 import numpy as np
@@ -79,7 +80,9 @@ def test_rates_by_layer_have_parity_with_torch_parameter_groups():
                 decay = 0.0 if path.endswith(("scale", "bias")) else 0.3
                 groups.append(dict(params=[tensors[path, at]], lr=1e-2 * float(rate), weight_decay=decay))
     optimizer = torch.optim.AdamW(groups)
-    fields = dict(weight_decay=0.3, clip_norm=1.0, b1=0.9, b2=0.999, eps=1e-8, warmup_steps=0, total_steps=9)
+    fields: dict[str, Any] = dict(
+        weight_decay=0.3, clip_norm=1.0, b1=0.9, b2=0.999, eps=1e-8, warmup_steps=0, total_steps=9
+    )
     tx, _ = optim.make_optimizer(name="adamw", learning_rate=1e-2, schedule="constant", paced=found.paced, **fields)
     state, rng = steps.init_state(trained, tx), np.random.default_rng(0)
     for _ in range(4):
@@ -119,4 +122,5 @@ def test_run_leaves_frozen_tensors_as_they_were(tmp_path):
     same = {name for name in before if before[name].tobytes() == after[name].tobytes()}
     assert same == {name for name in before if re.search(FREEZE, name)}
     rows = read_rows(tmp_path / "run/metrics.jsonl")
+    assert FREEZE.replace("|", r"\|") in (tmp_path / "run/export/README.md").read_text()
     assert rows[0]["grad_norm"] > 0 and len({row["loss"] for row in rows}) > 2

@@ -22,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 import xxhash
 
-from dpo_jax.models import hf_config, hf_files, hf_io, weights
+from dpo_jax.models import hf_config, hf_files, hf_io, quantised, weights
 from dpo_jax.models.weights import Sizes, Tensor
 from dpo_jax.types import InputError
 
@@ -128,7 +128,7 @@ def spread(params: Mapping, adapters: Adapters) -> dict:
 
 def merge(params: Mapping, adapters: Adapters) -> dict:
     """Parameters without adapters: kernels W + scale A B, in float32 or wider."""
-    leaves = hf_io.flatten(params)
+    leaves = hf_io.flatten(quantised.decoded(params))
     for parent, a in adapters.first_factors.items():
         leaves[f"{parent}/kernel"] = _merged(
             leaves[f"{parent}/kernel"], leaves[a], leaves[f"{parent}/lora_b"], adapters.scale

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, cast
 
 import jax
@@ -18,7 +18,7 @@ from flax import linen as nn
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
-from dpo_jax.models import experts, kinds, rope
+from dpo_jax.models import experts, kinds, quantised, rope
 from dpo_jax.models.attention import PLAIN, Attention
 from dpo_jax.models.config import DecoderConfig
 from dpo_jax.models.layers import Across, affine, lookup, normalise
@@ -78,6 +78,14 @@ class Run(nn.Module):
         names = ("config", "dtype", "param_dtype", "attend", "across", "mixing", "adapter_scale")
         return {name: getattr(self, name) for name in names}
 
+    def kernel(self, shape: tuple[int, ...]) -> Array:
+        """This module's matrix, decoded if it is held in few bits."""
+        if self.has_variable("params", "kernel"):
+            held = self.get_variable("params", "kernel")
+            if isinstance(held, Mapping):
+                return jnp.asarray(quantised.decode(held))
+        return jnp.asarray(self.param("kernel", INIT, shape, self.param_dtype))
+
     def dense(self, name: str, features: int | tuple[int, ...], bias: bool, inputs: int = 1) -> Dense:
         return Dense(**self.fields, features=features, bias=bias, inputs=inputs, name=name)
 
@@ -93,7 +101,7 @@ class Dense(Run):
     @nn.compact
     def __call__(self, x):
         given, made = x.shape[x.ndim - self.inputs :], tuple(np.atleast_1d(self.features).tolist())
-        kernel = self.param("kernel", INIT, (*given, *made), self.param_dtype)
+        kernel = self.kernel((*given, *made))
         bias = self.param("bias", nn.initializers.zeros, made, self.param_dtype) if self.bias else None
         flat = x.reshape(-1, math.prod(given))
         y = self.times(flat, "kernel", kernel, given, made, None if bias is None else bias.astype(self.dtype).ravel())
@@ -208,7 +216,7 @@ class Kernel(Run):
 
     @nn.compact
     def __call__(self):
-        return self.param("kernel", INIT, self.shape, self.param_dtype)
+        return self.kernel(self.shape)
 
 
 class Block(Run):
