@@ -146,6 +146,7 @@ def read_inputs(config: Config, workdir: Path, *, training: bool) -> Inputs:
         found = load_inputs(config, training=training)
     hf_io.check_weights(found.base, found.model)
     facts = {"model": dataclasses.asdict(found.model), "tokenizer": identity(found.tokenizer), **found.digests}
+    facts |= start_of_adapters(config, found)
     hosts.agree("data and model", facts)
     return found
 
@@ -300,15 +301,19 @@ def check_lengths(config: Config, inputs: Inputs) -> int:
     return max(1, int(config.train.epochs * size) // config.train.batch_pairs)
 
 
+def start_of_adapters(config: Config, inputs: Inputs) -> dict[str, str]:
+    """The digest of the adapters in `lora.path`; nothing without such, for others have no effect at their start."""
+    adapters = inputs.selection.adapters if config.lora.path else None
+    return {} if adapters is None else {"adapters": low_rank.digest(hf_io.resolve(config.lora.path), adapters)}
+
+
 def reference_identity(
     config: Config, inputs: Inputs, *, layout: str, dtype: str, attention: str, platform: str
 ) -> dict[str, Any]:
     """All that decides a pair's stored log-probs besides its own token ids."""
-    data, adapters = config.data, inputs.selection.adapters
-    # Adapters at their start change nothing, so values are the same without them.
-    loaded = adapters if config.lora.path else None
+    data = config.data
     return {
-        **({} if loaded is None else {"adapters": low_rank.digest(hf_io.resolve(config.lora.path), loaded)}),
+        **start_of_adapters(config, inputs),
         **({"base": config.lora.base} if config.lora.base else {}),
         "weights": hf_io.digest(inputs.folder, mine=hosts.mine, gather=hosts.merged("weights")),
         **identity(inputs.tokenizer),

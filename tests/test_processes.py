@@ -4,7 +4,9 @@ import json
 import shutil
 import signal
 
+import numpy as np
 import pytest
+from safetensors.numpy import load_file
 
 from dpo_jax import config, hosts
 from tests.processes import ROOT, Run, arguments
@@ -123,3 +125,25 @@ def test_a_request_to_one_stops_all_at_one_step_and_the_command_goes_on(recipe, 
     assert untimed(rows(tmp_path / "run")) == untimed(rows(tmp_path / "whole"))
     exported = [(tmp_path / name / "export" / "model.safetensors").read_bytes() for name in ("run", "whole")]
     assert exported[0] == exported[1]
+
+
+@pytest.mark.slow
+def test_adapters_train_over_processes_as_in_one(recipe, tmp_path):
+    """On a model in few bits, and merged in the end."""
+    pytest.importorskip("qwix", reason="the quantize extra")
+    found = {}
+    for processes in (1, 2):
+        work = tmp_path / str(processes)
+        command = arguments("train", recipe, work / "run", lora__rank=2, lora__base="int8")
+        with Run(command, work / "train", processes=processes) as run:
+            assert [each.status for each in run.ended_all()] == [0] * processes
+        command = arguments("export", recipe, work / "run", lora__rank=2, lora__base="int8") + ["--merge"]
+        with Run(command, work / "export", processes=processes) as run:
+            assert [each.status for each in run.ended_all()] == [0] * processes
+        merged = load_file(work / "run" / f"merged-{STEPS}" / "model.safetensors")
+        found[processes] = [row["loss"] for row in rows(work / "run")], merged
+    (one, alone), (other, together) = found.values()
+    assert other == pytest.approx(one, abs=1e-4) and len(set(one)) > 2
+    assert alone.keys() == together.keys()
+    for name, tensor in alone.items():
+        np.testing.assert_allclose(together[name], tensor, atol=1e-3)
