@@ -28,7 +28,7 @@ from dpo_jax.chips import Chip
 from dpo_jax.collectives import Collective, bytes_across, collectives
 from dpo_jax.config import Config
 from dpo_jax.data import layout
-from dpo_jax.models import hf_files
+from dpo_jax.models import hf_files, hf_io
 from dpo_jax.models.config import DecoderConfig
 from dpo_jax.models.families import family
 from dpo_jax.programs import Programs
@@ -238,14 +238,8 @@ def estimate(config: Config, topology: Topology, *, reference_in_step: bool = Fa
     if reference_in_step or config.loss.name in losses.REFERENCE_FREE:
         del calls["scoring"]
     parts = {name: part_of(config, topology, built, lengths, name, *call) for name, call in calls.items()}
-    training = count_of(state.params)
-    every = training + count_of(frozen)
-    return Estimate(config, topology, dict(built.mesh.shape), built.attention, every, training, parts)
-
-
-def count_of(tree: Any) -> int:
-    """How many numbers are in a tree of arrays or of their shapes."""
-    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(tree))
+    training, still = selection.counts(model)
+    return Estimate(config, topology, dict(built.mesh.shape), built.attention, training + still, training, parts)
 
 
 def with_reference(config: Config, built: Programs, tx: Any, state: Any) -> programs.Compiled:
@@ -284,14 +278,16 @@ def part_of(
     trained = sharding.bytes_per_device(params)
     optimizer = sharding.bytes_per_device(state.opt_state) if update else 0
     gradients = sharding.bytes_per_device(as_type(params, jnp.float32)) if update else 0
-    read = scoring.join(params, held[1]) if update else params
-    shares = functools.partial(flops.shares_of, built.model, read)
+    selection, shapes = built.selection, built.selection.shapes(built.model)
+    shares = functools.partial(flops.shares_of, built.model, shapes)
     work = roofline.mean_work(
-        built.model, lengths, shape, built.layout, shares(built.selection.share), shares(built.selection.trains)
+        built.model, lengths, shape, built.layout, shares(selection.share), shares(selection.trains)
     )
     itemsize = np.dtype(built.dtype).itemsize
+    used = hf_io.nest({path: jax.ShapeDtypeStruct(shape, built.dtype) for path, shape in shapes.items()})
     gathered, training = (
-        sharding.bytes_per_device(as_type(tree, built.dtype), gathered="fsdp") for tree in (read, params)
+        sharding.bytes_per_device(programs.placed(built, tree), gathered="fsdp")
+        for tree in (used, selection.split(used)[0])
     )
     count = functools.partial(
         roofline.counted,

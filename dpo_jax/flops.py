@@ -20,8 +20,6 @@ from jaxtyping import Int
 from dpo_jax.chips import chip_of
 from dpo_jax.data.layout import unit_lengths
 from dpo_jax.models.config import DecoderConfig
-from dpo_jax.models.hf_io import flatten
-from dpo_jax.models.quantised import leaf_of
 
 
 class Shares(NamedTuple):
@@ -35,18 +33,18 @@ class Shares(NamedTuple):
 WHOLE = Shares()  # all that there is trains
 
 
-def shares_of(config: DecoderConfig, params: Mapping, trained: Callable[[str], float]) -> Shares:
+def shares_of(config: DecoderConfig, shapes: Mapping[str, tuple[int, ...]], trained: Callable[[str], float]) -> Shares:
     """The shares of a model.
 
     Maps that the checkpoint stores as one have one A, counted once, though it is multiplied beside each of them.
 
     Args:
-      params: all of them, adapters too, or their shapes.
+      shapes: of all leaves, by path, adapters among them.
       trained: of a leaf's path, the share of it that trains.
     """
     every = blocks = adapters = 0.0
-    for path, leaf in flatten(params).items():
-        size, path = math.prod(leaf.shape), leaf_of(path)  # of codes and scales, the kernel's
+    for path, shape in shapes.items():
+        size = math.prod(shape)
         if path.endswith(("/lora_a", "/lora_b")):
             adapters += 2 * size
         elif path.startswith("blocks/") and path.endswith("/kernel"):

@@ -41,7 +41,7 @@ def cuts(report: Mapping[str, Any]) -> str:
 
 def describe_run(config: Config, programs: Programs, params: Any, frozen: Any, start: int, total: int) -> None:
     """The run's size: parameters, those that train and those that do not, mesh, shapes, steps."""
-    sizes = [sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(tree)) for tree in (params, frozen)]
+    sizes = programs.selection.counts(programs.model)
     those = f", of which {sizes[0]:,} train" if sizes[1] else ""
     mesh = " x ".join(f"{axis} {size}" for axis, size in programs.mesh.shape.items())
     shape = programs.update_shape

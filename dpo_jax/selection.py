@@ -7,6 +7,7 @@ the others are dropped.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
@@ -16,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dpo_jax.models import hf_io, weights
+from dpo_jax.models import decoder, hf_io, weights
 from dpo_jax.models.adapters import Adapters
 from dpo_jax.models.config import DecoderConfig
 from dpo_jax.models.quantised import leaf_of
@@ -38,8 +39,20 @@ class Selection(NamedTuple):
 
     def share(self, path: str) -> float:
         """Of a leaf's layers, and experts, those that do."""
-        rate = self.rates.get(leaf_of(path))
-        return 1.0 if rate is None else float(np.mean(rate != 0))
+        path = leaf_of(path)
+        return float(np.mean(self.rates[path] != 0)) if path in self.rates else 1.0
+
+    def shapes(self, config: DecoderConfig) -> dict[str, tuple[int, ...]]:
+        """Of all leaves of a model, adapters among them, whatever they are held in."""
+        params = hf_io.flatten(jax.eval_shape(lambda: decoder.init(jax.random.key(0), config)))
+        beside = {} if self.adapters is None else weights.leaf_shapes(self.adapters.table, config.stacks)
+        return {path: leaf.shape for path, leaf in params.items()} | beside
+
+    def counts(self, config: DecoderConfig) -> tuple[int, int]:
+        """How many numbers are in the leaves of a model that train, and in those that do not."""
+        sizes = {path: math.prod(shape) for path, shape in self.shapes(config).items()}
+        training = sum(size for path, size in sizes.items() if self.trains(path))
+        return training, sum(sizes.values()) - training
 
     def split(self, params: Mapping) -> tuple[dict, dict]:
         """The parameters that train, and those that do not."""

@@ -150,7 +150,7 @@ def train(
     epoch = epoch_size(train_pairs.source, train_pairs.weights)
     peak = peak_flops(mesh.devices.flat[0].device_kind, np.dtype(built.dtype).name)
     peak = None if peak is None else peak * mesh.size
-    shares = shares_of(built.model, scoring.join(state.params, frozen), built.selection.share)
+    shares = shares_of(built.model, built.selection.shapes(built.model), built.selection.share)
     record = {"config": dataclasses.asdict(config), "data": inputs.digests, "version": dpo_jax.__version__}
 
     # Where it writes; what an interrupted run logged after its last checkpoint is dropped, and comes again.

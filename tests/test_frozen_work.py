@@ -12,7 +12,7 @@ from dpo_jax import config, estimate, flops, programs
 from dpo_jax import inputs as run_inputs
 from dpo_jax.models import weights
 from dpo_jax.models.families import family
-from dpo_jax.models.hf_io import flatten, nest
+from dpo_jax.models.hf_io import flatten
 from tests.family_cases import CASES
 
 LENGTHS = np.array([[20, 10, 12], [16, 9, 9]])
@@ -22,7 +22,7 @@ KERNEL = re.compile(r"blocks/.*/kernel")
 
 
 def case(name, **changes):
-    """Configuration and table of a small model, and shapes of its parameters as a tree."""
+    """Configuration and table of a small model, and shapes of its parameters by path."""
     kind, hf = CASES[name]
     hf = dict(hf, model_type=kind) | changes
     model = family(hf, name).decoder_config(hf, name)
@@ -47,22 +47,20 @@ def shares(name, **fields):
     """Of a small model, and its operations of a token's products and of a scored one's, forward."""
     model, table, shapes = case(name)
     selection = run_inputs.selection_of(chosen(**fields), table, model)
-    if selection.adapters is not None:
-        shapes = shapes | weights.leaf_shapes(selection.adapters.table, model.stacks)
-    tree = nest({path: jax.ShapeDtypeStruct(shape, np.float32) for path, shape in shapes.items()})
-    return flops.shares_of(model, tree, selection.share), flops.shares_of(model, tree, selection.trains)
+    found = selection.shapes(model)
+    assert shapes.items() <= found.items()
+    return flops.shares_of(model, found, selection.share), flops.shares_of(model, found, selection.trains)
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_share_of_a_kernel_is_that_of_its_operations(name):
     model, _, shapes = case(name)
-    tree = nest({path: jax.ShapeDtypeStruct(shape, np.float32) for path, shape in shapes.items()})
-    assert flops.shares_of(model, tree, lambda path: 1.0) == flops.WHOLE
+    assert flops.shares_of(model, shapes, lambda path: 1.0) == flops.WHOLE
     for path in filter(KERNEL.fullmatch, shapes):
         size = math.prod(shapes[path])
         if re.search("experts/(gate|up|down)", path):
             size *= model.experts_per_token / model.experts
-        found = flops.shares_of(model, tree, lambda other, path=path: float(other == path))
+        found = flops.shares_of(model, shapes, lambda other, path=path: float(other == path))
         assert found.blocks * flops.product_flops(model, 1, 0) == pytest.approx(2 * size), path
         assert found.head == found.adapters == 0
 

@@ -122,6 +122,19 @@ def test_plan_of_adapters_holds_their_optimizer_state_and_gradients_alone():
     assert found.parts["scoring"].cost.flops > full.parts["scoring"].cost.flops
 
 
+def test_plan_of_kernels_in_few_bits_holds_less_and_computes_the_same():
+    pytest.importorskip("qwix")
+    topology, fixed = estimate.parse_topology("h100:8"), ("mesh.tensor=1", "lora.rank=16")
+    whole, held = (estimate.estimate(recipe("llama3_8b", *fixed, *more), topology) for more in ([], ["lora.base=nf4"]))
+    assert (held.training, held.parameters) == (whole.training, whole.parameters)
+    update, other = held.parts["update"], whole.parts["update"]
+    assert update.work == other.work and update.cost == other.cost and held.mfu == whole.mfu
+    # What is not held so: two tables of the vocabulary, norms, adapters.
+    kernels = whole.parameters - whole.training - 2 * 128256 * 4096 - 65 * 4096
+    saved = kernels / 8 * (4 - 1 / 2 - 4 / 64)
+    assert other.memory.weights - update.memory.weights == pytest.approx(saved, rel=1e-3)
+
+
 def test_memory_traffic_of_a_block_counts_what_tensor_does_not_cut_on_every_chip():
     work = roofline.Work(8, 2.0, 4096.0, 4000.0, 0.0, 1.0, 1.0, 1.0, 1.0, 0.0)
     llama = estimate.architecture(recipe("llama3_8b"))
