@@ -108,12 +108,13 @@ class Dense(Run):
         if self.has_variable("params", "lora_a"):
             a, b = (jnp.asarray(self.get_variable("params", name)) for name in ("lora_a", "lora_b"))
             low = self.times(flat, "lora_a", a, given, a.shape[-1:])
-            y = y + self.adapter_scale * self.times(low, "lora_b", b, b.shape[:1], made)
+            # Made again in the backward pass: kept, it would take as much memory as what it is added to.
+            y = y + self.adapter_scale * self.times(low, "lora_b", b, b.shape[:1], made, kept=False)
         return y.reshape(*x.shape[: x.ndim - self.inputs], *made)
 
-    def times(self, x, name, matrix, given, made, bias=None):
+    def times(self, x, name, matrix, given, made, bias=None, *, kept=True):
         across = None if self.across is None else self.across("/".join((*self.path, name)), given, made)
-        return affine(x, matrix.astype(self.dtype).reshape(x.shape[-1], -1), bias, across)
+        return affine(x, matrix.astype(self.dtype).reshape(x.shape[-1], -1), bias, across, kept)
 
 
 class Norm(Run):

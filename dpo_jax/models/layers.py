@@ -26,25 +26,32 @@ class Across(NamedTuple):
     outer: Callable[[Array, Array], Array]  # ([N, I], [N, F]) -> [I, F], the sum over n of x_n grad_n, cut as it was
 
 
-@functools.partial(custom_vjp, nondiff_argnums=(3,))
+@functools.partial(custom_vjp, nondiff_argnums=(3, 4))
 def affine(
-    x: Float[Array, "N I"], kernel: Float[Array, "I F"], bias: Float[Array, "F"] | None, across: Across | None = None
+    x: Float[Array, "N I"],
+    kernel: Float[Array, "I F"],
+    bias: Float[Array, "F"] | None,
+    across: Across | None = None,
+    kept: bool = True,
 ) -> Float[Array, "N F"]:
     """x . kernel + bias, in the type of x; kernel and bias are of it already.
 
     Args:
       across: None: on one device.
+      kept: whether a remat policy that keeps products keeps this one.
     """
-    return _affine_forward(x, kernel, bias, across)[0]
+    return _affine_forward(x, kernel, bias, across, kept)[0]
 
 
-def _affine_forward(x, kernel, bias, across):
+def _affine_forward(x, kernel, bias, across, kept):
     # Written out: a call of `affine` would hide the product from a remat policy that keeps products.
-    y = x @ (kernel if across is None else across.gather(kernel))
+    whole = kernel if across is None else across.gather(kernel)
+    # The policy passes over products with a batch axis.
+    y = x @ whole if kept else jnp.einsum("bni,bif->bnf", x[None], whole[None])[0]
     return y if bias is None else y + bias[None], (x, kernel, bias)
 
 
-def _affine_backward(across, saved, grad):
+def _affine_backward(across, kept, saved, grad):
     x, kernel, bias = saved
     grad = jax.lax.optimization_barrier(grad)  # made once, for both products
     to_bias = None if bias is None else column_sums(grad).astype(bias.dtype)
