@@ -13,7 +13,7 @@ import json
 import math
 import re
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor
 from pathlib import Path
 from typing import Any
@@ -133,7 +133,8 @@ def read_part(
 ) -> np.ndarray:
     """Part `index` of a leaf of this shape, as `dtype`, from the tensors that fill or repeat it.
 
-    Each thread reads whole tensors, one of each layer, so no two write to the same part of the result.
+    Each thread reads whole tensors, one of each layer, or rows of one that has no layers, so no two write to the same
+    part of the result.
     """
     # An array without storage (all strides 0) has the shape cut as the real one would be.
     result = np.empty(np.broadcast_to(np.empty((), dtype), shape)[index].shape, dtype)
@@ -145,12 +146,22 @@ def read_part(
     for each in itertools.product(*numbered):
         into, at = tuple(i for i, _ in each), tuple(number for _, number in each)
         b, repeat = found[at, False], found.get((at, True))
-        jobs.append(functools.partial(fill, result[(*into, ...)], source, b, leaf, within, place))
-        if repeat:
-            jobs.append(functools.partial(check_repeat, source, b, repeat, leaf, within, place))
+        for rows, part in [(..., within)] if stacked else runs_of_rows(within, shape[0]):
+            jobs.append(functools.partial(fill, result[(*into, rows)], source, b, leaf, part, place))
+            if repeat:
+                jobs.append(functools.partial(check_repeat, source, b, repeat, leaf, part, place))
     for _ in copies.ahead(threads, jobs):
         pass
     return result
+
+
+def runs_of_rows(index: Index, rows: int) -> Iterator[tuple[slice, Index]]:
+    """A part of an array cut into one for each thread along its rows: where each goes in the part, and what it is."""
+    start, stop, _ = index[0].indices(rows)
+    step = max(1, -(-(stop - start) // copies.THREADS))
+    for at in range(start, stop, step):
+        run = slice(at, min(at + step, stop))
+        yield slice(run.start - start, run.stop - start), (run, *index[1:])
 
 
 def fill(into: np.ndarray, source: Weights, bound: Bound, leaf: str, index: Index, place: str) -> None:
