@@ -234,6 +234,7 @@ REFUSED = [
     ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
     ({"rank_pattern": {"q_proj": 8}}, "rank_pattern"),
     ({"something_new": 1}, "something_new=1"),
+    ({"init_lora_weights": "pissa"}, "init_lora_weights='pissa'"),
     ({"r": 5}, r"lora_A.weight is \[3, 32\], not \[5, 32\]"),
     ({"r": None}, "missing"),
 ]
@@ -264,6 +265,9 @@ def test_adapter_of_some_layers_or_of_another_model_is_refused(tmp_path):
     other, others = table_of("gpt_neox-all")
     with pytest.raises(InputError, match="unexpected base_model"):
         low_rank.read(tmp_path / "adapter", others, other.stacks)
+    file.rename(tmp_path / "adapter/adapter_model.bin")
+    with pytest.raises(InputError, match="no adapter_model.safetensors"):
+        low_rank.read(tmp_path / "adapter", table, config.stacks)
 
 
 # --- whole runs -------------------------------------------------------------------------------------------------------

@@ -32,14 +32,16 @@ KERNEL = re.compile(r"blocks/(attention|mlp)/\w+/kernel")  # leaves that can hav
 # Fields of adapter_config.json that say how an adapter came about or is stored, not what it computes.
 UNREAD = (
     "auto_mapping base_model_name_or_path corda_config ensure_weight_tying eva_config exclude_modules fan_in_fan_out "
-    "inference_mode init_lora_weights layers_pattern layers_to_transform loftq_config lora_dropout lora_ga_config "
-    "megatron_config megatron_core peft_version qalora_group_size revision runtime_config target_modules task_type"
+    "inference_mode layers_pattern layers_to_transform loftq_config lora_dropout lora_ga_config megatron_config "
+    " megatron_core peft_version qalora_group_size revision runtime_config target_modules task_type"
 ).split()
 NEUTRAL: dict[str, tuple] = {
     "alora_invocation_tokens": ([],),
     "alpha_pattern": ({},),
     "arrow_config": ({},),
     "bias": ("none",),
+    # Others, such as pissa, take what they start from away from the model's weights.
+    "init_lora_weights": (True, False, "gaussian", "orthogonal", "eva"),
     "kasa_config": ({},),
     "layer_replication": ([],),
     "lora_bias": (False,),
@@ -183,6 +185,10 @@ def read(folder: Path, table: Sequence[Tensor], sizes: Sizes) -> Adapters:
     alpha = hf_config.take(fields, "lora_alpha", float, place=place, default=8.0)
     stabilised = hf_config.take(fields, "use_rslora", bool, place=place, default=False)
     hf_config.finish({name: fields[name] for name in fields if name not in UNREAD}, place=place, neutral=NEUTRAL)
+    if not (folder / FILE).is_file():
+        raise InputError(
+            str(folder), got=f"no {FILE}", expected="an adapter in safetensors", remedy="Save it with PEFT again."
+        )
     with hf_files.open_weights(folder / FILE) as source:
         stems = {name.removeprefix(PREFIX).partition(".lora_")[0] for name in source.headers}
         able = choose(table, sizes, "")
