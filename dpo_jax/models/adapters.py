@@ -33,7 +33,7 @@ KERNEL = re.compile(r"blocks/(attention|mlp)/\w+/kernel")  # leaves that can hav
 UNREAD = (
     "auto_mapping base_model_name_or_path corda_config ensure_weight_tying eva_config exclude_modules fan_in_fan_out "
     "inference_mode layers_pattern layers_to_transform loftq_config lora_dropout lora_ga_config megatron_config "
-    " megatron_core peft_version qalora_group_size revision runtime_config target_modules task_type"
+    "megatron_core peft_version qalora_group_size revision runtime_config target_modules task_type"
 ).split()
 NEUTRAL: dict[str, tuple] = {
     "alora_invocation_tokens": ([],),
