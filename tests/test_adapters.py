@@ -122,7 +122,8 @@ def assert_near(one, other, tolerance=2e-5):
         np.testing.assert_allclose(a, b, rtol=0, atol=limit, err_msg=jax.tree_util.keystr(path))
 
 
-@pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.slow] * (name != NAMES[1])) for name in NAMES])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", NAMES)
 def test_gradients_are_those_of_the_merged_model(name, tmp_path):
     adapters = adapters_of(name, stabilised=True)
     config, params, frozen = loaded(name, tmp_path, adapters, at_start=False)
@@ -331,6 +332,7 @@ def test_run_with_adapters_goes_on_bit_for_bit(finished, inputs, tmp_path):
     assert ours == theirs
 
 
+@pytest.mark.slow
 def test_merged_export_evaluates_as_the_adapters_do(finished, inputs, tmp_path):
     config = make_config(inputs, lora__rank=2)
     train.export_checkpoint(config, finished, tmp_path / "merged", merge=True)

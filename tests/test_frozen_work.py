@@ -149,15 +149,9 @@ ONE = dict(replica=1, fsdp=1, tensor=1)
 MESH = dict(replica=1, fsdp=2, tensor=2)
 
 
-@pytest.mark.parametrize(
-    "name, sizes",
-    [
-        ("mixtral-all", ONE),
-        pytest.param("mixtral-all", MESH, marks=pytest.mark.slow),
-        pytest.param("llama-plain", ONE, marks=pytest.mark.slow),
-        pytest.param("llama-plain", MESH, marks=pytest.mark.slow),
-    ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("sizes", [ONE, MESH], ids=["one", "mesh"])
+@pytest.mark.parametrize("name", ["mixtral-all", "llama-plain"])
 def test_update_of_adapters_makes_no_gradient_of_what_does_not_train(name, sizes, tmp_path):
     text, shapes, train = compiled(tmp_path, name, sizes, **{"lora.rank": 3})
     assert train and all(path.endswith(("/lora_a", "/lora_b")) for path in train)

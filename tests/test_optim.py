@@ -16,7 +16,9 @@ PEAK, WARMUP, TOTAL = 1e-2, 3, 10
 
 def make(**changes):
     fields = {"learning_rate": PEAK, "schedule": "constant", "clip_norm": 0.0} | changes
-    return optim.make_optimizer(**dataclasses.asdict(config.Optimizer(**fields)), total_steps=TOTAL)
+    options = dataclasses.asdict(config.Optimizer(**fields))
+    del options["layer_decay"]  # which needs a model
+    return optim.make_optimizer(**options, total_steps=TOTAL)
 
 
 @pytest.fixture

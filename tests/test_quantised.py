@@ -52,7 +52,8 @@ def inputs(tmp_path_factory):
     return make_inputs(tmp_path_factory.mktemp("quantised") / "inputs")
 
 
-@pytest.mark.parametrize("kind", ["int8", pytest.param("nf4", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", quantised.KINDS)
 def test_adapters_train_on_a_model_in_few_bits(qwix, kind, inputs, tmp_path):
     """It is its own reference; the merged model is the one that trained, matrices as decoded."""
     config = make_config(inputs, lora__rank=2, lora__base=kind)

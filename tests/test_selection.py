@@ -107,6 +107,7 @@ def test_rates_by_layer_have_parity_with_torch_parameter_groups():
                 np.testing.assert_array_equal(part, was)
 
 
+@pytest.mark.slow
 def test_run_leaves_frozen_tensors_as_they_were(tmp_path):
     """To the last bit, also where the parameters are bfloat16 and are rounded at random; the others learn."""
     inputs = make_inputs(tmp_path / "inputs")

@@ -87,6 +87,7 @@ def test_policy_is_the_reference_at_step_zero(finished):
     assert read_rows(finished / "eval.jsonl")[0]["eval/loss"] == pytest.approx(np.log(2), abs=1e-5)
 
 
+@pytest.mark.slow
 def test_policy_is_the_reference_at_step_zero_in_bfloat16_too(inputs, tmp_path):
     # Rows, gradients and all: XLA must round the same intermediates in both programs.
     train.run(make_config(inputs, model__dtype="bfloat16", train__steps=1, data__eval=""), tmp_path / "run")
@@ -230,6 +231,7 @@ def test_interrupted_run_goes_on_bit_for_bit(finished, inputs, tmp_path, monkeyp
     assert all(np.array_equal(ours[name], theirs[name]) for name in theirs)
 
 
+@pytest.mark.slow
 def test_export_of_an_unfinished_run_is_not_taken_for_the_finished_one(finished, inputs, tmp_path, monkeypatch):
     config, folder = make_config(inputs), tmp_path / "run"
     with monkeypatch.context() as patch:
@@ -303,7 +305,7 @@ def test_a_run_compiles_three_programs_of_the_model(inputs, tmp_path, caplog):
     finally:
         jax.config.update("jax_log_compiles", False)
     compiled = re.findall(r"Compiling jit\((\w+)\)", caplog.text)
-    ours = {"step", "score", "first"}
+    ours = {"update", "score", "first"}
     assert sorted(name for name in compiled if name in ours) == sorted(ours)
     assert len(compiled) < 40 and compiled.count("summary") == 1
 
@@ -342,6 +344,7 @@ def test_export_command_writes_the_newest_checkpoint(finished, inputs, tmp_path)
     assert (tmp_path / "out" / "README.md").read_text() == (finished / "export" / "README.md").read_text()
 
 
+@pytest.mark.slow
 def test_supervised_stage_comes_first_and_is_its_own_reference(inputs, tmp_path):
     config = make_config(inputs, sft__steps=3, sft__batch_pairs=8, sft__learning_rate=1e-2, train__steps=2)
     train.run(config, tmp_path / "run")
@@ -391,6 +394,7 @@ def test_log_every_steps_keeps_the_last_step(inputs, tmp_path):
     assert [row["step"] for row in read_rows(tmp_path / "run" / "metrics.jsonl")] == [0, 4, 5]
 
 
+@pytest.mark.slow
 def test_evaluation_comes_every_so_many_steps(inputs, tmp_path):
     train.run(make_config(inputs, eval__every_steps=2, train__steps=5), tmp_path / "run")
     assert [row["step"] for row in read_rows(tmp_path / "run" / "eval.jsonl")] == [0, 2, 4, 5]
