@@ -298,7 +298,7 @@ def test_reference_of_something_else_is_refused(finished, inputs, tmp_path, part
     assert not (tmp_path / "run").exists()
 
 
-def test_a_run_compiles_three_programs_of_the_model(inputs, tmp_path, caplog):
+def test_a_run_compiles_three_programs_of_the_model(finished, inputs, tmp_path, caplog):
     jax.config.update("jax_log_compiles", True)
     try:
         train.run(make_config(inputs, eval__every_steps=2), tmp_path / "run")
@@ -307,6 +307,7 @@ def test_a_run_compiles_three_programs_of_the_model(inputs, tmp_path, caplog):
     compiled = re.findall(r"Compiling jit\((\w+)\)", caplog.text)
     ours = {"update", "score", "first"}
     assert sorted(name for name in compiled if name in ours) == sorted(ours)
+    # Besides those that the finished run before it has left: slices of leaves for the export, and such.
     assert len(compiled) < 40 and compiled.count("summary") == 1
 
 
