@@ -58,34 +58,41 @@ def assert_same_update(one, other):
         np.testing.assert_allclose(one[1][name], other[1][name], rtol=1e-5, atol=1e-6, err_msg=name)
 
 
+SLOW_SFT = pytest.param("sft", marks=pytest.mark.slow)
+
+
 @pytest.fixture(scope="module")
 def whole():
-    """The same batch in one microbatch, by loss."""
-    return {loss: update(make_batch(random_pairs(), PAIRS), loss) for loss in losses.LOSSES}
+    """The same batch in one microbatch, of a loss."""
+    return functools.cache(lambda loss: update(make_batch(random_pairs(), PAIRS), loss))
 
 
-@pytest.mark.parametrize("loss", losses.LOSSES)
+@pytest.mark.parametrize(
+    "loss",
+    [loss if loss in ("sigmoid", "sft") else pytest.param(loss, marks=pytest.mark.slow) for loss in losses.LOSSES],
+)
 def test_microbatches_change_nothing(whole, loss):
     batch = make_batch(random_pairs(), 2)
     assert batch.count > 1
-    assert_same_update(update(batch, loss), whole[loss])
+    assert_same_update(update(batch, loss), whole(loss))
 
 
-@pytest.mark.parametrize("loss", ["sigmoid", "sft"])
+@pytest.mark.parametrize("loss", ["sigmoid", SLOW_SFT])
 def test_padding_pairs_change_nothing(whole, loss):
     # Twenty slots for twelve pairs: a masked margin of zero would add log 2 eight times and shrink every mean.
-    assert_same_update(update(make_batch(random_pairs(), 2, total=20), loss, total=20), whole[loss])
+    assert_same_update(update(make_batch(random_pairs(), 2, total=20), loss, total=20), whole(loss))
 
 
 def test_layout_changes_nothing(whole):
-    assert_same_update(update(make_batch(random_pairs(), 3, layout_name="repeated")), whole["sigmoid"])
+    assert_same_update(update(make_batch(random_pairs(), 3, layout_name="repeated")), whole("sigmoid"))
 
 
-@pytest.mark.parametrize("loss", ["sigmoid", "sft"])
+@pytest.mark.parametrize("loss", ["sigmoid", SLOW_SFT])
 def test_gradients_added_in_place_equal_those_added_afterwards(whole, loss):
-    assert_same_update(update(make_batch(random_pairs(), 2), loss, adds=False), whole[loss])
+    assert_same_update(update(make_batch(random_pairs(), 2), loss, adds=False), whole(loss))
 
 
+@pytest.mark.slow
 def test_tied_embeddings_get_the_gradients_of_both_their_uses():
     tied = dataclasses.replace(CONFIG, tie_embeddings=True)
     weights = {name: leaf for name, leaf in params().items() if name != "head"}
@@ -94,6 +101,7 @@ def test_tied_embeddings_get_the_gradients_of_both_their_uses():
     assert_same_update(*((state.params, metrics) for state, metrics in found))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("tied", "sizes"), [(True, ((1, 128), (1, 64))), (False, ())])
 def test_vocabulary_takes_memory_for_one_sum_of_gradients(tied, sizes):
     # A further vocabulary entry may take its sum's width, and the logits of the scored tokens that the head keeps.
@@ -120,7 +128,7 @@ def test_order_of_pairs_changes_nothing(whole):
     batch = make_batch(random_pairs(), 2)
     order = np.random.default_rng(2).permutation(PAIRS)
     shuffled = make_batch([random_pairs()[i] for i in order], 2)._replace(reference=batch.reference[order])
-    assert_same_update(update(shuffled), whole["sigmoid"])
+    assert_same_update(update(shuffled), whole("sigmoid"))
 
 
 def test_only_microbatches_in_use_are_computed():
@@ -145,7 +153,7 @@ def test_only_microbatches_in_use_are_computed():
 
 
 @pytest.mark.parametrize(
-    "sizes", [(1, 8, 1), (1, 1, 8), (1, 4, 2), (2, 2, 2)], ids=["fsdp", "tensor", "fsdp-tensor", "all"]
+    "sizes", [pytest.param(size, marks=pytest.mark.slow) for size in ((1, 8, 1), (1, 1, 8), (1, 4, 2))] + [(2, 2, 2)]
 )
 def test_mesh_shape_changes_nothing(whole, sizes):
     mesh = sharding.make_mesh(*sizes)
@@ -155,7 +163,7 @@ def test_mesh_shape_changes_nothing(whole, sizes):
         steps.init_state(params(), tx), sharding.shardings(mesh, jax.eval_shape(lambda: steps.init_state(params(), tx)))
     )
     found = jax.jit(make_step(tx=tx, mesh=mesh))(state, sharding.put(batch, mesh))
-    assert_same_update((found[0].params, found[1]), whole["sigmoid"])
+    assert_same_update((found[0].params, found[1]), whole("sigmoid"))
 
 
 def test_policy_equal_to_reference_gives_log_two_and_no_margin():
@@ -167,6 +175,7 @@ def test_policy_equal_to_reference_gives_log_two_and_no_margin():
     assert abs(float(metrics["rewards/margins"])) < 1e-5
 
 
+@pytest.mark.slow
 def test_reported_gradient_norm_is_that_of_the_mean_loss():
     batch = make_batch(random_pairs(), PAIRS)
     logps_fn = scoring.make_logps_fn(CONFIG, pairs=PAIRS, dtype=jnp.float32)

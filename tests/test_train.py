@@ -95,6 +95,7 @@ def test_policy_is_the_reference_at_step_zero_in_bfloat16_too(inputs, tmp_path):
     assert first["loss"] == pytest.approx(np.log(2), abs=1e-5) and abs(first["rewards/chosen"]) < 1e-5
 
 
+@pytest.mark.slow
 def test_batches_are_made_in_another_thread_and_programs_are_kept(inputs, tmp_path, monkeypatch):
     # The cache folder of the whole test session, so another run in it may have left its programs there already.
     made = []
@@ -210,7 +211,7 @@ def test_complete_run_is_left_alone(finished, inputs, capsys):
     assert {path: path.stat().st_mtime_ns for path in finished.rglob("*")} == before
 
 
-@pytest.mark.parametrize("at", [1, 3, 5])
+@pytest.mark.parametrize("at", [pytest.param(1, marks=pytest.mark.slow), 3, pytest.param(5, marks=pytest.mark.slow)])
 def test_interrupted_run_goes_on_bit_for_bit(finished, inputs, tmp_path, monkeypatch, at):
     steps = iter(range(100))
     real = train.layout.collate
@@ -248,6 +249,7 @@ def test_export_of_an_unfinished_run_is_not_taken_for_the_finished_one(finished,
     assert untimed(read_rows(folder / "eval.jsonl")) == untimed(read_rows(finished / "eval.jsonl"))
 
 
+@pytest.mark.slow
 def test_second_run_on_the_same_data_makes_no_reference_pass(finished, inputs, tmp_path, monkeypatch, capsys):
     # Another learning rate, the same model and data. Weights loaded for scoring would be a reference pass.
     config = make_config(
