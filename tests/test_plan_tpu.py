@@ -104,6 +104,22 @@ def elements(array):
     return math.prod(int(size) for size in re.findall(r"\d+", array.partition("[")[2]))
 
 
+def test_adapters_fit_where_the_model_could_not_train():
+    """Their products are not kept beside those of the kernels, and codes are decoded one layer at a time."""
+
+    def of(*overrides):
+        chosen = config.load("configs/llama3_8b.py", ["mesh.tensor=1", "model.param_dtype=bfloat16", *overrides])
+        return estimate.estimate(chosen, estimate.parse_topology("v5e:2x4"))
+
+    adapters, coded = of("lora.rank=16"), of("lora.rank=16", "lora.base=nf4")
+    assert adapters.fits and coded.fits
+    beside, held = (found.parts["update"].memory for found in (adapters, coded))
+    # Two float32 moments of all that there is would take four times what its weights take in bfloat16.
+    assert beside.optimizer < 4 * beside.weights / 20 and held.weights < beside.weights / 2
+    assert held.rest < 1.1 * beside.rest
+    assert coded.parts["scoring"].memory.rest < 2 * adapters.parts["scoring"].memory.rest
+
+
 def test_plan_that_does_not_fit_its_pod_says_so():
     chosen = config.load("configs/llama3_8b.py", ["mesh.tensor=1", "train.microbatch_rows=64", "model.remat=none"])
     found = estimate.estimate(chosen, estimate.parse_topology("v5e:4x4"))
