@@ -7,6 +7,7 @@ import subprocess
 import sys
 import types
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -319,7 +320,8 @@ def test_loading_and_exporting_move_every_byte_once(tmp_path, family):
     about = loading.FAMILIES[family]
     small = dict(vocab_size=64, num_attention_heads=1, num_key_value_heads=1)
     shape = {name: small.get(name, value) for name, value in about["shape"].items()}
-    host_memory.write_checkpoint(tmp_path / "model", width=512, target_bytes=12 * 2**20, **about | {"shape": shape})
+    made: dict[str, Any] = about | {"shape": shape}
+    host_memory.write_checkpoint(tmp_path / "model", width=512, target_bytes=12 * 2**20, **made)
     args = types.SimpleNamespace(model=str(tmp_path / "model"), fsync=True, total=0)
     paths = loading.weight_files(args)
     args.total = sum(path.stat().st_size for path in paths)
