@@ -19,6 +19,7 @@ from jaxtyping import Int
 
 from dpo_jax.chips import chip_of
 from dpo_jax.data.layout import unit_lengths
+from dpo_jax.models.adapters import is_factor
 from dpo_jax.models.config import DecoderConfig
 
 
@@ -45,7 +46,7 @@ def shares_of(config: DecoderConfig, shapes: Mapping[str, tuple[int, ...]], trai
     every = blocks = adapters = 0.0
     for path, shape in shapes.items():
         size = math.prod(shape)
-        if path.endswith(("/lora_a", "/lora_b")):
+        if is_factor(path):
             adapters += 2 * size
         elif path.startswith("blocks/") and path.endswith("/kernel"):
             if "/experts/" in path and "/router/" not in path:

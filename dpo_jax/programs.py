@@ -23,7 +23,7 @@ from dpo_jax.data import layout
 from dpo_jax.data.pairs import cache_folder
 from dpo_jax.inputs import Inputs
 from dpo_jax.models import adapters as low_rank
-from dpo_jax.models import attention, decoder, hf_io, quantised, weights
+from dpo_jax.models import attention, hf_io, quantised
 from dpo_jax.models.config import DecoderConfig
 from dpo_jax.scoring import join
 from dpo_jax.selection import EVERYTHING, Selection
@@ -376,17 +376,13 @@ def abstract_state(config: Config, programs: Programs, tx: Any) -> TrainState:
 
 def abstract_params(config: Config, programs: Programs) -> tuple[dict, dict]:
     """Shapes, types and places of the parameters that train, and of those that do not, without any array."""
-    dtype, adapters = scoring.DTYPES[config.model.param_dtype], programs.selection.adapters
-    params = jax.eval_shape(lambda: decoder.init(jax.random.key(0), programs.model, dtype=dtype))
-    leaves = hf_io.flatten(params)
-    for path in filter(functools.partial(held_in_few_bits, config), leaves):
-        leaves[path] = jax.eval_shape(functools.partial(quantised.encode, kind=config.lora.base), leaves[path])
-    params = hf_io.nest(leaves)
-    if adapters is not None:
-        shapes = weights.leaf_shapes(adapters.table, programs.model.stacks)
-        beside = {path: jax.ShapeDtypeStruct(shape, np.float32) for path, shape in shapes.items()}
-        params = join(params, hf_io.nest(beside))
-    train, frozen = programs.selection.split(params)
+    selection, dtype = programs.selection, scoring.DTYPES[config.model.param_dtype]
+    leaves: dict[str, Any] = {}
+    for path, shape in selection.shapes(programs.model).items():
+        leaf = jax.ShapeDtypeStruct(shape, np.float32 if low_rank.is_factor(path) else dtype)
+        few = held_in_few_bits(config, path)
+        leaves[path] = jax.eval_shape(lambda x: quantised.encode(x, config.lora.base), leaf) if few else leaf
+    train, frozen = selection.split(hf_io.nest(leaves))
     return placed(programs, train), placed(programs, frozen)
 
 

@@ -88,6 +88,11 @@ class Adapters(NamedTuple):
         return {parent: f"{group[0]}/lora_a" for group in parents for parent in group}
 
 
+def is_factor(path: str) -> bool:
+    """Whether a leaf is an A or a B."""
+    return path.endswith(("/lora_a", "/lora_b"))
+
+
 def module_of(tensor: Tensor) -> str:
     """The name, with `{layer}`, of the module of transformers whose weight a tensor is."""
     return tensor.names[0].removesuffix(".weight")
@@ -135,7 +140,7 @@ def merge(params: Mapping, adapters: Adapters) -> dict:
         leaves[f"{parent}/kernel"] = _merged(
             leaves[f"{parent}/kernel"], leaves[a], leaves[f"{parent}/lora_b"], adapters.scale
         )
-    return hf_io.nest({path: leaf for path, leaf in leaves.items() if not path.endswith(("/lora_a", "/lora_b"))})
+    return hf_io.nest({path: leaf for path, leaf in leaves.items() if not is_factor(path)})
 
 
 @jax.jit
