@@ -36,27 +36,37 @@ class Row(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Pair:
-    """A preference as text: `prompt + chosen` and `prompt + rejected` are what a model reads."""
+    """A preference as text: `prompt + chosen` and `prompt + rejected` are what a model reads.
+
+    Of an unpaired example one answer is empty, the one that there is not. A ranking has further answers, best first.
+    """
 
     place: str  # where it came from, for errors
     prompt: str
     chosen: str
     rejected: str
+    others: tuple[str, ...] = ()  # of a ranking: the answers after the second best, in order
     templated: bool = False  # a chat template wrote it: special tokens are in the text, none are added
     reference: tuple[float, float] | None = None  # log-probs given with the data, in nats: chosen, rejected
 
 
 class Encoded(NamedTuple):
-    """A preference as token ids, boundary decided, truncated, EOS in place."""
+    """A preference as token ids, boundary decided, truncated, EOS in place. An answer without ids is not there."""
 
     prompt: Int[np.ndarray, "prompt_tokens"]
     chosen: Int[np.ndarray, "chosen_tokens"]
     rejected: Int[np.ndarray, "rejected_tokens"]
+    others: tuple[Int[np.ndarray, "_"], ...] = ()  # of a ranking: the answers after the second best, in order
 
     @property
-    def shared_tokens(self) -> int:
-        """Positions of the pair when its prompt is stored once."""
-        return len(self.prompt) + len(self.chosen) + len(self.rejected)
+    def answers(self) -> tuple[np.ndarray, ...]:
+        """All K answers, best first."""
+        return self.chosen, self.rejected, *self.others
+
+    @property
+    def lengths(self) -> list[int]:
+        """Tokens of the prompt and of each answer."""
+        return [len(ids) for ids in (self.prompt, *self.answers)]
 
 
 @runtime_checkable
@@ -72,8 +82,10 @@ class Rows(NamedTuple):
     """Packed token rows and where in them completion tokens are scored. Leading axes may be added (microbatches).
 
     `key_start` and `key_end` bound the keys each position may attend: [key_start, key_end), never empty.
-    `source` is the index whose hidden state predicts `target`; `slot` is 2 * pair + side (side 0 chosen, 1
-    rejected), with `pair` counted within the batch; unused entries have slot -1.
+    `source` is the index whose hidden state predicts `target`; `slot` is K * pair + side (side 0 chosen, 1
+    rejected; K is 2, or the most answers of a ranking), with `pair` counted within the batch; unused entries have
+    slot -1. `likely` and `likely_logps` are the reference's C likeliest tokens at each entry and their log-probs in
+    nats, where an objective reads them.
     """
 
     tokens: Int[Any, "*micro R S"]
@@ -83,6 +95,8 @@ class Rows(NamedTuple):
     source: Int[Any, "*micro R T"]
     target: Int[Any, "*micro R T"]
     slot: Int[Any, "*micro R T"]
+    likely: Int[Any, "*micro R T C"] | None = None
+    likely_logps: Float[Any, "*micro R T C"] | None = None
 
 
 class Batch(NamedTuple):
@@ -94,6 +108,8 @@ class Batch(NamedTuple):
     rows: Any
     count: Int[Any, ""]
     present: Bool[Any, "A P"]  # which pairs a microbatch holds; a pair in none of them is padding
-    reference: Float[Any, "P 2"]  # stored reference log-probs in nats; 0 where there are none
-    lengths: Int[Any, "P 2"]  # scored tokens of each completion; 0 for padding pairs
+    reference: Float[Any, "P K"]  # stored reference log-probs in nats; 0 where there are none
+    lengths: Int[Any, "P K"]  # scored tokens of each completion; 0 for one that is not there, and for padding pairs
     crop: Int[Any, "A"] | None = None  # which of the step's crops each microbatch is cut to; None: none is
+    reference_sums: Any = None  # {name: [P, K]}: further sums over answers under the reference, if the objective asks
+    unrelated: Any = None  # a Batch of prompts with answers of others, scored without gradient, if the objective asks
