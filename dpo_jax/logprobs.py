@@ -7,52 +7,26 @@ once, and its gradient written once.
 
     log p(target) = h . w_target - log sum_v exp(h . w_v), the sum carried from block to block as (max, sum of exp)
     d loss / d logit_v = (1[v = target] - p_v) * d loss / d log p
+
+What an objective reads besides is made in the same pass: of further tokens at each entry the log-probs, with gradient;
+the sum of squared probabilities; and, forward only, the likeliest tokens.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Collection
 from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from dpo_jax.types import Rows
+from dpo_jax.vocabulary import CPU_BLOCKS, Blocks, Head, Spread, Vocabulary
 
-
-class Blocks(NamedTuple):
-    """How much of the product is alive at once."""
-
-    tokens: int  # scored tokens in a block; what their number is rounded up to
-    logits_bytes: int  # of one block in float32
-    kept_bytes: int  # of logits that the forward pass leaves for the backward pass
-
-
-# Logits of a block stay in the cache of a core. Reading one back takes a third of the time of making it again.
-CPU_BLOCKS = Blocks(96, 2 * 2**20 + 2**18, 128 * 2**20)
-# Products are large enough to keep a matrix unit busy, and making them again is about as fast as reading them.
-ACCELERATOR_BLOCKS = Blocks(1024, 256 * 2**20, 0)
-GATHERED_PARTS = 8  # of a vocabulary whose columns lie across devices: the least that are gathered one by one
-
-
-class Spread(NamedTuple):
-    """Where rows and the vocabulary matrix lie on a mesh, and so what is summed across which of its axes."""
-
-    mesh: Mesh
-    rows: tuple[str, ...]  # axes that rows are spread over
-    vocab: str | None  # axis of the matrix's rows: each device sums over its part of the vocabulary
-    width: str | None  # axis of its columns: a block is gathered when it is used
-    scatter: Callable[[Array, str, int], Array] | None = None  # sums over an axis, cut along a side; None: psum_scatter
-
-
-class Head(NamedTuple):
-    """What turns hidden states into logits, or sums of its gradient."""
-
-    weights: Any  # [V, D]; of sums, None for a gradient that nobody wants
-    bias: Float[Array, "V"] | None = None
+SUMS = ("shared_logps", "log_collision", "sequence_kl")  # that `completion_logps` makes where they are asked for
 
 
 class _Plan(NamedTuple):
@@ -61,19 +35,19 @@ class _Plan(NamedTuple):
     blocks: Blocks
     soft_cap: float | None
     spread: Spread | None
+    collision: bool = False  # whether squared probabilities are summed
+    likely: int = 0  # tokens to find at each entry, the likeliest
 
 
-def vocab_block(vocab: int, blocks: Blocks, *, parts: int = 1) -> int:
-    """Vocabulary entries in a block: the most that divide the vocabulary, into `parts` or more, and keep to the budget.
+class _Found(NamedTuple):
+    """What is read at each entry, 0 where none is scored; None for what nobody asked for."""
 
-    Where only small numbers divide it, the budget itself: the last block then overlaps the one before.
-
-    >>> [vocab_block(size, CPU_BLOCKS) for size in (50304, 128256, 50257, 50261, 1000)]
-    [4192, 5344, 1733, 6144, 1000]
-    """
-    most = max(1, min(vocab // parts, blocks.logits_bytes // (4 * blocks.tokens)))
-    divisors = (size for size in range(most, most // 8, -1) if vocab % size == 0)
-    return next(divisors, most)
+    logps: Any  # [R, T]
+    logits: Any  # [R, T], the mean over the vocabulary
+    others: Any  # [R, T, C], log-probs of further tokens
+    collision: Any  # [R, T], log sum_v p_v^2
+    likely: Any  # [R, T, L], tokens from the likeliest on, and their log-probs
+    likely_logps: Any
 
 
 def completion_logps(
@@ -87,8 +61,19 @@ def completion_logps(
     blocks: Blocks = CPU_BLOCKS,
     spread: Spread | None = None,
     total: Head | None = None,
-) -> tuple[Float[Array, "P 2"], dict[str, Float[Array, "P 2"]], Head | None]:
-    """Summed log-probability of every completion, and the sum over its tokens of the mean logit.
+    answers: int = 2,
+    sums: Collection[str] = (),
+    likely: int | None = None,
+) -> tuple[Float[Array, "P K"], dict[str, Any], Head | None]:
+    """Summed log-probability of every completion, and what else there is to sum over its tokens.
+
+    Of `sums`, which are 0 where no completion is:
+
+    - shared_logps: log p over the first n tokens, n those of the pair's shortest answer.
+    - log_collision: log sum_v p_v^2, without gradient.
+    - sequence_kl: KL(reference || policy) of the next token on {each of the C likely ones, any other}; no more than KL
+      on the vocabulary, and equal where C = V. The probability of any other is held above the rounding of a sum that
+      is 1, and its gradient goes on below.
 
     Args:
       hidden: final hidden states of the rows, in the compute type.
@@ -101,47 +86,102 @@ def completion_logps(
       spread: how rows and head lie on a mesh; None: on one device.
       total: what the gradients of head and bias are added to, see `gradients`; None: they are their cotangents. One
         that it lacks is not made.
-    Returns: logps in nats, float32 or wider, column 0 chosen, 1 rejected; {"logits": ...}, without gradient; `total`.
+      answers: K.
+      sums: which of SUMS to make; sequence_kl reads `rows.likely`.
+      likely: how many of the likeliest tokens to find at each entry, which nothing can be differentiated through; None:
+        neither they nor the entries' own log-probs are returned.
+    Returns: logps in nats, float32 or wider, column 0 chosen, 1 rejected; the sums, and "logits", the mean logit,
+      without gradient, all [P, K], and "tokens", where `likely` is given: (log-probs of the targets [R, T], the
+      likeliest tokens [R, T, likely], and their log-probs); `total`.
+    Source: shared_logps: Liu et al. 2024 (2409.06411); log_collision: Zhou et al. 2024 (2406.11827); sequence_kl: Zeng
+      et al. 2024 (2404.11999).
     """
-    plan = _Plan(blocks, soft_cap, spread)
-    logps, logits, total = score_tokens(hidden, Head(head, bias), total, rows.source, rows.target, rows.slot >= 0, plan)
-    by_slot = functools.partial(sum_by_slot, slot=rows.slot, pairs=pairs)
-    return by_slot(logps), {"logits": jax.lax.stop_gradient(by_slot(logits))}, total
+    assert set(sums) <= set(SUMS)
+    plan = _Plan(blocks, soft_cap, spread, "log_collision" in sums, likely or 0)
+    others = rows.likely if "sequence_kl" in sums else None
+    read = score_tokens if likely is None else _read
+    found, total = read(hidden, Head(head, bias), total, rows.source, rows.target, others, rows.slot >= 0, plan)
+    by_slot = functools.partial(sum_by_slot, slot=rows.slot, pairs=pairs, answers=answers)
+    aux: dict[str, Any] = {"logits": jax.lax.stop_gradient(by_slot(found.logits))}
+    if "shared_logps" in sums:
+        aux["shared_logps"] = by_slot(jnp.where(_is_shared(rows.slot, pairs, answers), found.logps, 0))
+    if "log_collision" in sums:
+        aux["log_collision"] = jax.lax.stop_gradient(by_slot(found.collision))
+    if "sequence_kl" in sums:
+        assert rows.likely is not None and rows.likely_logps is not None
+        rest = rows.likely.shape[-1] < head.shape[0]
+        aux["sequence_kl"] = by_slot(_kl(jax.lax.stop_gradient(rows.likely_logps), found.others, rest=rest))
+    if likely is not None:
+        none = jnp.zeros((*found.logps.shape, 0), jnp.int32), jnp.zeros((*found.logps.shape, 0), found.logps.dtype)
+        aux["tokens"] = found.logps, *((found.likely, found.likely_logps) if likely else none)
+    return by_slot(found.logps), aux, total
 
 
-def sum_by_slot(values: Float[Array, "R T"], slot: Int[Array, "R T"], pairs: int) -> Float[Array, "P 2"]:
+def sum_by_slot(
+    values: Float[Array, "R T"], slot: Int[Array, "R T"], pairs: int, answers: int = 2
+) -> Float[Array, "P K"]:
     """Adds up the values of each completion; entries with slot -1 belong to none."""
-    into = jnp.where(slot >= 0, slot, 2 * pairs).ravel()
-    return jax.ops.segment_sum(values.ravel(), into, 2 * pairs + 1)[:-1].reshape(pairs, 2)
+    into = jnp.where(slot >= 0, slot, answers * pairs).ravel()
+    return jax.ops.segment_sum(values.ravel(), into, answers * pairs + 1)[:-1].reshape(pairs, answers)
+
+
+def _is_shared(slot, pairs, answers):
+    """Which entries are no further in their answer than the shortest of their pair goes. [R, T]"""
+    slots = answers * pairs
+    into = jnp.where(slot >= 0, slot, slots).ravel()
+    place = jnp.arange(slot.size)  # entries of an answer follow one another
+    first = jax.ops.segment_min(place, into, slots + 1)
+    count = jax.ops.segment_sum(jnp.ones_like(into), into, slots + 1)[:-1].reshape(pairs, answers)
+    shortest = jnp.where(count > 0, count, slot.size).min(1)
+    end = first + jnp.append(jnp.repeat(shortest, answers), 0)
+    return (place < end[into]).reshape(slot.shape)
+
+
+def _kl(reference, policy, *, rest):
+    """KL(reference || policy) of log-probs [..., C], over C outcomes and, if `rest`, one of all that they lack."""
+    reference = reference.astype(policy.dtype)
+    given = jnp.exp(reference)
+    found = jnp.where(given > 0, given * (reference - policy), 0).sum(-1)
+    if not rest:
+        return found
+    given = jnp.maximum(1 - given.sum(-1), 0)
+    left = 1 - jnp.exp(policy).sum(-1)
+    held = left + jax.lax.stop_gradient(jnp.maximum(left, jnp.finfo(policy.dtype).eps) - left)
+    return found + given * (jnp.log(jnp.where(given > 0, given, 1)) - jnp.log(held))
 
 
 custom_vjp: Any = jax.custom_vjp  # its own annotations say nothing of what a function returns
 
 
-@functools.partial(custom_vjp, nondiff_argnums=(6,))
-def score_tokens(hidden, head, total, source, target, scored, plan):
-    """log softmax(hidden[source] . head^T + bias)[target] and the mean logit, [R, T] each, 0 where none is scored, and
-    `total`.
+@functools.partial(custom_vjp, nondiff_argnums=(7,))
+def score_tokens(hidden, head, total, source, target, others, scored, plan):
+    """Of softmax(hidden[source] . head^T + bias), at each entry: what `_Found` has, and `total`.
 
     Blocks of tokens beyond the number of scored ones are neither computed nor differentiated.
     """
+    return _read(hidden, head, total, source, target, others, scored, plan)
+
+
+def _read(hidden, head, total, source, target, others, scored, plan):
+    """`score_tokens` without a backward pass, and so nothing kept for it."""
     plan = plan._replace(blocks=plan.blocks._replace(kept_bytes=0))
-    return _forward(hidden, head, total, source, target, scored, plan)[0]
+    return _forward(hidden, head, total, source, target, others, scored, plan)[0]
 
 
-def _forward(hidden, head, total, source, target, scored, plan):
-    forward = _everywhere(_forward_here, plan, "rwrrr", "rrrk")
-    logps, logits, log_z, kept = forward(hidden, head, source, target, scored)
-    return (logps, logits, total), (hidden, head, source, target, scored, log_z, kept)
+def _forward(hidden, head, total, source, target, others, scored, plan):
+    forward = _everywhere(_forward_here, plan, "rwrrrr", "rrk")
+    found, log_z, kept = forward(hidden, head, source, target, others, scored)
+    return (found, total), (hidden, head, source, target, others, scored, log_z, kept)
 
 
 def _backward(plan, saved, cotangents):
-    cotangent, _, total = cotangents
-    hidden, head, log_z = saved[0], saved[1], saved[5]
+    cotangent, total = cotangents
+    hidden, head, log_z = saved[0], saved[1], saved[6]
     before = jax.tree.map(lambda x: jnp.zeros(x.shape, log_z.dtype), head) if total is None else total
-    to_hidden, after = _everywhere(_backward_here, plan, "rwrrrrkrw", "rw")(*saved, cotangent, before)
+    backward = _everywhere(_backward_here, plan, "rwrrrrrkrrw", "rw")
+    to_hidden, after = backward(*saved, cotangent.logps, cotangent.others, before)
     grads = (jax.tree.map(lambda x, like: x.astype(like.dtype), after, head), None) if total is None else (None, after)
-    return to_hidden.astype(hidden.dtype), *grads, None, None, None
+    return to_hidden.astype(hidden.dtype), *grads, None, None, None, None
 
 
 score_tokens.defvjp(_forward, _backward)
@@ -170,67 +210,145 @@ class _Tokens(NamedTuple):
     place: Int[Array, "N"]  # of the token among the R * T entries; out of bounds after the last
     index: Int[Array, "N"]  # of the hidden state that predicts it among the R * S
     target: Int[Array, "N"]
+    others: Int[Array, "N C"] | None
     blocks: Int[Array, ""]  # that hold a scored token
 
 
-def _tokens(hidden, source, target, scored, size) -> _Tokens:
+def _tokens(hidden, source, target, others, scored, size) -> _Tokens:
     rows, length, _ = hidden.shape
     entries = scored.size
     listed = -(-entries // size) * size
     place = jnp.nonzero(scored.ravel(), size=listed, fill_value=entries)[0]
-    index = (source + length * jnp.arange(rows)[:, None]).ravel()
-    take = functools.partial(jnp.take, indices=place, mode="fill", fill_value=0)
-    return _Tokens(place, take(index), take(target.ravel()), (jnp.sum(scored, dtype=jnp.int32) + size - 1) // size)
+    index = source + length * jnp.arange(rows)[:, None]
+    take = functools.partial(_take, place=place)
+    used = (jnp.sum(scored, dtype=jnp.int32) + size - 1) // size
+    return _Tokens(place, take(index), take(target), None if others is None else take(others), used)
 
 
-def _forward_here(plan, hidden, head, source, target, scored):
+def _take(values, place):
+    """Values [R, T, ...] of listed tokens."""
+    return jnp.take(values.reshape(-1, *values.shape[2:]), place, axis=0, mode="fill", fill_value=0)
+
+
+class _Sums(NamedTuple):
+    """What the forward pass carries from block to block of the vocabulary; None for what nobody asked for."""
+
+    most: Any  # [N], the largest logit
+    exp_sum: Any  # [N], of exp(logit - most)
+    square_sum: Any  # [N], of its square
+    picked: Any  # [N], the target's logit
+    others: Any  # [N, C], those of further tokens
+    logit_sum: Any  # [N]
+    likely: Any  # [N, L], the largest logits, from the first on, and whose they are
+    likely_ids: Any
+    kept: Any  # blocks of logits for the backward pass
+
+
+def _forward_here(plan, hidden, head, source, target, others, scored):
     size, spread = plan.blocks.tokens, plan.spread
-    tokens = _tokens(hidden, source, target, scored, size)
+    tokens = _tokens(hidden, source, target, others, scored, size)
     h = hidden.reshape(-1, hidden.shape[2])[tokens.index]
     wide = jnp.promote_types(hidden.dtype, jnp.float32)
-    vocab = _Vocabulary(plan, head, hidden.dtype)
+    vocab = Vocabulary(head, hidden.dtype, plan.blocks, plan.soft_cap, plan.spread)
 
     kept_blocks = _kept_blocks(plan, vocab, len(tokens.index))
 
-    def one_part(j, carry):
+    def one_part(j, sums):
         weights = vocab.part(j)
 
-        def one_block(i, carry):
-            most, exp_sum, picked, logit_sum, kept = carry
-            real, column = vocab.columns(j)
-            logits = vocab.logits(_block(h, i, size), weights)
+        def one_block(i, sums):
+            logits, kept = vocab.logits(_block(h, i, size), weights), sums.kept
             if kept_blocks:  # the place after the last is for all that is not kept
                 kept = kept.at[j, jnp.minimum(i, kept_blocks)].set(logits)
-            masked = logits if real is None else jnp.where(real, logits, -jnp.inf)
-            before = _block(most, i, size)
-            now = jnp.maximum(before, masked.max(-1))
-            total = _block(exp_sum, i, size) * jnp.exp(before - now) + jnp.exp(masked - now[:, None]).sum(-1)
-            at = _block(tokens.target, i, size) - column[0]
-            there = (
-                (at >= 0) & (at < len(column)) & (True if real is None else real[0, jnp.clip(at, 0, len(column) - 1)])
-            )
-            hit = jnp.take_along_axis(logits, jnp.clip(at, 0, len(column) - 1)[:, None], axis=1)[:, 0]
-            picked = _put(picked, _block(picked, i, size) + jnp.where(there, hit, 0), i, size)
-            summed = (logits if real is None else jnp.where(real, logits, 0)).sum(-1)
-            logit_sum = _put(logit_sum, _block(logit_sum, i, size) + summed, i, size)
-            return _put(most, now, i, size), _put(exp_sum, total, i, size), picked, logit_sum, kept
+            without, read = sums._replace(kept=None), functools.partial(_block, i=i, size=size)
+            ids = read(tokens.target), None if tokens.others is None else read(tokens.others)
+            block = _further(plan, jax.tree.map(read, without), logits, *vocab.columns(j), *ids)
+            return jax.tree.map(lambda x, new: _put(x, new, i, size), without, block)._replace(kept=kept)
 
-        return jax.lax.fori_loop(0, tokens.blocks, one_block, carry)
+        return jax.lax.fori_loop(0, tokens.blocks, one_block, sums)
 
     zeros = jnp.zeros(tokens.index.shape, wide)
-    kept = jnp.zeros((vocab.parts, kept_blocks + 1 if kept_blocks else 0, size, vocab.length), wide)
-    start = jnp.full_like(zeros, jnp.finfo(wide).min), zeros, zeros, zeros, kept
-    most, exp_sum, picked, logit_sum, kept = jax.lax.fori_loop(0, vocab.parts, one_part, start)
+    start = _Sums(
+        most=jnp.full_like(zeros, jnp.finfo(wide).min),
+        exp_sum=zeros,
+        square_sum=zeros if plan.collision else None,
+        picked=zeros,
+        others=None if tokens.others is None else jnp.zeros(tokens.others.shape, wide),
+        logit_sum=zeros,
+        likely=jnp.full((len(zeros), plan.likely), -jnp.inf, wide) if plan.likely else None,
+        likely_ids=jnp.zeros((len(zeros), plan.likely), jnp.int32) if plan.likely else None,
+        kept=jnp.zeros((vocab.parts, kept_blocks + 1 if kept_blocks else 0, size, vocab.length), wide),
+    )
+    sums = jax.lax.fori_loop(0, vocab.parts, one_part, start)
     if spread is not None and spread.vocab:
-        here, most = most, jax.lax.pmax(most, spread.vocab)
-        exp_sum, picked, logit_sum = jax.lax.psum((exp_sum * jnp.exp(here - most), picked, logit_sum), spread.vocab)
-    log_z = most + jnp.log(exp_sum)
+        sums = _over_parts(sums, spread.vocab)
+    log_z = sums.most + jnp.log(sums.exp_sum)
 
     def entries(values):
-        empty = jnp.zeros(scored.size, wide)
-        return empty.at[tokens.place].set(values, mode="drop").reshape(scored.shape)
+        empty = jnp.zeros((scored.size, *values.shape[1:]), values.dtype)
+        return empty.at[tokens.place].set(values, mode="drop").reshape(*scored.shape, *values.shape[1:])
 
-    return entries(picked - log_z), entries(logit_sum / vocab.size), entries(log_z), kept
+    found = _Found(
+        logps=sums.picked - log_z,
+        logits=sums.logit_sum / vocab.size,
+        others=None if sums.others is None else sums.others - log_z[:, None],
+        collision=None if sums.square_sum is None else jnp.log(sums.square_sum) - 2 * jnp.log(sums.exp_sum),
+        likely=sums.likely_ids,
+        likely_logps=None if sums.likely is None else sums.likely - log_z[:, None],
+    )
+    return jax.tree.map(entries, found), entries(log_z), sums.kept
+
+
+def _further(plan, sums, logits, real, column, target, others):
+    """The sums of a block of tokens with those of a part of the vocabulary added."""
+    masked = logits if real is None else jnp.where(real, logits, -jnp.inf)
+    most = jnp.maximum(sums.most, masked.max(-1))
+    shrunk, exp = jnp.exp(sums.most - most), jnp.exp(masked - most[:, None])
+    found = sums._replace(
+        most=most,
+        exp_sum=sums.exp_sum * shrunk + exp.sum(-1),
+        picked=sums.picked + _picked(logits, real, column, target[:, None])[:, 0],
+        logit_sum=sums.logit_sum + (logits if real is None else jnp.where(real, logits, 0)).sum(-1),
+    )
+    if plan.collision:
+        found = found._replace(square_sum=sums.square_sum * jnp.square(shrunk) + jnp.square(exp).sum(-1))
+    if others is not None:
+        found = found._replace(others=sums.others + _picked(logits, real, column, others))
+    if plan.likely:
+        here, at = jax.lax.top_k(masked, min(plan.likely, len(column)))
+        # Those found before stand first: of equals, the first in the vocabulary is taken.
+        likely, ids = jnp.concatenate([sums.likely, here], 1), jnp.concatenate([sums.likely_ids, column[at]], 1)
+        found = found._replace(**_likeliest(likely, ids, plan.likely))
+    return found
+
+
+def _picked(logits, real, column, ids):
+    """Of each token's logits, those of some ids [n, m], and 0 for what no real column of the part holds."""
+    at = ids - column[0]
+    inside = jnp.clip(at, 0, len(column) - 1)
+    there = (at >= 0) & (at < len(column)) & (True if real is None else real[0, inside])
+    return jnp.where(there, jnp.take_along_axis(logits, inside, axis=1), 0)
+
+
+def _likeliest(logits, ids, count):
+    most, at = jax.lax.top_k(logits, count)
+    return dict(likely=most, likely_ids=jnp.take_along_axis(ids, at, axis=1))
+
+
+def _over_parts(sums, axis):
+    """Sums over the whole vocabulary, of which each device along an axis has those of its part."""
+    most = jax.lax.pmax(sums.most, axis)
+    shrunk = jnp.exp(sums.most - most)
+    squares = None if sums.square_sum is None else sums.square_sum * jnp.square(shrunk)
+    added = sums.exp_sum * shrunk, squares, sums.picked, sums.others, sums.logit_sum
+    exp_sum, squares, picked, others, logit_sum = jax.lax.psum(added, axis)
+    sums = sums._replace(
+        most=most, exp_sum=exp_sum, square_sum=squares, picked=picked, others=others, logit_sum=logit_sum
+    )
+    if sums.likely is None:
+        return sums
+    likely, ids = (jax.lax.all_gather(each, axis, axis=1, tiled=True) for each in (sums.likely, sums.likely_ids))
+    return sums._replace(**_likeliest(likely, ids, sums.likely.shape[1]))
 
 
 def _kept_blocks(plan, vocab, tokens) -> int:
@@ -239,15 +357,14 @@ def _kept_blocks(plan, vocab, tokens) -> int:
     return min(tokens // plan.blocks.tokens, plan.blocks.kept_bytes // of_one)
 
 
-def _backward_here(plan, hidden, head, source, target, scored, log_z, kept, cotangent, total):
+def _backward_here(plan, hidden, head, source, target, others, scored, log_z, kept, cotangent, to_others, total):
     size, spread = plan.blocks.tokens, plan.spread
-    tokens = _tokens(hidden, source, target, scored, size)
+    tokens = _tokens(hidden, source, target, others, scored, size)
     flat = hidden.reshape(-1, hidden.shape[2])
     h = flat[tokens.index]
     wide = log_z.dtype
-    vocab = _Vocabulary(plan, head, hidden.dtype)
-    take = functools.partial(jnp.take, indices=tokens.place, mode="fill", fill_value=0)
-    log_z, cotangent = take(log_z.ravel()), take(cotangent.ravel())
+    vocab = Vocabulary(head, hidden.dtype, plan.blocks, plan.soft_cap, plan.spread)
+    log_z, cotangent, to_others = jax.tree.map(lambda x: _take(x, tokens.place), (log_z, cotangent, to_others))
 
     kept_blocks = _kept_blocks(plan, vocab, len(tokens.index))
 
@@ -267,8 +384,11 @@ def _backward_here(plan, hidden, head, source, target, scored, log_z, kept, cota
             real, column = vocab.columns(j)
             logits = logits_of(states, weights, i, j)
             hit = column[None] == _block(tokens.target, i, size)[:, None]
-            slope = jnp.where(hit, 1.0, 0.0) - jnp.exp(logits - _block(log_z, i, size)[:, None])
-            slope = slope * _block(cotangent, i, size)[:, None]
+            probs = jnp.exp(logits - _block(log_z, i, size)[:, None])
+            slope = (jnp.where(hit, 1.0, 0.0) - probs) * _block(cotangent, i, size)[:, None]
+            if tokens.others is not None:
+                pull = _block(to_others, i, size)
+                slope = _added(slope, column, _block(tokens.others, i, size), pull) - probs * pull.sum(-1)[:, None]
             if plan.soft_cap is not None:
                 slope = slope * (1 - jnp.square(logits / plan.soft_cap))
             if real is not None:
@@ -295,66 +415,11 @@ def _backward_here(plan, hidden, head, source, target, scored, log_z, kept, cota
     return hidden_grad, total
 
 
-class _Vocabulary:
-    """This device's share of the vocabulary matrix, part by part; the last part overlaps the one before if it must."""
-
-    def __init__(self, plan: _Plan, head: Head, dtype: Any):
-        self._head, self._dtype, self._cap, self._spread = head, dtype, plan.soft_cap, plan.spread
-        self._here = head.weights.shape[0]
-        gathered = plan.spread is not None and plan.spread.width
-        self.length = vocab_block(self._here, plan.blocks, parts=GATHERED_PARTS if gathered else 1)
-        self.parts = -(-self._here // self.length)
-        shards = plan.spread.mesh.shape[plan.spread.vocab] if plan.spread is not None and plan.spread.vocab else 1
-        self.size = shards * self._here
-
-    def _start(self, j):
-        return jnp.minimum(j * self.length, self._here - self.length)
-
-    def part(self, j) -> Head:
-        """Rows of part j in the compute type, whole."""
-        rows, bias = jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, self._start(j), self.length), self._head)
-        rows = rows.astype(self._dtype)
-        if self._spread is not None and self._spread.width:
-            rows = jax.lax.all_gather(rows, self._spread.width, axis=1, tiled=True)
-        return Head(rows, bias)
-
-    def logits(self, states, weights):
-        """Capped logits of a block."""
-        wide = jnp.promote_types(states.dtype, jnp.float32)
-        logits = jnp.einsum("td,vd->tv", states, weights.weights, preferred_element_type=wide)
-        if weights.bias is not None:
-            logits = logits + weights.bias.astype(wide)[None]
-        if self._cap is not None:
-            logits = self._cap * jnp.tanh(logits / self._cap)
-        return logits
-
-    def columns(self, j):
-        """Which columns of part j are real, None for all; and the token id of each."""
-        column = self._start(j) + jnp.arange(self.length)
-        real = None if self._here % self.length == 0 else (column >= j * self.length)[None]
-        if self._spread is not None and self._spread.vocab:
-            column = column + jax.lax.axis_index(self._spread.vocab) * self._here
-        return real, column
-
-    def add(self, total, grad, j):
-        """`total` with the gradient of part j added, summed over the devices that hold other rows."""
-        if self._spread is not None:
-            to_weights, to_bias = grad
-            others = tuple(axis for axis in self._spread.rows if axis != self._spread.width)
-            if to_weights is not None and self._spread.width:
-                to_weights = (self._spread.scatter or _scatter)(to_weights, self._spread.width, 1)
-            # Without gradients these are trees without leaves.
-            grad = Head(jax.lax.psum(to_weights, others), jax.lax.psum(to_bias, self._spread.rows))
-
-        def add(total, grad):
-            before = jax.lax.dynamic_slice_in_dim(total, self._start(j), self.length)
-            return jax.lax.dynamic_update_slice_in_dim(total, before + grad, self._start(j), axis=0)
-
-        return jax.tree.map(add, total, grad)
-
-
-def _scatter(x, axis, side):
-    return jax.lax.psum_scatter(x, axis, scatter_dimension=side, tiled=True)
+def _added(slope, column, ids, values):
+    """A part's [n, V] with values [n, m] added at some ids."""
+    at = ids - column[0]
+    at = jnp.where((at >= 0) & (at < len(column)), at, len(column))  # out of bounds: dropped
+    return slope.at[jnp.arange(len(at))[:, None], at].add(values, mode="drop")
 
 
 def _block(array, i, size):

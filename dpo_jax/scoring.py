@@ -15,13 +15,14 @@ from jaxtyping import Float, Int
 
 from dpo_jax import feed, gradients, sharding
 from dpo_jax.data.layout import Shape, collate, unit_lengths
-from dpo_jax.logprobs import ACCELERATOR_BLOCKS, CPU_BLOCKS, Head, Spread, completion_logps, sum_by_slot
+from dpo_jax.logprobs import completion_logps, sum_by_slot
 from dpo_jax.models import adapters as low_rank
 from dpo_jax.models import attention as attentions
 from dpo_jax.models import decoder, experts
 from dpo_jax.models.config import DecoderConfig
 from dpo_jax.models.layers import Across, across_mesh, lookup
 from dpo_jax.types import Batch, Pairs
+from dpo_jax.vocabulary import ACCELERATOR_BLOCKS, CPU_BLOCKS, Head, Spread
 
 # Leaves with something for every word of the vocabulary, by their parents: their gradients are added in place.
 WORDS = {"embed": "embedding", "head": "embedding", "logits": "bias"}

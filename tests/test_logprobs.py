@@ -7,9 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dpo_jax import logprobs, sharding
-from dpo_jax.logprobs import Blocks, Head
+from dpo_jax import logprobs, sharding, vocabulary
 from dpo_jax.types import Rows
+from dpo_jax.vocabulary import Blocks, Head
 
 R, S, T, D, V, P = 2, 24, 24, 8, 31, 3
 
@@ -68,7 +68,7 @@ def test_completion_logps_and_gradients_equal_dense_log_softmax(blocks, soft_cap
 def test_head_cut_across_a_mesh_equals_the_whole_one(sizes, vocab):
     mesh = sharding.make_mesh(*sizes)
     axes = sharding.partition("head/embedding", (vocab, D), mesh.shape)
-    spread = logprobs.Spread(mesh, sharding.ROW_AXES, *axes)
+    spread = vocabulary.Spread(mesh, sharding.ROW_AXES, *axes)
     ours = functools.partial(logprobs.completion_logps, pairs=P, blocks=Blocks(8, 4 * 8 * 5, 2**20), spread=spread)
     assert_equals_dense(jax.jit(ours), dense, problem(rows=8, vocab=vocab))
 
@@ -76,7 +76,7 @@ def test_head_cut_across_a_mesh_equals_the_whole_one(sizes, vocab):
 def test_no_logits_and_no_whole_head_travel_between_devices():
     # Of the vocabulary matrix, blocks of columns are gathered; no array of tokens times vocabulary crosses at all.
     mesh = sharding.make_mesh(1, 2, 4)
-    spread = logprobs.Spread(mesh, sharding.ROW_AXES, "tensor", "fsdp")
+    spread = vocabulary.Spread(mesh, sharding.ROW_AXES, "tensor", "fsdp")
     hidden, head, rows = problem(rows=8, vocab=1024)
     place = jax.sharding.NamedSharding(mesh, sharding.partition("head/embedding", head.shape, mesh.shape))
     blocks = Blocks(8, 4 * 8 * 64, 0)
@@ -86,7 +86,7 @@ def test_no_logits_and_no_whole_head_travel_between_devices():
     text = jax.jit(grad).lower(hidden, jax.device_put(head, place)).compile().as_text()
     assert text is not None
     moved = [line.split(" = ")[1].split(" ")[0] for line in text.splitlines() if "all-gather(" in line]
-    part = 1024 // 4 // logprobs.GATHERED_PARTS
+    part = 1024 // 4 // vocabulary.GATHERED_PARTS
     assert moved and all(shape.startswith(f"f32[{part},{D}]") for shape in moved), moved
 
 
@@ -95,9 +95,11 @@ def test_blocks_without_a_scored_token_are_not_computed():
     hidden, head, rows = problem()
     plan = logprobs._Plan(Blocks(8, 2**20, 0), None, None)
     few = (jnp.arange(T) < 12)[None] & (jnp.arange(R) == 0)[:, None]
-    logps, *_ = logprobs.score_tokens(hidden, Head(head.at[0].set(jnp.nan)), None, rows.source, rows.target, few, plan)
+    logps = logprobs.score_tokens(
+        hidden, Head(head.at[0].set(jnp.nan)), None, rows.source, rows.target, None, few, plan
+    )[0].logps
     assert np.isnan(logps[0, :12]).all() and not np.any(logps[0, 12:]) and not np.any(logps[1])
-    tokens = logprobs._tokens(hidden, rows.source, rows.target, few, 8)
+    tokens = logprobs._tokens(hidden, rows.source, rows.target, None, few, 8)
     assert int(tokens.blocks) == 2 and len(tokens.index) == R * T
 
 
@@ -109,7 +111,9 @@ def test_log_softmax_is_float32_whatever_the_compute_type():
     target = jnp.asarray(rng.integers(0, 1000, (1, 512)))
     plan = logprobs._Plan(Blocks(64, 2**16, 0), None, None)
     source = jnp.arange(512)[None]
-    ours = logprobs.score_tokens(hidden, Head(head), None, source, target, jnp.ones((1, 512), bool), plan)[0].sum()
+    ours = logprobs.score_tokens(hidden, Head(head), None, source, target, None, jnp.ones((1, 512), bool), plan)[
+        0
+    ].logps.sum()
     exact = jax.nn.log_softmax(np.asarray(hidden, np.float64) @ np.asarray(head, np.float64).T)
     exact = jnp.take_along_axis(exact, target[..., None], axis=-1).sum()
     careless = jax.nn.log_softmax(hidden @ head.T).astype(jnp.float32)
@@ -132,13 +136,13 @@ def test_peak_memory_grows_with_tokens_and_vocabulary_and_not_with_their_product
     # Sixteen times the logits: 2 GiB of them in float32 at the larger size.
     small, large = peak_bytes(2048, 16_384), peak_bytes(8192, 65_536)
     copies = 4 * 4 * 16 * (8192 + 65_536)
-    budget = logprobs.CPU_BLOCKS.kept_bytes + 4 * logprobs.CPU_BLOCKS.logits_bytes
+    budget = vocabulary.CPU_BLOCKS.kept_bytes + 4 * vocabulary.CPU_BLOCKS.logits_bytes
     assert large < small + copies + budget < 8192 * 65_536 * 4 / 5
 
 
 def test_vocabulary_blocks_keep_within_the_budget():
-    for blocks in (logprobs.CPU_BLOCKS, logprobs.ACCELERATOR_BLOCKS):
+    for blocks in (vocabulary.CPU_BLOCKS, vocabulary.ACCELERATOR_BLOCKS):
         for vocab in (1000, 32_000, 50_257, 50_304, 128_256, 151_936, 262_144):
-            size = logprobs.vocab_block(vocab, blocks)
+            size = vocabulary.vocab_block(vocab, blocks)
             assert size <= vocab and size * blocks.tokens * 4 <= blocks.logits_bytes
             assert size == vocab or size * blocks.tokens * 4 >= blocks.logits_bytes / 8

@@ -9,7 +9,7 @@ import numpy as np
 import optax
 import pytest
 
-from dpo_jax import logprobs, losses, scoring, sharding, steps
+from dpo_jax import losses, scoring, sharding, steps, vocabulary
 from dpo_jax.data import layout
 from dpo_jax.models import decoder, rope
 from dpo_jax.models.config import DecoderConfig, LayerKind
@@ -118,7 +118,7 @@ def test_vocabulary_takes_memory_for_one_sum_of_gradients(tied, sizes):
         return memory.temp_size_in_bytes
 
     small, large = 16384, 32768
-    kept = logprobs.CPU_BLOCKS.tokens * -(-2 * LENGTH // logprobs.CPU_BLOCKS.tokens)
+    kept = vocabulary.CPU_BLOCKS.tokens * -(-2 * LENGTH // vocabulary.CPU_BLOCKS.tokens)
     tables = 1 if tied else 2
     grown = (temporaries(large) - temporaries(small)) / (4 * (large - small))
     assert grown < tables * 512 + kept + 100
