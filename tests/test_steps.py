@@ -47,7 +47,8 @@ def make_step(loss="sigmoid", tx=None, total=PAIRS, mesh=None, config=CONFIG, ad
 
 def update(batch, loss="sigmoid", total=PAIRS, **options):
     tx = optax.sgd(0.1)
-    state, metrics = jax.jit(make_step(loss, tx, total, **options))(steps.init_state(params(), tx), batch)
+    state = steps.init_state(params(), tx, losses.make_loss(loss, {}))
+    state, metrics = jax.jit(make_step(loss, tx, total, **options))(state, batch)
     return state.params, metrics
 
 
@@ -236,7 +237,7 @@ def test_any_model_that_scores_pairs_can_be_trained():
         reference=np.full((3, 2), np.log(0.25), np.float32),
         lengths=np.ones((3, 2), np.int32),
     )
-    step = jax.jit(steps.make_train_step(logps_fn, losses.make_loss("sigmoid", {"beta": 1.0}), tx, beta=1.0))
+    step = jax.jit(steps.make_train_step(logps_fn, losses.make_loss("sigmoid", {"beta": 1.0}), tx))
     state, first = step(steps.init_state(table, tx), batch)
     for _ in range(50):
         state, last = step(state, batch)
