@@ -83,6 +83,7 @@ class Objective:
     wpo: bool = False
     nll_weight: float = 0.0  # of the chosen answers' negative log-likelihood, where no loss has such a term itself
     nll_average: bool = True
+    kl_tokens: int = 32  # likely tokens that the divergence along an answer is taken over, the rest being one more
 
     def __call__(
         self,
@@ -136,6 +137,18 @@ class Objective:
         if self.ld_alpha is not None:
             found |= {"shared_logps"} | (set() if self.reference_free else {"reference_shared_logps"})
         return frozenset(found | ({"log_collision"} if self.wpo else set()))
+
+    @property
+    def sums(self) -> frozenset[str]:
+        """Of SUMS, what it reads."""
+        return self.needs & frozenset(SUMS)
+
+    @property
+    def reference_tokens(self) -> int | None:
+        """How many likely tokens it reads of the reference at every token; 0: the token itself, None: sums alone."""
+        if "sequence_kl" in self.needs:
+            return self.kl_tokens
+        return 0 if "reference_shared_logps" in self.needs else None
 
     @property
     def reference_free(self) -> bool:
@@ -264,6 +277,16 @@ def make_loss(name: str, options: Mapping[str, Any]) -> Objective:
         raise InputError(
             "config.loss.name", got=f"{name!r}", expected=expected, remedy="Leave the losses of pairs out."
         )
+    if "kl_tokens" in around and "sequence_kl" not in objective.needs:
+        expected = "a loss that reads divergences, such as tdpo2"
+        raise InputError("config.loss.kl_tokens", got="is set", expected=expected, remedy="Unset it.")
+    if objective.needs >= {"kl", "sequence_kl"}:
+        raise InputError(
+            "config.loss.name",
+            got=f"{name!r}, which reads unrelated answers and divergences along the pair's own",
+            expected="one of the two",
+            remedy="Leave one of the losses out.",
+        )
     _trace(objective)
     return objective
 
@@ -329,6 +352,7 @@ AROUND: dict[str, tuple[frozenset[str] | None, Callable[[Any], bool], str]] = {
     "wpo": (OF_PAIRS, lambda value: isinstance(value, bool), "true or false"),
     "nll_weight": (None, lambda value: value >= 0, "a number >= 0"),
     "nll_average": (None, lambda value: isinstance(value, bool), "true or false"),
+    "kl_tokens": (None, lambda value: value >= 1, "a number >= 1"),
 }
 # Options that say how another one, which must be set as well, is meant.
 OF_ANOTHER = {"divergence_alpha": ("divergence", "alpha_divergence"), "nll_average": ("nll_weight", None)}
