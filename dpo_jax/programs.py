@@ -110,7 +110,7 @@ def keep_compiled() -> None:
 def make_programs(
     config: Config,
     model: DecoderConfig,
-    lengths: Int[np.ndarray, "N 3"],
+    lengths: Int[np.ndarray, "N _"],
     *,
     selection: Selection = EVERYTHING,
     devices: Sequence[Any] | None = None,
@@ -119,7 +119,7 @@ def make_programs(
     """Chooses shapes from data and devices, and builds the scoring program for the mesh.
 
     Args:
-      lengths: token counts of prompt, chosen and rejected of every pair that will be laid out.
+      lengths: token counts of prompt and answers of every pair that will be laid out.
       selection: what trains.
       devices: those of the mesh, which need not be there; None: all that there are, and what is compiled is kept.
       watch: told how long compiling and reading weights take.
@@ -140,7 +140,7 @@ def make_programs(
 def without_devices(
     config: Config,
     model: DecoderConfig,
-    lengths: Int[np.ndarray, "N 3"],
+    lengths: Int[np.ndarray, "N _"],
     count: int,
     *,
     platform: str,
@@ -240,6 +240,7 @@ def logps_of(config: Config, programs: Programs, shape: layout.Shape) -> Callabl
     return scoring.make_logps_fn(
         programs.model,
         pairs=shape.pairs,
+        answers=shape.answers,
         dtype=programs.dtype,
         remat=config.model.remat,
         attention=programs.attention,
@@ -333,9 +334,9 @@ def reference_store(config: Config, inputs: Inputs, workdir: Path, programs: Pro
     return Store(folder, identity)
 
 
-def no_reference(inputs: Inputs) -> list[Float[np.ndarray, "N 2"]]:
+def no_reference(inputs: Inputs) -> list[Float[np.ndarray, "N K"]]:
     """Zeros in place of reference values, for losses that read none."""
-    return [np.zeros((len(pairs), 2)) for pairs in inputs.sets]
+    return [np.zeros(pairs.reference.shape) for pairs in inputs.sets]
 
 
 def first_state(

@@ -20,13 +20,13 @@ LENGTHS = np.array([[5, 3, 4], [7, 1, 6]])
 
 @pytest.mark.parametrize("name", layout.LAYOUTS)
 def test_visible_pairs_are_those_of_the_intervals(name):
-    units = [layout.lay_out(Encoded(*(np.ones(n, int) for n in row)), name) for row in LENGTHS]
+    units = [layout.lay_out(Encoded.of(*(np.ones(n, int) for n in row)), name) for row in LENGTHS]
     assert flops.visible_pairs(LENGTHS, name) == sum((unit.key_end - unit.key_start).sum() for unit in units)
 
 
 @pytest.mark.parametrize("window", [1, 4, 100])
 def test_visible_pairs_of_a_window_are_those_of_the_intervals(window):
-    units = [layout.lay_out(Encoded(*(np.ones(n, int) for n in row)), "repeated") for row in LENGTHS]
+    units = [layout.lay_out(Encoded.of(*(np.ones(n, int) for n in row)), "repeated") for row in LENGTHS]
     seen = 0
     for unit in units:
         index = np.arange(len(unit.key_end))

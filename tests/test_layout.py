@@ -14,7 +14,7 @@ SHAPE = layout.Shape(pairs=8, rows=2, row_length=64, microbatches=4)
 
 def random_pairs(count, seed=0, longest=20):
     rng = np.random.default_rng(seed)
-    return [Encoded(*(rng.integers(1, 99, rng.integers(1, longest)) for _ in range(3))) for _ in range(count)]
+    return [Encoded.of(*(rng.integers(1, 99, rng.integers(1, longest)) for _ in range(3))) for _ in range(count)]
 
 
 def chosen_only(pairs):
@@ -53,7 +53,7 @@ def test_every_target_is_predicted_from_exactly_its_own_prefix(name, pairs):
     # The claim the project rests on: what a source index sees is the prompt and the answer up to there, of its own
     # completion, and nothing of its neighbours in the row.
     batch = layout.collate(pairs, None, SHAPE, layout=name)
-    rows = type(batch.rows)(*(x.reshape(-1, 64) for x in batch.rows))
+    rows = layout.map_rows(lambda x: x.reshape(-1, 64), batch.rows)
     seen = {(pair, side): 0 for pair in range(8) for side in (0, 1)}
     for row, entry in np.argwhere(rows.slot >= 0):
         pair, side = divmod(int(rows.slot[row, entry]), 2)
@@ -72,7 +72,7 @@ def test_every_position_attends_to_itself_and_padding_to_nothing_else(name):
     batch = layout.collate(random_pairs(5), None, SHAPE, layout=name)
     rows, index = batch.rows, np.arange(64)
     assert np.all((rows.key_start <= index) & (index < rows.key_end) & (rows.key_end <= 64))
-    real = layout.unit_lengths(np.array([[len(x) for x in p] for p in random_pairs(5)]), name).sum()
+    real = layout.unit_lengths(np.array([p.lengths for p in random_pairs(5)]), name).sum()
     alone = (rows.key_end - rows.key_start == 1) & (rows.tokens == 0)
     assert alone.sum() >= rows.tokens.size - real
 
@@ -88,8 +88,8 @@ def test_answer_that_nobody_asks_for_takes_no_position():
 def test_full_rows_have_room_for_what_prompts_of_one_token_score(name):
     # Two answers after one token: a target more than positions, in rows that the positions alone would fill.
     rng = np.random.default_rng(0)
-    pairs = [Encoded(*(rng.integers(1, 99, n) for n in (1, *rng.integers(1, 20, 2)))) for _ in range(40)]
-    lengths = np.array([[len(x) for x in p] for p in pairs])
+    pairs = [Encoded.of(*(rng.integers(1, 99, n) for n in (1, *rng.integers(1, 20, 2)))) for _ in range(40)]
+    lengths = np.array([p.lengths for p in pairs])
     shape = layout.Shape(pairs=40, rows=1, row_length=int(layout.unit_room(lengths, name).max()), microbatches=40)
     batch = layout.collate(pairs, None, shape, layout=name)
     assert np.bincount(batch.rows.slot[batch.rows.slot >= 0]).tolist() == lengths[:, 1:].ravel().tolist()
@@ -98,7 +98,7 @@ def test_full_rows_have_room_for_what_prompts_of_one_token_score(name):
 
 def test_unit_lengths_count_what_is_laid_out():
     pairs = [*random_pairs(20), *chosen_only(random_pairs(20))]
-    lengths = np.array([[len(x) for x in p] for p in pairs])
+    lengths = np.array([p.lengths for p in pairs])
     for name in layout.LAYOUTS:
         counted = [len(layout.lay_out(p, name).tokens) for p in pairs]
         assert layout.unit_lengths(lengths, name).tolist() == counted
@@ -150,7 +150,7 @@ def test_sequence_longer_than_a_row_is_refused():
 
 def long_pair(prompt, chosen, rejected, seed=9):
     rng = np.random.default_rng(seed)
-    return Encoded(*(rng.integers(1, 99, n) for n in (prompt, chosen, rejected)))
+    return Encoded.of(*(rng.integers(1, 99, n) for n in (prompt, chosen, rejected)))
 
 
 def test_pair_longer_than_a_row_stands_in_two_of_one_microbatch():
@@ -160,16 +160,16 @@ def test_pair_longer_than_a_row_stands_in_two_of_one_microbatch():
     batch = layout.collate(pairs, None, shape, layout="shared")
     seen = {}
     for micro, row, entry in np.argwhere(batch.rows.slot >= 0):
-        rows = type(batch.rows)(*(x[micro] for x in batch.rows))
+        rows = layout.map_rows(lambda x, micro=micro: x[micro], batch.rows)
         pair, side = divmod(int(rows.slot[row, entry]), 2)
         scored = seen.setdefault((pair, side), [])
         prefix = seen_sequence(rows, row, rows.source[row, entry])
         assert prefix == [*pairs[pair].prompt, *pairs[pair][1 + side][: len(scored)]]
         scored.append(int(rows.target[row, entry]))
         assert batch.present[micro, pair]
-    assert seen == {(i, s): p[1 + s].tolist() for i, p in enumerate(pairs) for s in (0, 1)}
+    assert seen == {(i, s): p.answers[s].tolist() for i, p in enumerate(pairs) for s in (0, 1)}
     assert batch.present.sum(0).tolist() == [1] * 14
-    lengths = np.array([[len(x) for x in p] for p in pairs])
+    lengths = np.array([p.lengths for p in pairs])
     real = layout.unit_lengths(lengths, "shared").sum() + 30 + 20
     assert layout.work_counts(batch, lengths, shape, "shared")["tokens_real"] == real
 
@@ -233,9 +233,9 @@ def test_small_batches_are_cut_to_what_they_hold():
     assert batch.crop is not None
     rows, length = shape.crops[int(batch.crop[0])]
     assert 80 <= rows * length < shape.positions
-    cut = layout.crop_rows(type(batch.rows)(*(x[0] for x in batch.rows)), (rows, length))
+    cut = layout.crop_rows(layout.map_rows(lambda x: x[0], batch.rows), (rows, length))
     assert (cut.slot >= 0).sum() == 62 and cut.key_end.max() <= length
-    lengths = np.array([[len(x) for x in p] for p in pairs])
+    lengths = np.array([p.lengths for p in pairs])
     assert layout.work_counts(batch, lengths, shape, "shared") == {
         "positions_computed": rows * length,
         "tokens_real": 80,

@@ -15,8 +15,8 @@ SHAPE = layout.Shape(pairs=4, rows=2, row_length=64, microbatches=2)
 
 def make_set(count, seed=0):
     rng = np.random.default_rng(seed)
-    pairs = [Encoded(*(rng.integers(1, 99, rng.integers(2, 15)) for _ in range(3))) for _ in range(count)]
-    lengths = np.array([[len(x) for x in p] for p in pairs])
+    pairs = [Encoded.of(*(rng.integers(1, 99, rng.integers(2, 15)) for _ in range(3))) for _ in range(count)]
+    lengths = np.array([p.lengths for p in pairs])
     keys = np.array([[p.prompt.sum() * 1000 + p.chosen.sum(), p.rejected.sum()] for p in pairs], np.uint64)
     return pairs, lengths, keys, np.full((count, 2), np.nan)
 

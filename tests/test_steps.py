@@ -24,7 +24,7 @@ PAIRS, LENGTH = 12, 128
 
 def random_pairs(count=PAIRS, seed=0):
     rng = np.random.default_rng(seed)
-    return [Encoded(*(rng.integers(1, 64, rng.integers(1, 25)) for _ in range(3))) for _ in range(count)]
+    return [Encoded.of(*(rng.integers(1, 64, rng.integers(1, 25)) for _ in range(3))) for _ in range(count)]
 
 
 @functools.cache
