@@ -54,7 +54,7 @@ class Inputs:
 
     @property
     def lengths(self) -> np.ndarray:
-        """Token counts [N, 3] of every pair of every set."""
+        """Token counts [N, 1 + K] of every pair of every set."""
         return np.concatenate([pairs.lengths for pairs in self.sets])
 
 
@@ -184,6 +184,7 @@ def load_inputs(config: Config, *, training: bool) -> Inputs:
             max_prompt_length=data.max_prompt_length,
             truncate_prompt=data.truncate_prompt,
             on_bad_row=data.on_bad_row,
+            rankings=data.rankings,
             cache_dir=data.cache_dir,
         )
         check_pairs(config, found, split)
@@ -216,11 +217,11 @@ def load_inputs(config: Config, *, training: bool) -> Inputs:
     return found
 
 
-def fit(config: Config, model: DecoderConfig, lengths: Int[np.ndarray, "N 3"]) -> tuple[DecoderConfig, str]:
+def fit(config: Config, model: DecoderConfig, lengths: Int[np.ndarray, "N _"]) -> tuple[DecoderConfig, str]:
     """The model for sequences no longer than these, and how pairs are laid out: one of `layout.LAYOUTS`.
 
     Args:
-      lengths: token counts of prompt, chosen and rejected of every pair that will be laid out.
+      lengths: token counts of prompt and answers of every pair that will be laid out.
     Raises: InputError if a sequence has positions that the model lacks, or if prompts are to be shared and the model
       attends through a window, or turns by the length of a sequence, that some of these exceed.
     """

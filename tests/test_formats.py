@@ -19,7 +19,8 @@ CHAT = {"prompt": [USER], "chosen": [YES], "rejected": [NO]}
 
 def render(fields, *, format="plain", template: str | None = CHATML):
     row = Row("prefs.jsonl:17", fields)
-    return formats.render(row, format=format, tokenizer=make_tokenizer(template=template))
+    (pair,) = formats.render(row, format=format, tokenizer=make_tokenizer(template=template))
+    return pair
 
 
 def failure(fields, **options):
@@ -68,7 +69,7 @@ def test_detect_says_what_it_cannot_tell(fields, got):
 
 
 def test_render_refuses_unknown_formats_and_lists_the_known():
-    with pytest.raises(InputError, match="'sharegpt'; expected auto or one of plain, chat, hh"):
+    with pytest.raises(InputError, match="'sharegpt'; expected auto or one of plain, chat, hh, ranked, unpaired"):
         render(CHAT, format="sharegpt")
 
 
@@ -236,7 +237,7 @@ def test_render_ends_the_prompt_where_header_and_finished_turn_part():
 def test_header_left_out_is_what_only_the_generation_header_has():
     row = Row("a:1", CHAT)
     left_out = [
-        formats.header_left_out(row, tokenizer=make_tokenizer(template=template))
+        formats.header_left_out(row, format="chat", tokenizer=make_tokenizer(template=template))
         for template in (CHATML, THINKING, BOS_AND_EOS)
     ]
     assert left_out == ["", "<think>\n", ""]

@@ -41,12 +41,19 @@ def write(path, rows):
 
 
 def load(spec, cache, *, tokenizer=None, **options):
-    defaults = {**LIMITS, "split": "train", "format": "auto", "on_bad_row": "error", "cache_dir": str(cache)}
+    defaults = {
+        **LIMITS,
+        "split": "train",
+        "format": "auto",
+        "on_bad_row": "error",
+        "rankings": "all",
+        "cache_dir": str(cache),
+    }
     return pairs.load(spec, tokenizer=tokenizer or make_tokenizer(template=CHATML), **{**defaults, **options})
 
 
 def ids(pair):
-    return [side.tolist() for side in pair]
+    return [side.tolist() for side in (pair.prompt, *pair.answers)]
 
 
 def contents(found):
@@ -60,12 +67,12 @@ def test_load_gives_the_pairs_of_every_source_in_order(tmp_path):
     tokenizer = make_tokenizer(template=CHATML, adds="<bos> $A")
     found = load(f"{a},{b}*2.5", tmp_path / "cache", tokenizer=tokenizer)
 
-    texts = [formats.render(Row("", row), format="plain", tokenizer=tokenizer) for row in rows]
-    texts += [formats.render(Row("", row), format="chat", tokenizer=tokenizer) for row in chat(2)]
+    texts = [pair for row in rows for pair in formats.render(Row("", row), format="plain", tokenizer=tokenizer)]
+    texts += [pair for row in chat(2) for pair in formats.render(Row("", row), format="chat", tokenizer=tokenizer)]
     outcomes = tokenize.encode(texts, tokenizer, **LIMITS)
     expected = [outcome.encoded for outcome in outcomes if isinstance(outcome, tokenize.Outcome)]
     assert len(found) == 5 and contents(found) == [ids(pair) for pair in expected]
-    assert found.lengths.tolist() == [[len(side) for side in pair] for pair in expected]
+    assert found.lengths.tolist() == [pair.lengths for pair in expected]
     assert [tuple(key) for key in found.keys.tolist()] == [pairs.content_key(pair) for pair in expected]
     np.testing.assert_array_equal(found.reference, [[np.nan] * 2, [-1.5, -2.5], *[[np.nan] * 2] * 3])
     assert found.source.tolist() == [0, 0, 0, 1, 1]
@@ -224,7 +231,7 @@ def test_digest_changes_with_everything_that_changes_the_pairs(tmp_path, monkeyp
 
 def test_content_key_tells_apart_whatever_is_another_pair():
     def key(*sides):
-        return pairs.content_key(Encoded(*(np.array(side, np.int32) for side in sides)))
+        return pairs.content_key(Encoded.of(*(np.array(side, np.int32) for side in sides)))
 
     same = [key([1, 2], [3], [4]), key([1, 2], [3], [4])]
     others = [key([1], [2, 3], [4]), key([1, 2], [4], [3]), key([1, 2], [3], [5]), key([1, 2], [3, 4], [])]

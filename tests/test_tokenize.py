@@ -38,8 +38,13 @@ def fault(pair, tokenizer, **limits):
     return error
 
 
+def sides(encoded):
+    """Prompt and answers."""
+    return encoded.prompt, *encoded.answers
+
+
 def words(tokenizer, encoded):
-    return [str(tokenizer.decode(ids)) for ids in encoded]
+    return [str(tokenizer.decode(ids)) for ids in sides(encoded)]
 
 
 # The boundary
@@ -51,8 +56,8 @@ def test_encode_keeps_the_ids_that_prompt_and_answer_have_together():
     for side, text in ((encoded.chosen, PAIR.chosen), (encoded.rejected, PAIR.rejected)):
         assert [*encoded.prompt, *side[:-1]] == tokenizer(PAIR.prompt + text)["input_ids"]
     assert encoded.prompt.tolist() == tokenizer(PAIR.prompt)["input_ids"]
-    assert (cuts, split) == ([0, 0, 0], False)
-    assert all(ids.dtype == np.int32 for ids in encoded)
+    assert (cuts, split) == ([0, (0, 0)], False)
+    assert all(ids.dtype == np.int32 for ids in sides(encoded))
 
 
 @pytest.mark.parametrize(("chosen", "rejected"), [("the sky", "\nno"), ("\nno", "the sky"), ("the sky", "sky")])
@@ -71,12 +76,12 @@ def test_encode_tokenises_both_answers_apart_when_a_token_would_reach_across(cho
 def test_encode_gives_each_pair_what_it_would_get_alone():
     tokenizer = make_tokenizer(adds="<bos> $A", template=CHATML)
     merging = [Pair("a:2", "is ", "the", "sky"), Pair("a:4", "the ", "sky", "blue")]
-    chat = render(Row("a:3", CHAT), format="chat", tokenizer=tokenizer)
+    (chat,) = render(Row("a:3", CHAT), format="chat", tokenizer=tokenizer)
     pairs = [PAIR, merging[0], chat, merging[1], PAIR]
     for pair, outcome in zip(pairs, encode(pairs, tokenizer), strict=True):
         assert isinstance(outcome, tokenize.Outcome)
         alone = encode_one(pair, tokenizer)
-        assert [ids.tolist() for ids in outcome.encoded] == [ids.tolist() for ids in alone.encoded]
+        assert [ids.tolist() for ids in sides(outcome.encoded)] == [ids.tolist() for ids in sides(alone.encoded)]
         assert outcome[1:] == alone[1:]
     assert encode([], tokenizer) == []
 
@@ -110,7 +115,7 @@ def test_encode_keeps_the_real_eos_when_the_pad_token_is_the_same():
 @pytest.mark.parametrize(("template", "end"), [(CHATML, "<|im_end|>\n"), (BOS_AND_EOS, "<eos>")])
 def test_encode_adds_nothing_to_templated_text(template, end):
     tokenizer = make_tokenizer(adds="<bos> $A <eos>", template=template)
-    pair = render(Row("a:1", CHAT), format="chat", tokenizer=tokenizer)
+    (pair,) = render(Row("a:1", CHAT), format="chat", tokenizer=tokenizer)
     prompt, chosen, _ = words(tokenizer, encode_one(pair, tokenizer).encoded)
     assert (prompt, chosen) == (pair.prompt, pair.chosen)
     assert chosen.endswith("yes" + end) and chosen.count(end) == 1
@@ -119,7 +124,7 @@ def test_encode_adds_nothing_to_templated_text(template, end):
 @pytest.mark.parametrize("template", [CHATML, THINKING, BOS_AND_EOS])
 def test_encode_gives_chat_the_ids_that_transformers_gives_the_conversation(template):
     tokenizer = make_tokenizer(adds="<bos> $A <eos>", template=template)
-    pair = render(Row("a:1", CHAT), format="chat", tokenizer=tokenizer)
+    (pair,) = render(Row("a:1", CHAT), format="chat", tokenizer=tokenizer)
     encoded = encode_one(pair, tokenizer).encoded
     for name, answer in (("chosen", encoded.chosen), ("rejected", encoded.rejected)):
         whole = tokenizer.apply_chat_template(CHAT["prompt"] + CHAT[name], tokenize=True, return_dict=False)
@@ -138,7 +143,7 @@ def test_encode_needs_an_eos_token_for_plain_text_only():
     with pytest.raises(InputError, match=r"a\.jsonl:1: plain text, and a tokenizer without an eos_token") as caught:
         encode([PAIR], tokenizer)
     assert "tokenizer_config.json" in caught.value.remedy and "config.json names by eos_token_id" in caught.value.remedy
-    pair = render(Row("a:1", CHAT), format="chat", tokenizer=tokenizer)
+    (pair,) = render(Row("a:1", CHAT), format="chat", tokenizer=tokenizer)
     assert words(tokenizer, encode_one(pair, tokenizer).encoded)[1] == pair.chosen
 
 
@@ -162,7 +167,7 @@ def test_encode_cuts_the_prompt_first_then_each_answer(adds, mode, expected, cut
     tokenizer = make_tokenizer(adds=adds)
     outcome = encode_one(letters(10, 8), tokenizer, max_length=10, max_prompt_length=4, truncate_prompt=mode)
     assert tuple(words(tokenizer, outcome.encoded)) == expected
-    assert (outcome.prompt_cut, outcome.chosen_cut, outcome.rejected_cut) == cuts
+    assert (outcome.prompt_cut, *outcome.answer_cuts) == cuts
 
 
 @pytest.mark.parametrize(
@@ -177,14 +182,14 @@ def test_encode_cuts_the_prompt_first_then_each_answer(adds, mode, expected, cut
 )
 def test_encode_cuts_nothing_before_it_must(prompt, chosen, cuts):
     outcome = encode_one(letters(prompt, chosen), make_tokenizer(), max_length=15, max_prompt_length=4)
-    assert outcome[1:4] == cuts
+    assert (outcome.prompt_cut, *outcome.answer_cuts) == cuts
     assert outcome.encoded.chosen[-1] != make_tokenizer().eos_token_id or not cuts[1]
 
 
 def test_encode_keeps_the_assistant_header_when_it_cuts_the_prompt():
     tokenizer = make_tokenizer(template="{{ bos_token }}" + CHATML)
     fields = {**CHAT, "prompt": [{"role": "user", "content": "the sky " * 50}]}
-    pair = render(Row("a:1", fields), format="chat", tokenizer=tokenizer)
+    (pair,) = render(Row("a:1", fields), format="chat", tokenizer=tokenizer)
     outcome = encode_one(pair, tokenizer, max_length=40, max_prompt_length=30)
     prompt = words(tokenizer, outcome.encoded)[0]
     assert prompt.startswith("<bos>") and prompt.endswith("<|im_end|>\n<|im_start|>assistant\n")
@@ -204,7 +209,7 @@ def test_encode_refuses_a_long_prompt_if_asked_to():
     assert "a prompt of 8 tokens" in error.got and error.expected == "at most data.max_prompt_length 4"
     assert "data.on_bad_row" in error.remedy
     encode_one(letters(8, 1), make_tokenizer(), **limits)  # fits as it is
-    assert encode_one(letters(4, 8), make_tokenizer(), **limits).chosen_cut == 3
+    assert encode_one(letters(4, 8), make_tokenizer(), **limits).answer_cuts == (3, 0)
 
 
 def test_encode_refuses_answers_that_truncation_makes_equal():
@@ -315,4 +320,4 @@ def test_encode_finds_bos_where_the_tokenizer_knows_few_letters():
     backend.post_processor = tokenizers.processors.TemplateProcessing("<bos> $A", None, [("<bos>", 0)])
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<bos>", eos_token="<eos>")
     encoded = encode_one(Pair("dna:1", "ACG", "TT", "GA"), tokenizer).encoded
-    assert [ids.tolist() for ids in encoded] == [[0, 2, 3, 4], [5, 5, 1], [4, 2, 1]]
+    assert [ids.tolist() for ids in sides(encoded)] == [[0, 2, 3, 4], [5, 5, 1], [4, 2, 1]]
