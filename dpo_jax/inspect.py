@@ -46,14 +46,15 @@ def show(config: Config, folder: Path, *, pairs: int) -> None:
 def example(pairs: PairSet, tokenizer: Any, index: int) -> list[str]:
     """One pair, token by token: `|` stands between tokens, and only what follows `scored` counts in a loss."""
 
-    def text(ids: np.ndarray) -> str:
-        return "|".join(tokenizer.decode([int(i)]) for i in ids).replace("\n", "\\n")
+    def line(name: str, ids: np.ndarray, end: str) -> str:
+        text = "|".join(tokenizer.decode([int(i)]) for i in ids).replace("\n", "\\n")
+        return f"{f'{name}, {len(ids)} tokens{end}':<31} {text}"
 
     pair = pairs[index]
-    shown = [f"--- {pairs.place(index)}", f"prompt, {len(pair.prompt)} tokens:             {text(pair.prompt)}"]
+    shown = [f"--- {pairs.place(index)}", line("prompt", pair.prompt, ":")]
     for name, answer in zip(names(pairs), pair.answers, strict=False):
         if len(answer):  # an objective such as sft reads no rejected one, and an unpaired example has one of the two
-            shown.append(f"{f'{name}, {len(answer)} tokens, scored:':<31}{text(answer)}")
+            shown.append(line(name, answer, ", scored:"))
     return shown
 
 
@@ -74,7 +75,7 @@ def cuts(pairs: PairSet) -> list[str]:
         f"with reference log-probs of their own: {report['reference_given']}",
     ]
     for name, source in zip(pairs.names, report["sources"], strict=True):
-        lines.append(f"read as {source['format']}: {name}, {source['pairs']:,} of {source['rows']:,} rows")
+        lines.append(f"read as {source['format']}: {name}, {source['pairs']:,} pairs of {source['rows']:,} rows")
         if source["header_left_out"]:
             lines.append(f"  its template ends the generation header in {source['header_left_out']!r}, left out here")
     for entry in report["dropped"]:

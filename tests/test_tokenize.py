@@ -321,3 +321,81 @@ def test_encode_finds_bos_where_the_tokenizer_knows_few_letters():
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<bos>", eos_token="<eos>")
     encoded = encode_one(Pair("dna:1", "ACG", "TT", "GA"), tokenizer).encoded
     assert [ids.tolist() for ids in sides(encoded)] == [[0, 2, 3, 4], [5, 5, 1], [4, 2, 1]]
+
+
+# More answers than two, and fewer
+
+
+def test_encode_gives_a_ranking_the_answers_that_its_pairs_get():
+    tokenizer = make_tokenizer(adds="<bos> $A")
+    answers = " yes, the sky is blue.", " no", " the sky", " is it?"
+    whole = encode_one(Pair("a:1", PAIR.prompt, *answers[:2], answers[2:]), tokenizer)
+    ids = [side.tolist() for side in sides(whole.encoded)]
+    for side, text in enumerate(answers):
+        other = answers[side - 1]
+        pair = encode_one(Pair("a:1", PAIR.prompt, text, other), tokenizer).encoded
+        assert [pair.prompt.tolist(), pair.chosen.tolist()] == [ids[0], ids[1 + side]]
+    assert whole.answer_cuts == (0, 0, 0, 0) and not whole.boundary_split
+
+
+def test_encode_tokenises_all_answers_apart_when_one_would_merge_with_the_prompt():
+    tokenizer = make_tokenizer()
+    outcome = encode_one(Pair("a:1", "is ", "\nno", "well", ("the sky", "blue")), tokenizer)
+    assert outcome.boundary_split
+    assert words(tokenizer, outcome.encoded) == ["is ", "\nno<eos>", "well<eos>", "the sky<eos>", "blue<eos>"]
+    assert outcome.encoded.others[0].tolist() == tokenizer("the sky<eos>")["input_ids"]
+
+
+def test_encode_gives_an_answer_that_is_not_there_no_token():
+    for adds in ("$A", "<bos> $A <eos>"):
+        tokenizer = make_tokenizer(adds=adds)
+        for prompt, text in ((PAIR.prompt, " yes"), ("is ", "the")):  # the second is tokenised apart
+            pair = encode_one(Pair("a:1", prompt, text, " no"), tokenizer).encoded
+            first = encode_one(Pair("a:1", prompt, text, ""), tokenizer).encoded
+            second = encode_one(Pair("a:1", prompt, "", text), tokenizer).encoded
+            assert first.chosen.tolist() == second.rejected.tolist() == pair.chosen.tolist()
+            assert len(first.rejected) == len(second.chosen) == 0
+            assert first.prompt.tolist() == second.prompt.tolist() == pair.prompt.tolist()
+            assert first.rejected.dtype == np.int32
+
+
+def test_encode_learns_bos_from_an_answer_that_is_there():
+    tokenizer = make_tokenizer(adds="<bos> $A")
+    pairs = [Pair("a:1", "is ", "", "blue"), PAIR]
+    for outcome in encode(pairs, tokenizer):
+        assert isinstance(outcome, tokenize.Outcome)
+        assert words(tokenizer, outcome.encoded)[0].startswith("<bos>")
+
+
+def test_encode_takes_the_longest_answer_of_a_ranking_for_truncation_and_cuts_each():
+    tokenizer = make_tokenizer()
+    short, long = Pair("a:1", "0123456789", "N", "Z"), Pair("a:1", "0123456789", "N", "Z", ("OPQRSTUVW", "OPQ"))
+    limits = {"max_length": 12, "max_prompt_length": 4}
+    assert encode_one(short, tokenizer, **limits).prompt_cut == 0
+    outcome = encode_one(long, tokenizer, **limits)
+    assert words(tokenizer, outcome.encoded) == ["6789", "N<eos>", "Z<eos>", "OPQRSTUV", "OPQ<eos>"]
+    assert (outcome.prompt_cut, outcome.answer_cuts) == (6, (0, 0, 2, 0))
+
+
+def test_encode_refuses_any_two_answers_that_are_the_same_tokens():
+    pair = Pair("a:1", "0123", "NOPQ", "Z", ("NOPQRS", "NOPQRT"))
+    limits = {"max_prompt_length": 2}
+    for size, which in ((6, "answers 1 and 3"), (7, "answers 3 and 4")):
+        error = fault(pair, make_tokenizer(), max_length=size, **limits)
+        assert error.got == f"{which} are the same tokens after truncation to max_length {size}"
+    encode_one(pair, make_tokenizer(), max_length=8, **limits)
+    same = Pair("a:1", "the sky", " blue", " is<eos>", (" is",))
+    assert fault(same, make_tokenizer()).got == "answers 2 and 3 are the same tokens"
+
+
+def test_encode_names_the_answer_of_a_ranking_without_a_token():
+    backend = tokenizers.Tokenizer(tokenizers.models.BPE({"<eos>": 0, "A": 1, "C": 2, "G": 3}, []))
+    backend.add_special_tokens(["<eos>"])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<eos>")
+    assert fault(Pair("dna:1", "A", "C", "G", ("x",)), tokenizer).got == "'answer 3' has no token"
+    assert fault(Pair("dna:1", "A", "", "x"), tokenizer).got == "'rejected' has no token"
+
+
+def test_encode_refuses_ids_of_any_answer_that_the_model_does_not_have():
+    with pytest.raises(InputError, match=re.escape("uses '<|im_end|>' (id 3); expected ids below 3")):
+        encode([Pair("a:1", "<bos>", "<bos><eos>", "<eos>", ("<|im_end|>",))], make_tokenizer(), vocab_size=3)

@@ -320,7 +320,8 @@ def _fullest(lengths: np.ndarray, layout: str, pairs: int, sizes: Sequence[Crop]
         needed = min(pairs * longest, 2 * most // row_length + 1)
         # Rows that come in twos leave one empty where their number is odd, and in threes or more, some of each.
         filled = rows // longest * longest if longest <= 2 else rows - longest + 1
-        return Shape(pairs, rows, row_length, -(-needed // filled), shards, crops, answers=answers)
+        microbatches = min(pairs, -(-needed // filled))  # each holds at least one pair whole
+        return Shape(pairs, rows, row_length, microbatches, shards, crops, answers=answers)
 
     @functools.cache
     def worst(row_length: int) -> tuple[int, int]:

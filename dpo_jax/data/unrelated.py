@@ -31,7 +31,7 @@ class UnrelatedPairs:
         return len(self.partner)
 
     def __getitem__(self, i: int) -> Encoded:
-        answers = self.pairs[self.partner[i]].answers
+        answers = self.pairs[int(self.partner[i])].answers
         cut = (ids[:most] for ids, most in zip(answers, self.lengths[i, 1:], strict=False))
         return Encoded.of(self.pairs[i].prompt, *cut)
 
