@@ -307,6 +307,15 @@ def test_shape_has_microbatches_for_any_batch_of_rankings_longer_than_a_row(rows
     assert max(needed) <= shape.microbatches <= 2 * max(needed)
 
 
+def test_rows_that_come_in_threes_leave_some_of_a_microbatch_empty():
+    # Sequences a little longer than half a row; of eight rows, three and three are used.
+    lengths = np.array([[4, 60, 60, 60, 60], *[[4, 60, 60, 60, 0]] * 16])
+    shape = layout.choose_shape(
+        lengths, layout="shared", pairs=16, row_length=120, rows=8, shards=1, target_positions=1024
+    )
+    assert len(layout.plan(lengths[1:], shape, "shared")) == 8 <= shape.microbatches
+
+
 def test_pair_that_scores_more_than_a_row_holds_stands_in_two_rows():
     # After a prompt of one token a pair has 64 positions and 65 scored tokens: a row of 64 has no place for the last.
     pairs = [long_pair(1, 33, 32)]

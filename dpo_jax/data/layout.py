@@ -403,6 +403,7 @@ def pack(lengths: Int[np.ndarray, "P _"], row_length: int, layout: str) -> Packe
 
 def into_microbatches(packed: Packed, shape: Shape) -> list[Microbatch]:
     """Takes rows into microbatches in order, and cuts each to what it holds."""
+    assert all(len(group) <= shape.rows for group in packed.groups), "a shape of too few rows for its pairs"
     waiting, found = list(zip(*packed, strict=True)), []
     while waiting:
         rows: list[list[tuple[int, int]]] = []
