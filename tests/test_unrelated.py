@@ -50,6 +50,8 @@ def test_partners_are_the_same_each_time_and_not_the_neighbours():
     first, again = (unrelated(pairs, lengths, max_length=64).partner for _ in range(2))
     assert first.tolist() == again.tolist()
     assert np.mean(np.abs(first - np.arange(40)) == 1) < 0.2
+    two = unrelated(*make_pairs([1] * 40 + [2] * 40), max_length=64).partner
+    assert np.mean(np.abs(two - np.arange(80)) == 40) < 0.2
 
 
 def test_answers_are_cut_to_what_the_prompt_leaves_and_lengths_say_so():

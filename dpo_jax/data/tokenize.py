@@ -264,7 +264,7 @@ def _alike(answers: Sequence[np.ndarray]) -> tuple[int, int] | None:
     """The first two answers of the same tokens, counted from 1."""
     seen: dict[bytes, int] = {}
     for n, ids in enumerate(answers, start=1):
-        if len(ids) and (first := seen.setdefault(ids.tobytes(), n)) != n:
+        if (first := seen.setdefault(ids.tobytes(), n)) != n:
             return first, n
     return None
 
