@@ -49,7 +49,8 @@ class Tokenizer:
 class Data:
     train: str = ""  # path or Hub id (owner/name:split), or several: "a.jsonl,b.parquet*0.5"; required to train
     eval: str = ""  # the same form, without weights; empty means no evaluation
-    format: str = "auto"  # auto | plain | chat | hh
+    format: str = "auto"  # auto | plain | chat | hh | ranked | unpaired
+    rankings: str = "all"  # all | best: which pairs a ranking makes, where the loss reads pairs
     shuffle: bool = True  # a new order each epoch, from seed; false: file order
     max_length: int = 1024  # tokens of prompt and answer together, >= 2
     max_prompt_length: int = 512  # tokens of the prompt, >= 1, < max_length
@@ -256,6 +257,7 @@ _RULES: tuple[tuple[str, Rule], ...] = (  # what the comments above say; an unse
     ("lora.base", _one_of("", "int8", "nf4")),
     ("data.truncate_prompt", _one_of("keep_end", "keep_start", "error")),
     ("data.on_bad_row", _one_of("error", "skip")),
+    ("data.rankings", _one_of("all", "best")),
     ("data.layout", _one_of("auto", "shared", "repeated")),
     ("export.dtype", _one_of("", "float32", "bfloat16", "float16")),
     ("prepare", (re.compile(r"([\w.]+:\w+)?").fullmatch, "'module:function', or nothing")),

@@ -14,9 +14,10 @@ from jaxtyping import Int
 from dpo_jax import hosts, losses, optim, sharding
 from dpo_jax.config import Config
 from dpo_jax.data.order import epoch_size, share
-from dpo_jax.data.pairs import PairSet, UnrelatedPairs, load
+from dpo_jax.data.pairs import PairSet, load
 from dpo_jax.data.specials import disagreements, unended
 from dpo_jax.data.tokenize import identity, load_tokenizer
+from dpo_jax.data.unrelated import UnrelatedPairs
 from dpo_jax.models import adapters as low_rank
 from dpo_jax.models import decoder, hf_files, hf_io, quantised
 from dpo_jax.models.attention import IMPLEMENTATIONS
@@ -244,11 +245,11 @@ def load_inputs(config: Config, *, training: bool) -> Inputs:
     return found
 
 
-def fit(config: Config, model: DecoderConfig, lengths: Int[np.ndarray, "N 3"]) -> tuple[DecoderConfig, str]:
+def fit(config: Config, model: DecoderConfig, lengths: Int[np.ndarray, "N _"]) -> tuple[DecoderConfig, str]:
     """The model for sequences no longer than these, and how pairs are laid out: one of `layout.LAYOUTS`.
 
     Args:
-      lengths: token counts of prompt, chosen and rejected of every pair that will be laid out.
+      lengths: token counts of prompt and answers of every pair that will be laid out.
     Raises: InputError if a sequence has positions that the model lacks, or if prompts are to be shared and the model
       attends through a window, or turns by the length of a sequence, that some of these exceed.
     """

@@ -82,37 +82,41 @@ def completion_logps(
     rows: Rows,
     *,
     pairs: int,
+    answers: int = 2,
     bias: Float[Array, "V"] | None = None,
     soft_cap: float | None = None,
     blocks: Blocks = CPU_BLOCKS,
     spread: Spread | None = None,
     total: Head | None = None,
-) -> tuple[Float[Array, "P 2"], dict[str, Float[Array, "P 2"]], Head | None]:
+) -> tuple[Float[Array, "P K"], dict[str, Float[Array, "P K"]], Head | None]:
     """Summed log-probability of every completion, and the sum over its tokens of the mean logit.
 
     Args:
       hidden: final hidden states of the rows, in the compute type.
       head: the vocabulary matrix, cast to the type of `hidden`.
       rows: where hidden states predict which tokens, of which completion.
-      pairs: P; completions that these rows do not hold get 0.
+      pairs, answers: P and K; completions that these rows do not hold get 0.
       bias: added to the logits.
       soft_cap: logits become cap * tanh(logits / cap); None: they stay as they are.
       blocks: what is computed at once.
       spread: how rows and head lie on a mesh; None: on one device.
       total: what the gradients of head and bias are added to, see `gradients`; None: they are their cotangents. One
         that it lacks is not made.
-    Returns: logps in nats, float32 or wider, column 0 chosen, 1 rejected; {"logits": ...}, without gradient; `total`.
+    Returns: logps in nats, float32 or wider, column 0 chosen, 1 rejected, or best first; {"logits": ...}, without
+      gradient; `total`.
     """
     plan = _Plan(blocks, soft_cap, spread)
     logps, logits, total = score_tokens(hidden, Head(head, bias), total, rows.source, rows.target, rows.slot >= 0, plan)
-    by_slot = functools.partial(sum_by_slot, slot=rows.slot, pairs=pairs)
+    by_slot = functools.partial(sum_by_slot, slot=rows.slot, pairs=pairs, answers=answers)
     return by_slot(logps), {"logits": jax.lax.stop_gradient(by_slot(logits))}, total
 
 
-def sum_by_slot(values: Float[Array, "R T"], slot: Int[Array, "R T"], pairs: int) -> Float[Array, "P 2"]:
-    """Adds up the values of each completion; entries with slot -1 belong to none."""
-    into = jnp.where(slot >= 0, slot, 2 * pairs).ravel()
-    return jax.ops.segment_sum(values.ravel(), into, 2 * pairs + 1)[:-1].reshape(pairs, 2)
+def sum_by_slot(
+    values: Float[Array, "R T"], slot: Int[Array, "R T"], pairs: int, answers: int = 2
+) -> Float[Array, "P K"]:
+    """Adds up the values of each completion, of which a pair has `answers`; entries with slot -1 belong to none."""
+    into = jnp.where(slot >= 0, slot, answers * pairs).ravel()
+    return jax.ops.segment_sum(values.ravel(), into, answers * pairs + 1)[:-1].reshape(pairs, answers)
 
 
 custom_vjp: Any = jax.custom_vjp  # its own annotations say nothing of what a function returns

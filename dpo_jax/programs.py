@@ -118,7 +118,7 @@ def keep_compiled() -> None:
 def make_programs(
     config: Config,
     model: DecoderConfig,
-    lengths: Int[np.ndarray, "N 3"],
+    lengths: Int[np.ndarray, "N _"],
     *,
     selection: Selection = EVERYTHING,
     devices: Sequence[Any] | None = None,
@@ -127,7 +127,7 @@ def make_programs(
     """Chooses shapes from data and devices, and builds the scoring program for the mesh.
 
     Args:
-      lengths: token counts of prompt, chosen and rejected of every pair that will be laid out.
+      lengths: token counts of prompt and answers of every pair that will be laid out.
       selection: what trains.
       devices: those of the mesh, which need not be there; None: all that there are, and what is compiled is kept.
       watch: told how long compiling and reading weights take.
@@ -153,7 +153,7 @@ def make_programs(
 def without_devices(
     config: Config,
     model: DecoderConfig,
-    lengths: Int[np.ndarray, "N 3"],
+    lengths: Int[np.ndarray, "N _"],
     count: int,
     *,
     platform: str,
