@@ -328,19 +328,19 @@ def read_pairs(source: str, tokenizer: Path) -> Iterator[Kept]:
     """The pairs of a source in order, none of them cut; rows that cannot be used are left out."""
     from dpo_jax.data import formats, sources
     from dpo_jax.data.tokenize import encode, load_tokenizer
-    from dpo_jax.types import InputError, Pair
+    from dpo_jax.types import InputError
 
     loaded = load_tokenizer(str(tokenizer))
     most = 10**6  # tokens, so that nothing is cut
     whole = functools.partial(encode, max_length=most, max_prompt_length=most - 1, truncate_prompt="keep_end")
     for row in sources.read(source, split="train")[0].rows:
         try:
-            pair = formats.render(row, format=formats.detect(row), tokenizer=loaded)
+            pairs = formats.render(row, format=formats.detect(row), tokenizer=loaded)
         except InputError:
             continue
-        found = whole([pair], loaded, vocab_size=len(loaded))[0]
-        if isinstance(pair, Pair) and not isinstance(found, InputError):
-            yield Kept({"prompt": pair.prompt, "chosen": pair.chosen, "rejected": pair.rejected}, found.encoded)
+        for pair, found in zip(pairs, whole(pairs, loaded, vocab_size=len(loaded)), strict=True):
+            if not isinstance(found, InputError):
+                yield Kept({"prompt": pair.prompt, "chosen": pair.chosen, "rejected": pair.rejected}, found.encoded)
 
 
 def select_pairs(

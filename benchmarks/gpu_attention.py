@@ -50,7 +50,7 @@ def packed_bounds(rows: int, length: int, *, scale: float, seed: int) -> tuple[n
         at = 0
         while True:
             drawn = np.exp(rng.normal(np.log([110, 45, 45]), [0.8, 0.9, 0.9])) * scale
-            unit = lay_out(Encoded(*(np.zeros(int(n), int) for n in np.clip(drawn, 2, length // 3))), "shared")
+            unit = lay_out(Encoded.of(*(np.zeros(int(n), int) for n in np.clip(drawn, 2, length // 3))), "shared")
             span = slice(at, at + len(unit.tokens))
             if span.stop > length:
                 break

@@ -68,6 +68,7 @@ def padded_batch(pairs: Any, reference: Any, target: int | None) -> Any:
     import numpy as np
 
     from benchmarks.updates import lengths_of
+    from dpo_jax.data.layout import map_rows
     from dpo_jax.types import Batch, Rows
 
     lengths = lengths_of(pairs)
@@ -96,7 +97,7 @@ def padded_batch(pairs: Any, reference: Any, target: int | None) -> Any:
         rows.slot[row, : len(answer)] = row
     micro = (count // each, 2 * each)
     return Batch(
-        rows=Rows(*(array.reshape(*micro, -1) for array in rows)),
+        rows=map_rows(lambda array: array.reshape(*micro, -1), rows),
         count=np.int32(micro[0]),
         present=np.kron(np.eye(micro[0], dtype=bool), np.ones(each, bool)),
         reference=np.asarray(reference, np.float32),

@@ -109,7 +109,7 @@ def memory_of(compiled: Any) -> dict[str, int]:
 
 def lengths_of(pairs: Sequence[Encoded]) -> np.ndarray:
     """Token counts [P, 3] of pairs: prompt, chosen, rejected."""
-    return np.array([[len(ids) for ids in pair] for pair in pairs])
+    return np.array([pair.lengths for pair in pairs])
 
 
 def positions_of(parts: Parts, batches: Sequence[Batch]) -> list[int]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import jax
 import orbax.checkpoint as ocp
 
 from dpo_jax.steps import TrainState
@@ -43,14 +44,28 @@ class Checkpoints:
         args = ocp.args.Composite(state=ocp.args.StandardRestore(like))
         return self._manager.restore(step, args=args)["state"]
 
-    def restore_params(self, step: int, like: Any) -> Any:
-        """The parameters of that step alone, placed as `like`."""
-        tree = {"params": like}
+    def restore_params(self, step: int, params: Any, running: Any) -> tuple[Any, Any]:
+        """Parameters and baselines of that step alone, placed as these are, trees of shapes with shardings."""
+        tree = {"params": params, "running": running}
         places = ocp.checkpoint_utils.construct_restore_args(tree)
         state = ocp.args.PyTreeRestore(tree, restore_args=places, partial_restore=True)
-        return self._manager.restore(step, args=ocp.args.Composite(state=state))["state"]["params"]
+        found = self._manager.restore(step, args=ocp.args.Composite(state=state))["state"]
+        return found["params"], found["running"]
 
     def close(self) -> None:
         """Waits until everything is on disk."""
         self._manager.wait_until_finished()
         self._manager.close()
+
+
+def write_tree(folder: Path, tree: Any) -> None:
+    """Arrays by themselves, whole or not at all; returns when they are on disk."""
+    with ocp.StandardCheckpointer() as writer:
+        writer.save(Path(folder).absolute(), tree)
+
+
+def read_tree(folder: Path, like: Any) -> Any:
+    """What `write_tree` wrote, placed as `like`."""
+    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), like)
+    with ocp.StandardCheckpointer() as reader:
+        return reader.restore(Path(folder).absolute(), shapes)

@@ -49,7 +49,8 @@ class Tokenizer:
 class Data:
     train: str = ""  # path or Hub id (owner/name:split), or several: "a.jsonl,b.parquet*0.5"; required to train
     eval: str = ""  # the same form, without weights; empty means no evaluation
-    format: str = "auto"  # auto | plain | chat | hh
+    format: str = "auto"  # auto | plain | chat | hh | ranked | unpaired
+    rankings: str = "all"  # all | best: which pairs a ranking makes, where the loss reads pairs
     shuffle: bool = True  # a new order each epoch, from seed; false: file order
     max_length: int = 1024  # tokens of prompt and answer together, >= 2
     max_prompt_length: int = 512  # tokens of the prompt, >= 1, < max_length
@@ -61,11 +62,25 @@ class Data:
 
 
 @dataclasses.dataclass(frozen=True)
-class Loss:
-    name: str = "sigmoid"  # sigmoid | ipo | hinge | sft
-    beta: float | None = None  # inverse temperature, > 0; unset: the loss's own default, 0.1
-    label_smoothing: float | None = None  # sigmoid: assumed rate of flipped labels, [0, 0.5); unset: 0
+class Loss:  # an unset field has the loss's own default, see docs/objectives.md
+    name: str = "sigmoid"  # one of those in docs/objectives.md, several as "sigmoid*0.8,sft*0.2", or "module:function"
+    beta: float | None = None  # inverse temperature, > 0; unset: 0.1 for most losses
+    label_smoothing: float | None = None  # assumed rate of flipped labels, [0, 0.5); unset: 0 for most
     average: bool | None = None  # ipo: per-token log-ratios (unset: true) or summed ones
+    tau: float | None = None  # discopop: temperature of its blend, (0, 1]; unset: 0.05
+    penalty: float | None = None  # dpo_positive: of chosen answers that become less likely, >= 0; unset: 50
+    gamma: float | None = None  # simpo: margin to reach, >= 0; unset: 1
+    kl_weight: float | None = None  # tdpo2: weight of the divergences' difference, >= 0; unset: 0.5
+    kl_tokens: int | None = None  # tdpo1, tdpo2: likely tokens whose reference log-probs are kept, >= 1; unset: 32
+    sensitivity: float | None = None  # beta_dpo: of beta to the batch's margins, >= 0; unset: 0.6
+    desirable_weight: float | None = None  # kto: of desirable answers, > 0; unset: 1
+    undesirable_weight: float | None = None  # kto: of undesirable ones, > 0; unset: 1
+    divergence: str | None = None  # reverse_kl (unset) | forward_kl | js_divergence | alpha_divergence
+    divergence_alpha: float | None = None  # alpha_divergence: between reverse KL and forward KL, (0, 1); unset: 0.5
+    ld_alpha: float | None = None  # LD-DPO: weight of tokens beyond the shorter answer's length, [0, 1]; unset: 1
+    wpo: bool | None = None  # WPO: weigh pairs by how likely the policy would write them; unset: false
+    nll_weight: float | None = None  # RPO: of the chosen answer's negative log-likelihood, >= 0; unset: 0; cpo, orpo: 1
+    nll_average: bool | None = None  # that per token (unset: true) or summed
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,6 +129,10 @@ class Optimizer:
 class Reference:
     path: str = ""  # folder of stored reference log-probs; empty: WORKDIR/reference
     microbatch_rows: int | None = None  # rows in one forward; unset: several times training's
+    sync_steps: int = (
+        0  # TR-DPO: updates after which the reference takes the policy in, again and again; 0: it is fixed
+    )
+    mixup_alpha: float = 1.0  # TR-DPO: weight of the policy in the new reference, (0, 1]; 1: the policy itself
 
 
 @dataclasses.dataclass(frozen=True)
@@ -211,6 +230,7 @@ def _is_pattern(text: str) -> bool:
 
 
 _POSITIVE: Rule = (lambda value: 0 < value < math.inf, "a number > 0")
+_SHARE: Rule = (lambda value: 0 < value <= 1, "a number in (0, 1]")
 _AXIS: Rule = (lambda value: value == -1 or value >= 1, "a number >= 1, or -1 for what is left")
 _RULES: tuple[tuple[str, Rule], ...] = (  # what the comments above say; an unset field (None) is not looked up
     ("seed lora.rank sft.steps sft.warmup_steps optimizer.warmup_steps eval.every_steps profile.steps", _within(0)),
@@ -221,8 +241,14 @@ _RULES: tuple[tuple[str, Rule], ...] = (  # what the comments above say; an unse
     ("data.max_length data.row_length", _within(2)),
     ("loss.beta lora.alpha train.epochs sft.learning_rate optimizer.learning_rate optimizer.eps", _POSITIVE),
     ("loss.label_smoothing", _within(0, 0.5)),
+    ("loss.penalty loss.gamma loss.kl_weight loss.sensitivity loss.nll_weight reference.sync_steps", _within(0)),
+    ("loss.desirable_weight loss.undesirable_weight", _POSITIVE),
+    ("loss.tau reference.mixup_alpha", _SHARE),
+    ("loss.divergence_alpha", (lambda value: 0 < value < 1, "a number in (0, 1)")),
+    ("loss.ld_alpha", (lambda value: 0 <= value <= 1, "a number in [0, 1]")),
+    ("loss.kl_tokens", _within(1)),
     ("optimizer.b1 optimizer.b2", _within(0, 1)),
-    ("optimizer.layer_decay", (lambda value: 0 < value <= 1, "a number in (0, 1]")),
+    ("optimizer.layer_decay", _SHARE),
     ("train.freeze lora.targets", (_is_pattern, "a regular expression")),
     ("mesh.replica mesh.fsdp mesh.tensor", _AXIS),
     ("model.path", (bool, "a Hugging Face folder or Hub id")),
@@ -231,6 +257,7 @@ _RULES: tuple[tuple[str, Rule], ...] = (  # what the comments above say; an unse
     ("lora.base", _one_of("", "int8", "nf4")),
     ("data.truncate_prompt", _one_of("keep_end", "keep_start", "error")),
     ("data.on_bad_row", _one_of("error", "skip")),
+    ("data.rankings", _one_of("all", "best")),
     ("data.layout", _one_of("auto", "shared", "repeated")),
     ("export.dtype", _one_of("", "float32", "bfloat16", "float16")),
     ("prepare", (re.compile(r"([\w.]+:\w+)?").fullmatch, "'module:function', or nothing")),
@@ -335,6 +362,10 @@ def _check_relations(config: Config, problems: Problems) -> None:
         _refuse(problems, "lora.rank", lora.rank, "a number >= 1 where other fields of lora are set")
     if (lora.rank or lora.path) and config.train.freeze:
         _refuse(problems, "train.freeze", config.train.freeze, "empty where adapters train, which freezes all else")
+    reference = config.reference
+    if reference.mixup_alpha != 1 and not (reference.sync_steps and not lora.rank and not lora.path):
+        expected = "1, unless reference.sync_steps is set and all parameters train"
+        _refuse(problems, "reference.mixup_alpha", reference.mixup_alpha, expected)
     if (mesh.replica, mesh.fsdp, mesh.tensor).count(-1) > 1:
         problems["mesh"] = str(mesh), "at most one axis of -1", "Give the other axes a size."
 

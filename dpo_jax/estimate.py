@@ -22,7 +22,7 @@ import numpy as np
 from jax.experimental import topologies
 from jaxtyping import Int
 
-from dpo_jax import chips, flops, hosts, losses, programs, roofline, scoring, sharding, steps
+from dpo_jax import chips, flops, hosts, programs, roofline, scoring, sharding, steps
 from dpo_jax import inputs as run_inputs
 from dpo_jax.chips import Chip
 from dpo_jax.collectives import Collective, bytes_across, collectives
@@ -226,7 +226,7 @@ def estimate(config: Config, topology: Topology, *, reference_in_step: bool = Fa
         built = programs.without_devices(config, model, lengths, topology.count, platform="gpu", selection=selection)
     tx, _ = run_inputs.optimizer_of(config, total_steps=updates(config), selection=selection)
     state, (_, frozen) = programs.abstract_state(config, built, tx), programs.abstract_params(config, built)
-    update = programs.make_update(config, built, run_inputs.loss_of(config), tx, state) if compiles else None
+    update = programs.make_update(config, built, tx, state) if compiles else None
     calls: dict[str, tuple[layout.Shape, Any, tuple]] = {
         "update": (built.update_shape, update, (state, frozen)),
         "scoring": (built.score_shape, built.scoring, (scoring.join(state.params, frozen),)),
@@ -235,7 +235,7 @@ def estimate(config: Config, topology: Topology, *, reference_in_step: bool = Fa
         reference = as_type(scoring.join(state.params, frozen), built.dtype)
         update = with_reference(config, built, tx, state) if compiles else None
         calls["update"] = built.update_shape, update, (state, frozen, reference)
-    if reference_in_step or config.loss.name in losses.REFERENCE_FREE:
+    if reference_in_step or built.objective.reference_free:
         del calls["scoring"]
     parts = {name: part_of(config, topology, built, lengths, name, *call) for name, call in calls.items()}
     training, still = selection.counts(model)
@@ -244,8 +244,7 @@ def estimate(config: Config, topology: Topology, *, reference_in_step: bool = Fa
 
 def with_reference(config: Config, built: Programs, tx: Any, state: Any) -> programs.Compiled:
     """The update(state, frozen, reference, batch) that scores with the reference's parameters first."""
-    loss_fn = run_inputs.loss_of(config)
-    step, logps_fn = programs.update_step(config, built, loss_fn, tx)
+    step, logps_fn = programs.update_step(config, built, tx)
     score = steps.make_score_step(logps_fn, has_aux=True, crops=programs.crops(built.update_shape))
 
     def update(state: Any, frozen: Any, reference: Any, batch: Any) -> Any:

@@ -4,34 +4,39 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from types import MappingProxyType
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Int
 
+from dpo_jax import losses
+from dpo_jax.batches import Known
 from dpo_jax.data.layout import Shape
-from dpo_jax.losses import reward_scale
-from dpo_jax.metrics import pair_metrics
 from dpo_jax.scoring import score_pairs
+from dpo_jax.steps import judge, summarise
 from dpo_jax.types import Batch, Pairs
 
 
-def make_summary(loss_fn: Callable[..., jax.Array]) -> Callable[..., dict[str, jax.Array]]:
-    """Returns `summary(policy, reference, lengths, token_sums)`, the metrics of a whole set as one small program."""
+def make_summary(loss_fn: losses.Loss, *, paired: bool = True) -> Callable[..., dict[str, jax.Array]]:
+    """Returns `summary(found, reference, reference_sums, lengths, unrelated, running)`, the metrics of a whole set as
+    one small program.
+
+    `found` is log-probs and sums over answers, `unrelated` (log-probs under policy and reference, lengths) or None.
+    """
 
     @jax.jit
-    def summary(policy: Any, reference: Any, lengths: Any, token_sums: Any) -> dict[str, jax.Array]:
-        return pair_metrics(
-            loss_fn(policy, reference, lengths=lengths),
-            policy,
-            reference,
-            lengths,
-            jnp.ones(len(policy), bool),
-            beta=reward_scale(loss_fn),
-            token_sums=token_sums,
-        )
+    def summary(
+        found: Any, reference: Any, reference_sums: Any, lengths: Any, unrelated: Any, running: Any
+    ) -> dict[str, jax.Array]:
+        present = jnp.ones(len(lengths), bool)
+        kl = None if unrelated is None else losses.estimate_kl(*unrelated, present)
+        told: dict[str, Any] = {"reference_sums": reference_sums, "kl": kl, "follows": False}
+        each, _ = judge(loss_fn, found, running, reference, lengths, present, **told)
+        metrics = summarise(loss_fn, each, found, reference, lengths, present, paired=paired)
+        return metrics | ({} if kl is None else {"kl": kl})
 
     return summary
 
@@ -40,29 +45,45 @@ def evaluate(
     score: Callable[[Batch], tuple[Any, dict[str, Any]]],
     summary: Callable[..., dict[str, jax.Array]],
     pairs: Pairs,
-    lengths: Int[np.ndarray, "N 3"],
-    reference: Float[np.ndarray, "N 2"],
+    lengths: Int[np.ndarray, "N K1"],
+    known: Known | None,
     *,
     shape: Shape,
     layout: str,
+    running: Any = MappingProxyType({}),
+    unrelated: Any = None,
 ) -> dict[str, float]:
     """Metrics of `pair_metrics` over all pairs, named `eval/...`, with `eval/pairs` and `eval_time_s`.
 
-    Every mean is over the set as a whole, so batching does not change it.
+    Every mean is over the set as a whole, so batching does not change it; and so is what a loss reads of a batch.
 
     Args:
-      score: a host batch to (logps [P, 2], token sums), such as a jitted score step with its parameters bound.
+      score: a host batch to (logps [P, K], sums over answers), such as a jitted score step with its parameters bound.
       summary: of `make_summary`.
-      lengths: token counts of prompt, chosen and rejected.
-      reference: stored log-probs in nats; not read by reference-free losses.
+      lengths: token counts of prompt and answers.
+      known: what the reference says of the pairs; None for reference-free losses.
+      running: what the objective carries on, as it is after the last update.
+      unrelated: the set of the same prompts with other answers, with its `lengths`, if the objective asks.
     """
     started = time.perf_counter()
-    logps = np.zeros((len(lengths), 2), np.float32)
-    sums: dict[str, np.ndarray] = {}
-    for part in score_pairs(score, pairs, lengths, shape=shape, layout=layout):
-        logps[part.indices] = part.logps
-        for name, values in part.token_sums.items():
-            sums.setdefault(name, np.zeros_like(logps))[part.indices] = values
-    found = summary(logps, np.asarray(reference, np.float32), np.asarray(lengths[:, 1:]), sums)
-    named = {f"eval/{name}": float(value) for name, value in found.items()}
+
+    def scored(pairs: Pairs, lengths: np.ndarray, tokens: Any) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+        logps = np.zeros((len(lengths), lengths.shape[1] - 1), np.float32)
+        sums: dict[str, np.ndarray] = {}
+        for part in score_pairs(score, pairs, lengths, shape=shape, layout=layout, reference_tokens=tokens):
+            logps[part.indices] = part.logps
+            for name, values in part.token_sums.items():
+                sums.setdefault(name, np.zeros_like(logps))[part.indices] = values
+        return logps, sums
+
+    stored = None if known is None else known.of(np.arange(len(lengths)))
+    found = scored(pairs, lengths, None if stored is None else stored.tokens)
+    reference = np.zeros_like(found[0]) if stored is None else np.asarray(stored.logps, np.float32)
+    sums = {} if stored is None else {name: np.asarray(each, np.float32) for name, each in stored.sums.items()}
+    others = None
+    if unrelated is not None and stored is not None and stored.unrelated is not None:
+        logps = scored(unrelated, unrelated.lengths, None)[0]
+        others = logps, np.asarray(stored.unrelated, np.float32), np.asarray(unrelated.lengths[:, 1:])
+    values = summary(found, reference, sums, np.asarray(lengths[:, 1:]), others, dict(running))
+    named = {f"eval/{name}": float(value) for name, value in values.items()}
     return named | {"eval/pairs": len(lengths), "eval_time_s": time.perf_counter() - started}

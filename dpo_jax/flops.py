@@ -18,7 +18,7 @@ import numpy as np
 from jaxtyping import Int
 
 from dpo_jax.chips import chip_of
-from dpo_jax.data.layout import unit_lengths
+from dpo_jax.data.layout import prompt_copies, unit_lengths
 from dpo_jax.models.adapters import is_factor
 from dpo_jax.models.config import DecoderConfig
 
@@ -57,14 +57,14 @@ def shares_of(config: DecoderConfig, shapes: Mapping[str, tuple[int, ...]], trai
     return Shares(blocks / every, float(head), adapters)
 
 
-def train_flops(config: DecoderConfig, lengths: Int[np.ndarray, "P 3"], layout: str, shares: Shares = WHOLE) -> float:
-    """Operations of one update on these pairs, from their token counts of prompt, chosen and rejected."""
+def train_flops(config: DecoderConfig, lengths: Int[np.ndarray, "P _"], layout: str, shares: Shares = WHOLE) -> float:
+    """Operations of one update on these pairs, from their token counts of prompt and answers."""
     return 3 * forward_flops(config, lengths, layout, shares) - unmade_flops(
         config, *tokens_of(lengths, layout), shares
     )
 
 
-def forward_flops(config: DecoderConfig, lengths: Int[np.ndarray, "P 3"], layout: str, shares: Shares = WHOLE) -> float:
+def forward_flops(config: DecoderConfig, lengths: Int[np.ndarray, "P _"], layout: str, shares: Shares = WHOLE) -> float:
     """Operations of scoring these pairs once."""
     windows = collections.Counter(config.windows)
     seen = sum(count * visible_pairs(lengths, layout, window) for window, count in windows.items())
@@ -72,7 +72,7 @@ def forward_flops(config: DecoderConfig, lengths: Int[np.ndarray, "P 3"], layout
     return products + 4.0 * config.heads * config.head_dim * seen
 
 
-def tokens_of(lengths: Int[np.ndarray, "P 3"], layout: str) -> tuple[int, int]:
+def tokens_of(lengths: Int[np.ndarray, "P _"], layout: str) -> tuple[int, int]:
     """How many tokens pairs have that go through the blocks, and how many are scored."""
     lengths = np.asarray(lengths, np.int64)
     return int(unit_lengths(lengths, layout).sum()), int(lengths[:, 1:].sum())
@@ -92,7 +92,7 @@ def unmade_flops(config: DecoderConfig, tokens: int, scored: int, shares: Shares
     return (1 - shares.blocks) * blocks + (1 - shares.head) * head
 
 
-def visible_pairs(lengths: Int[np.ndarray, "P 3"], layout: str, window: int | None = None) -> int:
+def visible_pairs(lengths: Int[np.ndarray, "P _"], layout: str, window: int | None = None) -> int:
     """(query, key) pairs that attention has to do with: each answer's token sees the prompt and its answer so far.
 
     Args:
@@ -104,10 +104,9 @@ def visible_pairs(lengths: Int[np.ndarray, "P 3"], layout: str, window: int | No
         tokens = np.concatenate([(prompt + answer - 1)[answer > 0] for answer in answers])
         inside = np.minimum(tokens, window)
         return int((inside * (inside + 1) // 2 + (tokens - inside) * window).sum())
-    prompts = 1 if layout == "shared" else sum(answer > 0 for answer in answers)
     triangle = prompt * (prompt + 1) // 2
     rest = [np.maximum(answer - 1, 0) for answer in answers]  # the last token is not fed back
-    return int((prompts * triangle + sum(n * prompt + n * (n + 1) // 2 for n in rest)).sum())
+    return int((prompt_copies(lengths, layout) * triangle + sum(n * prompt + n * (n + 1) // 2 for n in rest)).sum())
 
 
 def peak_flops(device_kind: str, dtype: str) -> float | None:

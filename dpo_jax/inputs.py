@@ -17,6 +17,7 @@ from dpo_jax.data.order import epoch_size, share
 from dpo_jax.data.pairs import PairSet, load
 from dpo_jax.data.specials import disagreements, unended
 from dpo_jax.data.tokenize import identity, load_tokenizer
+from dpo_jax.data.unrelated import UnrelatedPairs
 from dpo_jax.models import adapters as low_rank
 from dpo_jax.models import decoder, hf_files, hf_io, quantised
 from dpo_jax.models.attention import IMPLEMENTATIONS
@@ -39,12 +40,24 @@ class Inputs:
     train: PairSet | None
     eval: PairSet | None
     selection: Selection  # what trains
-    warnings: tuple[str, ...]  # a line each: what does not fit between tokenizer, model and pairs, and may be meant so
+    train_unrelated: UnrelatedPairs | None = None  # prompts with answers of others, where the objective asks for them
+    eval_unrelated: UnrelatedPairs | None = None
+    warnings: tuple[str, ...] = ()  # a line each: what does not fit between tokenizer, model and pairs, if not meant so
 
     @property
     def sets(self) -> list[PairSet]:
         """The sets of pairs that there are."""
         return [pairs for pairs in (self.train, self.eval) if pairs is not None]
+
+    @property
+    def unrelated(self) -> list[UnrelatedPairs]:
+        """Those of each set of pairs, in the same order; none if the objective does not ask."""
+        return [pairs for pairs in (self.train_unrelated, self.eval_unrelated) if pairs is not None]
+
+    @property
+    def paired(self) -> bool:
+        """Whether pairs have both their answers."""
+        return all(pairs.kind != "unpaired" for pairs in self.sets)
 
     @property
     def digests(self) -> dict[str, str | None]:
@@ -54,8 +67,8 @@ class Inputs:
 
     @property
     def lengths(self) -> np.ndarray:
-        """Token counts [N, 3] of every pair of every set."""
-        return np.concatenate([pairs.lengths for pairs in self.sets])
+        """Token counts [N, 1 + K] of everything that is laid out."""
+        return np.concatenate([pairs.lengths for pairs in [*self.sets, *self.unrelated]])
 
 
 def resolve_paths(config: Config, workdir: Path) -> Config:
@@ -82,7 +95,13 @@ def resolve_paths(config: Config, workdir: Path) -> Config:
 
 def check_names(config: Config) -> None:
     """Raises InputError for any name or option that no module knows."""
-    loss_of(config)
+    if loss_of(config).reference_free and config.reference.sync_steps:
+        raise InputError(
+            "config.reference.sync_steps",
+            got=f"got {config.reference.sync_steps}, and loss {config.loss.name!r} reads no reference",
+            expected="0",
+            remedy="Unset it or choose a loss that reads one.",
+        )
     optimizer_of(config, total_steps=1)
     decoder.check_remat(config.model.remat)
     sharding.parse_rules(config.mesh.rules)
@@ -90,8 +109,8 @@ def check_names(config: Config) -> None:
     check_choice("config.model.attention", config.model.attention, IMPLEMENTATIONS)
 
 
-def loss_of(config: Config) -> losses.Loss:
-    """The configured loss with its options bound."""
+def loss_of(config: Config) -> losses.Objective:
+    """The configured objective with its options bound."""
     options = {k: v for k, v in dataclasses.asdict(config.loss).items() if k != "name" and v is not None}
     return losses.make_loss(config.loss.name, options)
 
@@ -184,12 +203,21 @@ def load_inputs(config: Config, *, training: bool) -> Inputs:
             max_prompt_length=data.max_prompt_length,
             truncate_prompt=data.truncate_prompt,
             on_bad_row=data.on_bad_row,
+            rankings="whole" if "plackett_luce" in objective.names else data.rankings,
             cache_dir=data.cache_dir,
         )
         check_pairs(config, found, split)
-        return found.without_rejected() if losses.reward_scale(loss_of(config)) is None else found
+        check_kind(config, objective, found, split)
+        return found.without_rejected() if objective.beta is None else found
 
+    objective = loss_of(config)
     sets = {"train": pairs(config.data.train, "train"), "eval": pairs(config.data.eval, "test")}
+    answers = max((each.answers for each in sets.values() if each is not None), default=2)
+    sets = {name: None if each is None else each.widened(answers) for name, each in sets.items()}
+    unrelated: dict[str, UnrelatedPairs | None] = {}
+    if "kl" in objective.needs:
+        room = config.data.max_length
+        unrelated = {f"{name}_unrelated": each.unrelated(room) for name, each in sets.items() if each is not None}
     warnings = disagreements(tokenizer, vocab_size=model.vocab_size, **files)
     for name, each in sets.items():
         if each is not None:
@@ -202,6 +230,7 @@ def load_inputs(config: Config, *, training: bool) -> Inputs:
         model=model,
         tokenizer=tokenizer,
         **sets,
+        **unrelated,
         selection=selection_of(config, hf_io.family_table(folder, model)[0], model),
         warnings=tuple(warnings),
     )
@@ -216,11 +245,11 @@ def load_inputs(config: Config, *, training: bool) -> Inputs:
     return found
 
 
-def fit(config: Config, model: DecoderConfig, lengths: Int[np.ndarray, "N 3"]) -> tuple[DecoderConfig, str]:
+def fit(config: Config, model: DecoderConfig, lengths: Int[np.ndarray, "N _"]) -> tuple[DecoderConfig, str]:
     """The model for sequences no longer than these, and how pairs are laid out: one of `layout.LAYOUTS`.
 
     Args:
-      lengths: token counts of prompt, chosen and rejected of every pair that will be laid out.
+      lengths: token counts of prompt and answers of every pair that will be laid out.
     Raises: InputError if a sequence has positions that the model lacks, or if prompts are to be shared and the model
       attends through a window, or turns by the length of a sequence, that some of these exceed.
     """
@@ -280,6 +309,17 @@ def check_pairs(config: Config, pairs: PairSet, split: str) -> None:
             )
 
 
+def check_kind(config: Config, objective: losses.Objective, pairs: PairSet, split: str) -> None:
+    """Raises InputError for pairs of a kind that the objective cannot be trained on."""
+    if pairs.kind not in objective.kinds:
+        raise InputError(
+            f"config.data.{'train' if split == 'train' else 'eval'}",
+            got=f"{pairs.kind} data, and loss {config.loss.name!r}",
+            expected=f"{' or '.join(sorted(objective.kinds))} data for it",
+            remedy="Change loss.name, or its options, or the data: docs/objectives.md says what goes with what.",
+        )
+
+
 def check_lengths(config: Config, inputs: Inputs) -> int:
     """Returns the number of updates: `train.steps`, or the whole batches in `train.epochs` epochs.
 
@@ -314,6 +354,7 @@ def reference_identity(
     data = config.data
     return {
         **start_of_adapters(config, inputs),
+        **({} if (tokens := loss_of(config).reference_tokens) is None else {"tokens": tokens}),
         **({"base": config.lora.base} if config.lora.base else {}),
         "weights": hf_io.digest(inputs.folder, mine=hosts.mine, gather=hosts.merged("weights")),
         **identity(inputs.tokenizer),

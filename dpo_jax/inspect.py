@@ -46,15 +46,23 @@ def show(config: Config, folder: Path, *, pairs: int) -> None:
 def example(pairs: PairSet, tokenizer: Any, index: int) -> list[str]:
     """One pair, token by token: `|` stands between tokens, and only what follows `scored` counts in a loss."""
 
-    def text(ids: np.ndarray) -> str:
-        return "|".join(tokenizer.decode([int(i)]) for i in ids).replace("\n", "\\n")
+    def line(name: str, ids: np.ndarray, end: str) -> str:
+        text = "|".join(tokenizer.decode([int(i)]) for i in ids).replace("\n", "\\n")
+        return f"{f'{name}, {len(ids)} tokens{end}':<31} {text}"
 
     pair = pairs[index]
-    shown = [f"--- {pairs.place(index)}", f"prompt, {len(pair.prompt)} tokens:             {text(pair.prompt)}"]
-    for name, answer in (("chosen", pair.chosen), ("rejected", pair.rejected)):
-        if len(answer):  # an objective such as sft reads no rejected one
-            shown.append(f"{f'{name}, {len(answer)} tokens, scored:':<31}{text(answer)}")
+    shown = [f"--- {pairs.place(index)}", line("prompt", pair.prompt, ":")]
+    for name, answer in zip(names(pairs), pair.answers, strict=False):
+        if len(answer):  # an objective such as sft reads no rejected one, and an unpaired example has one of the two
+            shown.append(line(name, answer, ", scored:"))
     return shown
+
+
+def names(pairs: PairSet) -> list[str]:
+    """Of the answers, best first."""
+    if pairs.kind != "ranked":
+        return ["chosen", "rejected"]
+    return ["answer 1 (best)", *(f"answer {n}" for n in range(2, pairs.lengths.shape[1]))]
 
 
 def cuts(pairs: PairSet) -> list[str]:
@@ -67,7 +75,7 @@ def cuts(pairs: PairSet) -> list[str]:
         f"with reference log-probs of their own: {report['reference_given']}",
     ]
     for name, source in zip(pairs.names, report["sources"], strict=True):
-        lines.append(f"read as {source['format']}: {name}, {source['pairs']:,} of {source['rows']:,} rows")
+        lines.append(f"read as {source['format']}: {name}, {source['pairs']:,} pairs of {source['rows']:,} rows")
         if source["header_left_out"]:
             lines.append(f"  its template ends the generation header in {source['header_left_out']!r}, left out here")
     for entry in report["dropped"]:
@@ -77,15 +85,16 @@ def cuts(pairs: PairSet) -> list[str]:
 
 def lengths(pairs: PairSet, name: str) -> list[str]:
     """Histograms of token counts and of the positions that a pair takes."""
-    prompt, chosen, rejected = np.asarray(pairs.lengths).T
+    prompt, *answers = np.asarray(pairs.lengths).T
     columns = {
         "prompt tokens": prompt,
-        "chosen tokens": chosen,
-        "rejected tokens": rejected,
+        **{f"{each} tokens": counts[counts > 0] for each, counts in zip(names(pairs), answers, strict=True)},
         f"positions of a pair, prompt {name}": layout.unit_lengths(pairs.lengths, name),
     }
     lines = []
     for title, values in columns.items():
+        if not len(values):  # answers that are nowhere
+            continue
         lines.append(f"{title}: mean {values.mean():.1f}, median {np.median(values):.0f}, most {values.max()}")
         lines.extend(histogram(values))
     return lines
@@ -137,10 +146,8 @@ def counts(config: Config, pairs: PairSet, shape: layout.Shape, name: str) -> It
         tokens = np.asarray(pairs.lengths[order(step)])
         computed = sum(microbatch.positions for microbatch in layout.plan(tokens, shape, name))
         longest = tokens[:, 0] + tokens[:, 1:].max(1)
-        answers = int((tokens[:, 1:] > 0).any(0).sum())
-        padded = sum(
-            answers * len(group) * group.max()
-            for group in (longest[at : at + PADDED_PAIRS] for at in range(0, len(longest), PADDED_PAIRS))
-        )
+        answers = (tokens[:, 1:] > 0).sum(1)
+        groups = [slice(at, at + PADDED_PAIRS) for at in range(0, len(longest), PADDED_PAIRS)]
+        padded = sum(answers[group].sum() * longest[group].max() for group in groups)
         real = int(layout.unit_lengths(tokens, name).sum())
         yield computed, real, int(padded)

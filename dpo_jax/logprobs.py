@@ -90,9 +90,9 @@ def completion_logps(
       sums: which of SUMS to make; sequence_kl reads `rows.likely`.
       likely: how many of the likeliest tokens to find at each entry, which nothing can be differentiated through; None:
         neither they nor the entries' own log-probs are returned.
-    Returns: logps in nats, float32 or wider, column 0 chosen, 1 rejected; the sums, and "logits", the mean logit,
-      without gradient, all [P, K], and "tokens", where `likely` is given: (log-probs of the targets [R, T], the
-      likeliest tokens [R, T, likely], and their log-probs); `total`.
+    Returns: logps in nats, float32 or wider, column 0 chosen, 1 rejected, or best first; the sums, and "logits", the
+      mean logit, without gradient, all [P, K], and "tokens", where `likely` is given: (log-probs of the targets
+      [R, T], the likeliest tokens [R, T, likely], and their log-probs); `total`.
     Source: shared_logps: Liu et al. 2024 (2409.06411); log_collision: Zhou et al. 2024 (2406.11827); sequence_kl: Zeng
       et al. 2024 (2404.11999).
     """
@@ -120,7 +120,7 @@ def completion_logps(
 def sum_by_slot(
     values: Float[Array, "R T"], slot: Int[Array, "R T"], pairs: int, answers: int = 2
 ) -> Float[Array, "P K"]:
-    """Adds up the values of each completion; entries with slot -1 belong to none."""
+    """Adds up the values of each completion, of which a pair has `answers`; entries with slot -1 belong to none."""
     into = jnp.where(slot >= 0, slot, answers * pairs).ravel()
     return jax.ops.segment_sum(values.ravel(), into, answers * pairs + 1)[:-1].reshape(pairs, answers)
 

@@ -13,10 +13,11 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 from jax.sharding import AbstractMesh, AxisType, NamedSharding
-from jaxtyping import Float, Int
+from jaxtyping import Int
 
 from dpo_jax import inputs as run_inputs
 from dpo_jax import losses, reference, scoring, sharding
+from dpo_jax.batches import Known, Some
 from dpo_jax.checkpoint import Checkpoints
 from dpo_jax.config import Config
 from dpo_jax.data import layout
@@ -77,13 +78,20 @@ class Programs(NamedTuple):
     attention: str  # the implementation that was chosen
     update_shape: layout.Shape
     score_shape: layout.Shape
+    objective: losses.Objective
     scoring: Compiled | None  # params, batch on the mesh -> logps, token sums; None: there are no devices
+    reference_scoring: Compiled | None  # the same for the reference pass, which may have to say more of each token
     watch: Stopwatch  # what starting goes into
 
     def score(self, params: Any, batch: Batch) -> tuple[jax.Array, dict[str, jax.Array]]:
-        """Log-probs [P, 2] and token sums of a host batch, the whole of them on every process."""
+        """Log-probs [P, K] and sums over answers of a host batch, the whole of them on every process."""
         assert self.scoring is not None
         return self.scoring(params, sharding.put(batch, self.mesh))
+
+    def score_reference(self, params: Any, batch: Batch) -> tuple[jax.Array, dict[str, Any]]:
+        """The same under the reference, with what is kept of each token, if the objective reads that."""
+        assert self.reference_scoring is not None
+        return self.reference_scoring(params, sharding.put(batch, self.mesh))
 
 
 class Store(NamedTuple):
@@ -110,7 +118,7 @@ def keep_compiled() -> None:
 def make_programs(
     config: Config,
     model: DecoderConfig,
-    lengths: Int[np.ndarray, "N 3"],
+    lengths: Int[np.ndarray, "N _"],
     *,
     selection: Selection = EVERYTHING,
     devices: Sequence[Any] | None = None,
@@ -119,7 +127,7 @@ def make_programs(
     """Chooses shapes from data and devices, and builds the scoring program for the mesh.
 
     Args:
-      lengths: token counts of prompt, chosen and rejected of every pair that will be laid out.
+      lengths: token counts of prompt and answers of every pair that will be laid out.
       selection: what trains.
       devices: those of the mesh, which need not be there; None: all that there are, and what is compiled is kept.
       watch: told how long compiling and reading weights take.
@@ -130,17 +138,22 @@ def make_programs(
     mesh = sharding.make_mesh(config.mesh.replica, config.mesh.fsdp, config.mesh.tensor, devices)
     platform = mesh.devices.flat[0].platform
     made = _without_scoring(config, model, lengths, selection, mesh, platform, sharding.shards_here(mesh), watch)
-    shape = made.score_shape
-    logps_fn = logps_of(config, made, shape)
-    step = make_score_step(logps_fn, has_aux=True, crops=crops(shape))
-    jitted = jax.jit(step, out_shardings=sharding.everywhere(mesh), compiler_options=COMPILER_OPTIONS)
-    return made._replace(scoring=Compiled("scoring", jitted, watch))
+    shape, tokens = made.score_shape, made.objective.reference_tokens
+
+    def compiled(name: str, **asks: Any) -> Compiled:
+        step = make_score_step(logps_of(config, made, shape, **asks), has_aux=True, crops=crops(shape))
+        jitted = jax.jit(step, out_shardings=sharding.everywhere(mesh), compiler_options=COMPILER_OPTIONS)
+        return Compiled(name, jitted, watch)
+
+    score = compiled("scoring", sums=made.objective.sums)
+    of_reference = score if tokens is None else compiled("scoring of the reference", tokens=tokens)
+    return made._replace(scoring=score, reference_scoring=of_reference)
 
 
 def without_devices(
     config: Config,
     model: DecoderConfig,
-    lengths: Int[np.ndarray, "N 3"],
+    lengths: Int[np.ndarray, "N _"],
     count: int,
     *,
     platform: str,
@@ -193,7 +206,9 @@ def _without_scoring(
         attention=kernel,
         update_shape=update_shape,
         score_shape=score_shape,
+        objective=run_inputs.loss_of(config),
         scoring=None,
+        reference_scoring=None,
         watch=watch,
     )
 
@@ -203,49 +218,56 @@ def crops(shape: layout.Shape) -> list[Callable[[Any], Any]]:
     return [functools.partial(layout.crop_rows, crop=crop) for crop in shape.crops]
 
 
-def make_update(config: Config, programs: Programs, loss_fn: losses.Loss, tx: Any, state: TrainState) -> Compiled:
+def make_update(config: Config, programs: Programs, tx: Any, state: TrainState, *, paired: bool = True) -> Compiled:
     """The jitted update(state, batch on the mesh): the state is donated and stays where it is on the mesh.
 
     Args:
       state: arrays, or their shapes and places.
+      paired: whether pairs have both their answers.
     """
-    return jit_update("update", update_step(config, programs, loss_fn, tx)[0], programs, state)
+    return jit_update("update", update_step(config, programs, tx, paired=paired)[0], programs, state)
 
 
-def update_step(config: Config, programs: Programs, loss_fn: losses.Loss, tx: Any) -> tuple[Any, Any]:
+def update_step(config: Config, programs: Programs, tx: Any, *, paired: bool = True) -> tuple[Any, Any]:
     """The update(state, frozen, batch) as a pure function, and what it scores by."""
     shape = programs.update_shape
-    logps_fn = logps_of(config, programs, shape)
+    logps_fn = logps_of(config, programs, shape, sums=programs.objective.sums)
     balance = config.train.router_balance
 
     def update(state: TrainState, frozen: Any, batch: Batch) -> Any:
         step = make_train_step(
             functools.partial(logps_fn, frozen=frozen),
-            loss_fn,
+            programs.objective,
             tx,
-            beta=losses.reward_scale(loss_fn),
             has_aux=True,
             adds=True,
             crops=crops(shape),
             penalties={"router_balance": balance} if balance else {},
             wanted=programs.selection.wanted,
+            paired=paired,
         )
         return step(state, batch)
 
     return update, logps_fn
 
 
-def logps_of(config: Config, programs: Programs, shape: layout.Shape) -> Callable[..., Any]:
-    """The `logps_fn` of a run, for batches of a shape."""
+def logps_of(config: Config, programs: Programs, shape: layout.Shape, **asks: Any) -> Callable[..., Any]:
+    """The `logps_fn` of a run, for batches of a shape.
+
+    Args:
+      asks: what it should say besides, as `scoring.make_logps_fn` has it.
+    """
     return scoring.make_logps_fn(
         programs.model,
         pairs=shape.pairs,
+        answers=shape.answers,
         dtype=programs.dtype,
         remat=config.model.remat,
         attention=programs.attention,
         mesh=programs.mesh,
         rules=programs.rules,
         adapters=programs.selection.adapters,
+        **asks,
     )
 
 
@@ -292,29 +314,44 @@ def held_in_few_bits(config: Config, path: str) -> bool:
 
 
 def reference_values(
-    config: Config, inputs: Inputs, store: Store, programs: Programs, report: Callable[[int, int], None]
-) -> tuple[reference.Pass, Any | None]:
-    """Reference log-probs of every set of pairs, scored now only where neither data nor store have them.
+    inputs: Inputs,
+    store: Store,
+    programs: Programs,
+    params: Callable[[], Any],
+    report: Callable[[int, int], None] = lambda done, total: None,
+    *,
+    only: Sequence[Int[np.ndarray, "n"]] | None = None,
+) -> tuple[list[Known], reference.Pass]:
+    """What the reference says of every set of pairs, scored now only where neither data nor store have it.
 
-    Returns: the pass, and the weights if they had to be loaded.
+    Args:
+      params: of the reference; called only where something has to be scored.
+      only: of each set, the pairs wanted; None: all, and values that came with the data are used.
     Raises: InputError if the store holds values of another identity.
     """
-    loaded: list[Any] = []
-
-    def score(batch: Batch) -> Any:
-        if not loaded:
-            loaded.append(load_params(config, inputs.folder, programs))
-        return programs.score(loaded[0], batch)
-
+    chosen = only or [np.arange(len(pairs)) for pairs in inputs.sets]
+    sets: list[Any] = [*inputs.sets, *inputs.unrelated]
+    if only is not None:
+        sets = [Some(pairs, chosen[i % len(chosen)]) for i, pairs in enumerate(sets)]
+    tokens = programs.objective.reference_tokens
     done = reference.run_pass(
         *store,
-        [(pairs, pairs.lengths, pairs.keys, pairs.reference) for pairs in inputs.sets],
-        score,
+        [(pairs, pairs.lengths, pairs.keys, pairs.reference) for pairs in sets],
+        lambda batch: programs.score_reference(params(), batch),
         shape=programs.score_shape,
         layout=programs.layout,
         report=report,
+        tokens=tokens,
     )
-    return done, loaded[0] if loaded else None
+    known = []
+    for i, (pairs, at) in enumerate(zip(inputs.sets, chosen, strict=True)):
+        place = np.full(len(pairs), -1)
+        place[at] = np.arange(len(at))
+        values = None if done.tokens is None else done.tokens[i]
+        sums = {} if values is None else {"shared_logps": values.shared_logps(pairs.lengths[at])}
+        unrelated = done.values[len(chosen) + i] if inputs.unrelated else None
+        known.append(Known(place, done.values[i], sums, values if tokens else None, unrelated))
+    return known, done
 
 
 def reference_store(config: Config, inputs: Inputs, workdir: Path, programs: Programs) -> Store | None:
@@ -322,7 +359,7 @@ def reference_store(config: Config, inputs: Inputs, workdir: Path, programs: Pro
 
     Reads all weights, for their digest. Raises: InputError if there is a store of another identity.
     """
-    if config.loss.name in losses.REFERENCE_FREE:
+    if programs.objective.reference_free:
         return None
     folder = Path(config.reference.path) if config.reference.path else workdir / "reference"
     dtype, platform = np.dtype(programs.dtype).name, reference.platform()
@@ -331,11 +368,6 @@ def reference_store(config: Config, inputs: Inputs, workdir: Path, programs: Pro
     )
     reference.check_identity(folder, identity)
     return Store(folder, identity)
-
-
-def no_reference(inputs: Inputs) -> list[Float[np.ndarray, "N 2"]]:
-    """Zeros in place of reference values, for losses that read none."""
-    return [np.zeros((len(pairs), 2)) for pairs in inputs.sets]
 
 
 def first_state(
@@ -356,7 +388,7 @@ def first_state(
     params, frozen = selection.split(load_params(config, folder, programs) if params is None else params)
 
     def first(params: Any) -> TrainState:
-        return init_state(params, tx)
+        return init_state(params, tx, programs.objective)
 
     places = jax.tree.map(lambda leaf: leaf.sharding, like)
     return jax.jit(first, out_shardings=places, donate_argnums=0)(params), frozen
@@ -371,7 +403,12 @@ def load_frozen(config: Config, folder: Path, programs: Programs) -> dict:
 def abstract_state(config: Config, programs: Programs, tx: Any) -> TrainState:
     """Shapes, types and places of a training state, without any array."""
     params, _ = abstract_params(config, programs)
-    return placed(programs, jax.eval_shape(lambda params: init_state(params, tx), params))
+    return placed(programs, jax.eval_shape(lambda params: init_state(params, tx, programs.objective), params))
+
+
+def abstract_running(programs: Programs) -> dict:
+    """Shapes and places of the objective's baselines, without any array."""
+    return placed(programs, jax.eval_shape(lambda: losses.start_of(programs.objective)))
 
 
 def abstract_params(config: Config, programs: Programs) -> tuple[dict, dict]:

@@ -34,7 +34,7 @@ PART_PAIRS = 256  # pairs in a part: what a killed pass can lose
 class Pass(NamedTuple):
     """What a reference pass found and did."""
 
-    values: list[Float[np.ndarray, "N 2"]]  # of each set of pairs, nats
+    values: list[Float[np.ndarray, "N K"]]  # of each set of pairs, nats; 0 for an answer that is not there
     given: int  # pairs whose values came with the data
     stored: int  # distinct pairs found in the store
     scored: int  # distinct pairs scored now
@@ -73,14 +73,16 @@ def check_identity(folder: Path, identity: dict[str, Any]) -> None:
         )
 
 
-def read_store(folder: Path) -> dict[str, tuple[float, float]]:
-    """All finished parts: pair key to (chosen, rejected) log-probs in nats."""
-    values: dict[str, tuple[float, float]] = {}
+def read_store(folder: Path) -> dict[str, tuple[float, ...]]:
+    """All finished parts: pair key to the log-probs of its answers in nats."""
+    values: dict[str, tuple[float, ...]] = {}
     for part in sorted(folder.glob("part-*.parquet")):
         with _undamaged(part):
             table = pq.read_table(part)
+            others = table.column("others").to_pylist() if "others" in table.column_names else [()] * len(table)
         columns = (table.column(name).to_pylist() for name in ("key", "chosen", "rejected"))
-        values.update((key, (chosen, rejected)) for key, chosen, rejected in zip(*columns, strict=True))
+        rows = zip(*columns, others, strict=True)
+        values.update((key, (chosen, rejected, *rest)) for key, chosen, rejected, rest in rows)
     return values
 
 
@@ -111,8 +113,8 @@ def run_pass(
 
     Args:
       identity: everything besides a pair's tokens that changes its values.
-      sets: of each set of N pairs: the pairs, their token counts [N, 3], their keys (digests of their token ids)
-        [N, 2] uint64, and values given with the data [N, 2] in nats, nan where there are none; given ones are used
+      sets: of each set of N pairs: the pairs, their token counts [N, 1 + K], their keys (digests of their token ids)
+        [N, 2] uint64, and values given with the data [N, K] in nats, nan where there are none; given ones are used
         as they are.
       score: a host batch to its log-probs under the reference; called only for pairs that have no value.
       report: told the number of pairs done and to do, as parts finish.
@@ -137,8 +139,8 @@ def run_pass(
 
         for done in score_pairs(score, pairs, lengths, shape=shape, layout=layout, skip=skip):
             new = {
-                str(name): (float(chosen), float(rejected))
-                for name, (chosen, rejected) in zip(names[done.indices], done.logps, strict=True)
+                str(name): tuple(logps)
+                for name, logps in zip(names[done.indices], done.logps.astype(float).tolist(), strict=True)
             }
             if hosts.is_mine(next(parts)):
                 _write_part(folder, new)
@@ -148,8 +150,8 @@ def run_pass(
             hosts.stop_if_asked()
     hosts.wait("reference pass")
     values = [
-        np.array([pair if own else known[name] for name, own, pair in zip(names, has_value, given, strict=True)])
-        for (_, _, names, has_value), (*_, given) in zip(named, sets, strict=True)
+        np.array([pair if own else _padded(known[name], len(pair)) for name, own, pair in zip(*each, strict=True)])
+        for each in ((names, has_value, given) for (*_, names, has_value), (*_, given) in zip(named, sets, strict=True))
     ]
     from_data = sum(int(has_value.sum()) for *_, has_value in named)
     return Pass(values, from_data, found, scored, passes)
@@ -158,6 +160,11 @@ def run_pass(
 def _names(keys: np.ndarray) -> np.ndarray:
     """Keys as they stand in the store, in hexadecimal."""
     return np.array([key.tobytes().hex() for key in keys])
+
+
+def _padded(logps: Sequence[float], answers: int) -> list[float]:
+    """Values of so many answers, 0 for each that a pair lacks: other runs may store more or fewer of those."""
+    return [*logps, *[0.0] * answers][:answers]
 
 
 def _given(values: np.ndarray) -> np.ndarray:
@@ -170,17 +177,15 @@ def _write_manifest(folder: Path, identity: dict[str, Any]) -> None:
     _write_whole(folder / "manifest.json", json.dumps({"identity": identity}, indent=2, sort_keys=True).encode())
 
 
-def _write_part(folder: Path, values: dict[str, tuple[float, float]]) -> None:
+def _write_part(folder: Path, values: dict[str, tuple[float, ...]]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     # Named by its pairs, so that two runs which share the folder never take each other's place.
     name = xxhash.xxh3_64_hexdigest("".join(values).encode())
-    table = pa.table(
-        {
-            "key": list(values),
-            "chosen": np.array([chosen for chosen, _ in values.values()], np.float64),
-            "rejected": np.array([rejected for _, rejected in values.values()], np.float64),
-        }
-    )
+    logps = np.array([*values.values()], np.float64)
+    columns: dict[str, Any] = {"key": list(values), "chosen": logps[:, 0], "rejected": logps[:, 1]}
+    if logps.shape[1] > 2:
+        columns["others"] = logps[:, 2:].tolist()
+    table = pa.table(columns)
     sink = pa.BufferOutputStream()
     pq.write_table(table, sink)
     _write_whole(folder / f"part-{name}.parquet", sink.getvalue().to_pybytes())

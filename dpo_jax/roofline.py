@@ -66,7 +66,7 @@ class Cost:
 
 def mean_work(
     model: DecoderConfig,
-    lengths: Int[np.ndarray, "N 3"],
+    lengths: Int[np.ndarray, "N _"],
     shape: Shape,
     name: str,
     needed: Shares = WHOLE,

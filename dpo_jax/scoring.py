@@ -33,8 +33,8 @@ class Scored(NamedTuple):
     """Log-probs of some of a set of pairs, and what it took."""
 
     indices: Int[np.ndarray, "n"]
-    logps: Float[np.ndarray, "n 2"]  # nats, summed over the answer
-    token_sums: dict[str, Float[np.ndarray, "n 2"]]
+    logps: Float[np.ndarray, "n K"]  # nats, summed over the answer
+    token_sums: dict[str, Float[np.ndarray, "n K"]]
     forward_passes: int
 
 
@@ -49,6 +49,7 @@ def make_logps_fn(
     config: DecoderConfig,
     *,
     pairs: int,
+    answers: int = 2,
     dtype: Any,
     remat: str = "none",
     attention: str = "xla",
@@ -56,14 +57,14 @@ def make_logps_fn(
     rules: sharding.Rules = sharding.RULES,
     adapters: low_rank.Adapters | None = None,
 ) -> Callable[..., Any]:
-    """Returns `logps_fn(params, rows) -> (logps [P, 2], {"logits": [P, 2], ...})` for a decoder, the second sums over
+    """Returns `logps_fn(params, rows) -> (logps [P, K], {"logits": [P, K], ...})` for a decoder, the second sums over
     answer tokens: of the mean logit, and of what `experts.routing` says.
 
     With a third argument, `sums` as in `gradients`, it returns `((logps, ...), sums)`. With `frozen`, parameters that
     are not among `params`, it reads those as well; their gradients are not made.
 
     Args:
-      pairs, dtype, remat: see `completion_logps` and `decoder.hidden_states`.
+      pairs, answers, dtype, remat: see `completion_logps` and `decoder.hidden_states`.
       attention: an implementation that `attention.choose` gave.
       mesh: what rows and parameters lie across, as `sharding` has it; None: one device of JAX's default platform.
       rules: by which parameters do.
@@ -133,6 +134,7 @@ def make_logps_fn(
             words[last],
             rows,
             pairs=pairs,
+            answers=answers,
             bias=words.get("logits"),
             soft_cap=config.logit_soft_cap,
             blocks=blocks,
@@ -140,7 +142,7 @@ def make_logps_fn(
             total=None if sums is None else Head(totals.get(last), totals.get("logits")),
         )
         at_source = {name: jnp.take_along_axis(values, rows.source, 1) for name, values in found.items()}
-        aux |= {name: sum_by_slot(values, rows.slot, pairs) for name, values in at_source.items()}
+        aux |= {name: sum_by_slot(values, rows.slot, pairs, answers) for name, values in at_source.items()}
         if total is None:
             return logps, aux
         totals |= {last: total.weights, "logits": total.bias}
@@ -198,7 +200,7 @@ def experts_across(config: DecoderConfig, mesh: Mesh, rules: sharding.Rules) -> 
 def score_pairs(
     score: Callable[[Batch], tuple[Any, dict[str, Any]]],
     pairs: Pairs,
-    lengths: Int[np.ndarray, "N 3"],
+    lengths: Int[np.ndarray, "N _"],
     *,
     shape: Shape,
     layout: str,
@@ -207,8 +209,8 @@ def score_pairs(
     """Scores a set of pairs, longest first, `shape.pairs` at a time; yields each part as it is done.
 
     Args:
-      score: a host batch to (logps [P, 2], token sums), such as a jitted score step with its parameters bound.
-      lengths: token counts of prompt, chosen and rejected of every pair.
+      score: a host batch to (logps [P, K], token sums), such as a jitted score step with its parameters bound.
+      lengths: token counts of prompt and answers of every pair.
       skip: given a part's indices, which of them need no scoring. The parts do not depend on it, so what is scored
         after an interruption is packed just as it would have been, as long as whole parts were finished.
     """

@@ -7,7 +7,7 @@ import dataclasses
 import functools
 import resource
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,15 +15,18 @@ import jax
 import numpy as np
 
 import dpo_jax
-from dpo_jax import card, feed, hosts, losses, programs, scoring, sharding, trackers, workdir
+from dpo_jax import card, feed, hosts, programs, scoring, sharding, trackers, workdir
 from dpo_jax import config as configs
 from dpo_jax import inputs as run_inputs
+from dpo_jax.batches import Known, make_batch
 from dpo_jax.checkpoint import Checkpoints
 from dpo_jax.config import Config
 from dpo_jax.data import layout
 from dpo_jax.data.order import epoch_size, make_order
+from dpo_jax.data.pairs import PairSet
 from dpo_jax.evaluate import evaluate, make_summary
-from dpo_jax.flops import peak_flops, shares_of, train_flops
+from dpo_jax.flops import forward_flops, peak_flops, shares_of, train_flops
+from dpo_jax.following import Following, stretches
 from dpo_jax.inputs import Inputs
 from dpo_jax.models import adapters as low_rank
 from dpo_jax.models import hf_files, hf_io
@@ -88,6 +91,7 @@ def after_sft(given: Config, config: Config, inputs: Inputs, folder: Path) -> tu
     stage = dataclasses.replace(
         given,
         loss=configs.Loss(name="sft"),
+        reference=dataclasses.replace(config.reference, sync_steps=0, mixup_alpha=1.0),
         train=dataclasses.replace(config.train, batch_pairs=config.sft.batch_pairs, steps=config.sft.steps),
         optimizer=dataclasses.replace(
             config.optimizer, learning_rate=config.sft.learning_rate, warmup_steps=config.sft.warmup_steps
@@ -129,24 +133,20 @@ def train(
     # What the run computes with.
     shape, mesh, watch = built.update_shape, built.mesh, built.watch
     with watch.part("reference"):
-        reference, params = reference_of(config, inputs, store, built)
+        known, params = reference_of(config, inputs, store, built)
     tx, schedule = run_inputs.optimizer_of(config, total_steps=total, selection=inputs.selection)
-    loss_fn = run_inputs.loss_of(config)
-    rate, summary = jax.jit(schedule), make_summary(loss_fn)
+    rate, summary = jax.jit(schedule), make_summary(built.objective, paired=inputs.paired)
     checkpoints = Checkpoints(folder / "checkpoints", keep=config.checkpoint.keep)
     with watch.part("weights"):
         state, frozen = programs.first_state(config, inputs.folder, built, tx, checkpoints, params)
         jax.block_until_ready((state, frozen))
     del params  # what trains is donated to the state: from here on one model is held
-    update = programs.make_update(config, built, loss_fn, tx, state)
+    update = programs.make_update(config, built, tx, state, paired=inputs.paired)
     start = int(state.step)
-    order = make_order(
-        train_pairs.source,
-        train_pairs.weights,
-        batch_pairs=shape.pairs,
-        seed=config.seed,
-        shuffle=config.data.shuffle,
-    )
+    order = order_of(config, train_pairs)
+    following = following_of(config, inputs, built, store, total)
+    if following is not None and following.last(start):
+        known = following.stored(following.last(start))
     epoch = epoch_size(train_pairs.source, train_pairs.weights)
     peak = peak_flops(mesh.devices.flat[0].device_kind, np.dtype(built.dtype).name)
     peak = None if peak is None else peak * mesh.size
@@ -192,20 +192,25 @@ def train(
             summary,
             inputs.eval,
             inputs.eval.lengths,
-            reference[1],
+            known[-1] if known else None,
             shape=built.score_shape,
             layout=built.layout,
+            running=state.running,
+            unrelated=inputs.eval_unrelated,
         )
         write("eval.jsonl", step, row)
         progress.say(f"step {step}: {one_line(row)}")
 
     def make(step: int) -> Made:
         chosen = order(step)
-        batch = layout.collate(
-            [train_pairs[i] for i in chosen.tolist()], reference[0][chosen], shape, layout=layout_name
-        )
+        stored, others = known[0] if known else None, inputs.train_unrelated
+        batch = make_batch(chosen, train_pairs, stored, shape, layout=layout_name, unrelated=others)
         counts = layout.work_counts(batch, train_pairs.lengths[chosen], shape, layout_name)
         flops = train_flops(built.model, train_pairs.lengths[chosen], layout_name, shares)
+        if others is not None:
+            scored = layout.work_counts(batch.unrelated, others.lengths[chosen], shape, layout_name)
+            counts = {name: count + scored[name] for name, count in counts.items()}
+            flops += forward_flops(built.model, others.lengths[chosen], layout_name, shares)
         return Made(sharding.put(batch, mesh), counts, flops)
 
     # A step's metrics are fetched when the next is under way, so that the device does not wait for the host.
@@ -224,8 +229,14 @@ def train(
             write("metrics.jsonl", step, row)
             progress.update(step + 1, row)
 
+    def stretch_by_stretch() -> Iterator[tuple[Made, float]]:
+        # Batches are made ahead, but never of a reference that is still to come.
+        for steps in stretches(start, total, config.reference.sync_steps):
+            with contextlib.closing(feed.ahead(make, steps)) as made:
+                yield from made
+
     with closing:
-        made = closing.enter_context(contextlib.closing(feed.ahead(make, range(start, total))))
+        made = closing.enter_context(contextlib.closing(stretch_by_stretch()))
         waited = 0.0
         for step in range(start, total + 1):
             if step in (0, total) or (config.eval.every_steps and step % config.eval.every_steps == 0):
@@ -237,6 +248,11 @@ def train(
             if hosts.asked_to_stop():
                 save(step)
                 raise hosts.Stopped(f"asked to stop, and saved at step {step} of {total}")
+            if following is not None and following.due(step):
+                save(step)  # or the policy that the reference takes in would be gone if this were interrupted
+                with clock.paused(state):
+                    known = following.refresh(step, state.params, functools.partial(scoring.join, other=frozen))
+                progress.say(f"step {step}: the reference has taken the policy in")
             profile.at(step, state)
             (batch, counts, flops), seconds = next(made)
             waited += seconds
@@ -256,21 +272,43 @@ def train(
     before_and_after(workdir.read_rows(folder / "eval.jsonl"))
 
 
+def order_of(config: Config, pairs: PairSet) -> Callable[[int], np.ndarray]:
+    """The pairs of each update."""
+    batch_pairs, data = config.train.batch_pairs, config.data
+    return make_order(pairs.source, pairs.weights, batch_pairs=batch_pairs, seed=config.seed, shuffle=data.shuffle)
+
+
+def following_of(
+    config: Config, inputs: Inputs, built: programs.Programs, store: programs.Store | None, total: int
+) -> Following | None:
+    """How the reference follows the policy; None where it stays as it is."""
+    if store is None or inputs.train is None or not config.reference.sync_steps:
+        return None
+    return Following(config, inputs, built, store, order_of(config, inputs.train), total)
+
+
 def reference_of(
     config: Config, inputs: Inputs, store: programs.Store | None, built: programs.Programs
-) -> tuple[list[np.ndarray], Any | None]:
-    """Stored reference log-probs of training and evaluation pairs, and the weights if they had to be loaded."""
+) -> tuple[list[Known], Any | None]:
+    """What the reference says of training and evaluation pairs, and the weights if they had to be loaded."""
     if store is None:
-        return programs.no_reference(inputs), None
+        return [], None
     started = time.perf_counter()
+    loaded: list[Any] = []
+
+    def weights() -> Any:
+        if not loaded:
+            loaded.append(programs.load_params(config, inputs.folder, built))
+        return loaded[0]
+
     with trackers.Counter("reference pass", unit="pairs") as counter:
-        done, params = programs.reference_values(config, inputs, store, built, counter.update)
+        known, done = programs.reference_values(inputs, store, built, weights, counter.update)
     speed = f", {done.scored / (time.perf_counter() - started):.1f} pairs/s in all" if done.scored else ""
     say(
         f"reference: {done.given} pairs came with values, {done.stored} were in "
         f"{store.folder}, {done.scored} scored in {done.forward_passes} forward passes{speed}"
     )
-    return done.values, params
+    return known, loaded[0] if loaded else None
 
 
 class Made(NamedTuple):
@@ -387,7 +425,7 @@ def score_reference(config: Config, folder: Path) -> None:
     """The reference pass alone, into `reference.path`. Raises: InputError as `run` does."""
     given, config = config, run_inputs.resolve_paths(config, folder)
     run_inputs.check_names(config)
-    if config.loss.name in losses.REFERENCE_FREE:
+    if run_inputs.loss_of(config).reference_free:
         raise InputError(
             "config.loss.name",
             got=f"{config.loss.name!r}, which reads no reference",
@@ -407,18 +445,25 @@ def evaluate_checkpoint(config: Config, folder: Path) -> dict[str, float]:
 
     Raises: InputError if there is no checkpoint or no data.eval, or as `run` does.
     """
-    config, inputs, built, step, params = open_checkpoint(config, folder)
+    config, inputs, built, step, params, running = open_checkpoint(config, folder)
     if inputs.eval is None:
         raise InputError("config.data.eval", got="empty", expected="a path or Hub id", remedy="Name the pairs.")
-    reference, _ = reference_of(config, inputs, programs.reference_store(config, inputs, folder, built), built)
+    store = programs.reference_store(config, inputs, folder, built)
+    known, _ = reference_of(config, inputs, store, built)
+    if config.reference.sync_steps:
+        following = following_of(config, inputs, built, store, run_inputs.check_lengths(config, inputs))
+        if following is not None and following.last(step):
+            known = following.stored(following.last(step))
     row = evaluate(
         functools.partial(built.score, params),
-        make_summary(run_inputs.loss_of(config)),
+        make_summary(built.objective, paired=inputs.paired),
         inputs.eval,
         inputs.eval.lengths,
-        reference[-1],
+        known[-1] if known else None,
         shape=built.score_shape,
         layout=built.layout,
+        running=running,
+        unrelated=inputs.eval_unrelated,
     )
     return {"step": step} | row
 
@@ -433,7 +478,7 @@ def export_checkpoint(config: Config, folder: Path, out: Path | None, *, merge: 
     Raises: InputError if there is no checkpoint, `out` is the place of an export that is still to come, or there are no
       adapters to merge.
     """
-    config, inputs, _, step, params = open_checkpoint(config, folder)
+    config, inputs, _, step, params, _ = open_checkpoint(config, folder)
     if merge and inputs.selection.adapters is None:
         raise InputError(
             "--merge", got="a run without adapters", expected="one with lora.rank", remedy="Leave --merge off."
@@ -451,8 +496,8 @@ def export_checkpoint(config: Config, folder: Path, out: Path | None, *, merge: 
     export(config, inputs, params, out, rows, step, merge=merge)
 
 
-def open_checkpoint(config: Config, folder: Path) -> tuple[Config, Inputs, programs.Programs, int, Any]:
-    """Configuration, inputs, programs, step and parameters of the newest checkpoint in `folder`.
+def open_checkpoint(config: Config, folder: Path) -> tuple[Config, Inputs, programs.Programs, int, Any, Any]:
+    """Configuration, inputs, programs, step, parameters and baselines of the newest checkpoint in `folder`.
 
     Raises: InputError if there is none, or the configuration names another model than the run's.
     """
@@ -467,6 +512,8 @@ def open_checkpoint(config: Config, folder: Path) -> tuple[Config, Inputs, progr
         )
     config, inputs = from_sft(config, run_inputs.load_inputs(config, training=False), folder)
     built = programs.make_programs(config, inputs.model, inputs.lengths, selection=inputs.selection)
-    params = checkpoints.restore_params(step, programs.abstract_params(config, built)[0])
+    trained, running = programs.abstract_params(config, built)[0], programs.abstract_running(built)
+    params, running = checkpoints.restore_params(step, trained, running)
     checkpoints.close()
-    return config, inputs, built, step, scoring.join(params, programs.load_frozen(config, inputs.folder, built))
+    whole = scoring.join(params, programs.load_frozen(config, inputs.folder, built))
+    return config, inputs, built, step, whole, running

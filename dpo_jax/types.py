@@ -49,6 +49,11 @@ class Pair:
     templated: bool = False  # a chat template wrote it: special tokens are in the text, none are added
     reference: tuple[float, float] | None = None  # log-probs given with the data, in nats: chosen, rejected
 
+    @property
+    def answers(self) -> tuple[str, ...]:
+        """All K answers, best first."""
+        return self.chosen, self.rejected, *self.others
+
 
 class Encoded(NamedTuple):
     """A preference as token ids, boundary decided, truncated, EOS in place. An answer without ids is not there."""
@@ -57,6 +62,12 @@ class Encoded(NamedTuple):
     chosen: Int[np.ndarray, "chosen_tokens"]
     rejected: Int[np.ndarray, "rejected_tokens"]
     others: tuple[Int[np.ndarray, "_"], ...] = ()  # of a ranking: the answers after the second best, in order
+
+    @classmethod
+    def of(cls, prompt: np.ndarray, *answers: np.ndarray) -> Encoded:
+        """A prompt with all its answers, two and more."""
+        chosen, rejected, *others = answers
+        return cls(prompt, chosen, rejected, tuple(others))
 
     @property
     def answers(self) -> tuple[np.ndarray, ...]:

@@ -55,8 +55,8 @@ def loaded(name, folder, adapters, *, at_start=True):
 
 def batch_of(config, rows=4):
     rng = np.random.default_rng(0)
-    pairs = [Encoded(*(rng.integers(3, 41, rng.integers(2, 15)) for _ in range(3))) for _ in range(PAIRS)]
-    lengths = np.array([[len(ids) for ids in pair] for pair in pairs])
+    pairs = [Encoded.of(*(rng.integers(3, 41, rng.integers(2, 15)) for _ in range(3))) for _ in range(PAIRS)]
+    lengths = np.array([pair.lengths for pair in pairs])
     _, name = run_inputs.fit(configs.Config(), config, lengths)
     shape = layout.Shape(pairs=PAIRS, rows=rows, row_length=64, microbatches=4 // rows)
     return layout.collate(pairs, np.full((PAIRS, 2), -40.0), shape, layout=name)

@@ -18,7 +18,7 @@ from dpo_jax.types import Encoded, InputError
 def packed(rows, length, seed=0, name="shared"):
     """Bounds of rows of random pairs, with padding at their ends."""
     rng = np.random.default_rng(seed)
-    pairs = [Encoded(*(rng.integers(1, 9, rng.integers(3, length // 9)) for _ in range(3))) for _ in range(3 * rows)]
+    pairs = [Encoded.of(*(rng.integers(1, 9, rng.integers(3, length // 9)) for _ in range(3))) for _ in range(3 * rows)]
     shape = layout.Shape(pairs=len(pairs), rows=rows, row_length=length, microbatches=3 * rows)
     batch = layout.collate(pairs, None, shape, layout=name)
     return jnp.asarray(batch.rows.key_start[0]), jnp.asarray(batch.rows.key_end[0])
@@ -165,7 +165,7 @@ def five_losses(kernel, remat):
         return logprobs.completion_logps(hidden, params["head"]["embedding"], rows, pairs=6)[0]
 
     rng = np.random.default_rng(0)
-    pairs = [Encoded(*(rng.integers(1, 64, rng.integers(4, 24)) for _ in range(3))) for _ in range(6)]
+    pairs = [Encoded.of(*(rng.integers(1, 64, rng.integers(4, 24)) for _ in range(3))) for _ in range(6)]
     shape = layout.Shape(pairs=6, rows=1, row_length=256, microbatches=6)
     params = jax.jit(lambda key: jax.tree.map(lambda x: 4 * x, decoder.init(key, CONFIG)))(jax.random.key(0))
     batch = layout.collate(pairs, np.full((6, 2), -60.0), shape, layout="shared")

@@ -207,7 +207,7 @@ def test_padded_batch_scores_as_the_packed_one_does():
     from dpo_jax.scoring import make_logps_fn
     from dpo_jax.steps import make_score_step
 
-    lengths = np.array([[len(ids) for ids in pair] for pair in PAIRS])
+    lengths = np.array([pair.lengths for pair in PAIRS])
     shape = choose_shape(lengths, layout="shared", pairs=2, row_length=None, rows=1, shards=1, target_positions=128)
     assert not shape.crops
     batches = [collate(PAIRS, None, shape, layout="shared")]

@@ -76,6 +76,29 @@ def test_inspect_of_supervised_fine_tuning_shows_and_counts_chosen_answers_alone
     assert "rejected, " not in shown[0] and padded[0] < 0.6 * padded[1]
 
 
+def inspected(inputs, tmp_path, capsys, rows, *options):
+    data = tmp_path / "data.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    rest = (f"--config.data.train={data}", "--config.data.eval=", "--config.train.batch_pairs=2", "--pairs=2")
+    run("inspect", *arguments(inputs, *rest, *options, f"--workdir={tmp_path}"))
+    return capsys.readouterr().out
+
+
+def test_inspect_shows_the_one_answer_of_an_unpaired_example(inputs, tmp_path, capsys):
+    rows = [{"prompt": "a", "completion": each, "label": each == "b"} for each in ("b", "cd")]
+    shown = inspected(inputs, tmp_path, capsys, rows)
+    first, second = (section.split("\n\n")[0] for section in shown.split("\n--- ")[1:])
+    assert "chosen, 2 tokens, scored: " in first and "rejected, " not in first
+    assert "rejected, 3 tokens, scored: " in second and "chosen, " not in second
+    assert "chosen tokens: mean 2.0" in shown and "rejected tokens: mean 3.0" in shown
+
+
+def test_inspect_shows_the_pairs_that_a_ranking_makes(inputs, tmp_path, capsys):
+    rows = [{"prompt": "a", "responses": ["b", "c", "d"], "scores": [3, 1, 2]}]
+    shown = inspected(inputs, tmp_path, capsys, rows, "--config.data.rankings=best")
+    assert "2 pairs of 1 rows" in shown and "read as ranked" in shown
+
+
 def test_recipe_may_name_a_module_in_the_folder_it_is_called_from(inputs, tmp_path, monkeypatch):
     (tmp_path / "own_inputs.py").write_text("def make(workdir):\n    workdir.joinpath('made').mkdir(parents=True)\n")
     monkeypatch.chdir(tmp_path)

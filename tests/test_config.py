@@ -87,6 +87,7 @@ BAD = [
     ("data.max_prompt_length", 1024, "which is 1024"),
     ("data.truncate_prompt", "keep_middle", "'keep_end', 'keep_start', 'error'"),
     ("data.on_bad_row", "drop", "'error', 'skip'"),
+    ("data.rankings", "whole", "'all', 'best'"),
     ("data.layout", "packed", "'shared', 'repeated'"),
     ("data.row_length", 1, "a number >= 2"),
     ("loss.beta", 0.0, "a number > 0"),

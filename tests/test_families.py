@@ -57,7 +57,7 @@ def test_logits_equal_those_of_transformers_and_an_untouched_export_is_the_same_
 
 def pairs_of(*lengths, seed=0):
     rng = np.random.default_rng(seed)
-    return [Encoded(*(rng.integers(3, 41, size) for size in each)) for each in lengths]
+    return [Encoded.of(*(rng.integers(3, 41, size) for size in each)) for each in lengths]
 
 
 LONG = pairs_of((9, 12, 7), (1, 5, 14), (14, 2, 9))  # beyond every window and trained length of the cases
@@ -99,4 +99,4 @@ def test_every_layout_gives_the_log_probs_of_separate_sequences(name, tmp_path):
 
 
 def lengths_of(pairs):
-    return np.array([[len(ids) for ids in pair] for pair in pairs])
+    return np.array([pair.lengths for pair in pairs])

@@ -16,17 +16,20 @@ CONFIG = DecoderConfig(
     vocab_size=100, width=32, layers=3, heads=4, kv_heads=2, head_dim=8, mlp_width=64, max_positions=64
 )
 LENGTHS = np.array([[5, 3, 4], [7, 1, 6]])
+RANKED = np.array([[5, 3, 4, 2, 6], [7, 1, 6, 0, 0], [4, 2, 2, 3, 0]])
+UNPAIRED = np.array([[5, 3, 0], [7, 0, 6]])
 
 
+@pytest.mark.parametrize("lengths", [LENGTHS, RANKED, UNPAIRED], ids=["pairs", "ranked", "unpaired"])
 @pytest.mark.parametrize("name", layout.LAYOUTS)
-def test_visible_pairs_are_those_of_the_intervals(name):
-    units = [layout.lay_out(Encoded(*(np.ones(n, int) for n in row)), name) for row in LENGTHS]
-    assert flops.visible_pairs(LENGTHS, name) == sum((unit.key_end - unit.key_start).sum() for unit in units)
+def test_visible_pairs_are_those_of_the_intervals(name, lengths):
+    units = [layout.lay_out(Encoded.of(*(np.ones(n, int) for n in row)), name) for row in lengths]
+    assert flops.visible_pairs(lengths, name) == sum((unit.key_end - unit.key_start).sum() for unit in units)
 
 
 @pytest.mark.parametrize("window", [1, 4, 100])
 def test_visible_pairs_of_a_window_are_those_of_the_intervals(window):
-    units = [layout.lay_out(Encoded(*(np.ones(n, int) for n in row)), "repeated") for row in LENGTHS]
+    units = [layout.lay_out(Encoded.of(*(np.ones(n, int) for n in row)), "repeated") for row in LENGTHS]
     seen = 0
     for unit in units:
         index = np.arange(len(unit.key_end))

@@ -19,7 +19,8 @@ CHAT = {"prompt": [USER], "chosen": [YES], "rejected": [NO]}
 
 def render(fields, *, format="plain", template: str | None = CHATML):
     row = Row("prefs.jsonl:17", fields)
-    return formats.render(row, format=format, tokenizer=make_tokenizer(template=template))
+    (pair,) = formats.render(row, format=format, tokenizer=make_tokenizer(template=template))
+    return pair
 
 
 def failure(fields, **options):
@@ -46,6 +47,11 @@ def transcripts(shared, chosen, rejected):
         (CHAT, "chat"),
         ({"chosen": [USER, YES], "rejected": [USER, NO]}, "chat"),
         ({"prompt": USER["content"], "chosen": [USER, YES], "rejected": [USER, NO]}, "chat"),
+        ({"prompt": "a", "responses": ["b", "c"], "scores": [1, 2]}, "ranked"),
+        ({"prompt": [USER], "responses": [[YES], [NO]], "ranks": [1, 2], "chosen": None}, "ranked"),
+        ({"prompt": "a", "completion": "b", "label": False}, "unpaired"),
+        ({"prompt": [USER], "completion": [YES], "label": True, "rejected": None}, "unpaired"),
+        ({"prompt": "a", "chosen": "b", "rejected": "c", "responses": ["b", "c"], "completion": "b"}, "plain"),
     ],
 )
 def test_detect_knows_each_format(fields, format):
@@ -57,6 +63,7 @@ def test_detect_knows_each_format(fields, format):
     [
         ({"chosen": "b", "rejected": "\n\nAssistant: c"}, "without a 'prompt' column"),
         ({"prompt": "a", "chosen": "b"}, "no 'rejected'"),
+        ({"prompt": "a", "label": True}, "no 'chosen'"),
         ({"prompt": "a", "chosen": [YES], "rejected": "c"}, "'chosen' is a list"),
         ({"prompt": "a", "chosen": "b", "rejected": 3}, "'rejected' is a int"),
     ],
@@ -68,7 +75,7 @@ def test_detect_says_what_it_cannot_tell(fields, got):
 
 
 def test_render_refuses_unknown_formats_and_lists_the_known():
-    with pytest.raises(InputError, match="'sharegpt'; expected auto or one of plain, chat, hh"):
+    with pytest.raises(InputError, match="'sharegpt'; expected auto or one of plain, chat, hh, ranked, unpaired"):
         render(CHAT, format="sharegpt")
 
 
@@ -236,7 +243,7 @@ def test_render_ends_the_prompt_where_header_and_finished_turn_part():
 def test_header_left_out_is_what_only_the_generation_header_has():
     row = Row("a:1", CHAT)
     left_out = [
-        formats.header_left_out(row, tokenizer=make_tokenizer(template=template))
+        formats.header_left_out(row, format="chat", tokenizer=make_tokenizer(template=template))
         for template in (CHATML, THINKING, BOS_AND_EOS)
     ]
     assert left_out == ["", "<think>\n", ""]
@@ -349,3 +356,194 @@ def test_render_leaves_out_nulls_that_arrow_fills_in_at_any_depth():
     fields = {"prompt": CHAT["prompt"], "chosen": [call], "rejected": [NO], "tools": [schema]}
     pair = render(fields, format="chat", template=template)
     assert "null" not in pair.prompt + pair.chosen and "Rome" in pair.chosen and "string" in pair.prompt
+
+
+# Rankings
+
+
+RANKED = {"prompt": "a", "responses": ["w", "x", "y", "z"], "scores": [2, 5, 2, 9.5]}
+RANKED_CHAT = {"prompt": [USER], "responses": [[NO], [YES]], "ranks": [2, 1]}
+
+
+def ranked(fields, rankings="all", template: str | None = CHATML):
+    row = Row("prefs.jsonl:17", fields)
+    return formats.render(row, format="ranked", tokenizer=make_tokenizer(template=template), rankings=rankings)
+
+
+def ranked_failure(fields, rankings="all"):
+    with pytest.raises(InputError) as caught:
+        ranked(fields, rankings)
+    assert caught.value.place == "prefs.jsonl:17" and caught.value.remedy
+    return caught.value
+
+
+@pytest.mark.parametrize(
+    ("rankings", "expected"),
+    [
+        ("all", ["zx", "zw", "zy", "xw", "xy"]),  # w and y score the same
+        ("best", ["zx", "zw", "zy"]),
+    ],
+)
+def test_render_makes_pairs_of_a_ranking(rankings, expected):
+    assert ranked(RANKED, rankings) == [Pair("prefs.jsonl:17", "a", *letters) for letters in expected]
+
+
+def test_render_leaves_out_ties_with_the_best():
+    assert [pair.answers for pair in ranked({**RANKED, "scores": [9, 1, 9, 9]}, "best")] == [("w", "x")]
+    assert [pair.answers for pair in ranked({**RANKED, "scores": [9, 1, 9, 9]})] == [(better, "x") for better in "wyz"]
+
+
+def test_render_keeps_a_ranking_whole_with_the_best_first():
+    expected = [Pair("prefs.jsonl:17", "a", "z", "x", ("y", "w"))]
+    assert ranked({**RANKED, "scores": [1, 5, 2, 9.5]}, "whole") == expected
+    assert ranked({"prompt": "a", "responses": RANKED["responses"], "ranks": [4, 2, 3, 1]}, "whole") == expected
+    assert expected[0].answers == ("z", "x", "y", "w")
+    two = {"prompt": "a", "responses": ["w", "x"], "scores": [1, 2]}
+    assert ranked(two, "whole") == ranked(two, "all") == [Pair("prefs.jsonl:17", "a", "x", "w")]
+
+
+def test_render_writes_rankings_of_messages_as_it_writes_pairs():
+    (pair,) = ranked(RANKED_CHAT)
+    assert pair == render(CHAT, format="chat")
+    assert ranked({**RANKED_CHAT, "responses": [NO, YES]}) == [pair]  # single messages
+    assert ranked({**RANKED_CHAT, "responses": [[USER, NO], [USER, YES]]}) == [pair]  # that repeat the prompt
+    maybe = {"role": "assistant", "content": "<b>maybe"}
+    (whole,) = ranked({**RANKED_CHAT, "responses": [[NO], [maybe], [YES]], "ranks": [3, 2, 1]}, "whole", THINKING)
+    assert whole.prompt.endswith("<|im_start|>assistant\n") and whole.templated
+    assert whole.answers == ("yes<|im_end|>\n", "<b>maybe<|im_end|>\n", "no<|im_end|>\n")
+
+
+@pytest.mark.parametrize(
+    ("changes", "got"),
+    [
+        ({"responses": None}, "no 'responses'"),
+        ({"responses": "w"}, "'responses' is a str"),
+        ({"responses": ["w"], "scores": [1]}, "1 response(s)"),
+        ({"responses": ["w", "x", "y", 3]}, "response 4 is a int"),
+        ({"responses": ["w", "x", "y", None]}, "response 4 is a NoneType"),
+        ({"responses": ["w", "x", " ", "z"]}, "response 3 is empty"),
+        ({"responses": ["w", "x", "y", "x"]}, "responses 2 and 4 are equal"),
+        ({"responses": ["w", "x", "y", "\ud83d"]}, "half a character"),
+        ({"prompt": None}, "no 'prompt'"),
+        ({"scores": None}, "neither 'scores' nor 'ranks'"),
+        ({"ranks": [1, 2, 3, 4]}, "both 'scores' and 'ranks'"),
+        ({"scores": 3}, "'scores' is a int for 4 responses"),
+        ({"scores": [1, 2, 3]}, "3 scores for 4 responses"),
+        ({"scores": [1, 2, 3, None]}, "None in 'scores'"),
+        ({"scores": [1, 2, 3, float("nan")]}, "nan in 'scores'"),
+        ({"scores": [1, 2, 3, float("inf")]}, "inf in 'scores'"),
+        ({"scores": [1, 2, 3, True]}, "True in 'scores'"),
+        ({"scores": [2, 2, 2, 2]}, "all scores are equal"),
+        ({"scores": None, "ranks": [3, 3, 3, 3]}, "all ranks are equal"),
+        ({"scores": None, "ranks": [0, 1, 2, 3]}, "ranks 0, 1, 2, 3"),
+        ({"scores": None, "ranks": [1, 2, 2.5, 3]}, "ranks 1, 2, 2.5, 3"),
+        ({"ref_chosen_logps": -1.0}, "'ref_chosen_logps' beside a ranking"),
+        ({"ref_rejected_logps": "-1"}, "'ref_rejected_logps' beside a ranking"),
+    ],
+)
+@pytest.mark.parametrize("rankings", ["all", "best"])
+def test_render_says_what_is_wrong_with_a_ranking(rankings, changes, got):
+    assert got in ranked_failure({**RANKED, **changes}, rankings).got
+
+
+def test_render_needs_a_defined_order_for_whole_rankings_only():
+    error = ranked_failure(RANKED, "whole")
+    assert "responses 1 and 3 have equal scores" in error.got and "different scores" in error.expected
+    assert "have equal ranks" in ranked_failure({**RANKED, "scores": None, "ranks": [1, 2, 2, 3]}, "whole").got
+
+
+def test_render_lets_empty_reference_columns_stand_beside_a_ranking():
+    assert len(ranked({**RANKED, "ref_chosen_logps": "", "ref_rejected_logps": None})) == 5
+
+
+@pytest.mark.parametrize(
+    ("changes", "got"),
+    [
+        ({"responses": [[NO], "yes"]}, "response 2 is a str"),
+        ({"responses": [[NO], [{"role": "assistant"}]]}, "message 1 of response 2 lacks"),
+        ({"responses": [[NO], [NO]]}, "the answers are equal"),
+        ({"responses": [[NO], [YES], [NO]], "ranks": [1, 2, 3]}, "responses 1 and 3 are equal"),
+        ({"responses": [[NO], [USER, YES]]}, "the answer in response 2 starts with a 'user' message"),
+        ({"responses": [[], [YES]]}, "response 1 is empty"),
+        ({"prompt": []}, "no prompt message"),
+    ],
+)
+def test_render_says_what_is_wrong_with_a_ranking_of_messages(changes, got):
+    assert got in ranked_failure({**RANKED_CHAT, **changes}).got
+
+
+# Unpaired examples
+
+
+UNPAIRED = {"prompt": "a", "completion": "b", "label": True}
+
+
+def test_render_puts_a_completion_on_the_side_of_its_label():
+    assert render(UNPAIRED, format="unpaired") == Pair("prefs.jsonl:17", "a", "b", "")
+    assert render({**UNPAIRED, "label": False}, format="unpaired") == Pair("prefs.jsonl:17", "a", "", "b")
+
+
+@pytest.mark.parametrize("side, values", [(0, [True, 1, 1.0, "true", "True", "1"]), (1, [False, 0, 0.0, "false", "0"])])
+def test_render_reads_labels_as_files_have_them(side, values):
+    for value in values:
+        assert render({**UNPAIRED, "label": value}, format="unpaired").answers[side] == "b", value
+
+
+def test_render_writes_completions_of_messages_as_it_writes_pairs():
+    pair = render(CHAT, format="chat")
+    for completion in ([YES], YES, [USER, YES]):
+        found = render({"prompt": [USER], "completion": completion, "label": True}, format="unpaired")
+        assert found == Pair(pair.place, pair.prompt, pair.chosen, "", templated=True)
+
+
+@pytest.mark.parametrize(
+    ("changes", "got"),
+    [
+        ({"label": None}, "no 'label'"),
+        ({"label": "good"}, "'label' is 'good'"),
+        ({"label": ""}, "'label' is ''"),
+        ({"label": 2}, "'label' is 2"),
+        ({"label": 0.5}, "'label' is 0.5"),
+        ({"completion": None}, "no 'completion'"),
+        ({"completion": " "}, "'completion' is empty"),
+        ({"completion": [YES]}, "'completion' is a list"),
+        ({"completion": "\ud83d"}, "half a character"),
+        ({"prompt": None}, "no 'prompt'"),
+        ({"prompt": [USER]}, "'completion' is a str"),
+        (
+            {"prompt": [USER], "completion": [{"role": "user", "content": "b"}]},
+            "the answer in 'completion' starts with",
+        ),
+        ({"prompt": [USER], "completion": []}, "'completion' is empty"),
+        ({"ref_rejected_logps": -1.0}, "'ref_rejected_logps' beside one completion"),
+    ],
+)
+def test_render_says_what_is_wrong_with_an_unpaired_example(changes, got):
+    assert got in failure({**UNPAIRED, **changes}, format="unpaired").got
+
+
+def test_header_left_out_is_that_of_rankings_and_completions_too():
+    tokenizer = make_tokenizer(template=THINKING)
+    rows = {
+        "ranked": RANKED_CHAT,
+        "unpaired": {"prompt": [USER], "completion": [YES], "label": False},
+        "plain": {"prompt": "a", "chosen": "b", "rejected": "c"},
+    }
+    found = {
+        name: formats.header_left_out(Row("a:1", row), format=name, tokenizer=tokenizer) for name, row in rows.items()
+    }
+    assert found == {"ranked": "<think>\n", "unpaired": "<think>\n", "plain": ""}
+
+
+@pytest.mark.parametrize(
+    ("format", "rankings", "kind"),
+    [
+        ("plain", "whole", "paired"),
+        ("ranked", "all", "paired"),
+        ("ranked", "best", "paired"),
+        ("ranked", "whole", "ranked"),
+        ("unpaired", "all", "unpaired"),
+    ],
+)
+def test_kind_is_what_rows_become(format, rankings, kind):
+    assert formats.kind_of(format, rankings) == kind

@@ -1,5 +1,6 @@
 """A pair's layout against its drawing, and what packing must never change."""
 
+import dataclasses
 from typing import Any
 
 import numpy as np
@@ -14,11 +15,45 @@ SHAPE = layout.Shape(pairs=8, rows=2, row_length=64, microbatches=4)
 
 def random_pairs(count, seed=0, longest=20):
     rng = np.random.default_rng(seed)
-    return [Encoded(*(rng.integers(1, 99, rng.integers(1, longest)) for _ in range(3))) for _ in range(count)]
+    return [Encoded.of(*(rng.integers(1, 99, rng.integers(1, longest)) for _ in range(3))) for _ in range(count)]
 
 
 def chosen_only(pairs):
     return [pair._replace(rejected=pair.rejected[:0]) for pair in pairs]
+
+
+def rejected_only(pairs):
+    return [pair._replace(chosen=pair.chosen[:0]) for pair in pairs]
+
+
+def unpaired(pairs):
+    """One answer each, in turn the chosen and the rejected one, and at last a pair without any."""
+    halves = [each for couple in zip(chosen_only(pairs), rejected_only(pairs), strict=True) for each in couple]
+    return [*halves[: len(pairs) - 1], pairs[-1]._replace(chosen=pairs[-1].chosen[:0], rejected=pairs[-1].rejected[:0])]
+
+
+def rankings(count, answers, seed=0, longest=20):
+    """As many answers in the first, and two to as many in the others."""
+    rng = np.random.default_rng(seed)
+    sizes = [answers, *rng.integers(2, answers + 1, count - 1)]
+    return [Encoded.of(*(rng.integers(1, 99, rng.integers(1, longest)) for _ in range(1 + n))) for n in sizes]
+
+
+def lengths_of(pairs):
+    """Token counts [N, 1 + K]."""
+    width = max(len(pair.lengths) for pair in pairs)
+    return np.array([[*pair.lengths, *[0] * (width - len(pair.lengths))] for pair in pairs])
+
+
+SETS = {
+    "pairs": random_pairs(8),
+    "chosen only": chosen_only(random_pairs(8)),
+    "rejected only": rejected_only(random_pairs(8)),
+    "unpaired": unpaired(random_pairs(8)),
+    "three": rankings(8, 3, longest=12),
+    "four": rankings(8, 4, longest=12),
+    "five": rankings(8, 5, longest=10),
+}
 
 
 def test_shared_layout_is_the_one_drawn():
@@ -30,6 +65,23 @@ def test_shared_layout_is_the_one_drawn():
     assert unit.target.tolist() == [20, 21, 22, 30, 31, 32]
     assert unit.source.tolist() == [4, 1, 0, 4, 5, 6]
     assert unit.side.tolist() == [0, 0, 0, 1, 1, 1]
+
+
+def test_ranking_is_laid_out_two_and_two_as_drawn():
+    ranking = Encoded.of(*PAIR[:3], np.array([40, 41]), np.array([50]))
+    pair, unit = layout.lay_out(PAIR, "shared"), layout.lay_out(ranking, "shared")
+    assert unit.tokens.tolist() == [*pair.tokens, 40, 10, 11, 12]
+    assert unit.positions.tolist() == [*pair.positions, 3, 0, 1, 2]
+    assert unit.key_start.tolist() == [*pair.key_start, 7, 8, 8, 8]
+    assert unit.key_end.tolist() == [*pair.key_end, 11, 9, 10, 11]
+    assert unit.target.tolist() == [*pair.target, 40, 41, 50]
+    assert unit.source.tolist() == [*pair.source, 10, 7, 10]
+    assert unit.side.tolist() == [*pair.side, 2, 2, 3]
+
+
+def test_an_odd_answer_stands_before_a_prompt_of_its_own():
+    ranking = Encoded.of(*PAIR[:3], np.array([40, 41]))
+    assert layout.lay_out(ranking, "shared").tokens.tolist() == [21, 20, 10, 11, 12, 30, 31, 40, 10, 11, 12]
 
 
 def test_repeated_layout_stores_the_prompt_twice():
@@ -47,24 +99,28 @@ def seen_sequence(rows, row, at):
     return rows.tokens[row, keys[np.argsort(rows.positions[row, keys])]].tolist()
 
 
-@pytest.mark.parametrize("pairs", [random_pairs(8), chosen_only(random_pairs(8))], ids=["pairs", "chosen only"])
+@pytest.mark.parametrize("kind", SETS)
 @pytest.mark.parametrize("name", layout.LAYOUTS)
-def test_every_target_is_predicted_from_exactly_its_own_prefix(name, pairs):
+def test_every_target_is_predicted_from_exactly_its_own_prefix(name, kind):
     # The claim the project rests on: what a source index sees is the prompt and the answer up to there, of its own
-    # completion, and nothing of its neighbours in the row.
-    batch = layout.collate(pairs, None, SHAPE, layout=name)
-    rows = type(batch.rows)(*(x.reshape(-1, 64) for x in batch.rows))
-    seen = {(pair, side): 0 for pair in range(8) for side in (0, 1)}
+    # completion, and nothing of its neighbours in the row. So scores are those of sequences computed one by one.
+    pairs = SETS[kind]
+    answers = lengths_of(pairs).shape[1] - 1
+    shape = dataclasses.replace(SHAPE, row_length=128, answers=answers)
+    batch = layout.collate(pairs, None, shape, layout=name)
+    rows = layout.map_rows(lambda x: x.reshape(-1, 128), batch.rows)
+    seen = {(pair, side): 0 for pair in range(8) for side in range(answers)}
     for row, entry in np.argwhere(rows.slot >= 0):
-        pair, side = divmod(int(rows.slot[row, entry]), 2)
-        answer = pairs[pair][1 + side]
+        pair, side = divmod(int(rows.slot[row, entry]), answers)
+        answer = pairs[pair].answers[side]
         scored = seen[pair, side]
         source = rows.source[row, entry]
         assert seen_sequence(rows, row, source) == [*pairs[pair].prompt, *answer[:scored]]
         assert rows.positions[row, source] == len(pairs[pair].prompt) + scored - 1
         assert rows.target[row, entry] == answer[scored]
         seen[pair, side] += 1
-    assert seen == {(i, s): len(p[1 + s]) for i, p in enumerate(pairs) for s in (0, 1)}
+    assert [*seen.values()] == batch.lengths.ravel().tolist() == lengths_of(pairs)[:, 1:].ravel().tolist()
+    assert batch.present.sum(0).tolist() == (batch.lengths > 0).any(1).tolist()
 
 
 @pytest.mark.parametrize("name", layout.LAYOUTS)
@@ -72,7 +128,7 @@ def test_every_position_attends_to_itself_and_padding_to_nothing_else(name):
     batch = layout.collate(random_pairs(5), None, SHAPE, layout=name)
     rows, index = batch.rows, np.arange(64)
     assert np.all((rows.key_start <= index) & (index < rows.key_end) & (rows.key_end <= 64))
-    real = layout.unit_lengths(np.array([[len(x) for x in p] for p in random_pairs(5)]), name).sum()
+    real = layout.unit_lengths(np.array([p.lengths for p in random_pairs(5)]), name).sum()
     alone = (rows.key_end - rows.key_start == 1) & (rows.tokens == 0)
     assert alone.sum() >= rows.tokens.size - real
 
@@ -88,20 +144,49 @@ def test_answer_that_nobody_asks_for_takes_no_position():
 def test_full_rows_have_room_for_what_prompts_of_one_token_score(name):
     # Two answers after one token: a target more than positions, in rows that the positions alone would fill.
     rng = np.random.default_rng(0)
-    pairs = [Encoded(*(rng.integers(1, 99, n) for n in (1, *rng.integers(1, 20, 2)))) for _ in range(40)]
-    lengths = np.array([[len(x) for x in p] for p in pairs])
+    pairs = [Encoded.of(*(rng.integers(1, 99, n) for n in (1, *rng.integers(1, 20, 2)))) for _ in range(40)]
+    lengths = np.array([p.lengths for p in pairs])
     shape = layout.Shape(pairs=40, rows=1, row_length=int(layout.unit_room(lengths, name).max()), microbatches=40)
     batch = layout.collate(pairs, None, shape, layout=name)
     assert np.bincount(batch.rows.slot[batch.rows.slot >= 0]).tolist() == lengths[:, 1:].ravel().tolist()
     assert layout.work_counts(batch, lengths, shape, name)["tokens_real"] == layout.unit_lengths(lengths, name).sum()
 
 
-def test_unit_lengths_count_what_is_laid_out():
-    pairs = [*random_pairs(20), *chosen_only(random_pairs(20))]
-    lengths = np.array([[len(x) for x in p] for p in pairs])
+@pytest.mark.parametrize("kind", SETS)
+def test_unit_lengths_count_what_is_laid_out(kind):
+    pairs = [pair for pair in SETS[kind] if any(map(len, pair.answers))]
     for name in layout.LAYOUTS:
         counted = [len(layout.lay_out(p, name).tokens) for p in pairs]
-        assert layout.unit_lengths(lengths, name).tolist() == counted
+        assert layout.unit_lengths(lengths_of(pairs), name).tolist() == counted
+
+
+def test_pair_without_answers_takes_nothing_and_counts_as_padding():
+    (none,) = unpaired([PAIR])
+    shape = layout.Shape(pairs=3, rows=1, row_length=64, microbatches=1)
+    batch = layout.collate([none, PAIR], None, shape, layout="shared")
+    alone = layout.collate([PAIR], None, shape, layout="shared")
+    assert batch.present.tolist() == [[False, True, False]]
+    assert batch.rows.tokens.tolist() == alone.rows.tokens.tolist()
+    assert layout.unit_lengths(np.array([none.lengths]), "shared").tolist() == [0]
+    assert layout.work_counts(batch, lengths_of([none, PAIR]), shape, "shared")["tokens_real"] == 7
+
+
+def test_batch_has_columns_for_as_many_answers_as_its_shape():
+    shape = layout.Shape(pairs=3, rows=1, row_length=128, microbatches=1, answers=4)
+    pairs = [PAIR, rankings(1, 4, longest=9)[0]]
+    batch = layout.collate(pairs, np.arange(8).reshape(2, 4), shape, layout="shared")
+    assert batch.reference.tolist() == [[0, 1, 2, 3], [4, 5, 6, 7], [0] * 4]
+    assert batch.lengths.tolist() == [[3, 3, 0, 0], pairs[1].lengths[1:], [0] * 4]
+    assert set(batch.rows.slot.ravel().tolist()) == {-1, 0, 1, 4, 5, 6, 7}
+
+
+def test_arrays_that_rows_lack_stay_missing_when_they_are_cut():
+    batch = layout.collate([PAIR], None, SHAPE, layout="shared")
+    first = layout.map_rows(lambda x: x[0], batch.rows)
+    assert layout.crop_rows(first, (1, 8)).likely is None
+    some = first._replace(likely=np.zeros((2, 64, 5), int), likely_logps=np.zeros((2, 64, 5)))
+    cut = layout.crop_rows(some, (1, 8))
+    assert cut.likely is not None and cut.likely.shape == (1, 8, 5) and cut.tokens.shape == (1, 8)
 
 
 def test_batch_marks_pairs_present_in_one_microbatch_each_and_padding_in_none():
@@ -150,7 +235,7 @@ def test_sequence_longer_than_a_row_is_refused():
 
 def long_pair(prompt, chosen, rejected, seed=9):
     rng = np.random.default_rng(seed)
-    return Encoded(*(rng.integers(1, 99, n) for n in (prompt, chosen, rejected)))
+    return Encoded.of(*(rng.integers(1, 99, n) for n in (prompt, chosen, rejected)))
 
 
 def test_pair_longer_than_a_row_stands_in_two_of_one_microbatch():
@@ -160,18 +245,75 @@ def test_pair_longer_than_a_row_stands_in_two_of_one_microbatch():
     batch = layout.collate(pairs, None, shape, layout="shared")
     seen = {}
     for micro, row, entry in np.argwhere(batch.rows.slot >= 0):
-        rows = type(batch.rows)(*(x[micro] for x in batch.rows))
+        rows = layout.map_rows(lambda x, micro=micro: x[micro], batch.rows)
         pair, side = divmod(int(rows.slot[row, entry]), 2)
         scored = seen.setdefault((pair, side), [])
         prefix = seen_sequence(rows, row, rows.source[row, entry])
         assert prefix == [*pairs[pair].prompt, *pairs[pair][1 + side][: len(scored)]]
         scored.append(int(rows.target[row, entry]))
         assert batch.present[micro, pair]
-    assert seen == {(i, s): p[1 + s].tolist() for i, p in enumerate(pairs) for s in (0, 1)}
+    assert seen == {(i, s): p.answers[s].tolist() for i, p in enumerate(pairs) for s in (0, 1)}
     assert batch.present.sum(0).tolist() == [1] * 14
-    lengths = np.array([[len(x) for x in p] for p in pairs])
+    lengths = np.array([p.lengths for p in pairs])
     real = layout.unit_lengths(lengths, "shared").sum() + 30 + 20
     assert layout.work_counts(batch, lengths, shape, "shared")["tokens_real"] == real
+
+
+def long_ranking(prompt, *answers, seed=3):
+    rng = np.random.default_rng(seed)
+    return Encoded.of(*(rng.integers(1, 99, n) for n in (prompt, *answers)))
+
+
+def test_ranking_longer_than_a_row_stands_in_rows_of_one_microbatch():
+    # Of four answers the two short ones share a row; a fifth pair fills what is left.
+    pairs = [*rankings(5, 4, longest=8), long_ranking(20, 40, 10, 30, 9), *random_pairs(3), long_ranking(9, 50, 50, 50)]
+    shape = layout.Shape(pairs=10, rows=3, row_length=64, microbatches=6, answers=4)
+    batch = layout.collate(pairs, None, shape, layout="shared")
+    rows = {pair: set() for pair in range(10)}
+    scored = {}
+    for micro, row, entry in np.argwhere(batch.rows.slot >= 0):
+        here = layout.map_rows(lambda x, micro=micro: x[micro], batch.rows)
+        pair, side = divmod(int(here.slot[row, entry]), 4)
+        targets = scored.setdefault((pair, side), [])
+        prefix = seen_sequence(here, row, here.source[row, entry])
+        assert prefix == [*pairs[pair].prompt, *pairs[pair].answers[side][: len(targets)]]
+        targets.append(int(here.target[row, entry]))
+        rows[pair].add((int(micro), int(row)))
+        assert batch.present[micro, pair]
+    assert scored == {(i, s): ids.tolist() for i, p in enumerate(pairs) for s, ids in enumerate(p.answers)}
+    assert batch.present.sum(0).tolist() == [1] * 10
+    assert [len(rows[pair]) for pair in range(10)] == [1] * 5 + [3] + [1] * 3 + [3]
+    lengths = lengths_of(pairs)
+    apart = [sum(p.lengths[0] + n - 1 for n in p.lengths[1:]) for p in (pairs[5], pairs[9])]
+    others = layout.unit_lengths(lengths[[0, 1, 2, 3, 4, 6, 7, 8]], "shared").sum()
+    assert layout.work_counts(batch, lengths, shape, "shared")["tokens_real"] == others + sum(apart)
+
+
+@pytest.mark.parametrize("rows", [4, 5, 8])
+def test_shape_has_microbatches_for_any_batch_of_rankings_longer_than_a_row(rows):
+    # Some need two rows, some three, some four, and what fits beside them in a microbatch differs.
+    rng = np.random.default_rng(0)
+    few = [[30, *rng.integers(60, 90, n), *[0] * (4 - n)] for n in rng.integers(2, 5, 60)]
+    lengths = np.array([*few, *np.concatenate([rng.integers(5, 40, (20, 3)), np.zeros((20, 2), int)], 1)])
+    shape = layout.choose_shape(
+        lengths, layout="shared", pairs=8, row_length=120, rows=rows, shards=1, target_positions=1024
+    )
+    assert shape.answers == 4 and shape.rows == rows
+    worst = [lengths[np.argsort(-layout.unit_room(lengths, "shared"))[:8]]]
+    needed = [
+        len(layout.plan(each, shape, "shared"))
+        for each in [*worst, *(rng.permutation(lengths)[:8] for _ in range(200))]
+    ]
+    assert max(needed) <= shape.microbatches <= 2 * max(needed)
+
+
+def test_rows_that_come_in_threes_leave_some_of_a_microbatch_empty():
+    # Sequences a little longer than half a row; of eight rows, three and three are used.
+    lengths = np.array([[4, 60, 60, 60, 60], *[[4, 60, 60, 60, 0]] * 16])
+    shape = layout.choose_shape(
+        lengths, layout="shared", pairs=16, row_length=120, rows=8, shards=1, target_positions=1024
+    )
+    assert len(layout.plan(lengths[1:], shape, "shared")) == 8 <= shape.microbatches
 
 
 def test_pair_that_scores_more_than_a_row_holds_stands_in_two_rows():
@@ -233,9 +375,9 @@ def test_small_batches_are_cut_to_what_they_hold():
     assert batch.crop is not None
     rows, length = shape.crops[int(batch.crop[0])]
     assert 80 <= rows * length < shape.positions
-    cut = layout.crop_rows(type(batch.rows)(*(x[0] for x in batch.rows)), (rows, length))
+    cut = layout.crop_rows(layout.map_rows(lambda x: x[0], batch.rows), (rows, length))
     assert (cut.slot >= 0).sum() == 62 and cut.key_end.max() <= length
-    lengths = np.array([[len(x) for x in p] for p in pairs])
+    lengths = np.array([p.lengths for p in pairs])
     assert layout.work_counts(batch, lengths, shape, "shared") == {
         "positions_computed": rows * length,
         "tokens_real": 80,
@@ -254,6 +396,14 @@ def test_rows_of_a_microbatch_score_about_as_much():
 def test_shape_spreads_rows_over_all_devices():
     shape = choose([100, 700, 300], shards=8, target_positions=10**4)
     assert shape.rows % 8 == 0 and shape.shards == 8
+
+
+def test_rows_fewer_than_the_answers_of_a_ranking_must_hold_it_whole():
+    lengths = np.array([[30, 60, 60, 60]])
+    settings: dict[str, Any] = dict(layout="shared", pairs=1, row_length=120, shards=1, target_positions=1024)
+    with pytest.raises(InputError, match="at least 237, the longest pair"):
+        layout.choose_shape(lengths, rows=2, **settings)
+    assert layout.choose_shape(lengths, rows=3, **settings).microbatches == 1
 
 
 @pytest.mark.parametrize(

@@ -41,12 +41,19 @@ def write(path, rows):
 
 
 def load(spec, cache, *, tokenizer=None, **options):
-    defaults = {**LIMITS, "split": "train", "format": "auto", "on_bad_row": "error", "cache_dir": str(cache)}
+    defaults = {
+        **LIMITS,
+        "split": "train",
+        "format": "auto",
+        "on_bad_row": "error",
+        "rankings": "all",
+        "cache_dir": str(cache),
+    }
     return pairs.load(spec, tokenizer=tokenizer or make_tokenizer(template=CHATML), **{**defaults, **options})
 
 
 def ids(pair):
-    return [side.tolist() for side in pair]
+    return [side.tolist() for side in (pair.prompt, *pair.answers)]
 
 
 def contents(found):
@@ -60,12 +67,12 @@ def test_load_gives_the_pairs_of_every_source_in_order(tmp_path):
     tokenizer = make_tokenizer(template=CHATML, adds="<bos> $A")
     found = load(f"{a},{b}*2.5", tmp_path / "cache", tokenizer=tokenizer)
 
-    texts = [formats.render(Row("", row), format="plain", tokenizer=tokenizer) for row in rows]
-    texts += [formats.render(Row("", row), format="chat", tokenizer=tokenizer) for row in chat(2)]
+    texts = [pair for row in rows for pair in formats.render(Row("", row), format="plain", tokenizer=tokenizer)]
+    texts += [pair for row in chat(2) for pair in formats.render(Row("", row), format="chat", tokenizer=tokenizer)]
     outcomes = tokenize.encode(texts, tokenizer, **LIMITS)
     expected = [outcome.encoded for outcome in outcomes if isinstance(outcome, tokenize.Outcome)]
     assert len(found) == 5 and contents(found) == [ids(pair) for pair in expected]
-    assert found.lengths.tolist() == [[len(side) for side in pair] for pair in expected]
+    assert found.lengths.tolist() == [pair.lengths for pair in expected]
     assert [tuple(key) for key in found.keys.tolist()] == [pairs.content_key(pair) for pair in expected]
     np.testing.assert_array_equal(found.reference, [[np.nan] * 2, [-1.5, -2.5], *[[np.nan] * 2] * 3])
     assert found.source.tolist() == [0, 0, 0, 1, 1]
@@ -81,6 +88,7 @@ def test_load_reports_what_it_read_cut_and_gave(tmp_path):
     found = load(f"{path},{talk}", tmp_path / "cache", tokenizer=make_tokenizer(template=THINKING))
     digests = [source.pop("digest") for source in found.report["sources"]]
     assert len(set(digests)) == 2
+    assert found.kind == "paired"
     assert found.report == {
         "rows": 5,
         "pairs": 5,
@@ -164,7 +172,7 @@ def test_load_refuses_data_without_a_usable_row(tmp_path):
     assert not any((tmp_path / "cache").iterdir())
 
 
-@pytest.mark.parametrize(("option", "value"), [("format", "sharegpt"), ("on_bad_row", "drop")])
+@pytest.mark.parametrize(("option", "value"), [("format", "sharegpt"), ("on_bad_row", "drop"), ("rankings", "first")])
 def test_load_refuses_unknown_choices_before_it_reads(tmp_path, option, value):
     with pytest.raises(InputError, match=f"data.{option}: '{value}'; expected one of"):
         load("none.jsonl", tmp_path, **{option: value})
@@ -175,6 +183,134 @@ def test_load_stops_at_a_broken_line_even_if_rows_may_be_skipped(tmp_path):
     path.write_text(json.dumps(plain(1)[0]) + "\n{\n")
     with pytest.raises(InputError, match=r"a\.jsonl:2: broken JSON"):
         load(str(path), tmp_path / "cache", on_bad_row="skip")
+
+
+# Rankings and unpaired examples
+
+
+def rankings(count):
+    """Of two, three, four, two... responses."""
+    return [
+        {"prompt": f"Is it {i}?", "responses": [f" {n} of {i}" for n in range(size)], "ranks": [*range(1, size + 1)]}
+        for i, size in enumerate(2 + i % 3 for i in range(count))
+    ]
+
+
+def unpaired(count):
+    return [{"prompt": f"Is it {i}?", "completion": f" yes, {i}", "label": i % 2 == 0} for i in range(count)]
+
+
+def test_load_makes_pairs_of_rankings_and_counts_rows_and_pairs(tmp_path):
+    path = write(tmp_path / "a.jsonl", rankings(4))
+    found = load(path, tmp_path / "cache")
+    assert found.kind == "paired" and found.lengths.shape == (1 + 3 + 6 + 1, 3)
+    assert [found.place(i).rpartition(":")[2] for i in range(11)] == [*"12223333334"]
+    expected = [{"prompt": "Is it 1?", "chosen": f" {a} of 1", "rejected": f" {b} of 1"} for a, b in ("01", "02", "12")]
+    assert contents(found)[1:4] == contents(load(write(tmp_path / "b.jsonl", expected), tmp_path / "cache"))
+    (source,) = found.report["sources"]
+    assert (source["rows"], source["pairs"], source["format"]) == (4, 11, "ranked")
+    assert (found.report["rows"], found.report["pairs"]) == (4, 11)
+    best = load(path, tmp_path / "cache", rankings="best")
+    assert (best.report["rows"], best.report["pairs"], best.kind) == (4, 1 + 2 + 3 + 1, "paired")
+
+
+def test_load_keeps_rankings_whole_with_a_column_for_each_answer(tmp_path):
+    tokenizer = make_tokenizer(template=CHATML)
+    rows = rankings(4)
+    found = load(write(tmp_path / "a.jsonl", rows), tmp_path / "cache", rankings="whole")
+    texts = [formats.render(Row("", row), format="ranked", tokenizer=tokenizer, rankings="whole")[0] for row in rows]
+    expected = [o.encoded for o in tokenize.encode(texts, tokenizer, **LIMITS) if isinstance(o, tokenize.Outcome)]
+    assert found.kind == "ranked" and contents(found) == [ids(pair) for pair in expected]
+    assert found.lengths.tolist() == [[*pair.lengths, *[0] * (5 - len(pair.lengths))] for pair in expected]
+    assert [tuple(key) for key in found.keys.tolist()] == [pairs.content_key(found[i]) for i in range(4)]
+    assert found.reference.shape == (4, 4) and not np.isfinite(found.reference).all(1).any()
+    assert (found.report["rows"], found.report["pairs"]) == (4, 4)
+    alike = load(write(tmp_path / "b.jsonl", rankings(2)[1:]), tmp_path / "cache", rankings="whole")
+    assert contents(alike) == [contents(found)[1]] and isinstance(alike.lengths.base, np.memmap)
+
+
+def test_rankings_of_two_are_said_to_be_rankings(tmp_path):
+    found = load(write(tmp_path / "a.jsonl", rankings(1)), tmp_path / "cache", rankings="whole")
+    assert found.kind == "ranked" and found.lengths.shape == (1, 3)
+
+
+def test_load_leaves_the_other_answer_of_unpaired_examples_empty(tmp_path):
+    found = load(write(tmp_path / "a.jsonl", unpaired(4)), tmp_path / "cache")
+    assert found.kind == "unpaired"
+    assert (found.lengths[:, 1:] > 0).tolist() == [[True, False], [False, True]] * 2
+    whole = load(write(tmp_path / "b.jsonl", plain(1)), tmp_path / "cache")[0]
+    assert found[0].chosen.tolist() == whole.chosen.tolist() and found[0].prompt.tolist() == whole.prompt.tolist()
+    assert len({*map(tuple, found.keys.tolist())}) == 4
+
+
+def test_load_reads_unpaired_examples_and_their_labels_from_csv(tmp_path):
+    path = tmp_path / "a.csv"
+    path.write_text("prompt,completion,label\nIs it 0?,yes,True\nIs it 1?,no,false\nIs it 2?,no,0\n")
+    found = load(str(path), tmp_path / "cache")
+    assert (found.lengths[:, 1] > 0).tolist() == [True, False, False]
+
+
+def test_load_drops_the_whole_row_if_one_of_its_pairs_is_bad(tmp_path):
+    rows = rankings(6)
+    rows[2]["responses"][3] = rows[2]["responses"][1] + "<eos>"  # the same tokens, once one has its EOS
+    rows[4]["responses"][0] = " "
+    path = write(tmp_path / "a.jsonl", rows)
+    found = load(path, tmp_path / "cache", on_bad_row="skip")
+    assert [source["rows"] for source in found.report["sources"]] == [6]
+    assert {found.place(i) for i in range(len(found))} == {f"{path}:{n}" for n in (1, 2, 4, 6)}
+    assert len(found) == found.report["pairs"] == 1 + 3 + 1 + 6
+    dropped = {entry["reason"]: (entry["rows"], entry["places"]) for entry in found.report["dropped"]}
+    assert dropped == {
+        "the answers are the same tokens": (1, [f"{path}:3"]),
+        "response N is empty": (1, [f"{path}:5"]),
+    }
+    with pytest.raises(InputError, match=r"a\.jsonl:3: the answers are the same tokens"):
+        load(path, tmp_path / "cache")
+
+
+def test_load_refuses_sources_of_different_kinds(tmp_path):
+    one = {
+        name: write(tmp_path / f"{name}.jsonl", rows)
+        for name, rows in (("plain", plain(2)), ("ranked", rankings(2)), ("unpaired", unpaired(2)))
+    }
+    for parts, kinds in (("plain,unpaired", "unpaired examples, after paired"), ("plain,ranked", "ranked examples")):
+        spec = ",".join(one[name] for name in parts.split(","))
+        with pytest.raises(InputError, match=kinds) as caught:
+            load(spec, tmp_path / "cache", rankings="whole")
+        assert caught.value.place == one[parts.split(",")[1]]
+    assert len(load(f"{one['plain']},{one['ranked']}", tmp_path / "cache")) == 2 + 1 + 3  # pairs, all of them
+
+
+def test_set_without_rejected_answers_has_chosen_ones_alone_and_stays_of_its_kind(tmp_path):
+    for kind, rows in (("paired", plain(3)), ("unpaired", unpaired(3)), ("ranked", rankings(3))):
+        found = load(write(tmp_path / f"{kind}.jsonl", rows), tmp_path / "cache", rankings="whole")
+        chosen = found.without_rejected()
+        assert chosen.kind == kind and chosen.reference.shape == (3, 2)
+        assert chosen.lengths.tolist() == [[*each[:2], 0] for each in found.lengths.tolist()]
+        assert contents(chosen) == [[*ids(pair)[:2], []] for pair in found]
+
+
+def test_widened_set_has_the_same_pairs_in_more_columns(tmp_path):
+    rows = plain(3)
+    rows[1] |= {"ref_chosen_logps": -1.5, "ref_rejected_logps": -2.5}
+    found = load(write(tmp_path / "a.jsonl", rows), tmp_path / "cache")
+    wide = found.widened(4)
+    assert contents(wide) == contents(found) and wide.lengths.dtype == found.lengths.dtype
+    assert wide.lengths[:, :3].tolist() == found.lengths.tolist() and not wide.lengths[:, 3:].any()
+    assert wide.reference[1].tolist() == [-1.5, -2.5, 0, 0]
+    assert np.isfinite(wide.reference).all(1).tolist() == [False, True, False]
+    assert [pairs.content_key(wide[i]) for i in range(3)] == [tuple(key) for key in found.keys.tolist()]
+    assert found.widened(2).lengths is found.lengths
+    assert wide.widened(2).lengths.shape == (3, 5)  # never narrower: answers would be lost
+
+
+def test_unrelated_set_has_the_prompts_with_answers_of_others_within_the_limit(tmp_path):
+    found = load(write(tmp_path / "a.jsonl", unpaired(6)), tmp_path / "cache")
+    other = found.unrelated(max_length=int(found.lengths[:, 0].max()) + 2)
+    assert len(other) == 6 and other.lengths[:, 1:].max() == 2
+    for i, partner in enumerate(other.partner.tolist()):
+        assert other[i].prompt.tolist() == found[i].prompt.tolist() and partner != i
+        assert other[i].chosen.tolist() == found[partner].chosen[:2].tolist()
 
 
 # The cache
@@ -206,6 +342,7 @@ def test_load_opens_what_an_earlier_call_wrote_wherever_the_file_lies_by_then(tm
         {"truncate_prompt": "keep_start"},
         {"format": "plain"},
         {"on_bad_row": "skip"},
+        {"rankings": "best"},
         {"tokenizer": make_tokenizer(template=CHATML, adds="<bos> $A")},
         {"tokenizer": make_tokenizer(template=BOS_AND_EOS)},
         {"weight": "*2"},
@@ -224,12 +361,25 @@ def test_digest_changes_with_everything_that_changes_the_pairs(tmp_path, monkeyp
 
 def test_content_key_tells_apart_whatever_is_another_pair():
     def key(*sides):
-        return pairs.content_key(Encoded(*(np.array(side, np.int32) for side in sides)))
+        return pairs.content_key(Encoded.of(*(np.array(side, np.int32) for side in sides)))
 
     same = [key([1, 2], [3], [4]), key([1, 2], [3], [4])]
     others = [key([1], [2, 3], [4]), key([1, 2], [4], [3]), key([1, 2], [3], [5]), key([1, 2], [3, 4], [])]
-    assert same[0] == same[1] and len({same[0], *others}) == 5
+    others += [key([1, 2], [], [3, 4]), key([1, 2], [3], [4], [5]), key([1, 2], [3], [4], [5], [6])]
+    assert same[0] == same[1] and len({same[0], *others}) == 8
     assert all(0 <= half < 2**64 for half in same[0])
+
+
+def test_content_key_of_a_pair_is_that_of_stores_written_before_rankings():
+    high, low = pairs.content_key(Encoded.of(*(np.array(side, np.int32) for side in ([1, 2], [3], [4]))))
+    assert f"{high:016x}{low:016x}" == "a12a209a4f3ad2c70e93afbe3638674e"
+    high, low = pairs.content_key(Encoded.of(*(np.array(side, np.int32) for side in ([1, 2], [3, 5], []))))
+    assert f"{high:016x}{low:016x}" == "dcd0da07b4312292ae8560c7c1e06e79"
+
+
+def test_content_key_does_not_depend_on_columns_that_a_set_has_for_longer_rankings():
+    two, none = Encoded.of(*(np.array([n], np.int32) for n in (1, 2, 3))), np.array([], np.int32)
+    assert pairs.content_key(two._replace(others=(none, none))) == pairs.content_key(two)
 
 
 def test_load_gives_the_same_in_chunks_of_any_size(tmp_path, monkeypatch):

@@ -93,7 +93,8 @@ def folded_pairs(models, family, count):
     """The first real pairs with their ids folded, and their token counts."""
     found = run_inputs.load_inputs(configured(models, family=family, data__eval=""), training=True).train
     assert found is not None
-    return [Encoded(*(ids % VOCABULARY for ids in found[i])) for i in range(count)], found.lengths[:count]
+    folded = ((ids % VOCABULARY for ids in (found[i].prompt, *found[i].answers)) for i in range(count))
+    return [Encoded.of(*ids) for ids in folded], found.lengths[:count]
 
 
 def model_of(family):

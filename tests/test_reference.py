@@ -1,5 +1,7 @@
 """The reference store: computed once, never reused under another identity, continued after a kill."""
 
+import dataclasses
+
 import jax
 import numpy as np
 import pyarrow.parquet as pq
@@ -7,6 +9,7 @@ import pytest
 
 from dpo_jax import reference
 from dpo_jax.data import layout
+from dpo_jax.data.keys import content_key
 from dpo_jax.types import Encoded, InputError
 
 IDENTITY = {"weights": "w", "tokenizer": "t", "template": "p", "max_length": 64}
@@ -15,35 +18,51 @@ SHAPE = layout.Shape(pairs=4, rows=2, row_length=64, microbatches=2)
 
 def make_set(count, seed=0):
     rng = np.random.default_rng(seed)
-    pairs = [Encoded(*(rng.integers(1, 99, rng.integers(2, 15)) for _ in range(3))) for _ in range(count)]
-    lengths = np.array([[len(x) for x in p] for p in pairs])
+    pairs = [Encoded.of(*(rng.integers(1, 99, rng.integers(2, 15)) for _ in range(3))) for _ in range(count)]
+    lengths = np.array([p.lengths for p in pairs])
     keys = np.array([[p.prompt.sum() * 1000 + p.chosen.sum(), p.rejected.sum()] for p in pairs], np.uint64)
     return pairs, lengths, keys, np.full((count, 2), np.nan)
 
 
-def values_of(pairs):
-    return np.array([[-p.chosen.sum(), -p.rejected.sum()] for p in pairs], float)
+def make_rankings(count, answers, seed=0):
+    """As many answers in the first, and two to as many in the others."""
+    rng = np.random.default_rng(seed)
+    sizes = [answers, *rng.integers(2, answers + 1, count - 1)]
+    pairs = [Encoded.of(*(rng.integers(1, 99, rng.integers(2, 9)) for _ in range(1 + n))) for n in sizes]
+    lengths = np.array([[*pair.lengths, *[0] * (answers + 1 - len(pair.lengths))] for pair in pairs])
+    return pairs, lengths, np.array([content_key(pair) for pair in pairs], np.uint64), np.full((count, answers), np.nan)
+
+
+def widened(pairs, lengths, keys, given, answers):
+    more = ((0, 0), (0, answers + 1 - lengths.shape[1]))
+    return pairs, np.pad(lengths, more), keys, np.pad(given, more)
+
+
+def values_of(pairs, answers=2):
+    values = [[-ids.sum() for ids in pair.answers] for pair in pairs]
+    return np.array([[*each, *[0] * (answers - len(each))] for each in values], float)
 
 
 class Scorer:
     """Stands in for the model: the sum of the targets, negated; counts its calls and may fail at one."""
 
-    def __init__(self, fail_at=None):
-        self.calls, self.fail_at = 0, fail_at
+    def __init__(self, fail_at=None, shape=SHAPE):
+        self.calls, self.fail_at, self.shape = 0, fail_at, shape
 
     def __call__(self, batch):
         self.calls += 1
         if self.calls == self.fail_at:
             raise KeyboardInterrupt
-        logps = np.zeros((SHAPE.pairs, 2))
+        logps = np.zeros((self.shape.pairs, self.shape.answers))
         slot, target = batch.rows.slot.ravel(), batch.rows.target.ravel()
         np.add.at(logps.reshape(-1), slot[slot >= 0], -target[slot >= 0])
         return logps, {}
 
 
-def run(folder, *sets, identity=IDENTITY, score=None):
-    score = score or Scorer()
-    done = reference.run_pass(folder, identity, sets, score, shape=SHAPE, layout="shared")
+def run(folder, *sets, identity=IDENTITY, score=None, answers=2):
+    shape = dataclasses.replace(SHAPE, answers=answers)
+    score = score or Scorer(shape=shape)
+    done = reference.run_pass(folder, identity, sets, score, shape=shape, layout="shared")
     return done, score.calls
 
 
@@ -151,6 +170,47 @@ def test_two_passes_into_one_folder_keep_each_others_parts(tmp_path):
     run(tmp_path / "r", one, score=Interleaved())
     done, calls = run(tmp_path / "r", one, other)
     assert calls == 0 and done.stored == 16
+
+
+def test_values_of_rankings_come_back_with_zeros_for_answers_that_are_not_there(tmp_path):
+    ranked = make_rankings(10, 4)
+    for stored in (0, 10):
+        done, _ = run(tmp_path / "r", ranked, answers=4)
+        np.testing.assert_allclose(done.values[0], values_of(ranked[0], 4))
+        assert done.stored == stored
+
+
+def test_unpaired_answers_have_values_and_missing_ones_zeros(tmp_path):
+    pairs, _, _, given = make_set(6)
+    none = np.array([], int)
+    pairs = [pair._replace(**{"rejected" if i % 2 else "chosen": none}) for i, pair in enumerate(pairs)]
+    keys = np.array([content_key(pair) for pair in pairs], np.uint64)
+    done, _ = run(tmp_path / "r", (pairs, np.array([pair.lengths for pair in pairs]), keys, given))
+    np.testing.assert_allclose(done.values[0], values_of(pairs))
+    assert (done.values[0] == 0).sum() == 6
+
+
+def test_runs_with_longer_and_shorter_rankings_share_a_store(tmp_path):
+    # Pairs scored in a run of pairs are read in a run of rankings, beside whose parts they lie, and the reverse.
+    two, three, four = make_rankings(5, 2), make_rankings(6, 3, seed=1), make_rankings(7, 4, seed=2)
+    run(tmp_path / "r", two)
+    done, _ = run(tmp_path / "r", widened(*two, answers=4), four, answers=4)
+    assert (done.stored, done.scored) == (5, 7)
+    np.testing.assert_allclose(done.values[0], values_of(two[0], 4))
+    done, calls = run(tmp_path / "r", two)
+    assert calls == 0
+    np.testing.assert_allclose(done.values[0], values_of(two[0]))
+    run(tmp_path / "r", widened(*three, answers=4), answers=4)
+    done, calls = run(tmp_path / "r", three, answers=3)
+    assert calls == 0
+    np.testing.assert_allclose(done.values[0], values_of(three[0], 3))
+
+
+def test_values_given_with_pairs_are_used_beside_rankings(tmp_path):
+    pairs, lengths, keys, given = make_set(6)
+    given[:] = [-1.5, -2.5]
+    done, calls = run(tmp_path / "r", widened(pairs, lengths, keys, given, answers=3), answers=3)
+    assert calls == 0 and done.values[0].tolist() == [[-1.5, -2.5, 0]] * 6
 
 
 @pytest.mark.parametrize("name", ["manifest.json", "part-0.parquet"])

@@ -216,6 +216,7 @@ def test_answers_that_were_cut_are_not_said_to_be_endless(tmp_path):
         max_prompt_length=16,
         truncate_prompt="keep_end",
         on_bad_row="error",
+        rankings="all",
         cache_dir=str(tmp_path / "cache"),
     )
     assert found.report["answers_cut"] == 1

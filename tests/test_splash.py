@@ -129,7 +129,7 @@ def test_no_block_is_fetched_that_is_not_computed():
 def test_eight_packed_pairs_visit_a_third_of_what_causal_attention_would():
     rng = np.random.default_rng(0)
     sizes = [(int(rng.integers(120, 260)), int(rng.integers(60, 240))) for _ in range(8)]
-    pairs = [Encoded(*(np.ones(n, int) for n in (prompt, c, 512 - prompt - c))) for prompt, c in sizes]
+    pairs = [Encoded.of(*(np.ones(n, int) for n in (prompt, c, 512 - prompt - c))) for prompt, c in sizes]
     shape = layout.Shape(pairs=8, rows=1, row_length=4096, microbatches=1)
     batch = layout.collate(pairs, None, shape, layout="shared")
     bounds = jnp.asarray(batch.rows.key_start[0]), jnp.asarray(batch.rows.key_end[0])

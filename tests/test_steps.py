@@ -24,7 +24,7 @@ PAIRS, LENGTH = 12, 128
 
 def random_pairs(count=PAIRS, seed=0):
     rng = np.random.default_rng(seed)
-    return [Encoded(*(rng.integers(1, 64, rng.integers(1, 25)) for _ in range(3))) for _ in range(count)]
+    return [Encoded.of(*(rng.integers(1, 64, rng.integers(1, 25)) for _ in range(3))) for _ in range(count)]
 
 
 @functools.cache
@@ -47,7 +47,8 @@ def make_step(loss="sigmoid", tx=None, total=PAIRS, mesh=None, config=CONFIG, ad
 
 def update(batch, loss="sigmoid", total=PAIRS, **options):
     tx = optax.sgd(0.1)
-    state, metrics = jax.jit(make_step(loss, tx, total, **options))(steps.init_state(params(), tx), batch)
+    state = steps.init_state(params(), tx, losses.make_loss(loss, {}))
+    state, metrics = jax.jit(make_step(loss, tx, total, **options))(state, batch)
     return state.params, metrics
 
 
@@ -152,6 +153,28 @@ def test_only_microbatches_in_use_are_computed():
     assert all(np.isfinite(x).all() for x in jax.tree.leaves((state.params, metrics)))
 
 
+@pytest.mark.parametrize("layout_name", layout.LAYOUTS)
+def test_answers_of_a_ranking_score_as_they_do_alone(layout_name):
+    rng = np.random.default_rng(0)
+    rankings = [
+        Encoded.of(*(rng.integers(1, 64, rng.integers(1, 25)) for _ in range(1 + answers))) for answers in (4, 2, 3, 4)
+    ]
+    places = [(p, side) for p, ranking in enumerate(rankings) for side in range(len(ranking.answers))]
+    none = np.array([], int)
+    alone = [Encoded(rankings[p].prompt, rankings[p].answers[side], none) for p, side in places]
+
+    def logps(pairs, name, **sizes):
+        shape = layout.Shape(pairs=len(pairs), rows=len(pairs), row_length=256, microbatches=1, **sizes)
+        rows = jax.tree.map(lambda x: x[0], layout.collate(pairs, None, shape, layout=name).rows)
+        logps_fn = scoring.make_logps_fn(CONFIG, pairs=shape.pairs, answers=shape.answers, dtype=jnp.float32)
+        return np.asarray(jax.jit(logps_fn)(params(), rows)[0])
+
+    found, expected = logps(rankings, layout_name, answers=4), np.zeros((4, 4))
+    expected[tuple(zip(*places, strict=True))] = logps(alone, "repeated")[:, 0]
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-4)
+    assert (found == 0).sum() == 3
+
+
 @pytest.mark.parametrize(
     "sizes", [pytest.param(size, marks=pytest.mark.slow) for size in ((1, 8, 1), (1, 1, 8), (1, 4, 2))] + [(2, 2, 2)]
 )
@@ -236,7 +259,7 @@ def test_any_model_that_scores_pairs_can_be_trained():
         reference=np.full((3, 2), np.log(0.25), np.float32),
         lengths=np.ones((3, 2), np.int32),
     )
-    step = jax.jit(steps.make_train_step(logps_fn, losses.make_loss("sigmoid", {"beta": 1.0}), tx, beta=1.0))
+    step = jax.jit(steps.make_train_step(logps_fn, losses.make_loss("sigmoid", {"beta": 1.0}), tx))
     state, first = step(steps.init_state(table, tx), batch)
     for _ in range(50):
         state, last = step(state, batch)

@@ -38,8 +38,13 @@ def fault(pair, tokenizer, **limits):
     return error
 
 
+def sides(encoded):
+    """Prompt and answers."""
+    return encoded.prompt, *encoded.answers
+
+
 def words(tokenizer, encoded):
-    return [str(tokenizer.decode(ids)) for ids in encoded]
+    return [str(tokenizer.decode(ids)) for ids in sides(encoded)]
 
 
 # The boundary
@@ -51,8 +56,8 @@ def test_encode_keeps_the_ids_that_prompt_and_answer_have_together():
     for side, text in ((encoded.chosen, PAIR.chosen), (encoded.rejected, PAIR.rejected)):
         assert [*encoded.prompt, *side[:-1]] == tokenizer(PAIR.prompt + text)["input_ids"]
     assert encoded.prompt.tolist() == tokenizer(PAIR.prompt)["input_ids"]
-    assert (cuts, split) == ([0, 0, 0], False)
-    assert all(ids.dtype == np.int32 for ids in encoded)
+    assert (cuts, split) == ([0, (0, 0)], False)
+    assert all(ids.dtype == np.int32 for ids in sides(encoded))
 
 
 @pytest.mark.parametrize(("chosen", "rejected"), [("the sky", "\nno"), ("\nno", "the sky"), ("the sky", "sky")])
@@ -71,12 +76,12 @@ def test_encode_tokenises_both_answers_apart_when_a_token_would_reach_across(cho
 def test_encode_gives_each_pair_what_it_would_get_alone():
     tokenizer = make_tokenizer(adds="<bos> $A", template=CHATML)
     merging = [Pair("a:2", "is ", "the", "sky"), Pair("a:4", "the ", "sky", "blue")]
-    chat = render(Row("a:3", CHAT), format="chat", tokenizer=tokenizer)
+    (chat,) = render(Row("a:3", CHAT), format="chat", tokenizer=tokenizer)
     pairs = [PAIR, merging[0], chat, merging[1], PAIR]
     for pair, outcome in zip(pairs, encode(pairs, tokenizer), strict=True):
         assert isinstance(outcome, tokenize.Outcome)
         alone = encode_one(pair, tokenizer)
-        assert [ids.tolist() for ids in outcome.encoded] == [ids.tolist() for ids in alone.encoded]
+        assert [ids.tolist() for ids in sides(outcome.encoded)] == [ids.tolist() for ids in sides(alone.encoded)]
         assert outcome[1:] == alone[1:]
     assert encode([], tokenizer) == []
 
@@ -110,7 +115,7 @@ def test_encode_keeps_the_real_eos_when_the_pad_token_is_the_same():
 @pytest.mark.parametrize(("template", "end"), [(CHATML, "<|im_end|>\n"), (BOS_AND_EOS, "<eos>")])
 def test_encode_adds_nothing_to_templated_text(template, end):
     tokenizer = make_tokenizer(adds="<bos> $A <eos>", template=template)
-    pair = render(Row("a:1", CHAT), format="chat", tokenizer=tokenizer)
+    (pair,) = render(Row("a:1", CHAT), format="chat", tokenizer=tokenizer)
     prompt, chosen, _ = words(tokenizer, encode_one(pair, tokenizer).encoded)
     assert (prompt, chosen) == (pair.prompt, pair.chosen)
     assert chosen.endswith("yes" + end) and chosen.count(end) == 1
@@ -119,7 +124,7 @@ def test_encode_adds_nothing_to_templated_text(template, end):
 @pytest.mark.parametrize("template", [CHATML, THINKING, BOS_AND_EOS])
 def test_encode_gives_chat_the_ids_that_transformers_gives_the_conversation(template):
     tokenizer = make_tokenizer(adds="<bos> $A <eos>", template=template)
-    pair = render(Row("a:1", CHAT), format="chat", tokenizer=tokenizer)
+    (pair,) = render(Row("a:1", CHAT), format="chat", tokenizer=tokenizer)
     encoded = encode_one(pair, tokenizer).encoded
     for name, answer in (("chosen", encoded.chosen), ("rejected", encoded.rejected)):
         whole = tokenizer.apply_chat_template(CHAT["prompt"] + CHAT[name], tokenize=True, return_dict=False)
@@ -138,7 +143,7 @@ def test_encode_needs_an_eos_token_for_plain_text_only():
     with pytest.raises(InputError, match=r"a\.jsonl:1: plain text, and a tokenizer without an eos_token") as caught:
         encode([PAIR], tokenizer)
     assert "tokenizer_config.json" in caught.value.remedy and "config.json names by eos_token_id" in caught.value.remedy
-    pair = render(Row("a:1", CHAT), format="chat", tokenizer=tokenizer)
+    (pair,) = render(Row("a:1", CHAT), format="chat", tokenizer=tokenizer)
     assert words(tokenizer, encode_one(pair, tokenizer).encoded)[1] == pair.chosen
 
 
@@ -162,7 +167,7 @@ def test_encode_cuts_the_prompt_first_then_each_answer(adds, mode, expected, cut
     tokenizer = make_tokenizer(adds=adds)
     outcome = encode_one(letters(10, 8), tokenizer, max_length=10, max_prompt_length=4, truncate_prompt=mode)
     assert tuple(words(tokenizer, outcome.encoded)) == expected
-    assert (outcome.prompt_cut, outcome.chosen_cut, outcome.rejected_cut) == cuts
+    assert (outcome.prompt_cut, *outcome.answer_cuts) == cuts
 
 
 @pytest.mark.parametrize(
@@ -177,14 +182,14 @@ def test_encode_cuts_the_prompt_first_then_each_answer(adds, mode, expected, cut
 )
 def test_encode_cuts_nothing_before_it_must(prompt, chosen, cuts):
     outcome = encode_one(letters(prompt, chosen), make_tokenizer(), max_length=15, max_prompt_length=4)
-    assert outcome[1:4] == cuts
+    assert (outcome.prompt_cut, *outcome.answer_cuts) == cuts
     assert outcome.encoded.chosen[-1] != make_tokenizer().eos_token_id or not cuts[1]
 
 
 def test_encode_keeps_the_assistant_header_when_it_cuts_the_prompt():
     tokenizer = make_tokenizer(template="{{ bos_token }}" + CHATML)
     fields = {**CHAT, "prompt": [{"role": "user", "content": "the sky " * 50}]}
-    pair = render(Row("a:1", fields), format="chat", tokenizer=tokenizer)
+    (pair,) = render(Row("a:1", fields), format="chat", tokenizer=tokenizer)
     outcome = encode_one(pair, tokenizer, max_length=40, max_prompt_length=30)
     prompt = words(tokenizer, outcome.encoded)[0]
     assert prompt.startswith("<bos>") and prompt.endswith("<|im_end|>\n<|im_start|>assistant\n")
@@ -204,7 +209,7 @@ def test_encode_refuses_a_long_prompt_if_asked_to():
     assert "a prompt of 8 tokens" in error.got and error.expected == "at most data.max_prompt_length 4"
     assert "data.on_bad_row" in error.remedy
     encode_one(letters(8, 1), make_tokenizer(), **limits)  # fits as it is
-    assert encode_one(letters(4, 8), make_tokenizer(), **limits).chosen_cut == 3
+    assert encode_one(letters(4, 8), make_tokenizer(), **limits).answer_cuts == (3, 0)
 
 
 def test_encode_refuses_answers_that_truncation_makes_equal():
@@ -315,4 +320,82 @@ def test_encode_finds_bos_where_the_tokenizer_knows_few_letters():
     backend.post_processor = tokenizers.processors.TemplateProcessing("<bos> $A", None, [("<bos>", 0)])
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<bos>", eos_token="<eos>")
     encoded = encode_one(Pair("dna:1", "ACG", "TT", "GA"), tokenizer).encoded
-    assert [ids.tolist() for ids in encoded] == [[0, 2, 3, 4], [5, 5, 1], [4, 2, 1]]
+    assert [ids.tolist() for ids in sides(encoded)] == [[0, 2, 3, 4], [5, 5, 1], [4, 2, 1]]
+
+
+# More answers than two, and fewer
+
+
+def test_encode_gives_a_ranking_the_answers_that_its_pairs_get():
+    tokenizer = make_tokenizer(adds="<bos> $A")
+    answers = " yes, the sky is blue.", " no", " the sky", " is it?"
+    whole = encode_one(Pair("a:1", PAIR.prompt, *answers[:2], answers[2:]), tokenizer)
+    ids = [side.tolist() for side in sides(whole.encoded)]
+    for side, text in enumerate(answers):
+        other = answers[side - 1]
+        pair = encode_one(Pair("a:1", PAIR.prompt, text, other), tokenizer).encoded
+        assert [pair.prompt.tolist(), pair.chosen.tolist()] == [ids[0], ids[1 + side]]
+    assert whole.answer_cuts == (0, 0, 0, 0) and not whole.boundary_split
+
+
+def test_encode_tokenises_all_answers_apart_when_one_would_merge_with_the_prompt():
+    tokenizer = make_tokenizer()
+    outcome = encode_one(Pair("a:1", "is ", "\nno", "well", ("the sky", "blue")), tokenizer)
+    assert outcome.boundary_split
+    assert words(tokenizer, outcome.encoded) == ["is ", "\nno<eos>", "well<eos>", "the sky<eos>", "blue<eos>"]
+    assert outcome.encoded.others[0].tolist() == tokenizer("the sky<eos>")["input_ids"]
+
+
+def test_encode_gives_an_answer_that_is_not_there_no_token():
+    for adds in ("$A", "<bos> $A <eos>"):
+        tokenizer = make_tokenizer(adds=adds)
+        for prompt, text in ((PAIR.prompt, " yes"), ("is ", "the")):  # the second is tokenised apart
+            pair = encode_one(Pair("a:1", prompt, text, " no"), tokenizer).encoded
+            first = encode_one(Pair("a:1", prompt, text, ""), tokenizer).encoded
+            second = encode_one(Pair("a:1", prompt, "", text), tokenizer).encoded
+            assert first.chosen.tolist() == second.rejected.tolist() == pair.chosen.tolist()
+            assert len(first.rejected) == len(second.chosen) == 0
+            assert first.prompt.tolist() == second.prompt.tolist() == pair.prompt.tolist()
+            assert first.rejected.dtype == np.int32
+
+
+def test_encode_learns_bos_from_an_answer_that_is_there():
+    tokenizer = make_tokenizer(adds="<bos> $A")
+    pairs = [Pair("a:1", "is ", "", "blue"), PAIR]
+    for outcome in encode(pairs, tokenizer):
+        assert isinstance(outcome, tokenize.Outcome)
+        assert words(tokenizer, outcome.encoded)[0].startswith("<bos>")
+
+
+def test_encode_takes_the_longest_answer_of_a_ranking_for_truncation_and_cuts_each():
+    tokenizer = make_tokenizer()
+    short, long = Pair("a:1", "0123456789", "N", "Z"), Pair("a:1", "0123456789", "N", "Z", ("OPQRSTUVW", "OPQ"))
+    limits = {"max_length": 12, "max_prompt_length": 4}
+    assert encode_one(short, tokenizer, **limits).prompt_cut == 0
+    outcome = encode_one(long, tokenizer, **limits)
+    assert words(tokenizer, outcome.encoded) == ["6789", "N<eos>", "Z<eos>", "OPQRSTUV", "OPQ<eos>"]
+    assert (outcome.prompt_cut, outcome.answer_cuts) == (6, (0, 0, 2, 0))
+
+
+def test_encode_refuses_any_two_answers_that_are_the_same_tokens():
+    pair = Pair("a:1", "0123", "NOPQ", "Z", ("NOPQRS", "NOPQRT"))
+    limits = {"max_prompt_length": 2}
+    for size, which in ((6, "answers 1 and 3"), (7, "answers 3 and 4")):
+        error = fault(pair, make_tokenizer(), max_length=size, **limits)
+        assert error.got == f"{which} are the same tokens after truncation to max_length {size}"
+    encode_one(pair, make_tokenizer(), max_length=8, **limits)
+    same = Pair("a:1", "the sky", " blue", " is<eos>", (" is",))
+    assert fault(same, make_tokenizer()).got == "answers 2 and 3 are the same tokens"
+
+
+def test_encode_names_the_answer_of_a_ranking_without_a_token():
+    backend = tokenizers.Tokenizer(tokenizers.models.BPE({"<eos>": 0, "A": 1, "C": 2, "G": 3}, []))
+    backend.add_special_tokens(["<eos>"])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<eos>")
+    assert fault(Pair("dna:1", "A", "C", "G", ("x",)), tokenizer).got == "'answer 3' has no token"
+    assert fault(Pair("dna:1", "A", "", "x"), tokenizer).got == "'rejected' has no token"
+
+
+def test_encode_refuses_ids_of_any_answer_that_the_model_does_not_have():
+    with pytest.raises(InputError, match=re.escape("uses '<|im_end|>' (id 3); expected ids below 3")):
+        encode([Pair("a:1", "<bos>", "<bos><eos>", "<eos>", ("<|im_end|>",))], make_tokenizer(), vocab_size=3)

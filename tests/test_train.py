@@ -174,7 +174,7 @@ def test_softmax_of_padded_rows_has_parity_with_transformers(finished, inputs):
     tokens = len(transformers.AutoTokenizer.from_pretrained(inputs / "model"))
     model = transformers.AutoModelForCausalLM.from_pretrained(inputs / "model")
     sums, without = [], []
-    for prompt, chosen, _ in (found[i] for i in range(len(found))):
+    for prompt, chosen, *_ in (found[i] for i in range(len(found))):
         ids, answer = (torch.tensor(side, dtype=torch.long) for side in ([*prompt, *chosen], chosen))
         with torch.no_grad():
             logits = model(ids[None]).logits[0, len(prompt) - 1 : -1]

@@ -11,9 +11,15 @@ contiguous interval. An answer's last token predicts nothing, so it is a target 
     visible    [0,5)  [1,5) | [2,3)  [2,4)  [2,5) | [2,6)  [2,7)
     predicts    c3     c2   |                c1,r1|  r2     r3
 
+A ranking of more answers is laid out two and two, each couple around a prompt of its own:
+
+    couple     answers 1, 2          | answers 3, 4          | ...
+    token      1 reversed, prompt, 2 | 3 reversed, prompt, 4 | ...
+
 Where an interval cannot say what a model needs, the `repeated` layout stores `prompt | answer` once a completion.
-Both are still packed, and to a model both are still only two bounds a token. An answer without tokens is one that
-nobody asks for: it takes no position, and neither does a prompt of its own.
+Both are still packed, and to a model both are still only two bounds a token. An answer without tokens is one that is
+not there, or that nobody asks for: it takes no position, and neither does a prompt of its own. A pair without any
+answer stands in no row.
 """
 
 from __future__ import annotations
@@ -21,8 +27,8 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Int
@@ -49,6 +55,7 @@ class Shape:
     shards: int = 1  # devices that the rows of a microbatch are spread over
     crops: tuple[Crop, ...] = ()  # sizes that a microbatch may be cut to, the whole one first; empty: none is cut
     here: tuple[int, ...] | None = None  # of the shards, those whose rows this process needs; None: all
+    answers: int = 2  # K, the most of a pair
 
     @property
     def positions(self) -> int:
@@ -62,7 +69,7 @@ class Shape:
 
 
 class Unit(NamedTuple):
-    """One pair laid out from index 0; bounds and sources are relative to its own start."""
+    """One pair, or a piece of it, laid out from index 0; bounds and sources are relative to its own start."""
 
     tokens: Int[np.ndarray, "N"]
     positions: Int[np.ndarray, "N"]
@@ -73,26 +80,35 @@ class Unit(NamedTuple):
     side: Int[np.ndarray, "T"]
 
 
-def unit_lengths(lengths: Int[np.ndarray, "N 3"], layout: str) -> Int[np.ndarray, "N"]:
-    """Positions each pair takes, from its prompt, chosen and rejected token counts."""
+def unit_lengths(lengths: Int[np.ndarray, "N _"], layout: str) -> Int[np.ndarray, "N"]:
+    """Positions each pair takes, from the token counts of its prompt and answers."""
     prompt, *answers = np.asarray(lengths, np.int64).T
-    prompts = 1 if layout == "shared" else sum(answer > 0 for answer in answers)
-    return prompts * prompt + sum(np.maximum(answer - 1, 0) for answer in answers)
+    return prompt_copies(lengths, layout) * prompt + sum(np.maximum(answer - 1, 0) for answer in answers)
 
 
-def unit_room(lengths: Int[np.ndarray, "N 3"], layout: str) -> Int[np.ndarray, "N"]:
+def prompt_copies(lengths: Int[np.ndarray, "N _"], layout: str) -> Int[np.ndarray, "N"]:
+    """How often each pair's prompt is stored: once for every two answers, or for every one, that are there."""
+    there = np.asarray(lengths)[:, 1:] > 0
+    each = 2 if layout == "shared" else 1
+    return np.logical_or.reduceat(there, np.arange(0, there.shape[1], each), axis=1).sum(1)
+
+
+def unit_room(lengths: Int[np.ndarray, "N _"], layout: str) -> Int[np.ndarray, "N"]:
     """What each pair takes of a row: its positions, and no less than its scored tokens, of which a row has as many.
 
-    After a prompt of one token both answers' first tokens are predicted from one position, so there is a token more.
+    After a prompt of one token two answers' first tokens are predicted from one position, so there is a token more.
     """
     return np.maximum(unit_lengths(lengths, layout), np.asarray(lengths)[:, 1:].sum(1))
 
 
-def piece_room(lengths: Int[np.ndarray, "N 3"], layout: str, row_length: int) -> list[list[int]]:
-    """What the pieces of each pair take of a row: the pair is one piece, or, longer than a row, one a completion."""
+def piece_room(lengths: Int[np.ndarray, "N _"], layout: str, row_length: int) -> list[list[int]]:
+    """What the pieces of each pair take of a row: the pair is one piece, or, longer than a row, one a completion.
+
+    A pair without any answer has none.
+    """
     room = unit_room(lengths, layout).tolist()
     apart = {i: _apart(np.asarray(lengths[i])) for i, size in enumerate(room) if size > row_length}
-    return [apart.get(i, [size]) for i, size in enumerate(room)]
+    return [apart.get(i, [size] if size else []) for i, size in enumerate(room)]
 
 
 def _apart(lengths: np.ndarray) -> list[int]:
@@ -100,48 +116,57 @@ def _apart(lengths: np.ndarray) -> list[int]:
 
 
 def lay_out(pair: Encoded, layout: str) -> Unit:
-    """The pair's arrays in the given layout; see the drawing at the top of this file."""
-    return _shared(pair) if layout == "shared" else _repeated(pair)
+    """The pair's arrays in the given layout; see the drawings at the top of this file."""
+    couples = _couples(pair) if layout == "shared" else _apart_from_others(pair)
+    return _joined([_around(pair.prompt, *couple) for couple in couples])
 
 
 def _pieces(pair: Encoded, layout: str, count: int) -> list[Unit]:
     """The pair's arrays in as many pieces as `piece_room` has."""
     if count == 1:
         return [lay_out(pair, layout)]
-    none = pair.prompt[:0]
-    apart = [pair._replace(rejected=none), pair._replace(chosen=none)]
-    return [_repeated(half) for half in apart if len(half.chosen) or len(half.rejected)]
+    return [_around(pair.prompt, *couple) for couple in _apart_from_others(pair)]
 
 
-def _shared(pair: Encoded) -> Unit:
-    p, chosen, rejected = len(pair.prompt), pair.chosen[:-1][::-1], pair.rejected[:-1]
-    tokens = np.concatenate([chosen, pair.prompt, rejected])
-    c, index = len(chosen), np.arange(len(tokens))
-    before = index < c
-    positions = np.where(before, p + c - 1 - index, index - c)
-    key_start = np.where(before, index, c)
-    key_end = np.where(before, c + p, index + 1)
+def _couples(pair: Encoded) -> list[tuple[np.ndarray, np.ndarray, int]]:
+    """What stands before and after each copy of the prompt, and the side of the first: answers two and two."""
+    answers = *pair.answers, pair.prompt[:0]
+    couples = [(*answers[side : side + 2], side) for side in range(0, len(pair.answers), 2)]
+    return [(before, after, side) for before, after, side in couples if len(before) or len(after)]
+
+
+def _apart_from_others(pair: Encoded) -> list[tuple[np.ndarray, np.ndarray, int]]:
+    """The same with each answer after a copy of its own."""
+    return [(pair.prompt[:0], answer, side - 1) for side, answer in enumerate(pair.answers) if len(answer)]
+
+
+def _around(prompt: np.ndarray, before: np.ndarray, after: np.ndarray, side: int) -> Unit:
+    """An answer reversed before the prompt, of `side`, and the next one after it; either may be empty."""
+    p, first, second = len(prompt), before[:-1][::-1], after[:-1]
+    tokens = np.concatenate([first, prompt, second])
+    c, index = len(first), np.arange(len(tokens))
+    left = index < c
+    positions = np.where(left, p + c - 1 - index, index - c)
+    key_start = np.where(left, index, c)
+    key_end = np.where(left, c + p, index + 1)
     # The first token of either answer is predicted by the prompt's last token.
     last = c + p - 1
-    from_chosen = np.concatenate([[last], np.arange(c)[::-1]])[: len(pair.chosen)]
-    return _unit(pair, tokens, positions, key_start, key_end, [from_chosen, last + np.arange(len(pair.rejected))])
+    from_first = np.concatenate([[last], np.arange(c)[::-1]])[: len(before)]
+    source = np.concatenate([from_first, last + np.arange(len(after))])
+    sides = np.repeat([side, side + 1], [len(before), len(after)])
+    return Unit(tokens, positions, key_start, key_end, source, np.concatenate([before, after]), sides)
 
 
-def _repeated(pair: Encoded) -> Unit:
-    answers = [answer for answer in pair[1:] if len(answer)]
-    parts = [np.concatenate([pair.prompt, answer[:-1]]) for answer in answers]
-    starts = np.cumsum([0, *map(len, parts)])[:-1]
-    tokens, base = np.concatenate(parts), np.repeat(starts, [len(part) for part in parts])
-    index = np.arange(len(tokens))
-    last = starts + len(pair.prompt) - 1
-    source = [at + np.arange(len(answer)) for at, answer in zip(last, answers, strict=True)]
-    return _unit(pair, tokens, index - base, base, index + 1, source)
-
-
-def _unit(pair, tokens, positions, key_start, key_end, source):
-    side = np.repeat([0, 1], [len(pair.chosen), len(pair.rejected)])
-    target = np.concatenate([pair.chosen, pair.rejected])
-    return Unit(tokens, positions, key_start, key_end, np.concatenate(source), target, side)
+def _joined(units: Sequence[Unit]) -> Unit:
+    """Units one after another, as one."""
+    if len(units) == 1:
+        return units[0]
+    starts = np.cumsum([0, *(len(unit.tokens) for unit in units)])
+    moved = [
+        unit._replace(key_start=unit.key_start + at, key_end=unit.key_end + at, source=unit.source + at)
+        for unit, at in zip(units, starts, strict=False)
+    ]
+    return Unit(*map(np.concatenate, zip(*moved, strict=True)))
 
 
 def fill_rows(pieces: Sequence[Sequence[int]], row_length: int) -> list[list[list[tuple[int, int]]]]:
@@ -152,8 +177,8 @@ def fill_rows(pieces: Sequence[Sequence[int]], row_length: int) -> list[list[lis
 
     Args:
       pieces: of each pair, what its pieces take, as `piece_room` has it.
-    Returns: groups of rows that one microbatch must hold: of one row, or of two for a pair in two pieces. A row is a
-      list of (pair, piece).
+    Returns: groups of rows that one microbatch must hold: of one row, or of several for a pair in pieces. A row is a
+      list of (pair, piece). A pair without pieces is in none.
     Raises: InputError if a piece is longer than a row.
     """
     longest = max((size for sizes in pieces for size in sizes), default=0)
@@ -164,20 +189,33 @@ def fill_rows(pieces: Sequence[Sequence[int]], row_length: int) -> list[list[lis
             expected=f"at least {longest}",
             remedy="Unset data.row_length to have it chosen from the data, or lower data.max_length.",
         )
-    sizes = [max(each) for each in pieces]
+    sizes = [max(each, default=0) for each in pieces]
     left = sorted((i for i, each in enumerate(pieces) if len(each) == 1), key=lambda i: -sizes[i])
-    begun = [[[(i, j)] for j in range(len(each))] for i, each in enumerate(pieces) if len(each) > 1]
+    apart = [i for i, each in enumerate(pieces) if len(each) > 1]
+    begun = [[[(i, j) for j in row] for row in _rows_apart(pieces[i], row_length)] for i in apart]
     groups: list[list[list[tuple[int, int]]]] = []
     while begun or left:
         group = begun.pop() if begun else [[(left.pop(0), 0)]]
         for row in group:
-            (pair, piece), *_ = row
-            more = _best_fill(left, sizes, row_length - pieces[pair][piece])
+            more = _best_fill(left, sizes, row_length - sum(pieces[pair][piece] for pair, piece in row))
             row.extend((i, 0) for i in more)
             taken = set(more)
             left = [i for i in left if i not in taken]
         groups.append(group)
     return groups
+
+
+def _rows_apart(sizes: Sequence[int], row_length: int) -> list[list[int]]:
+    """Rows for a pair in pieces, each piece in the first that has room; so any two hold more than one could."""
+    rows: list[list[int]] = []
+    for piece, size in enumerate(sizes):
+        fitting = (row for row in rows if sum(sizes[j] for j in row) + size <= row_length)
+        row = next(fitting, None)
+        if row is None:
+            rows.append([piece])
+        else:
+            row.append(piece)
+    return rows
 
 
 def _best_fill(units: list[int], sizes: list[int], room: int) -> list[int]:
@@ -197,7 +235,7 @@ def _best_fill(units: list[int], sizes: list[int], room: int) -> list[int]:
 
 
 def choose_shape(
-    lengths: Int[np.ndarray, "N 3"],
+    lengths: Int[np.ndarray, "N _"],
     *,
     layout: str,
     pairs: int,
@@ -211,7 +249,7 @@ def choose_shape(
     """Fixes the shape of a run's batches: microbatches as large as may be with batches still FULL_ENOUGH.
 
     Args:
-      lengths: token counts of prompt, chosen and rejected of every pair that will be laid out, training and evaluation.
+      lengths: token counts of prompt and answers of every pair that will be laid out, training and evaluation.
       row_length: positions in a row; None: chosen from the data, no shorter than the longest pair.
       rows: rows in a microbatch; None: chosen from the data.
       shards: devices that rows are spread over; rows are a multiple of it.
@@ -219,15 +257,16 @@ def choose_shape(
       field: what `rows` was given by, for errors.
       here: of the shards, those whose rows this process needs; None: all.
     Raises: InputError if `rows` does not divide so, or `row_length` is not a multiple of 8 that holds the longest pair
-      or, in microbatches of two rows and more, the longest sequence.
+      or, in microbatches of as many rows as a pair has answers, the longest sequence.
     """
-    longest = int(unit_room(lengths, layout).max())
-    least = longest if rows == 1 else int((lengths[:, 0] + lengths[:, 1:].max(1)).max()) - 1
+    longest, answers = int(unit_room(lengths, layout).max()), lengths.shape[1] - 1
+    whole = rows is not None and rows < answers
+    least = longest if whole else int((lengths[:, 0] + lengths[:, 1:].max(1)).max()) - 1
     if row_length is not None and (row_length < least or row_length % 8):
         raise InputError(
             "config.data.row_length",
             got=f"got {row_length}",
-            expected=f"a multiple of 8 of at least {least}, the longest {'pair' if rows == 1 else 'sequence'}",
+            expected=f"a multiple of 8 of at least {least}, the longest {'pair' if whole else 'sequence'}",
             remedy="Unset it to have it chosen from the data, or lower data.max_length.",
         )
     if rows is not None and (rows < 1 or rows % shards):
@@ -237,11 +276,13 @@ def choose_shape(
             expected=f"a positive multiple of {shards}, the devices that rows are spread over",
             remedy="Change it, or mesh.replica and mesh.fsdp, or unset it.",
         )
-    sizes = _candidates(longest, row_length, rows, shards, target_positions)
+    sizes = _candidates(longest, answers, row_length, rows, shards, target_positions)
     return dataclasses.replace(_fullest(lengths, layout, pairs, sizes, shards), here=here)
 
 
-def _candidates(longest: int, row_length: int | None, rows: int | None, shards: int, target: int) -> list[Crop]:
+def _candidates(
+    longest: int, answers: int, row_length: int | None, rows: int | None, shards: int, target: int
+) -> list[Crop]:
     """Sizes of a microbatch to choose from."""
     step = max(ROW_MULTIPLE, target // 16 // ROW_MULTIPLE * ROW_MULTIPLE)
     if row_length is not None:
@@ -249,7 +290,7 @@ def _candidates(longest: int, row_length: int | None, rows: int | None, shards: 
     else:
         first = -(-longest // ROW_MULTIPLE) * ROW_MULTIPLE
         row_lengths = [first, *range(-(-(first + 1) // step) * step, target + 1, step)]
-    fewest = 1 if max(row_lengths) >= longest else 2  # the two sequences of a pair longer than a row stand in two
+    fewest = 1 if max(row_lengths) >= longest else answers  # each sequence of a pair longer than a row may take one
     sizes = []
     for length in row_lengths:
         most = max(fewest, target // length)
@@ -264,7 +305,7 @@ def _fullest(lengths: np.ndarray, layout: str, pairs: int, sizes: Sequence[Crop]
     Microbatches of one size are preferred, for every size that they are cut to is compiled. Where the batch is too
     small for that, or they would be less than half as large as could be, the last one is cut to what it holds.
     """
-    rng = np.random.default_rng(0)
+    rng, answers = np.random.default_rng(0), lengths.shape[1] - 1
     drawn = [
         lengths[rng.integers(0, len(lengths), pairs)]
         for _ in range(max(4, min(SAMPLED_BATCHES, SAMPLED_PAIRS // pairs)))
@@ -277,14 +318,17 @@ def _fullest(lengths: np.ndarray, layout: str, pairs: int, sizes: Sequence[Crop]
         most, longest = worst(row_length)
         # Any two rows together hold more than one could, or they would be one.
         needed = min(pairs * longest, 2 * most // row_length + 1)
-        # Rows that come in twos leave one empty where their number is odd.
-        return Shape(pairs, rows, row_length, -(-needed // (rows // longest * longest)), shards, crops)
+        # Rows that come in twos leave one empty where their number is odd, and in threes or more, some of each.
+        filled = rows // longest * longest if longest <= 2 else rows - longest + 1
+        microbatches = min(pairs, -(-needed // filled))  # each holds at least one pair whole
+        return Shape(pairs, rows, row_length, microbatches, shards, crops, answers=answers)
 
     @functools.cache
     def worst(row_length: int) -> tuple[int, int]:
         """Positions of the longest batch there can be, and rows that a pair may need."""
         sizes = piece_room(lengths, layout, row_length)
-        return sum(sorted(map(sum, sizes))[-pairs:]), max(map(len, sizes))
+        rows = (len(_rows_apart(each, row_length)) for each in sizes if len(each) > 1)
+        return sum(sorted(map(sum, sizes))[-pairs:]), max([1, *rows])
 
     @functools.cache
     def packed(row_length: int) -> list[Packed]:
@@ -332,7 +376,7 @@ class Microbatch(NamedTuple):
     positions: int
 
 
-def plan(lengths: Int[np.ndarray, "P 3"], shape: Shape, layout: str) -> list[Microbatch]:
+def plan(lengths: Int[np.ndarray, "P _"], shape: Shape, layout: str) -> list[Microbatch]:
     """Packs pairs into rows, and rows into microbatches."""
     return into_microbatches(pack(lengths, shape.row_length, layout), shape)
 
@@ -344,7 +388,7 @@ class Packed(NamedTuple):
     used: list[int]  # positions of the longest row of each group
 
 
-def pack(lengths: Int[np.ndarray, "P 3"], row_length: int, layout: str) -> Packed:
+def pack(lengths: Int[np.ndarray, "P _"], row_length: int, layout: str) -> Packed:
     """Packs pairs into rows; rows with as much to score stand side by side.
 
     Devices that work at the same time so have as much to do, and what is left over gathers in the last microbatch.
@@ -359,6 +403,7 @@ def pack(lengths: Int[np.ndarray, "P 3"], row_length: int, layout: str) -> Packe
 
 def into_microbatches(packed: Packed, shape: Shape) -> list[Microbatch]:
     """Takes rows into microbatches in order, and cuts each to what it holds."""
+    assert all(len(group) <= shape.rows for group in packed.groups), "a shape of too few rows for its pairs"
     waiting, found = list(zip(*packed, strict=True)), []
     while waiting:
         rows: list[list[tuple[int, int]]] = []
@@ -383,10 +428,12 @@ def collate(pairs: Sequence[Encoded], reference: np.ndarray | None, shape: Shape
 
     Args:
       pairs: in batch order; fewer than `shape.pairs` leaves the rest as padding, marked absent.
-      reference: stored log-probs [len(pairs), 2] in nats, or None where there are none.
+      reference: stored log-probs [len(pairs), K] in nats, or None where there are none.
     """
     assert len(pairs) <= shape.pairs
-    lengths = np.array([[len(ids) for ids in pair] for pair in pairs])
+    lengths = np.zeros((len(pairs), 1 + shape.answers), np.int64)
+    for i, pair in enumerate(pairs):
+        lengths[i, : len(pair.lengths)] = pair.lengths
     room = piece_room(lengths, layout, shape.row_length)
     planned = plan(lengths, shape, layout)
     grid = (shape.microbatches * shape.rows, shape.row_length)
@@ -409,16 +456,16 @@ def collate(pairs: Sequence[Encoded], reference: np.ndarray | None, shape: Shape
             if shape.here is None or at // (shape.rows // shape.shards) in shape.here:
                 units = [_pieces(pairs[p], layout, len(room[p]))[j] for p, j in members]
                 pieces = [(p, unit, room[p][j]) for (p, j), unit in zip(members, units, strict=True)]
-                _write_row(rows, micro * shape.rows + at, pieces)
+                _write_row(rows, micro * shape.rows + at, pieces, shape.answers)
             present[micro, [pair for pair, _ in members]] = True
-    stored = np.zeros((shape.pairs, 2), np.float32)
+    stored = np.zeros((shape.pairs, shape.answers), np.float32)
     if reference is not None:
         stored[: len(pairs)] = reference
-    scored = np.zeros((shape.pairs, 2), np.int32)
+    scored = np.zeros((shape.pairs, shape.answers), np.int32)
     scored[: len(pairs)] = lengths[:, 1:]
     micro = (shape.microbatches, shape.rows, shape.row_length)
     return Batch(
-        rows=Rows(*(array.reshape(micro) for array in rows)),
+        rows=map_rows(lambda array: array.reshape(micro), rows),
         count=np.int32(len(planned)),
         present=present,
         reference=stored,
@@ -439,10 +486,15 @@ def _dealt(shape: Shape) -> list[int]:
 def crop_rows(rows: Rows, crop: Crop) -> Rows:
     """The first rows of a microbatch, and of them the first positions."""
     count, length = crop
-    return Rows(*(array[:count, :length] for array in rows))
+    return map_rows(lambda array: array[:count, :length], rows)
 
 
-def _write_row(rows: Rows, row: int, members: list[tuple[int, Unit, int]]) -> None:
+def map_rows(function: Callable[[Any], Any], rows: Rows) -> Rows:
+    """The same of each array that there is."""
+    return Rows(*(None if array is None else function(array) for array in rows))
+
+
+def _write_row(rows: Rows, row: int, members: list[tuple[int, Unit, int]], answers: int) -> None:
     at, scored = 0, 0
     for pair, unit, room in members:
         span = slice(at, at + len(unit.tokens))
@@ -453,7 +505,7 @@ def _write_row(rows: Rows, row: int, members: list[tuple[int, Unit, int]]) -> No
         into = slice(scored, scored + len(unit.target))
         rows.source[row, into] = unit.source + at
         rows.target[row, into] = unit.target
-        rows.slot[row, into] = 2 * pair + unit.side
+        rows.slot[row, into] = answers * pair + unit.side
         at, scored = at + room, into.stop
 
 
@@ -463,7 +515,7 @@ def positions_computed(batch: Batch, shape: Shape) -> int:
     return sum(math.prod(shape.sizes[0 if batch.crop is None else int(batch.crop[micro])]) for micro in used)
 
 
-def work_counts(batch: Batch, lengths: Int[np.ndarray, "P 3"], shape: Shape, layout: str) -> dict[str, int]:
+def work_counts(batch: Batch, lengths: Int[np.ndarray, "P _"], shape: Shape, layout: str) -> dict[str, int]:
     """Positions that an update computes, padding and empty rows included, and how many of them hold a token."""
     pieces = piece_room(lengths, layout, shape.row_length)
     apart = sum(sum(_apart(np.asarray(lengths[i]))) for i, each in enumerate(pieces) if len(each) > 1)

@@ -55,7 +55,9 @@ def unended(
     config: Mapping[str, Any],
     generation: Mapping[str, Any],
 ) -> list[str]:
-    """A line if chosen answers that were not cut end in nothing that stops generation, as a template may write them.
+    """A line if answers that were not cut end in nothing that stops generation, as a template may write them.
+
+    Of each pair the first answer that is there is looked at, which is the chosen one if there is one.
 
     The tokenizer's own EOS counts as such an end: where the model's files lack it, `disagreements` says so.
 
@@ -66,10 +68,11 @@ def unended(
     """
     stops = sorted({*_stops(config, generation)[0], *_ids(tokenizer.eos_token_id)})
     looked_at = np.linspace(0, len(pairs) - 1, min(len(pairs), _LOOKED_AT)).astype(int).tolist()
+    found = [(i, pair.prompt, next(filter(len, pair.answers), None)) for i in looked_at for pair in [pairs[i]]]
     tails = {
-        i: pair.chosen[-_TAIL:]
-        for i, pair in ((i, pairs[i]) for i in looked_at)
-        if len(pair.prompt) + len(pair.chosen) < max_length
+        i: answer[-_TAIL:]
+        for i, prompt, answer in found
+        if answer is not None and len(prompt) + len(answer) < max_length
     }
     endless = [i for i, tail in tails.items() if not np.isin(tail, stops).any()]
     if not stops or not endless:

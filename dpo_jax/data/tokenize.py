@@ -24,8 +24,7 @@ class Outcome(NamedTuple):
 
     encoded: Encoded
     prompt_cut: int = 0  # tokens taken from the prompt
-    chosen_cut: int = 0  # tokens taken from the end of the chosen answer, its EOS among them
-    rejected_cut: int = 0
+    answer_cuts: tuple[int, ...] = ()  # tokens taken from the end of each answer, its EOS among them
     boundary_split: bool = False  # prompt and answers would merge where they meet, so each was tokenised by itself
 
 
@@ -40,8 +39,7 @@ class Parts(NamedTuple):
     """Token ids of one pair before truncation."""
 
     prompt: list[int]
-    chosen: list[int]
-    rejected: list[int]
+    answers: tuple[list[int], ...]  # best first; empty for one that is not there
     split: bool  # the answers were tokenised by themselves
     lead: int  # ids at the start of the prompt that truncation keeps: BOS
 
@@ -100,12 +98,13 @@ def encode(
     """Token ids of each pair, or what is wrong with it.
 
     Boundary: prompt and answer are tokenised together and the prompt's own ids kept as the beginning; where a token
-    would reach across the boundary on either side, both answers are tokenised by themselves.
+    would reach across the boundary of any answer, all are tokenised by themselves. An answer without text is not there
+    and gets no token.
 
     Plain text starts with what the tokenizer itself puts first (BOS, for most that have one) and each answer ends in
     exactly one EOS; templated text gets neither, it has what its template wrote.
 
-    Truncation, as in the original DPO: if the prompt and the longer answer exceed `max_length`, the prompt is cut to
+    Truncation, as in the original DPO: if the prompt and the longest answer exceed `max_length`, the prompt is cut to
     `max_prompt_length`, keeping a leading BOS; then each answer is cut to what is left. A cut answer has no EOS.
 
     Args:
@@ -113,7 +112,7 @@ def encode(
       max_length, max_prompt_length: tokens, 1 <= max_prompt_length < max_length.
       truncate_prompt: the end of a long prompt that survives, keep_end or keep_start; error: it is a bad row.
     Returns: per pair an Outcome, or an InputError if the prompt is too long under `error`, if prompt or answer has no
-      token, if the answers are the same tokens once truncated, or if a pair that brings its reference is truncated.
+      token, if two answers are the same tokens once truncated, or if a pair that brings its reference is truncated.
     Raises: InputError for bad options, plain text without an EOS to end it, and ids the model does not have.
     """
     _check_options(max_length, max_prompt_length, truncate_prompt)
@@ -145,18 +144,18 @@ def _check_options(max_length: int, max_prompt_length: int, truncate_prompt: str
         )
 
 
-def _specials(tokenizer: PreTrainedTokenizerBase, pair: Pair) -> Specials:
-    """What plain text is given, told by the chosen answer of a pair, which has a token."""
+def _specials(tokenizer: PreTrainedTokenizerBase, place: str, answer: str) -> Specials:
+    """What plain text is given, told by an answer that has a token."""
     if tokenizer.eos_token_id is None:
         raise InputError(
-            pair.place,
+            place,
             got="plain text, and a tokenizer without an eos_token",
             expected="a token that ends an answer",
             remedy="Set eos_token in the tokenizer's tokenizer_config.json, to the token that the model's config.json "
             "names by eos_token_id.",
         )
-    (bare,) = _ids(tokenizer, [pair.chosen])
-    dressed = cast("list[int]", tokenizer(pair.chosen, verbose=False)["input_ids"])
+    (bare,) = _ids(tokenizer, [answer])
+    dressed = cast("list[int]", tokenizer(answer, verbose=False)["input_ids"])
     start = next(i for i in range(len(dressed)) if dressed[i : i + len(bare)] == bare)
     return Specials(dressed[:start], cast(int, tokenizer.eos_token_id))
 
@@ -167,38 +166,46 @@ def _ids(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]
 
 
 def _tokenised(pairs: Sequence[Pair], tokenizer: PreTrainedTokenizerBase) -> list[Parts]:
-    ids = _ids(tokenizer, [text for p in pairs for text in (p.prompt, p.prompt + p.chosen, p.prompt + p.rejected)])
+    together = iter(_ids(tokenizer, [p.prompt + text for p in pairs for text in ("", *filter(None, p.answers))]))
     bos = cast("int | None", tokenizer.bos_token_id)
-    parts = [_parted(bos, *ids[i : i + 3]) for i in range(0, len(ids), 3)]
+    parts = [
+        _parted(bos, next(together), [next(together) if answer else None for answer in pair.answers]) for pair in pairs
+    ]
     apart = [i for i, part in enumerate(parts) if part.split]
-    alone = _ids(tokenizer, [text for i in apart for text in (pairs[i].chosen, pairs[i].rejected)])
-    for n, i in enumerate(apart):
-        parts[i] = parts[i]._replace(chosen=alone[2 * n], rejected=alone[2 * n + 1])
-    plain = next((i for i, part in enumerate(parts) if part.chosen and not pairs[i].templated), None)
-    if plain is None:
+    alone = iter(_ids(tokenizer, [text for i in apart for text in filter(None, pairs[i].answers)]))
+    for i in apart:
+        parts[i] = parts[i]._replace(answers=tuple(next(alone) if text else [] for text in pairs[i].answers))
+    plain = (
+        (pair.place, text)
+        for pair, part in zip(pairs, parts, strict=True)
+        for text, ids in zip(pair.answers, part.answers, strict=True)
+        if ids and not pair.templated
+    )
+    first = next(plain, None)
+    if first is None:
         return parts
-    specials = _specials(tokenizer, pairs[plain])
+    specials = _specials(tokenizer, *first)
     return [part if pair.templated else _dressed(part, specials) for pair, part in zip(pairs, parts, strict=True)]
 
 
-def _parted(bos: int | None, prompt: list[int], *wholes: list[int]) -> Parts:
+def _parted(bos: int | None, prompt: list[int], wholes: Sequence[list[int] | None]) -> Parts:
     """Answers as what follows the prompt's ids in prompt and answer together; `split` where those do not start so."""
     size = len(prompt)
-    chosen, rejected = (whole[size:] for whole in wholes)
-    split = any(whole[:size] != prompt for whole in wholes)
-    return Parts(prompt, chosen, rejected, split, lead=int(prompt[:1] == [bos]))
+    answers = tuple([] if whole is None else whole[size:] for whole in wholes)
+    split = any(whole is not None and whole[:size] != prompt for whole in wholes)
+    return Parts(prompt, answers, split, lead=int(prompt[:1] == [bos]))
 
 
 def _dressed(parts: Parts, specials: Specials) -> Parts:
     """BOS and EOS added, unless the text itself has them."""
     lead, eos = specials
     prompt = parts.prompt if parts.prompt[: len(lead)] == lead else lead + parts.prompt
-    chosen, rejected = (a if a[-1:] in ([], [eos]) else [*a, eos] for a in (parts.chosen, parts.rejected))
-    return Parts(prompt, chosen, rejected, parts.split, max(parts.lead, len(lead)))
+    answers = tuple(answer if answer[-1:] in ([], [eos]) else [*answer, eos] for answer in parts.answers)
+    return Parts(prompt, answers, parts.split, max(parts.lead, len(lead)))
 
 
 def _check_ids(pair: Pair, parts: Parts, tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> None:
-    over = [ids for ids in parts[:3] if max(ids, default=0) >= vocab_size]
+    over = [ids for ids in (parts.prompt, *parts.answers) if max(ids, default=0) >= vocab_size]
     if over:
         raise InputError(
             pair.place,
@@ -210,11 +217,11 @@ def _check_ids(pair: Pair, parts: Parts, tokenizer: PreTrainedTokenizerBase, voc
 
 
 def _truncated(pair: Pair, parts: Parts, max_length: int, max_prompt: int, mode: str) -> Outcome | InputError:
-    prompt, chosen, rejected, split, lead = parts
-    for name, ids in zip(("prompt", "chosen", "rejected"), parts[:3], strict=True):
-        if not ids:
+    prompt, answers, split, lead = parts
+    for name, there, ids in zip(("prompt", *_names(pair)), (True, *pair.answers), (prompt, *answers), strict=True):
+        if there and not ids:
             return InputError(pair.place, got=f"{name!r} has no token", expected="at least one", remedy=_DROP)
-    over = len(prompt) + max(len(chosen), len(rejected)) > max_length
+    over = len(prompt) + max(map(len, answers)) > max_length
     if over and len(prompt) > max_prompt:
         if mode == "error":
             return InputError(
@@ -225,25 +232,41 @@ def _truncated(pair: Pair, parts: Parts, max_length: int, max_prompt: int, mode:
             )
         prompt = _cut_prompt(prompt, lead, max_prompt, mode)
     room = max_length - len(prompt)
-    encoded = Encoded(*(np.array(ids, np.int32) for ids in (prompt, chosen[:room], rejected[:room])))
-    cuts = [len(before) - len(after) for before, after in zip(parts[:3], encoded, strict=True)]
-    if pair.reference and any(cuts):
+    encoded = Encoded.of(np.array(prompt, np.int32), *(np.array(ids[:room], np.int32) for ids in answers))
+    prompt_cut = len(parts.prompt) - len(prompt)
+    cuts = tuple(max(0, len(ids) - room) for ids in answers)
+    if pair.reference and (prompt_cut or any(cuts)):
         return InputError(
             pair.place,
-            got=f"reference log-probs of a pair that data.max_length {max_length} cuts here by {sum(cuts)} tokens",
+            got=f"reference log-probs of a pair that data.max_length {max_length} cuts here by "
+            f"{prompt_cut + sum(cuts)} tokens",
             expected="those of the very tokens that are scored",
             remedy=f"Raise the limits, or take the reference columns away. {_DROP}",
         )
-    if np.array_equal(encoded.chosen, encoded.rejected):
+    if (same := _alike(encoded.answers)) is not None:
+        which = "the answers" if len(answers) == 2 else "answers {} and {}".format(*same)
+        after = f" after truncation to max_length {max_length}" if any(cuts) else ""
         return InputError(
             pair.place,
-            got=f"the answers are the same tokens after truncation to max_length {max_length}"
-            if any(cuts[1:])
-            else "the answers are the same tokens",
+            got=f"{which} are the same tokens{after}",
             expected="answers that differ within the limit",
-            remedy=f"Raise data.max_length. {_DROP}" if any(cuts[1:]) else _DROP,
+            remedy=f"Raise data.max_length. {_DROP}" if any(cuts) else _DROP,
         )
-    return Outcome(encoded, *cuts, boundary_split=split)
+    return Outcome(encoded, prompt_cut, cuts, boundary_split=split)
+
+
+def _names(pair: Pair) -> list[str]:
+    """Of the answers, for errors."""
+    return [f"answer {n}" for n, _ in enumerate(pair.answers, start=1)] if pair.others else ["chosen", "rejected"]
+
+
+def _alike(answers: Sequence[np.ndarray]) -> tuple[int, int] | None:
+    """The first two answers of the same tokens, counted from 1."""
+    seen: dict[bytes, int] = {}
+    for n, ids in enumerate(answers, start=1):
+        if (first := seen.setdefault(ids.tobytes(), n)) != n:
+            return first, n
+    return None
 
 
 def _cut_prompt(prompt: list[int], lead: int, size: int, mode: str) -> list[int]:
