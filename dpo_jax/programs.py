@@ -348,7 +348,7 @@ def reference_values(
         place = np.full(len(pairs), -1)
         place[at] = np.arange(len(at))
         values = None if done.tokens is None else done.tokens[i]
-        sums = {} if values is None else {"shared_logps": values.shared_logps(pairs.lengths[at])}
+        sums = {} if values is None else {"shared_logps": values.shared_logps()}
         unrelated = done.values[len(chosen) + i] if inputs.unrelated else None
         known.append(Known(place, done.values[i], sums, values if tokens else None, unrelated))
     return known, done

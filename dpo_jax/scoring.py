@@ -4,7 +4,7 @@ the evaluation and the reference pass share, so that at step 0 the policy is the
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -14,14 +14,14 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Float, Int
 
 from dpo_jax import feed, gradients, sharding
-from dpo_jax.data.layout import Shape, collate, unit_lengths
+from dpo_jax.data.layout import Shape, answer_starts, collate, unit_lengths
 from dpo_jax.logprobs import completion_logps, sum_by_slot
 from dpo_jax.models import adapters as low_rank
 from dpo_jax.models import attention as attentions
 from dpo_jax.models import decoder, experts
 from dpo_jax.models.config import DecoderConfig
 from dpo_jax.models.layers import Across, across_mesh, lookup
-from dpo_jax.types import Batch, Pairs
+from dpo_jax.types import AnswerTokens, Batch, InputError, Pairs
 from dpo_jax.vocabulary import ACCELERATOR_BLOCKS, CPU_BLOCKS, Head, Spread
 
 # Leaves with something for every word of the vocabulary, by their parents: their gradients are added in place.
@@ -36,6 +36,7 @@ class Scored(NamedTuple):
     logps: Float[np.ndarray, "n K"]  # nats, summed over the answer
     token_sums: dict[str, Float[np.ndarray, "n K"]]
     forward_passes: int
+    tokens: list[list[AnswerTokens]] | None = None  # of each pair's answers, if the score has them
 
 
 def compute_dtype(name: str, platform: str) -> Any:
@@ -56,9 +57,11 @@ def make_logps_fn(
     mesh: Mesh | None = None,
     rules: sharding.Rules = sharding.RULES,
     adapters: low_rank.Adapters | None = None,
+    sums: Collection[str] = (),
+    tokens: int | None = None,
 ) -> Callable[..., Any]:
     """Returns `logps_fn(params, rows) -> (logps [P, K], {"logits": [P, K], ...})` for a decoder, the second sums over
-    answer tokens: of the mean logit, and of what `experts.routing` says.
+    answer tokens: of the mean logit, of what `experts.routing` says, and those asked for.
 
     With a third argument, `sums` as in `gradients`, it returns `((logps, ...), sums)`. With `frozen`, parameters that
     are not among `params`, it reads those as well; their gradients are not made.
@@ -69,7 +72,19 @@ def make_logps_fn(
       mesh: what rows and parameters lie across, as `sharding` has it; None: one device of JAX's default platform.
       rules: by which parameters do.
       adapters: that are among the parameters.
+      sums: further ones to make, see `completion_logps`.
+      tokens: C: `{"tokens": (log-probs of the targets [R, T], the C likeliest tokens in place of each [R, T, C], their
+        log-probs)}` is returned besides, and nothing can be differentiated; None: it is not.
+    Raises: InputError if there are no C tokens.
     """
+    if tokens is not None and tokens > config.vocab_size:
+        raise InputError(
+            "config.loss.kl_tokens",
+            got=f"got {tokens}, and the vocabulary has {config.vocab_size} tokens",
+            expected=f"at most {config.vocab_size}",
+            remedy="Lower it.",
+        )
+    asked = functools.partial(completion_logps, sums=tuple(sums), likely=tokens)
     platform = jax.default_backend() if mesh is None else mesh.devices.flat[0].platform
     of_attention = of_head = move = across = stay = None
     if mesh is not None and mesh.size > 1:
@@ -129,7 +144,7 @@ def make_logps_fn(
             unfed=1,
         )
         last = "head" if "head" in words else "embed"
-        logps, aux, total = completion_logps(
+        logps, aux, total = asked(
             hidden,
             words[last],
             rows,
@@ -205,6 +220,7 @@ def score_pairs(
     shape: Shape,
     layout: str,
     skip: Callable[[np.ndarray], np.ndarray] | None = None,
+    reference_tokens: Any = None,
 ) -> Iterator[Scored]:
     """Scores a set of pairs, longest first, `shape.pairs` at a time; yields each part as it is done.
 
@@ -213,6 +229,7 @@ def score_pairs(
       lengths: token counts of prompt and answers of every pair.
       skip: given a part's indices, which of them need no scoring. The parts do not depend on it, so what is scored
         after an interruption is packed just as it would have been, as long as whole parts were finished.
+      reference_tokens: of every pair, as `collate` has them, if the score reads them.
     """
     order = np.argsort(-unit_lengths(lengths, layout), kind="stable")
     parts = [order[at : at + shape.pairs] for at in range(0, len(order), shape.pairs)]
@@ -220,9 +237,26 @@ def score_pairs(
     parts = [part for part in parts if len(part)]
 
     def make(at: int) -> Batch:
-        return collate([pairs[i] for i in parts[at].tolist()], None, shape, layout=layout)
+        part = parts[at].tolist()
+        tokens = None if reference_tokens is None else [reference_tokens[i] for i in part]
+        return collate([pairs[i] for i in part], None, shape, layout=layout, tokens=tokens)
 
     for part, (batch, _) in zip(parts, feed.ahead(make, range(len(parts))), strict=True):
         logps, sums = jax.device_get(score(batch))
         kept = len(part)
-        yield Scored(part, logps[:kept], {k: v[:kept] for k, v in sums.items()}, int(batch.count))
+        by_answer = {name: values[:kept] for name, values in sums.items() if name != "tokens"}
+        tokens = _by_answer(sums["tokens"], lengths[part], shape, layout) if "tokens" in sums else None
+        yield Scored(part, logps[:kept], by_answer, int(batch.count), tokens)
+
+
+def _by_answer(
+    entries: tuple[np.ndarray, ...], lengths: np.ndarray, shape: Shape, layout: str
+) -> list[list[AnswerTokens]]:
+    """Of arrays [A, R, T, ...], what belongs to the tokens of each answer of each pair."""
+
+    def taken(at: np.ndarray, tokens: int) -> AnswerTokens:
+        micro, row, first = at
+        return AnswerTokens(*(array[micro, row, first : first + tokens] for array in entries))
+
+    starts = answer_starts(lengths, shape, layout)
+    return [[taken(*each) for each in zip(*pair, strict=True)] for pair in zip(starts, lengths[:, 1:], strict=True)]

@@ -6,6 +6,7 @@ of an objective are its arguments.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -137,9 +138,9 @@ def make_train_step(
                 return (loss, sums), _only(here, (logps, aux))
 
             (loss, _), pull, scored = jax.vjp(microbatch_loss, sums, has_aux=True)
-            return *pull((jnp.ones_like(loss), sums)), scored
+            return *pull((jnp.ones_like(loss), sums)), scored, None
 
-        grads, found = _each_microbatch(add_gradient, gradients.zeros(state.params), batch, crops)
+        grads, found, _ = _each_microbatch(add_gradient, gradients.zeros(state.params), batch, crops)
         grads = wanted(grads)
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
         params = apply_updates(state.params, updates, state.step)
@@ -223,16 +224,26 @@ def _add(param, update, key):
 def make_score_step(
     logps_fn: LogpsFn, *, has_aux: bool = False, crops: Sequence[Crop] = ()
 ) -> Callable[[Any, Batch], tuple[Array, dict]]:
-    """Builds `score(params, batch) -> (logps [P, K], aux)`: the same scoring as in the update, forward only."""
+    """Builds `score(params, batch) -> (logps [P, K], aux)`: the same scoring as in the update, forward only.
 
-    def score(params: Any, batch: Batch) -> tuple[Float[Array, "P K"], dict[str, Array]]:
+    Where the aux of `logps_fn` has "tokens", arrays [R, T, ...] of entries, so has this one, as [A, R, T, ...], with 0
+    in place of what was not computed.
+    """
+
+    def score(params: Any, batch: Batch) -> tuple[Float[Array, "P K"], dict[str, Any]]:
         def one(rows, here, _):
-            found = logps_fn(params, rows)
-            return None, _only(here, found if has_aux else (found, {}))
+            logps, aux = logps_fn(params, rows) if has_aux else (logps_fn(params, rows), {})
+            sums = {name: values for name, values in aux.items() if name != "tokens"}
+            return None, _only(here, (logps, sums)), {name: aux[name] for name in aux.keys() - sums.keys()}
 
-        return _each_microbatch(one, None, batch, crops)[1]
+        _, (logps, sums), entries = _each_microbatch(one, None, batch, crops)
+        return logps, sums | entries
 
     return score
+
+
+def _put(array, part, i):
+    return jax.lax.dynamic_update_slice(array, part[None], (i, *(0 for _ in part.shape)))
 
 
 def _only(here, tree):
@@ -240,10 +251,10 @@ def _only(here, tree):
 
 
 def _each_microbatch(
-    fn: Callable[[Any, Array, Any], tuple[Any, Any]], carry: Any, batch: Batch, crops: Sequence[Crop]
-) -> tuple[Any, Any]:
-    """Calls `fn(rows, present, carry) -> (carry, found)` for the microbatches in use, one at a time, so that one's
-    activations are alive; returns the last carry and the sum of what was found."""
+    fn: Callable[[Any, Array, Any], tuple[Any, Any, Any]], carry: Any, batch: Batch, crops: Sequence[Crop]
+) -> tuple[Any, Any, Any]:
+    """Calls `fn(rows, present, carry) -> (carry, found, entries)` for the microbatches in use, one at a time, so that
+    one's activations are alive; returns the last carry, the sum of what was found, and the entries of each."""
 
     def at(i, carry, crop=lambda rows: rows):
         rows, here = jax.tree.map(
@@ -253,9 +264,12 @@ def _each_microbatch(
 
     microbatches = batch.present.shape[0]
     if batch.crop is None and microbatches == 1:
-        return at(0, carry)
-    nothing = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(lambda: at(0, carry)[1]))
-    totals = carry, nothing
+        carry, found, entries = at(0, carry)
+        return carry, found, jax.tree.map(lambda x: x[None], entries)
+    found, entries = jax.eval_shape(lambda: at(0, carry)[1:])
+    nothing = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), found)
+    empty = jax.tree.map(lambda x: jnp.zeros((microbatches, *x.shape), x.dtype), entries)
+    totals = carry, nothing, empty
     used = jnp.arange(microbatches) < batch.count
     for size, crop in enumerate(crops if batch.crop is not None else [lambda rows: rows]):
         # A loop for each size, not a choice in one: a conditional would copy what it is to add to.
@@ -263,8 +277,10 @@ def _each_microbatch(
         index = jnp.nonzero(chosen, size=microbatches, fill_value=0)[0]
 
         def add(i, totals, index=index, crop=crop):
-            carry, found = at(index[i], totals[0], crop)
-            return carry, jax.tree.map(jnp.add, totals[1], found)
+            carry, found, entries = at(index[i], totals[0], crop)
+            # Those of a microbatch that is cut are fewer, the first rows and the first entries of each.
+            put = functools.partial(_put, i=index[i])
+            return carry, jax.tree.map(jnp.add, totals[1], found), jax.tree.map(put, totals[2], entries)
 
         totals = jax.lax.fori_loop(0, chosen.sum(), add, totals)
     return totals

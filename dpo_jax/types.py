@@ -80,6 +80,14 @@ class Encoded(NamedTuple):
         return [len(ids) for ids in (self.prompt, *self.answers)]
 
 
+class AnswerTokens(NamedTuple):
+    """What a model says of each of an answer's n tokens, in nats, and of the C likeliest in its place, those first."""
+
+    logps: Float[np.ndarray, "n"]
+    likely: Int[np.ndarray, "n C"]
+    likely_logps: Float[np.ndarray, "n C"]
+
+
 @runtime_checkable
 class Pairs(Protocol):
     """A set of encoded pairs, in memory or on disk."""

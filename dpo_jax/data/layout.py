@@ -27,7 +27,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -420,7 +420,15 @@ def into_microbatches(packed: Packed, shape: Shape) -> list[Microbatch]:
     return found
 
 
-def collate(pairs: Sequence[Encoded], reference: np.ndarray | None, shape: Shape, *, layout: str) -> Batch:
+def collate(
+    pairs: Sequence[Encoded],
+    reference: np.ndarray | None,
+    shape: Shape,
+    *,
+    layout: str,
+    reference_sums: Mapping[str, np.ndarray] | None = None,
+    tokens: Any = None,
+) -> Batch:
     """Packs at most `shape.pairs` pairs into one batch of fixed shape.
 
     Which row a pair stands in follows from lengths alone. Only rows of the shards in `shape.here` are written, and only
@@ -429,6 +437,9 @@ def collate(pairs: Sequence[Encoded], reference: np.ndarray | None, shape: Shape
     Args:
       pairs: in batch order; fewer than `shape.pairs` leaves the rest as padding, marked absent.
       reference: stored log-probs [len(pairs), K] in nats, or None where there are none.
+      reference_sums: further sums over answers under the reference, [len(pairs), K] each.
+      tokens: of each pair, for every answer, likely tokens [n, C] in place of each of its own, and their log-probs
+        under the reference.
     """
     assert len(pairs) <= shape.pairs
     lengths = np.zeros((len(pairs), 1 + shape.answers), np.int64)
@@ -458,20 +469,59 @@ def collate(pairs: Sequence[Encoded], reference: np.ndarray | None, shape: Shape
                 pieces = [(p, unit, room[p][j]) for (p, j), unit in zip(members, units, strict=True)]
                 _write_row(rows, micro * shape.rows + at, pieces, shape.answers)
             present[micro, [pair for pair, _ in members]] = True
-    stored = np.zeros((shape.pairs, shape.answers), np.float32)
-    if reference is not None:
-        stored[: len(pairs)] = reference
+    if tokens is not None:
+        likely, likely_logps = _likely(rows.slot, tokens, shape.answers)
+        rows = rows._replace(likely=likely, likely_logps=likely_logps)
+
+    def padded(values: np.ndarray | None) -> np.ndarray:
+        stored = np.zeros((shape.pairs, shape.answers), np.float32)
+        if values is not None:
+            stored[: len(pairs)] = values
+        return stored
+
     scored = np.zeros((shape.pairs, shape.answers), np.int32)
     scored[: len(pairs)] = lengths[:, 1:]
     micro = (shape.microbatches, shape.rows, shape.row_length)
     return Batch(
-        rows=map_rows(lambda array: array.reshape(micro), rows),
+        rows=map_rows(lambda array: array.reshape(*micro, *array.shape[2:]), rows),
         count=np.int32(len(planned)),
         present=present,
-        reference=stored,
+        reference=padded(reference),
         lengths=scored,
         crop=crop if shape.crops else None,
+        reference_sums=None if reference_sums is None else {name: padded(x) for name, x in reference_sums.items()},
     )
+
+
+def answer_starts(lengths: Int[np.ndarray, "P _"], shape: Shape, layout: str) -> Int[np.ndarray, "P K 3"]:
+    """Where the entries of each answer's tokens begin in a batch: microbatch, row, and index in the row.
+
+    They follow one another from there. What an answer that is not there has means nothing.
+    """
+    lengths = np.asarray(lengths)
+    room, found = piece_room(lengths, layout, shape.row_length), np.zeros((*lengths[:, 1:].shape, 3), np.int64)
+    for micro, microbatch in enumerate(plan(lengths, shape, layout)):
+        for row, members in zip(_dealt(shape), microbatch.rows, strict=False):
+            at = 0
+            for pair, piece in members:
+                there = np.flatnonzero(lengths[pair, 1:])
+                for side in there if len(room[pair]) == 1 else there[piece : piece + 1]:
+                    found[pair, side] = micro, row, at
+                    at += lengths[pair, 1 + side]
+    return found
+
+
+def _likely(slot: np.ndarray, tokens: Any, answers: int) -> tuple[np.ndarray, np.ndarray]:
+    """Likely tokens [R, T, C] at the entries of answers, and their log-probs; 0 at the others."""
+    likely = tokens[0][0][0].shape[1]
+    ids, logps = np.zeros((slot.size, likely), np.int32), np.zeros((slot.size, likely), np.float32)
+    flat = slot.ravel()
+    for at in np.flatnonzero(np.diff(flat, prepend=-1)):  # an answer's first entry, or the first after answers
+        if flat[at] >= 0:
+            pair, side = divmod(int(flat[at]), answers)
+            here = slice(at, at + len(tokens[pair][side][0]))
+            ids[here], logps[here] = tokens[pair][side]
+    return ids.reshape(*slot.shape, likely), logps.reshape(*slot.shape, likely)
 
 
 def _dealt(shape: Shape) -> list[int]:
