@@ -14,7 +14,7 @@ import numpy as np
 
 from benchmarks.common import memory, minor_faults, reset_peak
 from dpo_jax import inputs as run_inputs
-from dpo_jax import losses, programs, scoring
+from dpo_jax import programs, scoring
 from dpo_jax.config import Config, freeze
 from dpo_jax.data import layout
 from dpo_jax.models import hf_io
