@@ -11,6 +11,7 @@ import pytest
 from dpo_jax import losses, programs, train
 from dpo_jax import inputs as run_inputs
 from dpo_jax.checkpoint import Checkpoints
+from dpo_jax.scoring import score_pairs
 from dpo_jax.types import InputError
 from tests import runs
 from tests.runs import Killed, killed_at, make_config, make_inputs, read_rows, untimed
@@ -139,6 +140,8 @@ def test_soft_reference_is_the_mixture_of_parameters(folders, tmp_path):
     config = make_config(folders["paired"], **fields)
     train.run(config, tmp_path / "run")
     inputs = run_inputs.load_inputs(config, training=True)
+    pairs = inputs.eval
+    assert pairs is not None
     built = programs.make_programs(config, inputs.model, inputs.lengths)
     mixed = programs.load_params(config, inputs.folder, built)
     checkpoints = Checkpoints(tmp_path / "run" / "checkpoints", keep=1, read_only=True)
@@ -151,10 +154,7 @@ def test_soft_reference_is_the_mixture_of_parameters(folders, tmp_path):
             table = pq.read_table(path)
             keys, chosen, rejected = (table.column(name).to_pylist() for name in ("key", "chosen", "rejected"))
             found |= dict(zip(keys, zip(chosen, rejected, strict=True), strict=True))
-        pairs = inputs.eval
         scored = np.zeros((len(pairs), 2))
-        from dpo_jax.scoring import score_pairs
-
         for part in score_pairs(
             lambda batch, mixed=mixed: built.score(mixed, batch),
             pairs,
