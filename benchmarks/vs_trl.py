@@ -89,10 +89,11 @@ def score_ours(work: Path, args: Any) -> dict[str, Any]:
     store = programs.reference_store(chosen, read, work, built)
     assert store is not None
     positions = []
+    program: Any = built.reference_scoring
 
     def counted(params: Any, batch: Any) -> Any:
         positions.append(layout.positions_computed(batch, built.score_shape))
-        return built.reference_scoring(params, batch)
+        return program(params, batch)
 
     counting = built._replace(reference_scoring=counted)
     weights = functools.cache(lambda name: programs.load_params(chosen, read.folder, built))  # anew for each pass
@@ -161,6 +162,7 @@ def make_trainer(work: Path, args: Any, settings: dict[str, Any], callbacks: lis
             self.scored.append((time.perf_counter(), common.minor_faults(), self.counts["reference"]))
             return found
 
+    settings = dict(settings)
     model: Any = transformers.AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32)
     if args.adapter:
         import peft
@@ -174,13 +176,14 @@ def make_trainer(work: Path, args: Any, settings: dict[str, Any], callbacks: lis
             gradient_accumulation_steps=args.accumulate,
             max_steps=args.steps,
             learning_rate=args.learning_rate,
+            beta=settings.pop("beta", 0.1),
             max_length=args.max_length,
             use_cpu=True,
             logging_steps=1,
             report_to="none",
             save_strategy="no",
             disable_tqdm=True,
-            **{"beta": 0.1} | settings,
+            **settings,
         ),
         train_dataset=datasets.load_dataset("json", data_files=args.pairs_file, split="train"),
         processing_class=transformers.AutoTokenizer.from_pretrained(args.model),

@@ -8,8 +8,8 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from dpo_jax import losses, programs, train
 from dpo_jax import inputs as run_inputs
+from dpo_jax import losses, programs, train
 from dpo_jax.checkpoint import Checkpoints
 from dpo_jax.scoring import score_pairs
 from dpo_jax.types import InputError

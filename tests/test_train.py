@@ -28,7 +28,6 @@ from tests.runs import (
     untimed,
 )
 
-
 METRICS = {
     "step",
     "loss",
