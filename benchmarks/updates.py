@@ -14,7 +14,7 @@ import numpy as np
 
 from benchmarks.common import memory, minor_faults, reset_peak
 from dpo_jax import inputs as run_inputs
-from dpo_jax import losses, programs, scoring
+from dpo_jax import programs, scoring
 from dpo_jax.config import Config, freeze
 from dpo_jax.data import layout
 from dpo_jax.models import hf_io
@@ -56,8 +56,9 @@ def reference_values(parts: Parts, work: Path) -> list[np.ndarray]:
     """Reference log-probs [P, 2] of each step's pairs."""
     store = programs.reference_store(parts.config, parts.inputs, work, parts.programs)
     assert store is not None
-    done, _ = programs.reference_values(parts.config, parts.inputs, store, parts.programs, lambda done, total: None)
-    return np.split(done.values[0], len(parts.pairs))
+    weights = functools.cache(lambda: programs.load_params(parts.config, parts.inputs.folder, parts.programs))
+    known, _ = programs.reference_values(parts.inputs, store, parts.programs, weights)
+    return np.split(known[0].logps, len(parts.pairs))
 
 
 def packed_batches(parts: Parts, reference: Sequence[np.ndarray] | None) -> list[Batch]:
@@ -88,7 +89,7 @@ def make_update(
     cut = programs.crops(shape) if crops else []
     loss = run_inputs.loss_of(config)
     tx, _ = run_inputs.optimizer_of(config, total_steps=config.train.steps or 1)
-    train = make_train_step(logps_fn, loss, tx, beta=losses.reward_scale(loss), has_aux=True, adds=True, crops=cut)
+    train = make_train_step(logps_fn, loss, tx, has_aux=True, adds=True, crops=cut)
     score = make_score_step(logps_fn, has_aux=True, crops=cut)
 
     def update(state: Any, frozen: Any, batch: Batch) -> Any:

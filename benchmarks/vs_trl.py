@@ -28,6 +28,7 @@ Prints medians, ratios and counts; writes them to --out as JSON and PNG.
 from __future__ import annotations
 
 import argparse
+import functools
 import importlib
 import statistics
 import sys
@@ -72,6 +73,8 @@ def run_ours(work: Path, args: Any) -> dict[str, Any]:
     """Trains with dpo_jax in `work`; returns losses, step times, positions and page faults."""
     chosen = common.base_config(args, work)
     chosen.lora.path = args.adapter
+    for field, value in getattr(args, "loss", {}).items():
+        chosen.loss[field] = value
     return common.train_ours(work, chosen)
 
 
@@ -86,24 +89,26 @@ def score_ours(work: Path, args: Any) -> dict[str, Any]:
     store = programs.reference_store(chosen, read, work, built)
     assert store is not None
     positions = []
+    program: Any = built.reference_scoring
 
     def counted(params: Any, batch: Any) -> Any:
         positions.append(layout.positions_computed(batch, built.score_shape))
-        return built.score(params, batch)
+        return program(params, batch)
 
-    counting = built._replace(score=counted)
+    counting = built._replace(reference_scoring=counted)
+    weights = functools.cache(lambda name: programs.load_params(chosen, read.folder, built))  # anew for each pass
 
     def score(name: str) -> dict[str, Any]:
         positions.clear()
         faults, started = common.minor_faults(), time.perf_counter()
         new = store._replace(folder=work / name)
-        done, _ = programs.reference_values(chosen, read, new, counting, lambda done, total: None)
+        known, _ = programs.reference_values(read, new, counting, lambda: weights(name))
         seconds, faults = time.perf_counter() - started, common.minor_faults() - faults
         return {
             "seconds": seconds,
             "faults": faults,
             "positions": sum(positions),
-            "logps": done.values[0].tolist(),
+            "logps": known[0].logps.tolist(),
         }
 
     first = score("first")
@@ -157,6 +162,7 @@ def make_trainer(work: Path, args: Any, settings: dict[str, Any], callbacks: lis
             self.scored.append((time.perf_counter(), common.minor_faults(), self.counts["reference"]))
             return found
 
+    settings = dict(settings)
     model: Any = transformers.AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32)
     if args.adapter:
         import peft
@@ -170,7 +176,7 @@ def make_trainer(work: Path, args: Any, settings: dict[str, Any], callbacks: lis
             gradient_accumulation_steps=args.accumulate,
             max_steps=args.steps,
             learning_rate=args.learning_rate,
-            beta=0.1,
+            beta=settings.pop("beta", 0.1),
             max_length=args.max_length,
             use_cpu=True,
             logging_steps=1,

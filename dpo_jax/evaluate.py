@@ -32,7 +32,10 @@ def make_summary(loss_fn: losses.Loss, *, paired: bool = True) -> Callable[..., 
         found: Any, reference: Any, reference_sums: Any, lengths: Any, unrelated: Any, running: Any
     ) -> dict[str, jax.Array]:
         present = jnp.ones(len(lengths), bool)
-        kl = None if unrelated is None else losses.estimate_kl(*unrelated, present)
+        kl = None
+        if unrelated is not None:
+            logps, under_reference, counts = unrelated
+            kl = losses.estimate_kl(logps, under_reference, counts, present)
         told: dict[str, Any] = {"reference_sums": reference_sums, "kl": kl, "follows": False}
         each, _ = judge(loss_fn, found, running, reference, lengths, present, **told)
         metrics = summarise(loss_fn, each, found, reference, lengths, present, paired=paired)

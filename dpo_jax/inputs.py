@@ -212,12 +212,11 @@ def load_inputs(config: Config, *, training: bool) -> Inputs:
 
     objective = loss_of(config)
     sets = {"train": pairs(config.data.train, "train"), "eval": pairs(config.data.eval, "test")}
-    answers = max((each.answers for each in sets.values() if each is not None), default=2)
+    answers = max((each.lengths.shape[1] - 1 for each in sets.values() if each is not None), default=2)
     sets = {name: None if each is None else each.widened(answers) for name, each in sets.items()}
-    unrelated: dict[str, UnrelatedPairs | None] = {}
-    if "kl" in objective.needs:
-        room = config.data.max_length
-        unrelated = {f"{name}_unrelated": each.unrelated(room) for name, each in sets.items() if each is not None}
+    asked = sets if "kl" in objective.needs else {}
+    room = config.data.max_length
+    unrelated = {name: each.unrelated(room) for name, each in asked.items() if each is not None}
     warnings = disagreements(tokenizer, vocab_size=model.vocab_size, **files)
     for name, each in sets.items():
         if each is not None:
@@ -230,7 +229,8 @@ def load_inputs(config: Config, *, training: bool) -> Inputs:
         model=model,
         tokenizer=tokenizer,
         **sets,
-        **unrelated,
+        train_unrelated=unrelated.get("train"),
+        eval_unrelated=unrelated.get("eval"),
         selection=selection_of(config, hf_io.family_table(folder, model)[0], model),
         warnings=tuple(warnings),
     )

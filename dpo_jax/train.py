@@ -7,7 +7,7 @@ import dataclasses
 import functools
 import resource
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -229,7 +229,7 @@ def train(
             write("metrics.jsonl", step, row)
             progress.update(step + 1, row)
 
-    def stretch_by_stretch() -> Iterator[tuple[Made, float]]:
+    def stretch_by_stretch() -> Generator[tuple[Made, float], None, None]:
         # Batches are made ahead, but never of a reference that is still to come.
         for steps in stretches(start, total, config.reference.sync_steps):
             with contextlib.closing(feed.ahead(make, steps)) as made:

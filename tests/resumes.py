@@ -24,7 +24,7 @@ def main():
     hosts.join(args.coordinator, args.processes, args.process)
     make, made = programs.make_update, []
     # One program for all runs, which are alike: to trace it again takes longer than what is asked here.
-    programs.make_update = lambda *given: made[0] if made else made.append(make(*given)) or made[0]
+    programs.make_update = lambda *given, **how: made[0] if made else made.append(make(*given, **how)) or made[0]
     try:
         chosen = config.from_json(args.config.read_text(), str(args.config))
         for workdir in args.workdirs:

@@ -1,9 +1,10 @@
 """A run small enough for tests: readable pairs, a tokenizer made of them, and a random two-layer model."""
 
+import contextlib
 import itertools
 import json
 
-from dpo_jax import config, quickstart
+from dpo_jax import config, quickstart, train
 from tests import hf_folders
 
 TRAIN_PAIRS, EVAL_PAIRS, STEPS = 40, 12, 6
@@ -50,3 +51,46 @@ TIMES = {"step_time_s", "pairs_per_s", "eval_time_s", "data_wait_s", "tokens_rea
 def untimed(rows):
     """Rows without what a clock decides."""
     return [{name: value for name, value in row.items() if name not in TIMES} for row in rows]
+
+
+class Killed(BaseException):
+    """Raised in place of a signal."""
+
+
+@contextlib.contextmanager
+def killed_at(step, monkeypatch):
+    """Runs inside are killed when they make the batch of the `step`-th update that they make."""
+    steps, real = itertools.count(), train.make_batch
+
+    def make_batch(*args, **kwargs):
+        if next(steps) == step:
+            raise Killed
+        return real(*args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "make_batch", make_batch)
+        yield
+
+
+def unpaired(row, index):
+    """One of a pair's answers by itself, by turns the better and the worse."""
+    side = ("chosen", "rejected")[index % 2]
+    return {"prompt": row["prompt"], "completion": row[side], "label": side == "chosen"}
+
+
+def ranked(row, index):
+    """A pair's answers and others, shorter ones being worse; four of them, or three."""
+    words = row["rejected"].split()
+    worse = [" " + " ".join(words[: len(words) // 2 - n]) for n in range(1 + index % 2)]
+    responses = [row["rejected"], row["chosen"], *worse]
+    return {"prompt": row["prompt"], "responses": responses, "scores": [3, 4, *range(2, 2 - len(worse), -1)]}
+
+
+def convert(folder, how, into):
+    """Writes the pairs of `folder` in another form, a row each, next to the same model."""
+    into.mkdir(parents=True, exist_ok=True)
+    for name in ("train", "eval"):
+        rows = read_rows(folder / f"{name}.jsonl")
+        (into / f"{name}.jsonl").write_text("".join(json.dumps(how(row, i)) + "\n" for i, row in enumerate(rows)))
+    (into / "model").symlink_to(folder / "model")
+    return into

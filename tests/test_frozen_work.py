@@ -114,7 +114,7 @@ def compiled(folder, name, sizes, **fields):
     built = programs.make_programs(how, model, LENGTHS, selection=selection, devices=devices)
     tx, _ = run_inputs.optimizer_of(how, total_steps=6, selection=selection)
     state, (_, frozen) = programs.abstract_state(how, built, tx), programs.abstract_params(how, built)
-    update = programs.make_update(how, built, run_inputs.loss_of(how), tx, state)
+    update = programs.make_update(how, built, tx, state)
     # What XLA does to the program is looked at, not what LLVM does to its loops.
     quick = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
     program = update.compile(state, frozen, estimate.abstract_batch(built, built.update_shape), options=quick)

@@ -215,7 +215,7 @@ def test_update_on_cpus_sums_without_the_collective_that_fails_there(inputs):
     state = programs.abstract_state(chosen, built, tx)
     shape = built.update_shape
     batch = layout.collate([read.train[i] for i in range(shape.pairs)], None, shape, layout=built.layout)
-    update = programs.make_update(chosen, built, run_inputs.loss_of(chosen), tx, state)
+    update = programs.make_update(chosen, built, tx, state)
     text = update.compile(state, {}, sharding.put(batch, built.mesh)).as_text()
     assert " all-reduce(" in text and "reduce-scatter" not in text
 

@@ -16,12 +16,17 @@ from dpo_jax import programs, train
 from dpo_jax.models import hf_io
 from dpo_jax.types import InputError
 from tests.hf_folders import edit_weights
-from tests.runs import EVAL_PAIRS, STEPS, TRAIN_PAIRS, make_config, make_inputs, read_rows, untimed
-
-
-class Killed(BaseException):
-    """Raised in place of a signal."""
-
+from tests.runs import (
+    EVAL_PAIRS,
+    STEPS,
+    TRAIN_PAIRS,
+    Killed,
+    killed_at,
+    make_config,
+    make_inputs,
+    read_rows,
+    untimed,
+)
 
 METRICS = {
     "step",
@@ -213,18 +218,8 @@ def test_complete_run_is_left_alone(finished, inputs, capsys):
 
 @pytest.mark.parametrize("at", [pytest.param(1, marks=pytest.mark.slow), 3, pytest.param(5, marks=pytest.mark.slow)])
 def test_interrupted_run_goes_on_bit_for_bit(finished, inputs, tmp_path, monkeypatch, at):
-    steps = iter(range(100))
-    real = train.layout.collate
-
-    def collate(pairs, *args, **kwargs):
-        if len(pairs) == 8 and args[1].pairs == 8 and next(steps) == at:
-            raise Killed
-        return real(pairs, *args, **kwargs)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(train.layout, "collate", collate)
-        with pytest.raises(Killed):
-            train.run(make_config(inputs), tmp_path / "run")
+    with killed_at(at, monkeypatch), pytest.raises(Killed):
+        train.run(make_config(inputs), tmp_path / "run")
     train.run(make_config(inputs), tmp_path / "run")
     for name in ("metrics.jsonl", "eval.jsonl"):
         assert untimed(read_rows(tmp_path / "run" / name)) == untimed(read_rows(finished / name))

@@ -1,0 +1,205 @@
+"""Whole runs with objectives that read more than pairs: what they keep, report, refuse, and how they resume."""
+
+import json
+import math
+
+import jax
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+
+from dpo_jax import inputs as run_inputs
+from dpo_jax import losses, programs, train
+from dpo_jax.checkpoint import Checkpoints
+from dpo_jax.scoring import score_pairs
+from dpo_jax.types import InputError
+from tests import runs
+from tests.runs import Killed, killed_at, make_config, make_inputs, read_rows, untimed
+
+# What a run is given besides its loss, by what the loss reads.
+UNPAIRED, RANKED = "unpaired", "ranked"
+CASES = {
+    **{name: ("paired", {"loss__name": name}) for name in losses.LOSSES if name not in ("plackett_luce", "sft")},
+    "kto, unpaired": (UNPAIRED, {"loss__name": "kto", "loss__undesirable_weight": 1.5}),
+    "bco_pair, unpaired": (UNPAIRED, {"loss__name": "bco_pair"}),
+    "apo_zero, unpaired": (UNPAIRED, {"loss__name": "apo_zero"}),
+    "plackett_luce": (RANKED, {"loss__name": "plackett_luce"}),
+    "sigmoid, all of a ranking": (RANKED, {"loss__name": "sigmoid"}),
+    "sigmoid, best of a ranking": (RANKED, {"loss__name": "sigmoid", "data__rankings": "best"}),
+    "sum": ("paired", {"loss__name": "sigmoid*0.8,bco_pair*0.2,sft"}),
+    "ld": ("paired", {"loss__ld_alpha": 0.3}),
+    "wpo, sft": ("paired", {"loss__name": "sigmoid,sft*0.1", "loss__wpo": True}),
+    "rpo": ("paired", {"loss__nll_weight": 1.0}),
+    "js": ("paired", {"loss__divergence": "js_divergence"}),
+    "tr, hard": ("paired", {"reference__sync_steps": 2}),
+    "tr, soft": ("paired", {"reference__sync_steps": 2, "reference__mixup_alpha": 0.6}),
+    "tr, tdpo2": ("paired", {"loss__name": "tdpo2", "reference__sync_steps": 3}),
+    "tr, kto": (UNPAIRED, {"loss__name": "kto", "reference__sync_steps": 2}),
+}
+# Losses where policy and reference agree.
+AT_REFERENCE = {
+    "sigmoid": math.log(2),
+    "hinge": 1.0,
+    "nca_pair": 2 * math.log(2),
+    "apo_zero": 1.0,
+    "bco_pair": 2 * math.log(2),
+    "kto": 0.5,
+    "aot": math.log(2),
+    "tdpo2": math.log(2),
+    "bco_pair, unpaired": math.log(2),
+    "sigmoid, all of a ranking": math.log(2),
+}
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """The same preferences in each of the forms that data come in."""
+    root = tmp_path_factory.mktemp("inputs")
+    pairs = make_inputs(root / "paired")
+    forms = {form: runs.convert(pairs, getattr(runs, form), root / form) for form in (UNPAIRED, RANKED)}
+    return {"paired": pairs} | forms
+
+
+def started(folder):
+    return read_rows(folder / "metrics.jsonl")[0]
+
+
+def check_run(folders, tmp_path, monkeypatch, name, *, at=3):
+    """Trains, and again with an interruption; returns both folders, which have come out the same."""
+    form, fields = CASES[name]
+    config = make_config(folders[form], **fields)
+    train.run(config, tmp_path / "whole")
+    with killed_at(at, monkeypatch), pytest.raises(Killed):
+        train.run(config, tmp_path / "cut")
+    train.run(config, tmp_path / "cut")
+    for log in ("metrics.jsonl", "eval.jsonl"):
+        assert untimed(read_rows(tmp_path / "cut" / log)) == untimed(read_rows(tmp_path / "whole" / log))
+    row = train.evaluate_checkpoint(config, tmp_path / "whole")
+    assert untimed([row]) == untimed([read_rows(tmp_path / "whole" / "eval.jsonl")[-1]])
+    return tmp_path / "whole"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", CASES)
+def test_every_objective_trains_resumes_and_evaluates(folders, tmp_path, monkeypatch, name):
+    folder = check_run(folders, tmp_path, monkeypatch, name, at=5 if name == "tr, tdpo2" else 3)
+    rows = read_rows(folder / "metrics.jsonl")
+    numbers = [value for row in rows for value in row.values()]
+    assert len(rows) == runs.STEPS and np.isfinite(numbers).all()
+    assert rows[0]["grad_norm"] > 0 and rows[-1]["rewards/margins"] > rows[0]["rewards/margins"]
+    if name in AT_REFERENCE:
+        assert rows[0]["loss"] == pytest.approx(AT_REFERENCE[name], rel=1e-6)
+
+
+def test_unpaired_run_scores_answers_of_other_prompts(folders, tmp_path):
+    fields = {"loss__name": "kto", "train__steps": 3, "data__eval": ""}
+    train.run(make_config(folders[UNPAIRED], **fields), tmp_path / "kto")
+    train.run(make_config(folders[UNPAIRED], **fields | {"loss__name": "apo_zero"}), tmp_path / "apo")
+    rows, others = (read_rows(tmp_path / name / "metrics.jsonl") for name in ("kto", "apo"))
+    # At first the policy is its reference: no divergence, and each answer half way.
+    assert rows[0]["kl"] == 0 and rows[0]["loss"] == pytest.approx(0.5, rel=1e-6)
+    assert rows[-1]["kl"] > 0 and "kl" not in others[0]
+    assert "rewards/accuracies" not in rows[0]
+    last = rows[-1]
+    assert last["rewards/margins"] == pytest.approx(last["rewards/chosen"] - last["rewards/rejected"], rel=1e-4)
+    # What is scored besides is counted.
+    assert all(a["positions_computed"] > b["positions_computed"] for a, b in zip(rows, others, strict=True))
+    assert all(a["tokens_real"] > 1.5 * b["tokens_real"] for a, b in zip(rows, others, strict=True))
+    # One example, one value; and one for each of its prompts with an answer of another.
+    values = [pq.read_table(path).num_rows for path in (tmp_path / "kto" / "reference").glob("*.parquet")]
+    assert sum(values) == 2 * runs.TRAIN_PAIRS
+
+
+def test_reference_follows_the_policy(folders, tmp_path, monkeypatch):
+    name = "tr, hard"
+    folder = check_run(folders, tmp_path, monkeypatch, name, at=3)
+    rows = read_rows(folder / "metrics.jsonl")
+    margins = {row["step"]: row["rewards/margins"] for row in rows}
+    # Where it has just taken the policy in, the two agree; an update later they do not.
+    assert margins[0] == margins[2] == margins[4] == 0
+    assert all(margins[step] != 0 for step in (1, 3, 5))
+    identities = {
+        path.parent.name: json.loads(path.read_text())["identity"]
+        for path in (folder / "reference").glob("**/manifest.json")
+    }
+    assert set(identities) == {"reference", "sync-000002", "sync-000004"}
+    assert identities["sync-000002"]["sync"]["step"] == 2 and "sync" not in identities["reference"]
+    # Only what is read until the next time is scored: two updates' pairs, and those of the evaluation.
+    values = [pq.read_table(path).num_rows for path in (folder / "reference" / "sync-000002").glob("*.parquet")]
+    assert sum(values) == 2 * 8 + runs.EVAL_PAIRS
+    # Without the values of step 4, which no checkpoint's parameters give, the run's end cannot be judged.
+    (folder / "reference" / "sync-000004").rename(folder / "gone")
+    with pytest.raises(InputError, match="sync-000004.*lacks log-probs"):
+        train.evaluate_checkpoint(make_config(folders["paired"], **CASES[name][1]), folder)
+
+
+@pytest.mark.slow
+def test_soft_reference_is_the_mixture_of_parameters(folders, tmp_path):
+    alpha = 0.6
+    fields = {"reference__sync_steps": 2, "reference__mixup_alpha": alpha, "checkpoint__keep": 9}
+    config = make_config(folders["paired"], **fields)
+    train.run(config, tmp_path / "run")
+    inputs = run_inputs.load_inputs(config, training=True)
+    pairs = inputs.eval
+    assert pairs is not None
+    built = programs.make_programs(config, inputs.model, inputs.lengths)
+    mixed = programs.load_params(config, inputs.folder, built)
+    checkpoints = Checkpoints(tmp_path / "run" / "checkpoints", keep=1, read_only=True)
+    like = programs.abstract_params(config, built)[0], programs.abstract_running(built)
+    for step in (2, 4):
+        policy, _ = checkpoints.restore_params(step, *like)
+        mixed = jax.tree.map(lambda p, r: alpha * p + (1 - alpha) * r, policy, mixed)
+        found = {}
+        for path in (tmp_path / "run" / "reference" / f"sync-{step:06d}").glob("*.parquet"):
+            table = pq.read_table(path)
+            keys, chosen, rejected = (table.column(name).to_pylist() for name in ("key", "chosen", "rejected"))
+            found |= dict(zip(keys, zip(chosen, rejected, strict=True), strict=True))
+        scored = np.zeros((len(pairs), 2))
+        for part in score_pairs(
+            lambda batch, mixed=mixed: built.score(mixed, batch),
+            pairs,
+            pairs.lengths,
+            shape=built.score_shape,
+            layout=built.layout,
+        ):
+            scored[part.indices] = part.logps
+        stored = np.array([found[key.tobytes().hex()] for key in pairs.keys])
+        np.testing.assert_allclose(stored, scored, rtol=1e-5)
+    checkpoints.close()
+    # Of the mixtures, the last one and the one that it was made of are kept.
+    kept = sorted(path.parent.name for path in (tmp_path / "run" / "reference").glob("*/weights"))
+    assert kept == ["sync-000002", "sync-000004"]
+
+
+def test_token_level_run_keeps_the_references_likely_tokens(folders, tmp_path):
+    fields = {"loss__name": "tdpo2", "loss__kl_tokens": 8, "train__steps": 3}
+    folder = tmp_path / "run"
+    config = make_config(folders["paired"], **fields)
+    train.run(config, folder)
+    first, last = (read_rows(folder / "metrics.jsonl")[i] for i in (0, -1))
+    assert first["loss"] == pytest.approx(math.log(2), rel=1e-5)
+    assert abs(first["sequence_kl/chosen"]) < 1e-5 < last["sequence_kl/chosen"]
+    assert json.loads((folder / "reference" / "manifest.json").read_text())["identity"]["tokens"] == 8
+    with pytest.raises(InputError, match="another tokens"):
+        other = fields | {"loss__kl_tokens": 9, "reference__path": str(folder / "reference")}
+        train.run(make_config(folders["paired"], **other), tmp_path / "other")
+
+
+BAD = [
+    (UNPAIRED, {"loss__name": "sigmoid"}, "config.data.train: got unpaired data|unpaired data, and loss 'sigmoid'"),
+    (UNPAIRED, {"loss__name": "bco_pair", "loss__wpo": True}, "unpaired data, and loss 'bco_pair'"),
+    ("paired", {"loss__name": "simpo", "reference__sync_steps": 2}, "config.reference.sync_steps.*reads no reference"),
+    ("paired", {"reference__mixup_alpha": 0.5}, "config.reference.mixup_alpha.*sync_steps is set"),
+    ("paired", {"reference__sync_steps": 2, "reference__mixup_alpha": 0.5, "lora__rank": 2}, "mixup_alpha"),
+    ("paired", {"loss__name": "tests.nothing:here"}, "config.loss.name.*cannot be imported"),
+    ("paired", {"loss__kl_tokens": 4}, "config.loss.kl_tokens"),
+    ("paired", {"loss__name": "kto,tdpo2"}, "one of the two"),
+    ("paired", {"loss__name": "plackett_luce,sigmoid"}, "Leave the losses of pairs out"),
+]
+
+
+@pytest.mark.parametrize(("form", "fields", "message"), BAD)
+def test_what_does_not_go_together_is_refused(folders, tmp_path, form, fields, message):
+    with pytest.raises(InputError, match=message):
+        train.run(make_config(folders[form], **fields), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
