@@ -39,6 +39,12 @@ def rankings(count, answers, seed=0, longest=20):
     return [Encoded.of(*(rng.integers(1, 99, rng.integers(1, longest)) for _ in range(1 + n))) for n in sizes]
 
 
+def tokens_of(pairs, likely):
+    """Of each answer, its tokens and those that follow in number in place of each, and the negated halves of them."""
+    each = [[answer[:, None] + np.arange(likely) for answer in pair.answers] for pair in pairs]
+    return [[(ids, -ids / 2) for ids in answers] for answers in each]
+
+
 def lengths_of(pairs):
     """Token counts [N, 1 + K]."""
     width = max(len(pair.lengths) for pair in pairs)
@@ -425,3 +431,42 @@ def test_rows_fewer_than_the_answers_of_a_ranking_must_hold_it_whole():
 def test_shape_that_cannot_be_is_refused(changes, message):
     with pytest.raises(InputError, match=message):
         choose([700], **changes)
+
+
+@pytest.mark.parametrize("pairs", SETS.values(), ids=SETS.keys())
+@pytest.mark.parametrize("name", layout.LAYOUTS)
+def test_answers_begin_where_their_slots_do(name, pairs):
+    pairs = [*pairs, long_pair(30, 31, 31)]
+    lengths = lengths_of(pairs)
+    shape = layout.Shape(9, rows=4, row_length=64, microbatches=9, answers=lengths.shape[1] - 1)
+    slot = layout.collate(pairs, None, shape, layout=name).rows.slot
+    starts = layout.answer_starts(lengths, shape, name)
+    for pair, side in np.argwhere(lengths[:, 1:]):
+        micro, row, at = starts[pair, side]
+        expected = shape.answers * pair + side
+        assert np.argwhere(slot == expected)[0].tolist() == [micro, row, at]
+        assert (slot[micro, row, at : at + lengths[pair, 1 + side]] == expected).all()
+
+
+@pytest.mark.parametrize("pairs", SETS.values(), ids=SETS.keys())
+@pytest.mark.parametrize("name", layout.LAYOUTS)
+def test_likely_tokens_stand_beside_the_targets_that_they_could_have_been(name, pairs):
+    pairs = [*pairs, long_pair(30, 31, 31)]
+    shape = layout.Shape(9, rows=4, row_length=64, microbatches=9, answers=lengths_of(pairs).shape[1] - 1)
+    rows = layout.collate(pairs, None, shape, layout=name, tokens=tokens_of(pairs, 3)).rows
+    assert rows.likely is not None and rows.likely_logps is not None
+    expected = np.where((rows.slot >= 0)[..., None], rows.target[..., None] + np.arange(3), 0)
+    np.testing.assert_array_equal(rows.likely, expected)
+    np.testing.assert_array_equal(rows.likely_logps, -expected / 2)
+    assert (rows.likely.dtype, rows.likely_logps.dtype) == (np.int32, np.float32)
+    cut = layout.crop_rows(layout.map_rows(lambda x: x[0], rows), (2, 32))
+    np.testing.assert_array_equal(cut.likely, rows.likely[0, :2, :32])
+
+
+def test_further_sums_are_padded_as_the_reference_is():
+    sums = {"shared_logps": np.arange(10).reshape(5, 2)}
+    batch = layout.collate(random_pairs(5), None, SHAPE, layout="shared", reference_sums=sums)
+    assert batch.reference_sums.keys() == sums.keys() and batch.reference_sums["shared_logps"].dtype == np.float32
+    assert batch.reference_sums["shared_logps"].tolist() == [*sums["shared_logps"].tolist(), *[[0, 0]] * 3]
+    without = layout.collate(random_pairs(5), None, SHAPE, layout="shared")
+    assert without.reference_sums is None and without.rows.likely is None and without.rows.likely_logps is None

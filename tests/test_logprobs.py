@@ -73,6 +73,190 @@ def test_head_cut_across_a_mesh_equals_the_whole_one(sizes, vocab):
     assert_equals_dense(jax.jit(ours), dense, problem(rows=8, vocab=vocab))
 
 
+@pytest.fixture
+def wide():
+    with jax.enable_x64(True):
+        yield
+
+
+def with_likely(case, likely, seed=7):
+    """The problem with a reference's log-probs of some tokens at every entry, drawn from a softmax over all of them."""
+    hidden, head, rows = case
+    rng, vocab = np.random.default_rng(seed), len(head)
+    logps = jax.nn.log_softmax(rng.normal(size=(*rows.slot.shape, vocab)))
+    ids = np.argsort(rng.random(logps.shape), axis=-1)[..., :likely]
+    given = jnp.take_along_axis(logps, ids, axis=-1)
+    # What is not scored holds what `layout.collate` leaves there.
+    used = (rows.slot >= 0)[..., None]
+    rows = rows._replace(likely=jnp.where(used, ids, 0), likely_logps=jnp.where(used, given, 0))
+    return hidden.astype(float), head.astype(float), rows
+
+
+def dense_sums(hidden, head, bias, rows, *, pairs, answers, soft_cap=None):
+    """Each sum from all logits, as the papers write it."""
+    logits = jnp.take_along_axis(hidden, rows.source[..., None], axis=1) @ head.T + bias[None, None]
+    if soft_cap is not None:
+        logits = soft_cap * jnp.tanh(logits / soft_cap)
+    logps = jax.nn.log_softmax(logits)
+    hit = np.asarray(rows.slot)[..., None] == np.arange(pairs * answers)
+    count = hit.sum((0, 1)).reshape(pairs, answers)
+    shortest = np.repeat(np.where(count > 0, count, 99).min(1), answers)
+    early = hit & (np.cumsum(hit, axis=1) <= shortest)
+    total = lambda x, of: jnp.where(of, x[..., None], 0).sum((0, 1)).reshape(pairs, answers)
+    policy, given = jnp.take_along_axis(logps, rows.likely, axis=-1), rows.likely_logps
+    kl = (jnp.exp(given) * (given - policy)).sum(-1)
+    if given.shape[-1] < len(head):
+        is_likely = (rows.likely[..., None] == jnp.arange(len(head))[None, None, None]).any(2)
+        rest = 1 - jnp.exp(given).sum(-1)
+        rest = jnp.where(hit.any(-1), rest, 1)
+        kl += rest * (jnp.log(rest) - jax.nn.logsumexp(jnp.where(is_likely, -jnp.inf, logps), axis=-1))
+    return {
+        "shared_logps": total(jnp.take_along_axis(logps, rows.target[..., None], axis=-1)[..., 0], early),
+        "log_collision": total(jnp.log(jnp.exp(2 * jax.lax.stop_gradient(logps)).sum(-1)), hit),
+        "sequence_kl": total(kl, hit),
+    }
+
+
+def assert_sums_equal_dense(case, *, answers=2, soft_cap=None, tolerance=1e-9, **options):
+    hidden, head, rows = case
+    pairs = 6 // answers + 1  # one more than there are
+    bias = jnp.asarray(np.random.default_rng(5).normal(size=len(head)))
+    weight = np.random.default_rng(6).normal(size=(len(logprobs.SUMS), pairs, answers))
+
+    def ours(hidden, head, bias):
+        asked = dict(pairs=pairs, answers=answers, soft_cap=soft_cap, sums=logprobs.SUMS)
+        _, aux, _ = logprobs.completion_logps(hidden, head, rows, bias=bias, **asked, **options)
+        return {name: aux[name] for name in logprobs.SUMS}
+
+    def theirs(hidden, head, bias):
+        return dense_sums(hidden, head, bias, rows, pairs=pairs, answers=answers, soft_cap=soft_cap)
+
+    def weighted(function):
+        def total(*args):
+            found = function(*args)
+            return sum((w * found[name]).sum() for w, name in zip(weight, logprobs.SUMS, strict=True)), found
+
+        return jax.jit(jax.value_and_grad(total, (0, 1, 2), has_aux=True))(hidden, head, bias)
+
+    ((_, sums), grads), ((_, expected), slopes) = weighted(ours), weighted(theirs)
+    for name in logprobs.SUMS:
+        np.testing.assert_allclose(sums[name], expected[name], rtol=tolerance, atol=1e-12, err_msg=name)
+    for a, b in zip(grads, slopes, strict=True):
+        np.testing.assert_allclose(a, b, rtol=tolerance, atol=tolerance * np.abs(b).max())
+
+
+@pytest.mark.parametrize(
+    ("blocks", "soft_cap", "likely", "answers"),
+    [(BLOCKS[0], None, 5, 2), (BLOCKS[1], 3.0, 1, 3), (BLOCKS[2], 3.0, 5, 2), (BLOCKS[3], None, V, 3)],
+    ids=str,
+)
+def test_further_sums_and_gradients_equal_dense_ones(wide, blocks, soft_cap, likely, answers):
+    case = with_likely(problem(dtype=np.float64), likely)
+    assert_sums_equal_dense(case, answers=answers, soft_cap=soft_cap, blocks=blocks)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "vocab", "likely"),
+    [
+        ((2, 2, 2), 64, 5),
+        *(pytest.param(*each, marks=pytest.mark.slow) for each in (((1, 2, 4), 64, 40), ((2, 2, 2), 31, 31))),
+    ],
+    ids=str,
+)
+def test_further_sums_of_a_head_cut_across_a_mesh_equal_dense_ones(wide, sizes, vocab, likely):
+    mesh = sharding.make_mesh(*sizes)
+    axes = sharding.partition("head/embedding", (vocab, D), mesh.shape)
+    spread = vocabulary.Spread(mesh, sharding.ROW_AXES, *axes)
+    case = with_likely(problem(rows=8, vocab=vocab, dtype=np.float64), likely)
+    assert_sums_equal_dense(case, blocks=Blocks(8, 4 * 8 * 5, 2**20), spread=spread)
+
+
+def test_answers_that_are_not_there_do_not_shorten_the_others(wide):
+    hidden, head, rows = with_likely(problem(dtype=np.float64), 5)
+    rows = rows._replace(slot=jnp.where(rows.slot == 3, -1, rows.slot))  # of pair 1 the answer of one token
+    logps, aux, _ = jax.jit(functools.partial(logprobs.completion_logps, pairs=P, sums=("shared_logps",)))(
+        hidden, head, rows
+    )
+    np.testing.assert_allclose(aux["shared_logps"][1], logps[1], rtol=1e-12)
+    assert logps[1, 0] < 0 == logps[1, 1]
+
+
+def test_further_gradients_are_added_to_sums_where_they_lie(wide):
+    hidden, head, rows = with_likely(problem(dtype=np.float64), 5)
+    loss = lambda found: found[1]["sequence_kl"].sum() + found[1]["shared_logps"].sum()
+    asked = functools.partial(logprobs.completion_logps, pairs=P, blocks=BLOCKS[2], sums=logprobs.SUMS)
+    plain = jax.grad(lambda w: loss(asked(hidden, w, rows)))(head)
+
+    def with_total(total):
+        found = asked(hidden, head, rows, total=total)
+        return loss(found), found[2]
+
+    before = Head(jnp.ones_like(head))
+    _, pull = jax.vjp(with_total, before)
+    ((after, _),) = pull((1.0, before))
+    np.testing.assert_allclose(after - 1, plain, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("least", [0.0, 1e-4])
+def test_divergence_is_finite_where_likely_tokens_are_all_there_is(least):
+    # In float32, of policies that give others 1e-9, and of references that give them nothing or more than that.
+    policy = jnp.log(jnp.array([[[1 - 1e-4 - 1e-9, 1e-4]]]))
+    given = jnp.log(jnp.array([[[1 - 2 * least - 1e-4, 1e-4]]]))
+    value, slope = jax.value_and_grad(lambda x: logprobs._kl(given, x, rest=True).sum())(policy)
+    assert np.isfinite(value) and np.isfinite(slope).all() and (least or abs(value) < 1e-6)
+    # What the others lack is still asked for: the likely ones are pushed down.
+    assert not least or (slope[..., 0] > 1)
+
+
+def test_certain_references_have_no_rest_and_impossible_tokens_no_share():
+    given, policy = jnp.array([[[0.0, -jnp.inf]]]), jnp.log(jnp.array([[[0.5, 0.25]]]))
+    value, slope = jax.value_and_grad(lambda x: logprobs._kl(given, x, rest=True).sum())(policy)
+    assert float(value) == pytest.approx(np.log(2)) and slope.tolist() == [[[-1, 0]]]
+
+
+def lowered(**asked):
+    hidden, head, rows = problem()
+    return jax.jit(lambda h, w: logprobs.completion_logps(h, w, rows, pairs=P, **asked)[:2]).lower(hidden, head)
+
+
+def test_what_nobody_asks_for_is_not_computed():
+    hidden, head, rows = problem()
+    assert logprobs.completion_logps(hidden, head, rows, pairs=P)[1].keys() == {"logits"}
+    plain, sums, tokens, likely = (
+        lowered(**asked) for asked in ({}, {"sums": ("log_collision",)}, {"likely": 0}, {"likely": 3})
+    )
+    ways = ("top_k", "stablehlo.sort")
+    assert not any(way in each.as_text() for way in ways for each in (plain, sums, tokens))
+    assert any(way in likely.as_text() for way in ways)
+    # Squares are made of exponentials that there are.
+    plain, sums = (each.as_text().count("stablehlo.exponential") for each in (plain, sums))
+    assert plain == sums == 2
+
+
+@pytest.mark.parametrize(("sizes", "likely"), [(None, 1), (None, 20), ((1, 2, 4), 20), ((2, 2, 2), 4)], ids=str)
+def test_likely_tokens_are_those_of_all_logits(sizes, likely):
+    # Whole numbers add up to the same in any order: of equal logits, of which there are many, the first is taken.
+    rng, vocab, rows = np.random.default_rng(0), 64, problem(rows=8, vocab=64)[2]
+    hidden, head = (jnp.asarray(rng.integers(-1, 2, shape), jnp.float32) for shape in ((8, S, D), (vocab, D)))
+    spread, blocks = None, Blocks(8, 4 * 8 * 9, 0)
+    if sizes is not None:
+        mesh = sharding.make_mesh(*sizes)
+        spread = vocabulary.Spread(mesh, sharding.ROW_AXES, "tensor", "fsdp")
+        blocks = Blocks(8, 4 * 8 * 5, 0)
+    ours = functools.partial(logprobs.completion_logps, pairs=P, blocks=blocks, spread=spread, likely=likely)
+    logps, aux, _ = jax.jit(ours)(hidden, head, rows)
+    own, ids, found = aux["tokens"]
+    used = np.asarray(rows.slot >= 0)
+    dense = jax.nn.log_softmax(jnp.take_along_axis(hidden, rows.source[..., None], axis=1) @ head.T)
+    most, at = jax.lax.top_k(dense, likely)
+    np.testing.assert_array_equal(ids[used], at[used])
+    np.testing.assert_allclose(found[used], most[used], rtol=1e-6, atol=1e-6)
+    target = jnp.take_along_axis(dense, rows.target[..., None], axis=-1)[..., 0]
+    np.testing.assert_allclose(own, jnp.where(used, target, 0), rtol=1e-6, atol=1e-6)
+    np.testing.assert_allclose(logprobs.sum_by_slot(own, rows.slot, P), logps, rtol=1e-6)
+    assert not np.any(ids[~used]) and not np.any(found[~used])
+
+
 def test_no_logits_and_no_whole_head_travel_between_devices():
     # Of the vocabulary matrix, blocks of columns are gathered; no array of tokens times vocabulary crosses at all.
     mesh = sharding.make_mesh(1, 2, 4)

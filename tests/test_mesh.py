@@ -5,6 +5,7 @@ import json
 import shutil
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
@@ -17,7 +18,7 @@ from dpo_jax.models import hf_io
 from tests import hf_folders
 from tests.processes import Run, arguments
 from tests.runs import make_config, make_inputs, read_rows
-from tests.test_layout import random_pairs
+from tests.test_layout import random_pairs, tokens_of
 
 STEPS, SAVED = 20, 10
 BOUND = 1e-5  # what another order of summation may change, relative
@@ -230,7 +231,8 @@ def test_processes_together_write_the_whole_batch(rows, processes):
 
     def collate(here):
         values = np.arange(80.0).reshape(40, 2)
-        return layout.collate(pairs, values, layout.dataclasses.replace(shape, here=here), layout="shared")
+        known = dict(reference_sums={"shared_logps": values / 2}, tokens=tokens_of(pairs, 3))
+        return layout.collate(pairs, values, layout.dataclasses.replace(shape, here=here), layout="shared", **known)
 
     whole, nothing = collate(None), collate(())
     parts = [collate(here) for here in shares]
@@ -239,7 +241,7 @@ def test_processes_together_write_the_whole_batch(rows, processes):
         for ours, all_of_it, padding in zip(part.rows, whole.rows, nothing.rows, strict=True):
             np.testing.assert_array_equal(ours[:, mine], all_of_it[:, mine])
             np.testing.assert_array_equal(ours[:, ~mine], padding[:, ~mine])
-        for ours, all_of_it in zip(part[1:], whole[1:], strict=True):
+        for ours, all_of_it in zip(jax.tree.leaves(part[1:]), jax.tree.leaves(whole[1:]), strict=True):
             np.testing.assert_array_equal(ours, all_of_it)
     written = [(part.rows.slot >= 0).sum() for part in parts]
     assert all(written) and sum(written) == (whole.rows.slot >= 0).sum() == sum(
