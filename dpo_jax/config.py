@@ -129,9 +129,7 @@ class Optimizer:
 class Reference:
     path: str = ""  # folder of stored reference log-probs; empty: WORKDIR/reference
     microbatch_rows: int | None = None  # rows in one forward; unset: several times training's
-    sync_steps: int = (
-        0  # TR-DPO: updates after which the reference takes the policy in, again and again; 0: it is fixed
-    )
+    sync_steps: int = 0  # TR-DPO: the reference takes the policy in after every so many updates; 0: never
     mixup_alpha: float = 1.0  # TR-DPO: weight of the policy in the new reference, (0, 1]; 1: the policy itself
 
 
