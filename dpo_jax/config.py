@@ -361,7 +361,11 @@ def _check_relations(config: Config, problems: Problems) -> None:
     if (lora.rank or lora.path) and config.train.freeze:
         _refuse(problems, "train.freeze", config.train.freeze, "empty where adapters train, which freezes all else")
     reference = config.reference
-    if reference.mixup_alpha != 1 and not (reference.sync_steps and not lora.rank and not lora.path):
+    if (
+        reference.mixup_alpha != 1
+        and "reference.mixup_alpha" not in problems
+        and not (reference.sync_steps and not lora.rank and not lora.path)
+    ):
         expected = "1, unless reference.sync_steps is set and all parameters train"
         _refuse(problems, "reference.mixup_alpha", reference.mixup_alpha, expected)
     if (mesh.replica, mesh.fsdp, mesh.tensor).count(-1) > 1:

@@ -320,7 +320,7 @@ def reference_values(
     params: Callable[[], Any],
     report: Callable[[int, int], None] = lambda done, total: None,
     *,
-    only: Sequence[Int[np.ndarray, "n"]] | None = None,
+    only: Sequence[np.ndarray] | None = None,
 ) -> tuple[list[Known], reference.Pass]:
     """What the reference says of every set of pairs, scored now only where neither data nor store have it.
 

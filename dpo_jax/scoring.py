@@ -259,4 +259,6 @@ def _by_answer(
         return AnswerTokens(*(array[micro, row, first : first + tokens] for array in entries))
 
     starts = answer_starts(lengths, shape, layout)
-    return [[taken(*each) for each in zip(*pair, strict=True)] for pair in zip(starts, lengths[:, 1:], strict=True)]
+    return [
+        [taken(*each) for each in zip(*pair, strict=True)] for pair in zip(starts, lengths[:, 1:].tolist(), strict=True)
+    ]

@@ -97,7 +97,7 @@ def test_unpaired_run_scores_answers_of_other_prompts(folders, tmp_path):
     train.run(make_config(folders[UNPAIRED], **fields | {"loss__name": "apo_zero"}), tmp_path / "apo")
     rows, others = (read_rows(tmp_path / name / "metrics.jsonl") for name in ("kto", "apo"))
     # At first the policy is its reference: no divergence, and each answer half way.
-    assert rows[0]["kl"] == 0 and rows[0]["loss"] == pytest.approx(0.5, rel=1e-6)
+    assert 0 <= rows[0]["kl"] < 1e-4 and rows[0]["loss"] == pytest.approx(0.5, rel=1e-5)
     assert rows[-1]["kl"] > 0 and "kl" not in others[0]
     assert "rewards/accuracies" not in rows[0]
     last = rows[-1]
