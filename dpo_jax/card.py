@@ -9,14 +9,34 @@ from pathlib import Path
 import dpo_jax
 from dpo_jax import inputs as run_inputs
 from dpo_jax.config import Config
-from dpo_jax.losses import options_of
+from dpo_jax.losses import Objective, options_of
 from dpo_jax.models.adapters import Adapters, module_of
 
-OBJECTIVES = {
-    "sigmoid": "[Direct Preference Optimization](https://arxiv.org/abs/2305.18290)",
-    "ipo": "[Identity Preference Optimization](https://arxiv.org/abs/2310.12036)",
-    "hinge": "[a hinge loss on preferences](https://arxiv.org/abs/2309.06657)",
-    "sft": "supervised fine-tuning on the chosen answers",
+OBJECTIVES = {  # what each loss is called, and the arXiv id of its paper
+    "sigmoid": ("Direct Preference Optimization", "2305.18290"),
+    "robust": ("robust DPO", "2403.00409"),
+    "hinge": ("a hinge loss on preferences", "2309.06657"),
+    "ipo": ("Identity Preference Optimization", "2310.12036"),
+    "sigmoid_norm": ("length-normalised DPO", "2411.15124"),
+    "exo_pair": ("Efficient Exact Optimization", "2402.00856"),
+    "nca_pair": ("Noise Contrastive Alignment", "2402.05369"),
+    "sppo_hard": ("Self-Play Preference Optimization", "2405.00675"),
+    "apo_zero": ("Anchored Preference Optimization (zero)", "2408.06266"),
+    "apo_down": ("Anchored Preference Optimization (down)", "2408.06266"),
+    "discopop": ("DiscoPOP", "2406.08414"),
+    "dpo_positive": ("DPO-Positive", "2402.13228"),
+    "tdpo1": ("Token-level DPO (TDPO1)", "2404.11999"),
+    "tdpo2": ("Token-level DPO (TDPO2)", "2404.11999"),
+    "plackett_luce": ("DPO on whole rankings (Plackett-Luce)", "2305.18290"),
+    "bco_pair": ("Binary Classifier Optimization", "2404.04656"),
+    "beta_dpo": ("beta-DPO", "2407.08639"),
+    "aot": ("Alignment via Optimal Transport", "2406.05882"),
+    "aot_unpaired": ("Alignment via Optimal Transport (unpaired)", "2406.05882"),
+    "kto": ("Kahneman-Tversky Optimization", "2402.01306"),
+    "simpo": ("SimPO", "2405.14734"),
+    "cpo": ("Contrastive Preference Optimization", "2401.08417"),
+    "orpo": ("Odds Ratio Preference Optimization", "2403.07691"),
+    "sft": ("supervised fine-tuning on the chosen answers", ""),
 }
 
 
@@ -56,16 +76,25 @@ def model_card(
         "lengths": f"{config.data.max_length} tokens at most, of them the prompt {config.data.max_prompt_length}",
         "seed": str(config.seed),
     }
+    if config.reference.sync_steps:
+        every, alpha = config.reference.sync_steps, config.reference.mixup_alpha
+        rows["reference"] = f"after every {every} updates {alpha:g} of the policy and {1 - alpha:g} of itself"
     if config.sft.steps:
         rows["first"] = f"supervised fine-tuning on the chosen answers, {_words(vars(config.sft))}"
     table = [f"| {key} | {value} |" for key, value in rows.items()]
     text = [*head, "---", "", f"# {name}, after {config.loss.name}", ""]
-    text += [f"`{name}` trained by {OBJECTIVES[config.loss.name]} with dpo_jax {dpo_jax.__version__}.", ""]
+    text += [f"`{name}` trained by {_objective(run_inputs.loss_of(config))} with dpo_jax {dpo_jax.__version__}.", ""]
     text += ["| setting | value |", "|---|---|", *table]
     scores = [f"| {key} | {value:.6g} |" for key, value in final.items() if key.startswith("eval/")]
     if scores:
         text += ["", f"Evaluated after update {steps}:", "", "| metric | value |", "|---|---|", *scores]
     return "\n".join(text) + "\n"
+
+
+def _objective(objective: Objective) -> str:
+    """What its losses are called, with their papers."""
+    known = [OBJECTIVES.get(term.name, (f"`{term.name}`", "")) for term in objective.terms]
+    return ", ".join(f"[{title}](https://arxiv.org/abs/{paper})" if paper else title for title, paper in known)
 
 
 def _what_trained(config: Config, adapters: Adapters | None, merged: bool) -> dict[str, str]:

@@ -129,9 +129,7 @@ class Optimizer:
 class Reference:
     path: str = ""  # folder of stored reference log-probs; empty: WORKDIR/reference
     microbatch_rows: int | None = None  # rows in one forward; unset: several times training's
-    sync_steps: int = (
-        0  # TR-DPO: updates after which the reference takes the policy in, again and again; 0: it is fixed
-    )
+    sync_steps: int = 0  # TR-DPO: the reference takes the policy in after every so many updates; 0: never
     mixup_alpha: float = 1.0  # TR-DPO: weight of the policy in the new reference, (0, 1]; 1: the policy itself
 
 
@@ -363,7 +361,11 @@ def _check_relations(config: Config, problems: Problems) -> None:
     if (lora.rank or lora.path) and config.train.freeze:
         _refuse(problems, "train.freeze", config.train.freeze, "empty where adapters train, which freezes all else")
     reference = config.reference
-    if reference.mixup_alpha != 1 and not (reference.sync_steps and not lora.rank and not lora.path):
+    if (
+        reference.mixup_alpha != 1
+        and "reference.mixup_alpha" not in problems
+        and not (reference.sync_steps and not lora.rank and not lora.path)
+    ):
         expected = "1, unless reference.sync_steps is set and all parameters train"
         _refuse(problems, "reference.mixup_alpha", reference.mixup_alpha, expected)
     if (mesh.replica, mesh.fsdp, mesh.tensor).count(-1) > 1:

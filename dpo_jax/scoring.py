@@ -254,9 +254,11 @@ def _by_answer(
 ) -> list[list[AnswerTokens]]:
     """Of arrays [A, R, T, ...], what belongs to the tokens of each answer of each pair."""
 
-    def taken(at: list[int], tokens: int) -> AnswerTokens:
+    def taken(at: np.ndarray, tokens: int) -> AnswerTokens:
         micro, row, first = at
         return AnswerTokens(*(array[micro, row, first : first + tokens] for array in entries))
 
-    pairs = zip(answer_starts(lengths, shape, layout).tolist(), lengths[:, 1:].tolist(), strict=True)
-    return [[taken(*each) for each in zip(*pair, strict=True)] for pair in pairs]
+    starts = answer_starts(lengths, shape, layout)
+    return [
+        [taken(*each) for each in zip(*pair, strict=True)] for pair in zip(starts, lengths[:, 1:].tolist(), strict=True)
+    ]

@@ -9,7 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from dpo_jax import inputs as run_inputs
-from dpo_jax import losses, programs, train
+from dpo_jax import programs, train
 from dpo_jax.checkpoint import Checkpoints
 from dpo_jax.scoring import score_pairs
 from dpo_jax.types import InputError
@@ -19,35 +19,30 @@ from tests.runs import Killed, killed_at, make_config, make_inputs, read_rows, u
 # What a run is given besides its loss, by what the loss reads.
 UNPAIRED, RANKED = "unpaired", "ranked"
 CASES = {
-    **{name: ("paired", {"loss__name": name}) for name in losses.LOSSES if name not in ("plackett_luce", "sft")},
-    "kto, unpaired": (UNPAIRED, {"loss__name": "kto", "loss__undesirable_weight": 1.5}),
+    "ipo": ("paired", {"loss__name": "ipo"}),
+    "aot": ("paired", {"loss__name": "aot"}),
+    "orpo": ("paired", {"loss__name": "orpo"}),
     "bco_pair, unpaired": (UNPAIRED, {"loss__name": "bco_pair"}),
-    "apo_zero, unpaired": (UNPAIRED, {"loss__name": "apo_zero"}),
     "plackett_luce": (RANKED, {"loss__name": "plackett_luce"}),
-    "sigmoid, all of a ranking": (RANKED, {"loss__name": "sigmoid"}),
     "sigmoid, best of a ranking": (RANKED, {"loss__name": "sigmoid", "data__rankings": "best"}),
-    "sum": ("paired", {"loss__name": "sigmoid*0.8,bco_pair*0.2,sft"}),
-    "ld": ("paired", {"loss__ld_alpha": 0.3}),
-    "wpo, sft": ("paired", {"loss__name": "sigmoid,sft*0.1", "loss__wpo": True}),
-    "rpo": ("paired", {"loss__nll_weight": 1.0}),
-    "js": ("paired", {"loss__divergence": "js_divergence"}),
+    "sum": ("paired", {"loss__name": "sigmoid*0.8,sft", "loss__wpo": True, "loss__divergence": "js_divergence"}),
+    "ld": ("paired", {"loss__ld_alpha": 0.3, "loss__nll_weight": 1.0}),
+}
+# Those that carry something on, from update to update or from one reference to the next.
+CARRYING = {
+    "beta_dpo": ("paired", {"loss__name": "beta_dpo"}),
     "tr, hard": ("paired", {"reference__sync_steps": 2}),
-    "tr, soft": ("paired", {"reference__sync_steps": 2, "reference__mixup_alpha": 0.6}),
     "tr, tdpo2": ("paired", {"loss__name": "tdpo2", "reference__sync_steps": 3}),
-    "tr, kto": (UNPAIRED, {"loss__name": "kto", "reference__sync_steps": 2}),
+    "tr, kto": (UNPAIRED, {"loss__name": "kto", "reference__sync_steps": 2, "reference__mixup_alpha": 0.6}),
 }
 # Losses where policy and reference agree.
 AT_REFERENCE = {
-    "sigmoid": math.log(2),
-    "hinge": 1.0,
-    "nca_pair": 2 * math.log(2),
-    "apo_zero": 1.0,
-    "bco_pair": 2 * math.log(2),
-    "kto": 0.5,
     "aot": math.log(2),
-    "tdpo2": math.log(2),
     "bco_pair, unpaired": math.log(2),
-    "sigmoid, all of a ranking": math.log(2),
+    "sigmoid, best of a ranking": math.log(2),
+    "beta_dpo": math.log(2),
+    "tr, tdpo2": math.log(2),
+    "tr, kto": 0.5,
 }
 
 
@@ -60,13 +55,9 @@ def folders(tmp_path_factory):
     return {"paired": pairs} | forms
 
 
-def started(folder):
-    return read_rows(folder / "metrics.jsonl")[0]
-
-
 def check_run(folders, tmp_path, monkeypatch, name, *, at=3):
     """Trains, and again with an interruption; returns both folders, which have come out the same."""
-    form, fields = CASES[name]
+    form, fields = CARRYING[name]
     config = make_config(folders[form], **fields)
     train.run(config, tmp_path / "whole")
     with killed_at(at, monkeypatch), pytest.raises(Killed):
@@ -79,16 +70,28 @@ def check_run(folders, tmp_path, monkeypatch, name, *, at=3):
     return tmp_path / "whole"
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", CASES)
-def test_every_objective_trains_resumes_and_evaluates(folders, tmp_path, monkeypatch, name):
-    folder = check_run(folders, tmp_path, monkeypatch, name, at=5 if name == "tr, tdpo2" else 3)
+def check_rows(folder, name, steps):
     rows = read_rows(folder / "metrics.jsonl")
     numbers = [value for row in rows for value in row.values()]
-    assert len(rows) == runs.STEPS and np.isfinite(numbers).all()
-    assert rows[0]["grad_norm"] > 0 and rows[-1]["rewards/margins"] > rows[0]["rewards/margins"]
+    assert len(rows) == steps and np.isfinite(numbers).all() and rows[0]["grad_norm"] > 0
     if name in AT_REFERENCE:
-        assert rows[0]["loss"] == pytest.approx(AT_REFERENCE[name], rel=1e-6)
+        assert rows[0]["loss"] == pytest.approx(AT_REFERENCE[name], rel=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", CASES)
+def test_objective_trains(folders, tmp_path, name):
+    form, fields = CASES[name]
+    train.run(make_config(folders[form], **fields | {"train__steps": 4}), tmp_path / "run")
+    check_rows(tmp_path / "run", name, 4)
+    first, last = read_rows(tmp_path / "run" / "eval.jsonl")
+    assert last["eval/loss"] != first["eval/loss"] and np.isfinite(list(last.values())).all()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", CARRYING)
+def test_run_that_carries_something_on_resumes_bit_for_bit(folders, tmp_path, monkeypatch, name):
+    check_rows(check_run(folders, tmp_path, monkeypatch, name, at=5 if name == "tr, tdpo2" else 3), name, runs.STEPS)
 
 
 def test_unpaired_run_scores_answers_of_other_prompts(folders, tmp_path):
@@ -97,8 +100,8 @@ def test_unpaired_run_scores_answers_of_other_prompts(folders, tmp_path):
     train.run(make_config(folders[UNPAIRED], **fields | {"loss__name": "apo_zero"}), tmp_path / "apo")
     rows, others = (read_rows(tmp_path / name / "metrics.jsonl") for name in ("kto", "apo"))
     # At first the policy is its reference: no divergence, and each answer half way.
-    assert rows[0]["kl"] == 0 and rows[0]["loss"] == pytest.approx(0.5, rel=1e-6)
-    assert rows[-1]["kl"] > 0 and "kl" not in others[0]
+    assert 0 <= rows[0]["kl"] < 1e-4 and rows[0]["loss"] == pytest.approx(0.5, rel=1e-5)
+    assert all(row["kl"] >= 0 for row in rows) and "kl" not in others[0]
     assert "rewards/accuracies" not in rows[0]
     last = rows[-1]
     assert last["rewards/margins"] == pytest.approx(last["rewards/chosen"] - last["rewards/rejected"], rel=1e-4)
@@ -110,14 +113,16 @@ def test_unpaired_run_scores_answers_of_other_prompts(folders, tmp_path):
     assert sum(values) == 2 * runs.TRAIN_PAIRS
 
 
-def test_reference_follows_the_policy(folders, tmp_path, monkeypatch):
-    name = "tr, hard"
-    folder = check_run(folders, tmp_path, monkeypatch, name, at=3)
+@pytest.mark.slow
+def test_reference_follows_the_policy(folders, tmp_path):
+    fields = CARRYING["tr, hard"][1]
+    folder = tmp_path / "run"
+    train.run(make_config(folders["paired"], **fields), folder)
     rows = read_rows(folder / "metrics.jsonl")
     margins = {row["step"]: row["rewards/margins"] for row in rows}
     # Where it has just taken the policy in, the two agree; an update later they do not.
-    assert margins[0] == margins[2] == margins[4] == 0
-    assert all(margins[step] != 0 for step in (1, 3, 5))
+    assert all(abs(margins[step]) < 1e-5 for step in (0, 2, 4))
+    assert all(abs(margins[step]) > 1e-3 for step in (3, 5))  # the first update is one of no learning rate
     identities = {
         path.parent.name: json.loads(path.read_text())["identity"]
         for path in (folder / "reference").glob("**/manifest.json")
@@ -130,7 +135,7 @@ def test_reference_follows_the_policy(folders, tmp_path, monkeypatch):
     # Without the values of step 4, which no checkpoint's parameters give, the run's end cannot be judged.
     (folder / "reference" / "sync-000004").rename(folder / "gone")
     with pytest.raises(InputError, match="sync-000004.*lacks log-probs"):
-        train.evaluate_checkpoint(make_config(folders["paired"], **CASES[name][1]), folder)
+        train.evaluate_checkpoint(make_config(folders["paired"], **fields), folder)
 
 
 @pytest.mark.slow
@@ -171,6 +176,7 @@ def test_soft_reference_is_the_mixture_of_parameters(folders, tmp_path):
     assert kept == ["sync-000002", "sync-000004"]
 
 
+@pytest.mark.slow
 def test_token_level_run_keeps_the_references_likely_tokens(folders, tmp_path):
     fields = {"loss__name": "tdpo2", "loss__kl_tokens": 8, "train__steps": 3}
     folder = tmp_path / "run"

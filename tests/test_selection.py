@@ -89,7 +89,7 @@ def test_rates_by_layer_have_parity_with_torch_parameter_groups():
         grads = jax.tree.map(lambda leaf: rng.normal(size=leaf.shape).astype(np.float32), trained)
         kept = found.wanted(grads)
         updates, opt_state = tx.update(kept, state.opt_state, state.params)
-        state = steps.TrainState(state.step + 1, optax.apply_updates(state.params, updates), opt_state)
+        state = steps.TrainState(state.step + 1, optax.apply_updates(state.params, updates), opt_state, {})
         by_path = hf_io.flatten(grads)
         for (path, at), tensor in tensors.items():
             grad = by_path[path][at] if path.startswith("blocks/") else by_path[path]

@@ -156,9 +156,14 @@ class Objective:
         return self.names <= REFERENCE_FREE
 
     @property
+    def lead(self) -> Term | None:
+        """The first loss that compares answers, whose rewards are reported."""
+        return next((term for term in self.terms if options_of(term.loss).get("beta") is not None), None)
+
+    @property
     def beta(self) -> float | None:
         """Which turns log-ratios into rewards; None for one that compares no answers and so has none."""
-        return next((beta for term in self.terms if (beta := options_of(term.loss).get("beta")) is not None), None)
+        return None if self.lead is None else options_of(self.lead.loss)["beta"]
 
     @property
     def kinds(self) -> frozenset[str]:
@@ -171,11 +176,14 @@ class Objective:
     def rewards(
         self, policy: Float[Array, "P K"], reference: Float[Array, "P K"], lengths: Int[Array, "P K"]
     ) -> Float[Array, "P K"] | None:
-        """beta (policy - reference), the reference 0 where none is read; None where no answers are compared."""
-        if self.beta is None:
+        """beta (policy - reference) of the first loss that compares answers, without the reference if it reads none and
+        per token if it is of those; None if there is no such loss."""
+        lead = self.lead
+        if lead is None:
             return None
-        ratios = policy if self.reference_free else policy - reference
-        return self.beta * (ratios / token_counts(lengths, policy) if self.names & LENGTH_NORMALISED else ratios)
+        ratios = policy if lead.name in REFERENCE_FREE else policy - reference
+        ratios = ratios / token_counts(lengths, policy) if lead.name in LENGTH_NORMALISED else ratios
+        return options_of(lead.loss)["beta"] * ratios
 
     def start(self) -> Running:
         """The baselines before the first update."""
@@ -270,7 +278,7 @@ def make_loss(name: str, options: Mapping[str, Any]) -> Objective:
         for weight, each in chosen
     ]
     bound = {option: value for term in reversed(terms) for option, value in options_of(term.loss).items()}
-    _check_around(frozenset(names), around)
+    _check_around(frozenset(names), own, around)
     objective = Objective(tuple(terms), {**bound, **around}, **around)
     if objective.names & {"plackett_luce"} and not objective.names <= RANKED:
         expected = f"with none but {', '.join(sorted(RANKED))}"
@@ -358,8 +366,12 @@ AROUND: dict[str, tuple[frozenset[str] | None, Callable[[Any], bool], str]] = {
 OF_ANOTHER = {"divergence_alpha": ("divergence", "alpha_divergence"), "nll_average": ("nll_weight", None)}
 
 
-def _check_around(names: frozenset[str], around: Mapping[str, Any]) -> None:
-    """Raises InputError for an option that combines with none of the losses, or a value out of range."""
+def _check_around(names: frozenset[str], own: set[str], around: Mapping[str, Any]) -> None:
+    """Raises InputError for an option that combines with none of the losses, or a value out of range.
+
+    Args:
+      own: options that the losses have themselves.
+    """
     for option, value in around.items():
         combines, will_do, expected = AROUND[option]
         others = frozenset() if combines is None else names - LIKELIHOOD - combines
@@ -371,6 +383,10 @@ def _check_around(names: frozenset[str], around: Mapping[str, Any]) -> None:
             got = f"is set, and does not combine with {', '.join(sorted(others or names))}"
             raise InputError(place, got=got, expected=expected, remedy="Unset it or change loss.name.")
         whose, at = OF_ANOTHER.get(option, (None, None))
+        if whose in own:
+            expected = f"losses without a {whose} of their own"
+            got = f"is set, and {', '.join(sorted(names))} has one, per token"
+            raise InputError(place, got=got, expected=expected, remedy="Unset it.")
         if whose is not None and (whose not in around or (at is not None and around[whose] != at)):
             expected = f"config.loss.{whose}{'' if at is None else f'={at!r}'} beside it"
             raise InputError(place, got="is set alone", expected=expected, remedy="Set that too, or unset it.")
