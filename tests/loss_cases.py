@@ -5,6 +5,8 @@ Written by hand, so that an option which a loss ceases to take is a failure and 
 
 import dataclasses
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
 from dpo_jax import config, losses
@@ -105,4 +107,4 @@ def random_given(needs, pairs=4, seed=0, dtype=np.float64):
         "log_collision": -rng.uniform(0.5, 4.0, (pairs, 2)).astype(dtype),
         "sequence_kl": rng.uniform(0.0, 3.0, (pairs, 2)).astype(dtype),
     }
-    return {name: known[name] for name in needs}
+    return jax.tree.map(jnp.asarray, {name: known[name] for name in needs})
