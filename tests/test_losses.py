@@ -1,6 +1,4 @@
-"""Closed-form values, numbers obtained from other trainers' own code, gradients and extremes of every objective."""
-
-import itertools
+"""Closed-form values of objectives, and numbers obtained from other trainers' own code."""
 
 import jax
 import jax.numpy as jnp
@@ -16,17 +14,21 @@ REFERENCE = np.array([[-2.8, -3.2], [-2.3, -2.7], [-3.8, -4.2], [-1.4, -1.8]])
 LENGTHS = np.array([[2, 3], [3, 3], [4, 6], [5, 2]])
 POLICY_B = np.array([[-0.5, -0.1], [-10, -30], [-1, -21]])
 REFERENCE_B = np.array([[-0.5, -0.1], [-10.1, -20.1], [-0.1, -0.1]])
+ONES = np.ones((3, 2), int)
 
 
-@pytest.fixture
+@pytest.fixture(autouse=True)
 def x64():
     jax.config.update("jax_enable_x64", True)
     yield
     jax.config.update("jax_enable_x64", False)
 
 
-def per_pair(name, options, policy=POLICY, reference=REFERENCE, lengths=LENGTHS):
-    return make_loss(name, options)(jnp.asarray(policy), jnp.asarray(reference), lengths=jnp.asarray(lengths))
+def per_pair(name, options, policy=POLICY, reference=REFERENCE, lengths=LENGTHS, **given):
+    return make_loss(name, options)(jnp.asarray(policy), jnp.asarray(reference), lengths=jnp.asarray(lengths), **given)
+
+
+# --- numbers ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -35,30 +37,41 @@ def per_pair(name, options, policy=POLICY, reference=REFERENCE, lengths=LENGTHS)
         ("sigmoid", {"beta": 0.1}, 0.6399704),
         ("sigmoid", {"beta": 0.5}, 0.4627280),
         ("sigmoid", {"beta": 0.1, "label_smoothing": 0.1}, 0.6509704),
+        ("robust", {"beta": 0.1, "label_smoothing": 0.1}, 0.6262204),
         ("hinge", {"beta": 0.1}, 0.89),
         ("ipo", {"beta": 0.1}, 21.91535),
         ("ipo", {"beta": 0.1, "average": False}, 15.46),
+        ("nca_pair", {"beta": 0.1}, 1.3600430),
+        ("apo_zero", {"beta": 0.1}, 0.9725649),
+        ("apo_down", {"beta": 0.1}, 0.9681699),
+        ("discopop", {"beta": 0.1}, 0.8601421),
     ],
 )
-def test_loss_equals_what_other_trainers_compute(x64, name, options, expected):
+def test_loss_equals_what_other_trainers_compute(name, options, expected):
     # Means over four pairs, from TRL, the original implementation and LLaMA-Factory; hinge and ipo in closed form.
     assert float(per_pair(name, options).mean()) == pytest.approx(expected, abs=1e-6)
 
 
-def test_ipo_averaged_equals_each_pair_by_hand(x64):
+def test_ipo_averaged_equals_each_pair_by_hand():
     np.testing.assert_allclose(per_pair("ipo", {}), [20.25, 23.04, 22.5625, 21.8089], atol=1e-6)
 
 
 @pytest.mark.parametrize(
     ("name", "expected"), [("sigmoid", [0.693147, 0.313262, 0.126928]), ("hinge", [1.0, 0.0, 0.0])]
 )
-def test_loss_equals_torchtune(x64, name, expected):
-    found = per_pair(name, {}, POLICY_B, REFERENCE_B, np.ones((3, 2), int))
-    np.testing.assert_allclose(found, expected, atol=1e-6)
+def test_loss_equals_torchtune(name, expected):
+    np.testing.assert_allclose(per_pair(name, {}, POLICY_B, REFERENCE_B, ONES), expected, atol=1e-6)
 
 
-def test_sigmoid_gradient_equals_closed_form(x64):
-    # d/da of -log S(beta (a - b)) is -beta S(-beta (a - b)); the mean over four pairs divides it by 4.
+def test_rewards_equal_what_other_trainers_report():
+    rewards = losses.rewards_of(make_loss("sigmoid", {}), *map(jnp.asarray, (POLICY, REFERENCE, LENGTHS)))
+    assert rewards is not None
+    np.testing.assert_allclose(rewards.mean(0), [-0.0175, -0.1275], atol=1e-6)
+    assert float((rewards[:, 0] - rewards[:, 1]).mean()) == pytest.approx(0.11, abs=1e-6)
+
+
+def test_sigmoid_gradient_equals_closed_form():
+    # d/da of -log S(beta (a - b)) is -beta S(-beta (a - b)).
     grad = jax.grad(lambda p: per_pair("sigmoid", {}, policy=p).sum())(jnp.asarray(POLICY))
     margin = (POLICY - REFERENCE)[:, 0] - (POLICY - REFERENCE)[:, 1]
     np.testing.assert_allclose(grad[:, 0], -0.1 / (1 + np.exp(0.1 * margin)), rtol=1e-9)
@@ -66,18 +79,14 @@ def test_sigmoid_gradient_equals_closed_form(x64):
     np.testing.assert_allclose(grad[:, 1], -grad[:, 0], rtol=1e-9)
 
 
-@pytest.mark.parametrize("label_smoothing", [0.0, 0.1, 0.4])
-@pytest.mark.parametrize("beta", [0.01, 0.1, 5.0])
-def test_sigmoid_is_log_two_where_policy_equals_reference(beta, label_smoothing):
-    found = per_pair("sigmoid", {"beta": beta, "label_smoothing": label_smoothing}, policy=REFERENCE)
-    np.testing.assert_allclose(found, np.log(2), rtol=1e-6)
+def test_negative_log_likelihood_of_uniform_words_adds_to_the_loss():
+    # log 2 + 0.5 * NLL of two tokens over a uniform vocabulary of 16, as torchtune has it.
+    logps = np.full((1, 2), -2 * np.log(16))
+    found = per_pair("sigmoid", {"nll_weight": 0.5, "nll_average": False}, logps, logps, np.full((1, 2), 2))
+    assert float(found.mean()) == pytest.approx(3.465736, abs=1e-6)
 
 
-def test_label_smoothing_changes_the_loss():
-    assert abs(float((per_pair("sigmoid", {"label_smoothing": 0.1}) - per_pair("sigmoid", {})).mean())) > 1e-3
-
-
-def test_sft_mean_is_the_mean_over_answer_tokens(x64):
+def test_sft_mean_is_the_mean_over_answer_tokens():
     # Uniform over 16 words, answers of 2 and 6 tokens: log 16 a token, whatever the pairs' lengths.
     lengths = np.array([[2, 1], [6, 9]])
     logps = -np.log(16) * lengths
@@ -87,72 +96,138 @@ def test_sft_mean_is_the_mean_over_answer_tokens(x64):
     assert float(padded.sum() / 2) == pytest.approx(np.log(16), rel=1e-12)
 
 
-def test_sft_and_sigmoid_add_up_to_torchtune_value(x64):
-    # log 2 + 0.5 * NLL of two tokens over a uniform vocabulary of 16.
-    logps = np.full((1, 2), -2 * np.log(16))
-    dpo = per_pair("sigmoid", {}, logps, logps, np.full((1, 2), 2))
-    nll = per_pair("sft", {}, logps, logps, np.full((1, 2), 2)) * 2
-    assert float((dpo + 0.5 * nll).mean()) == pytest.approx(3.465736, abs=1e-6)
+# --- where the policy is the reference -------------------------------------------------------------------------------
+
+LOG2 = np.log(2)
+START = {
+    "sigmoid": LOG2,
+    "robust": LOG2,
+    "hinge": 1,
+    "ipo": 25,
+    "sigmoid_norm": LOG2,
+    "exo_pair": -LOG2 - (np.log(1 - 1e-3) + np.log(1e-3)) / 2,
+    "nca_pair": 2 * LOG2,
+    "sppo_hard": 5e5,
+    "apo_zero": 1,
+    "apo_down": 1,
+    "discopop": (LOG2 + 1) / 2,
+    "dpo_positive": LOG2,
+    "tdpo1": LOG2,
+    "tdpo2": LOG2,
+    "plackett_luce": LOG2,
+    "bco_pair": 2 * LOG2,
+    "beta_dpo": LOG2,
+    "aot": LOG2,
+    "aot_unpaired": LOG2,
+    "kto": 0.5,
+}
 
 
-OPTIONS = [
-    ("sigmoid", {}),
-    ("sigmoid", {"beta": 0.5, "label_smoothing": 0.2}),
-    ("hinge", {}),
-    ("ipo", {}),
-    ("ipo", {"average": False}),
-    ("sft", {}),
-]
+def at_start(name, options):
+    objective = make_loss(name, options)
+    zero = jnp.zeros(())
+    known = {"present": jnp.ones(4, bool), "kl": zero, "running": objective.start(), "sequence_kl": jnp.zeros((4, 2))}
+    given = {need: known[need] for need in objective.needs}
+    return objective(jnp.asarray(REFERENCE), jnp.asarray(REFERENCE), lengths=jnp.asarray(LENGTHS), **given)
 
 
-@pytest.mark.parametrize(("name", "options"), OPTIONS)
-def test_gradient_equals_finite_differences(x64, name, options):
-    grad = jax.grad(lambda p: per_pair(name, options, policy=p).mean())(jnp.asarray(POLICY))
-    for at in itertools.product(range(4), range(2)):
-        step = np.zeros_like(POLICY)
-        step[at] = 1e-6
-        up, down = (per_pair(name, options, policy=POLICY + s).mean() for s in (step, -step))
-        assert float(grad[at]) == pytest.approx(float(up - down) / 2e-6, abs=1e-6)
+@pytest.mark.parametrize("name", START)
+def test_loss_where_policy_equals_reference_is_as_documented(name):
+    np.testing.assert_allclose(at_start(name, {}), START[name], rtol=1e-12)
 
 
-@pytest.mark.parametrize(("name", "options"), OPTIONS)
-def test_no_gradient_flows_into_the_reference(name, options):
-    grad = jax.grad(lambda r: per_pair(name, options, reference=r).sum())(jnp.asarray(REFERENCE))
-    assert not np.any(grad)
+def test_every_loss_with_a_reference_has_a_value_where_policy_equals_it():
+    assert set(START) == set(LOSSES) - losses.REFERENCE_FREE
 
 
-@pytest.mark.parametrize(("name", "options"), OPTIONS)
-def test_extreme_log_ratios_stay_finite(name, options):
-    extremes = np.array(list(itertools.product([-1e4, 0, 1e4], repeat=2)), np.float32)
-    fn = lambda p: per_pair(name, options, p, np.zeros((9, 2), np.float32), np.ones((9, 2), int)).sum()
-    value, grad = jax.value_and_grad(fn)(jnp.asarray(extremes))
-    assert np.isfinite(value) and np.isfinite(grad).all()
+@pytest.mark.parametrize("label_smoothing", [0.0, 0.1, 0.4])
+@pytest.mark.parametrize("beta", [0.01, 0.1, 5.0])
+@pytest.mark.parametrize("name", ["sigmoid", "robust", "sigmoid_norm", "aot", "aot_unpaired"])
+def test_logistic_loss_is_log_two_where_policy_equals_reference(name, beta, label_smoothing):
+    np.testing.assert_allclose(at_start(name, {"beta": beta, "label_smoothing": label_smoothing}), LOG2, rtol=1e-12)
 
 
-@pytest.mark.parametrize(("name", "options"), OPTIONS)
-def test_pairs_do_not_see_each_other(name, options):
+@pytest.mark.parametrize("divergence", ["forward_kl", "js_divergence", "alpha_divergence"])
+@pytest.mark.parametrize("name", ["sigmoid", "ipo", "sigmoid_norm", "hinge"])
+def test_divergence_changes_nothing_where_policy_equals_reference(name, divergence):
+    # Nor may it where answers are divided by their lengths, in which a constant of f' would not cancel.
+    np.testing.assert_allclose(at_start(name, {"divergence": divergence}), START[name], rtol=1e-12)
+
+
+# --- each pair by itself ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", sorted(set(LOSSES) - {"aot", "aot_unpaired", "beta_dpo"}))
+def test_pairs_do_not_see_each_other(name):
     # Reversing the pairs reverses the losses.
-    order = [3, 2, 1, 0]
-    found = per_pair(name, options, POLICY[order], REFERENCE[order], LENGTHS[order])
-    np.testing.assert_allclose(found, per_pair(name, options)[::-1], rtol=1e-6)
+    rng, order = np.random.default_rng(0), [3, 2, 1, 0]
+    divergences = rng.uniform(0, 2, (4, 2))
+
+    def found(order):
+        objective = make_loss(name, {})
+        known = {"present": jnp.ones(4, bool), "kl": jnp.asarray(0.1), "running": objective.start()}
+        known["sequence_kl"] = jnp.asarray(divergences[order])
+        given = {need: known[need] for need in objective.needs}
+        return per_pair(name, {}, POLICY[order], REFERENCE[order], LENGTHS[order], **given)
+
+    np.testing.assert_allclose(found(order), found([0, 1, 2, 3])[::-1], rtol=1e-12)
+    assert np.ptp(found(order)) > 1e-3
+
+
+# --- what make_loss refuses ------------------------------------------------------------------------------------------
 
 
 def test_unknown_loss_lists_the_known():
-    with pytest.raises(InputError, match="'sgimoid'; expected one of sigmoid, hinge, ipo, sft"):
+    with pytest.raises(InputError, match=f"'sgimoid'; expected one of {', '.join(LOSSES)}"):
         make_loss("sgimoid", {})
 
 
-@pytest.mark.parametrize(("name", "option"), [("hinge", "label_smoothing"), ("sft", "beta"), ("sigmoid", "average")])
-def test_option_of_another_loss_is_an_error(name, option):
-    with pytest.raises(InputError, match=f"config.loss.{option}.*{name!r} has no such option"):
-        make_loss(name, {option: 0.1})
+@pytest.mark.parametrize("name", ["sigmoid*0", "sigmoid*-1", "sigmoid*x", "sigmoid*inf", "sigmoid*nan"])
+def test_weight_that_is_none_is_an_error(name):
+    with pytest.raises(InputError, match="config.loss.name: weight"):
+        make_loss(name, {})
 
 
-@pytest.mark.parametrize("options", [{"beta": 0.0}, {"beta": -1.0}, {"label_smoothing": 0.5}])
-def test_option_out_of_range_is_an_error(options):
+def test_loss_named_twice_is_an_error():
+    with pytest.raises(InputError, match="each loss once"):
+        make_loss("sigmoid,sigmoid*2", {})
+
+
+def test_ranking_loss_does_not_add_to_losses_of_pairs():
+    with pytest.raises(InputError, match="config.loss.name"):
+        make_loss("plackett_luce,sigmoid", {})
+    assert make_loss("plackett_luce,sft", {}).kinds == {"paired", "ranked"}
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("sigmoid", {"beta": 0.0}),
+        ("sigmoid", {"beta": -1.0}),
+        ("sigmoid", {"label_smoothing": 0.5}),
+        ("sigmoid", {"label_smoothing": -0.1}),
+        ("robust", {"label_smoothing": 0.5}),
+        ("exo_pair", {"label_smoothing": 0.0}),
+        ("discopop", {"tau": 0.0}),
+        ("discopop", {"tau": 1.5}),
+        ("dpo_positive", {"penalty": -1.0}),
+        ("simpo", {"gamma": -0.1}),
+        ("tdpo2", {"kl_weight": -0.1}),
+        ("beta_dpo", {"sensitivity": -0.1}),
+        ("kto", {"desirable_weight": 0.0}),
+        ("kto", {"undesirable_weight": 0.0}),
+        ("sigmoid", {"divergence": "kl"}),
+        ("sigmoid", {"divergence_alpha": 0.0, "divergence": "alpha_divergence"}),
+        ("sigmoid", {"divergence_alpha": 1.0, "divergence": "alpha_divergence"}),
+        ("sigmoid", {"ld_alpha": 1.1}),
+        ("sigmoid", {"ld_alpha": -0.1}),
+        ("sigmoid", {"wpo": 1.0}),
+        ("sigmoid", {"nll_weight": -1.0}),
+        ("cpo", {"nll_weight": -1.0}),
+        ("orpo", {"nll_weight": -1.0}),
+    ]
+    + [(name, {"beta": 0.0}) for name in sorted(LOSSES.keys() - {"sft", "sigmoid"})],
+)
+def test_option_out_of_range_is_an_error(name, options):
     with pytest.raises(InputError, match=f"config.loss.{next(iter(options))}: got"):
-        make_loss("sigmoid", options)
-
-
-def test_every_loss_has_a_test_above():
-    assert {name for name, _ in OPTIONS} == set(LOSSES) and losses.REFERENCE_FREE <= set(LOSSES)
+        make_loss(name, options)
