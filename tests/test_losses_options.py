@@ -64,7 +64,7 @@ def held(name, options, policy, reference, lengths, given):
             alpha = options.get("divergence_alpha", 0.5)
             h = (1 - np.exp(-alpha * h)) / alpha
         ahead = (h[:, 0] - h[:, 1]).mean() - given["running"]["beta_dpo"]["value"]
-        rest["beta"] = rest.get("beta", 0.1) * (1 + rest.pop("sensitivity", 0.6) * ahead)
+        rest["beta"] = max(1e-3, rest.get("beta", 0.1) * (1 + rest.pop("sensitivity", 0.6) * float(ahead)))
         name = "sigmoid"
     inner = make_loss(name, rest)
 
@@ -184,8 +184,9 @@ def test_option_of_other_losses_is_an_error(option):
 
 
 @pytest.mark.parametrize("option", sorted(PENDING))
-def test_option_that_no_loss_reads_is_an_error(option):
-    for name in LOSSES:
+def test_option_of_what_scores_is_an_error_where_nothing_asks_for_it(option):
+    assert make_loss("tdpo2", {option: 1}).reference_tokens == 1 != make_loss("tdpo2", {}).reference_tokens
+    for name in LOSSES.keys() - {"tdpo1", "tdpo2"}:
         with pytest.raises(InputError, match=f"config.loss.{option}"):
             make_loss(name, {option: 1})
 
