@@ -4,6 +4,7 @@ Written by hand, so that an option which a loss ceases to take is a failure and 
 """
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -81,11 +82,11 @@ TOGGLES = [
     if name in TAKES.get(option, ())
     for value in VALUES[option]
 ]
-CASES = {name: (name, {}) for name in losses.LOSSES} | {
+CASES: dict[str, tuple[str, dict[str, Any]]] = {name: (name, {}) for name in losses.LOSSES} | {
     f"{name}-{value if option == 'divergence' else option}": (name, beside(name, option) | {option: value})
     for name, option, value in TOGGLES
 }
-SUMMED = {  # of several losses
+SUMMED: dict[str, tuple[str, dict[str, Any]]] = {  # of several losses
     "sum": ("sigmoid*0.8,sft*0.2", {}),
     "sum-mpo": ("sigmoid*0.8,bco_pair*0.2,sft", {"beta": 0.3, "wpo": True}),
     "sum-baselines": ("bco_pair*0.5,beta_dpo*2", {"ld_alpha": 0.3, "nll_weight": 0.2}),

@@ -14,7 +14,7 @@ from dpo_jax.vocabulary import Blocks, Head
 R, S, T, D, V, P = 2, 24, 24, 8, 31, 3
 
 
-def problem(seed=0, dtype=np.float32, rows=R, vocab=V):
+def problem(seed=0, dtype: type[np.floating] = np.float32, rows=R, vocab=V):
     rng = np.random.default_rng(seed)
     slot = np.full((rows, T), -1)
     slot[0, :13] = np.repeat([0, 1, 4], [5, 4, 4])

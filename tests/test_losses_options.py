@@ -109,7 +109,9 @@ def test_gradient_equals_finite_differences_and_is_zero_elsewhere(x64, case):
 
 
 def test_cases_read_everything_that_a_step_gives():
-    assert frozenset().union(*(make_loss(*case).needs for case in ALL.values())) == set(GIVEN) - {"baseline"}
+    assert frozenset().union(*(make_loss(name, options).needs for name, options in ALL.values())) == set(GIVEN) - {
+        "baseline"
+    }
 
 
 # --- extremes --------------------------------------------------------------------------------------------------------

@@ -231,8 +231,9 @@ def test_processes_together_write_the_whole_batch(rows, processes):
 
     def collate(here):
         values = np.arange(80.0).reshape(40, 2)
-        known = dict(reference_sums={"shared_logps": values / 2}, tokens=tokens_of(pairs, 3))
-        return layout.collate(pairs, values, layout.dataclasses.replace(shape, here=here), layout="shared", **known)
+        part, sums = layout.dataclasses.replace(shape, here=here), {"shared_logps": values / 2}
+        tokens = tokens_of(pairs, 3)
+        return layout.collate(pairs, values, part, layout="shared", reference_sums=sums, tokens=tokens)
 
     whole, nothing = collate(None), collate(())
     parts = [collate(here) for here in shares]
