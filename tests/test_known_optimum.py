@@ -1,4 +1,4 @@
-"""Where the best policy is known in closed form, training reaches it: a few prompts, a few answers, a table of logits."""
+"""Where the best policy is known in closed form, training reaches it: few prompts, few answers, a table of logits."""
 
 import itertools
 
