@@ -86,7 +86,7 @@ def inspected(inputs, tmp_path, capsys, rows, *options):
 
 def test_inspect_shows_the_one_answer_of_an_unpaired_example(inputs, tmp_path, capsys):
     rows = [{"prompt": "a", "completion": each, "label": each == "b"} for each in ("b", "cd")]
-    shown = inspected(inputs, tmp_path, capsys, rows)
+    shown = inspected(inputs, tmp_path, capsys, rows, "--config.loss.name=apo_zero")
     first, second = (section.split("\n\n")[0] for section in shown.split("\n--- ")[1:])
     assert "chosen, 2 tokens, scored: " in first and "rejected, " not in first
     assert "rejected, 3 tokens, scored: " in second and "chosen, " not in second
