@@ -24,6 +24,7 @@ from jaxtyping import Int
 
 from dpo_jax import chips, flops, hosts, programs, roofline, scoring, sharding, steps
 from dpo_jax import inputs as run_inputs
+from dpo_jax.batches import Known, make_batch
 from dpo_jax.chips import Chip
 from dpo_jax.collectives import Collective, bytes_across, collectives
 from dpo_jax.config import Config
@@ -32,6 +33,7 @@ from dpo_jax.models import hf_files, hf_io
 from dpo_jax.models.config import DecoderConfig
 from dpo_jax.models.families import family
 from dpo_jax.programs import Programs
+from dpo_jax.reference import TokenValues
 from dpo_jax.roofline import Cost, Work
 from dpo_jax.selection import Selection
 from dpo_jax.types import Encoded, InputError
@@ -115,9 +117,8 @@ class Estimate(NamedTuple):
 
     @property
     def run_seconds(self) -> float:
-        """The least time of the reference pass and of all updates."""
-        pairs = self.config.plan.pairs
-        scoring = pairs / self.pairs_per_s("scoring") if "scoring" in self.parts else 0.0
+        """The least time of the reference pass, with all that is scored again where it follows, and of all updates."""
+        scoring = reference_pairs(self.config) / self.pairs_per_s("scoring") if "scoring" in self.parts else 0.0
         return scoring + updates(self.config) * max(self.seconds("update").values())
 
 
@@ -209,14 +210,33 @@ def updates(config: Config) -> int:
     return config.train.steps or max(1, int(config.train.epochs * config.plan.pairs) // config.train.batch_pairs)
 
 
+def reference_pairs(config: Config) -> int:
+    """Pairs that the reference scores in the run, if its data are as many as `plan` says."""
+    pairs, total, every = config.plan.pairs, updates(config), config.reference.sync_steps
+    starts = range(every, total, every) if every else ()
+    scored = pairs + sum(min(pairs, min(every, total - start) * config.train.batch_pairs) for start in starts)
+    return scored * (2 if "kl" in run_inputs.loss_of(config).needs else 1)  # each prompt with another's answers
+
+
 def estimate(config: Config, topology: Topology, *, reference_in_step: bool = False) -> Estimate:
     """Compiles a configuration for a TPU topology, or counts it on GPUs.
 
     Args:
       reference_in_step: hold the reference's weights, in the compute type, and score with them in every update, as
         other trainers do; to compare.
-    Raises: InputError for a mesh, rules or shapes that do not fit, or without libtpu.
+    Raises: InputError for a mesh, rules or shapes that do not fit, without libtpu, or with `reference_in_step` for an
+      objective that reads no reference, or more of it than its log-probs.
     """
+    objective = run_inputs.loss_of(config)
+    if reference_in_step and (
+        objective.reference_free or objective.reference_tokens is not None or "kl" in objective.needs
+    ):
+        raise InputError(
+            "--reference_in_step",
+            got=f"loss {config.loss.name!r}, which reads no reference or more of it than log-probs",
+            expected="a loss of the policy's and the reference's log-probs",
+            remedy="Leave the flag off.",
+        )
     model, lengths = architecture(config), drawn_lengths(config)
     selection = selected(config, model)
     compiles = bool(topology.chip.dimensions)
@@ -229,7 +249,7 @@ def estimate(config: Config, topology: Topology, *, reference_in_step: bool = Fa
     update = programs.make_update(config, built, tx, state) if compiles else None
     calls: dict[str, tuple[layout.Shape, Any, tuple]] = {
         "update": (built.update_shape, update, (state, frozen)),
-        "scoring": (built.score_shape, built.scoring, (scoring.join(state.params, frozen),)),
+        "scoring": (built.score_shape, built.reference_scoring, (scoring.join(state.params, frozen),)),
     }
     if reference_in_step:
         reference = as_type(scoring.join(state.params, frozen), built.dtype)
@@ -302,7 +322,7 @@ def part_of(
         trained=training,
     )
     cost = count(update=update)
-    if len(held) > 2:
+    for _ in range(forward_passes(built, shape, len(held) > 2) if update else 0):
         cost = cost.plus(count(update=False))
     if program is None:
         here = shape.positions / shape.shards
@@ -315,7 +335,7 @@ def part_of(
         )
         rest += roofline.weight_bytes(built.model, gathered, itemsize=itemsize, trained=training if update else 0)
         return Part(shape, work, Memory(weights, optimizer, gradients, int(rest)), cost, [])
-    total, text = compiled(program, (*held, abstract_batch(built, shape)))
+    total, text = compiled(program, (*held, abstract_batch(built, shape, update=update)))
     rest = max(0, total - weights - optimizer - gradients)
     # Where microbatches come in several sizes, each has a loop of its own.
     trips = max(1, round(work.microbatches / len(shape.sizes)))
@@ -324,15 +344,30 @@ def part_of(
     return Part(shape, work, Memory(weights, optimizer, gradients, rest), cost, moved)
 
 
+def forward_passes(built: Programs, shape: layout.Shape, reference_in_step: bool) -> int:
+    """How often an update scores as many pairs as it has, besides differentiating."""
+    unrelated = "kl" in built.objective.needs
+    return reference_in_step + unrelated + steps.scores_first(built.objective, shape.microbatches)
+
+
 def as_type(tree: Any, dtype: Any) -> Any:
     """Shapes and places of arrays like these, of another type."""
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype, sharding=x.sharding), tree)
 
 
-def abstract_batch(built: Programs, shape: layout.Shape) -> Any:
-    """Shapes, types and places of a batch."""
-    token = np.zeros(1, np.int32)
-    batch = layout.collate([Encoded(token, token, token)], None, shape, layout="shared")
+def abstract_batch(built: Programs, shape: layout.Shape, *, update: bool) -> Any:
+    """Shapes, types and places of a batch to score or, with what the objective reads besides, of one to update on."""
+    token, objective = np.zeros(1, np.int32), built.objective
+    pairs: Any = [Encoded(token, token, token)]
+    known, other = None, None
+    if update and not objective.reference_free:
+        each = np.zeros((1, 2))
+        likely = objective.reference_tokens
+        tokens = TokenValues.empty(np.ones((1, 2), np.int64), likely) if likely else None
+        sums = {"shared_logps": each} if likely is not None else {}
+        other = pairs if "kl" in objective.needs else None
+        known = Known(np.zeros(1, np.int64), each, sums, tokens, each if other else None)
+    batch = make_batch(np.zeros(1, np.int64), pairs, known, shape, layout=built.layout, unrelated=other)
     places = sharding.batch_shardings(built.mesh, batch)
     return jax.tree.map(
         lambda x, place: jax.ShapeDtypeStruct(np.shape(x), np.asarray(x).dtype, sharding=place), batch, places

@@ -114,7 +114,7 @@ def make_train_step(
             return jnp.where(here, judged(found)[0], 0).sum() / pairs
 
         slopes = None
-        if needs & {"present", "running"} and batch.present.shape[0] > 1:
+        if scores_first(loss_fn, len(batch.present)):
             slopes = jax.grad(mean_loss)(score_step(state.params, batch), present)
 
         def score(rows, sums):
@@ -151,6 +151,12 @@ def make_train_step(
         return TrainState(state.step + 1, params, opt_state, running), metrics
 
     return step
+
+
+def scores_first(loss_fn: losses.Loss, microbatches: int) -> bool:
+    """Whether an update whose batches have room for so many microbatches scores all of them before it differentiates
+    any: the loss sees the whole batch at once."""
+    return microbatches > 1 and bool(losses.needs_of(loss_fn) & {"present", "running"})
 
 
 def judge(

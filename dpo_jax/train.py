@@ -31,6 +31,7 @@ from dpo_jax.inputs import Inputs
 from dpo_jax.models import adapters as low_rank
 from dpo_jax.models import hf_files, hf_io
 from dpo_jax.report import before_and_after, describe_data, describe_run, one_line
+from dpo_jax.steps import scores_first
 from dpo_jax.trackers import say
 from dpo_jax.types import Batch, InputError
 
@@ -207,6 +208,8 @@ def train(
         batch = make_batch(chosen, train_pairs, stored, shape, layout=layout_name, unrelated=others)
         counts = layout.work_counts(batch, train_pairs.lengths[chosen], shape, layout_name)
         flops = train_flops(built.model, train_pairs.lengths[chosen], layout_name, shares)
+        if scores_first(built.objective, len(batch.present)):
+            counts["positions_computed"] *= 2  # forward only at first; the tokens and their FLOPs are the same
         if others is not None:
             scored = layout.work_counts(batch.unrelated, others.lengths[chosen], shape, layout_name)
             counts = {name: count + scored[name] for name, count in counts.items()}

@@ -274,3 +274,38 @@ def test_every_chip_of_the_table_can_be_planned_for():
 def test_drawn_pairs_take_about_as_many_positions_as_their_medians_say():
     lengths = estimate.drawn_lengths(recipe("llama3_8b"))
     assert 500 < unit_lengths(lengths, "shared").mean() < 900
+
+
+@pytest.mark.parametrize(
+    ("loss", "updates", "scored"),
+    [("sigmoid", 0, 1), ("kto", 1, 2), ("bco_pair", 1, 1), ("aot", 1, 1), ("tdpo2", 0, 1), ("simpo", 0, 0)],
+)
+def test_forward_passes_of_an_objective_are_counted(loss, updates, scored):
+    # Of the update, those besides the one that is differentiated; of the reference, how often it scores every pair.
+    topology = estimate.parse_topology("h100:8")
+    found, usual = (
+        estimate.estimate(recipe("pythia_2b8_hh", f"loss.name={name}", "plan.pairs=64000"), topology)
+        for name in (loss, "sigmoid")
+    )
+    update = usual.parts["update"]
+    assert update.shape.microbatches > 1
+    more = found.parts["update"].cost.flops - update.cost.flops
+    assert more == pytest.approx(updates * (update.work.needed + update.work.padding) / 8)
+    seconds = estimate.updates(found.config) * max(found.seconds("update").values())
+    if scored:
+        seconds += scored * 64000 / found.pairs_per_s("scoring")
+    assert found.run_seconds == pytest.approx(seconds)
+
+
+def test_reference_that_follows_is_scored_again_for_the_pairs_to_come():
+    chosen = recipe("pythia_2b8_hh", "plan.pairs=6400", "train.epochs=1", "train.batch_pairs=64")
+    assert estimate.updates(chosen) == 100 and estimate.reference_pairs(chosen) == 6400
+    follows = dataclasses.replace(chosen, reference=dataclasses.replace(chosen.reference, sync_steps=30))
+    assert estimate.reference_pairs(follows) == 6400 + 64 * (30 + 30 + 10)
+
+
+@pytest.mark.parametrize("loss", ["kto", "tdpo2", "simpo"])
+def test_reference_in_the_update_is_refused_where_log_probs_do_not_suffice(loss):
+    with pytest.raises(InputError, match="--reference_in_step"):
+        topology = estimate.parse_topology("h100:8")
+        estimate.estimate(recipe("pythia_2b8_hh", f"loss.name={loss}"), topology, reference_in_step=True)

@@ -23,8 +23,12 @@ FAMILY_STEPS = 5
 FAMILIES = [name for name in CASES if name.endswith("-all") and not name.startswith("llama-yarn")]
 
 
-def curves(tmp_path, inputs, *, steps, accumulate, adapter=""):
-    """Losses of dpo_jax and of TRL, from the model and the pairs of a folder."""
+def curves(tmp_path, inputs, *, steps, accumulate, adapter="", loss=None, settings=None):
+    """Losses of dpo_jax and of TRL, from the model and the pairs of a folder.
+
+    Args:
+      loss: fields of `config.loss`, and what TRL calls the same.
+    """
     pairs = tmp_path / "pairs.jsonl"
     vs_trl.write_pairs(str(inputs / "train.jsonl"), pairs, inputs / "model", count=PAIRS * steps, max_length=128)
     args = argparse.Namespace(
@@ -36,10 +40,12 @@ def curves(tmp_path, inputs, *, steps, accumulate, adapter=""):
         max_length=128,
         adapter=adapter,
         learning_rate=1e-2 if adapter else 1e-4,
+        loss=loss or {},
     )
     ours = vs_trl.run_ours(tmp_path, args)["losses"]
     # TRL weighs the balance of experts as config.json says, unless told not to.
-    theirs = vs_trl.run_trl(tmp_path, args, vs_trl.FLOAT32 | {"router_aux_loss_coef": 0.0})["losses"]
+    settings = vs_trl.FLOAT32 | {"router_aux_loss_coef": 0.0} | (settings or {})
+    theirs = vs_trl.run_trl(tmp_path, args, settings)["losses"]
     assert len(ours) == len(theirs) == steps
     assert max(ours) - min(ours) > 1e-3, "the curve must move for this to mean anything"
     return ours, theirs
@@ -82,4 +88,42 @@ def test_curve_of_adapters_has_parity_with_trl(tmp_path, base, targets):
     ours, theirs = curves(tmp_path, inputs, steps=FAMILY_STEPS, accumulate=1, adapter=adapter)
     distance = max(abs(a - b) for a, b in zip(ours, theirs, strict=True))
     print(f"adapters: largest difference {distance:.2e}, losses {min(ours):.4f} to {max(ours):.4f}")
+    assert distance < 1e-4
+
+
+OBJECTIVES = {
+    "hinge": ({"name": "hinge"}, {"loss_type": ["hinge"]}),
+    "ipo": ({"name": "ipo"}, {"loss_type": ["ipo"]}),
+    "robust": ({"name": "robust", "label_smoothing": 0.2}, {"loss_type": ["robust"], "label_smoothing": 0.2}),
+    "sigmoid_norm": ({"name": "sigmoid_norm", "beta": 5.0}, {"loss_type": ["sigmoid_norm"], "beta": 5.0}),
+    "exo_pair": ({"name": "exo_pair", "label_smoothing": 0.1}, {"loss_type": ["exo_pair"], "label_smoothing": 0.1}),
+    "nca_pair": ({"name": "nca_pair"}, {"loss_type": ["nca_pair"]}),
+    "sppo_hard": ({"name": "sppo_hard", "beta": 0.1}, {"loss_type": ["sppo_hard"]}),
+    "apo_zero": ({"name": "apo_zero"}, {"loss_type": ["apo_zero"]}),
+    "apo_down": ({"name": "apo_down"}, {"loss_type": ["apo_down"]}),
+    "discopop": ({"name": "discopop"}, {"loss_type": ["discopop"]}),
+    "aot": ({"name": "aot", "label_smoothing": 0.1}, {"loss_type": ["aot"], "label_smoothing": 0.1}),
+    "aot_unpaired": ({"name": "aot_unpaired"}, {"loss_type": ["aot_unpaired"]}),
+    "forward_kl": ({"divergence": "forward_kl"}, {"f_divergence_type": "forward_kl"}),
+    "js_divergence": ({"divergence": "js_divergence"}, {"f_divergence_type": "js_divergence"}),
+    "alpha_divergence": (  # their coefficient is 1 - alpha
+        {"divergence": "alpha_divergence", "divergence_alpha": 0.3},
+        {"f_divergence_type": "alpha_divergence", "f_alpha_divergence_coef": 0.7},
+    ),
+    "ld": ({"ld_alpha": 0.3}, {"ld_alpha": 0.3}),
+    "wpo": ({"wpo": True}, {"use_weighting": True}),
+    "mpo": (
+        {"name": "sigmoid*0.8,nca_pair*0.2,sft"},
+        {"loss_type": ["sigmoid", "nca_pair", "sft"], "loss_weights": [0.8, 0.2, 1.0]},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_every_objective_has_parity_with_trl(tmp_path, name):
+    inputs = make_inputs(tmp_path / "inputs", train_pairs=PAIRS * FAMILY_STEPS)
+    loss, settings = OBJECTIVES[name]
+    ours, theirs = curves(tmp_path, inputs, steps=FAMILY_STEPS, accumulate=1, loss=loss, settings=settings)
+    distance = max(abs(a - b) / max(1, abs(b)) for a, b in zip(ours, theirs, strict=True))
+    print(f"{name}: largest difference {distance:.2e}, losses {min(ours):.4f} to {max(ours):.4f}")
     assert distance < 1e-4
