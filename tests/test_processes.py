@@ -59,7 +59,7 @@ def test_processes_that_disagree_on_data_code_or_step_say_who_and_end(recipe, in
             assert ended.status == 2 and "data and model: train is" in ended.output and "on process 1" in ended.output
 
     shutil.copytree(ROOT / "dpo_jax", tmp_path / "code" / "dpo_jax")
-    with (tmp_path / "code" / "dpo_jax" / "losses.py").open("a") as file:
+    with (tmp_path / "code" / "dpo_jax" / "steps.py").open("a") as file:
         file.write("# changed\n")
     environment = {1: {"PYTHONPATH": str(tmp_path / "code")}}
     with Run(command, tmp_path / "other", processes=2, folders=places, environment=environment) as run:

@@ -59,10 +59,23 @@ class Scorer:
         return logps, {}
 
 
-def run(folder, *sets, identity=IDENTITY, score=None, answers=2):
+class TokenScorer(Scorer):
+    """Says of each token its own negated id, and of likely ones the ids after it with log-probs by their place."""
+
+    def __init__(self, likely, **how):
+        super().__init__(**how)
+        self.likely = likely
+
+    def __call__(self, batch):
+        logps, _ = super().__call__(batch)
+        ids = np.asarray(batch.rows.target)[..., None] + 1 + np.arange(self.likely)
+        return logps, {"tokens": (-batch.rows.target.astype(np.float32), ids, ids * np.float32(-0.25))}
+
+
+def run(folder, *sets, identity=IDENTITY, score=None, answers=2, tokens=None):
     shape = dataclasses.replace(SHAPE, answers=answers)
-    score = score or Scorer(shape=shape)
-    done = reference.run_pass(folder, identity, sets, score, shape=shape, layout="shared")
+    score = score or (Scorer(shape=shape) if tokens is None else TokenScorer(tokens, shape=shape))
+    done = reference.run_pass(folder, identity, sets, score, shape=shape, layout="shared", tokens=tokens)
     return done, score.calls
 
 
@@ -211,6 +224,73 @@ def test_values_given_with_pairs_are_used_beside_rankings(tmp_path):
     given[:] = [-1.5, -2.5]
     done, calls = run(tmp_path / "r", widened(pairs, lengths, keys, given, answers=3), answers=3)
     assert calls == 0 and done.values[0].tolist() == [[-1.5, -2.5, 0]] * 6
+
+
+# --- what is known of single tokens ----------------------------------------------------------------------------------
+
+
+def assert_of_tokens(values, pairs, likely):
+    assert len(values) == len(pairs)
+    for i, pair in enumerate(pairs):
+        shortest = min(len(ids) for ids in pair.answers if len(ids))
+        np.testing.assert_allclose(values.shared_logps()[i], [-ids[:shortest].sum() for ids in pair.answers])
+        for ids, (found, logps) in zip(pair.answers, values[i], strict=True):
+            np.testing.assert_array_equal(found, ids[:, None] + 1 + np.arange(likely))
+            np.testing.assert_allclose(logps, found * -0.25)
+
+
+@pytest.mark.parametrize("likely", [0, 3])
+def test_values_of_tokens_come_back_scored_or_stored(tmp_path, likely):
+    train, held_out = make_set(10), make_set(5, seed=1)
+    for scored in (15, 0):
+        done, _ = run(tmp_path / "r", train, held_out, tokens=likely)
+        assert done.scored == scored and done.tokens is not None
+        for values, (pairs, *_) in zip(done.tokens, (train, held_out), strict=True):
+            assert_of_tokens(values, pairs, likely)
+    # Of some pairs alone, in another order, and in a set that has them twice.
+    assert_of_tokens(done.tokens[0].of(np.array([7, 2])), [train[0][i] for i in (7, 2)], likely)
+    twice = [np.concatenate([part, part]) if isinstance(part, np.ndarray) else part + part for part in train]
+    done, calls = run(tmp_path / "r", tuple(twice), tokens=likely)
+    assert calls == 0 and done.tokens is not None
+    assert_of_tokens(done.tokens[0], twice[0], likely)
+
+
+@pytest.mark.parametrize("fail_at", [1, 2, 3])
+def test_killed_pass_over_tokens_repeats_no_finished_part(tmp_path, fail_at):
+    train = make_set(10)
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "r", train, score=TokenScorer(2, fail_at=fail_at), tokens=2)
+    done, calls = run(tmp_path / "r", train, tokens=2)
+    assert calls == 3 - (fail_at - 1) and done.tokens is not None
+    assert_of_tokens(done.tokens[0], train[0], 2)
+
+
+def test_values_of_tokens_of_rankings_and_of_single_answers(tmp_path):
+    ranked = make_rankings(6, 4)
+    for _ in range(2):
+        done, _ = run(tmp_path / "ranked", ranked, answers=4, tokens=2)
+        assert done.tokens is not None
+        for i, pair in enumerate(ranked[0]):
+            for ids, (found, _) in zip(pair.answers, done.tokens[0][i], strict=False):
+                np.testing.assert_array_equal(found[:, 0], ids + 1)
+            assert all(len(found) == 0 for found, _ in done.tokens[0][i][len(pair.answers) :])
+    pairs, _, _, given = make_set(6)
+    none = np.array([], int)
+    pairs = [pair._replace(**{"rejected" if i % 2 else "chosen": none}) for i, pair in enumerate(pairs)]
+    keys = np.array([content_key(pair) for pair in pairs], np.uint64)
+    single = pairs, np.array([pair.lengths for pair in pairs]), keys, given
+    for _ in range(2):
+        done, _ = run(tmp_path / "single", single, tokens=2)
+        assert done.tokens is not None
+        assert_of_tokens(done.tokens[0], pairs, 2)
+
+
+def test_values_of_whole_answers_that_came_with_the_data_do_not_do_for_tokens(tmp_path):
+    pairs, lengths, keys, given = make_set(6)
+    given[:] = [-1.5, -2.5]
+    with pytest.raises(InputError, match="token by token, and 6 pairs"):
+        run(tmp_path / "r", (pairs, lengths, keys, given), tokens=2)
+    assert not (tmp_path / "r").exists()
 
 
 @pytest.mark.parametrize("name", ["manifest.json", "part-0.parquet"])
