@@ -284,8 +284,8 @@ def _write_part(
     if logps.shape[1] > 2:
         columns["others"] = logps[:, 2:].tolist()
     if tokens is not None:
-        for i, (name, dtype) in enumerate(COLUMNS.items()):
-            columns[name] = _nested([[answer[i] for answer in answers] for answers in tokens.values()], dtype)
+        for i, (column, dtype) in enumerate(COLUMNS.items()):
+            columns[column] = _nested([[answer[i] for answer in answers] for answers in tokens.values()], dtype)
     table = pa.table(columns)
     sink = pa.BufferOutputStream()
     pq.write_table(table, sink)

@@ -37,7 +37,9 @@ def test_golden_files_are_what_transformers_saves_and_computes(name):
     assert case == GOLDEN[name] | {
         "config": GOLDEN[name]["config"] | {"transformers_version": transformers.__version__}
     }
-    np.testing.assert_allclose(logits, np.load(make_golden.LOGITS)[name], rtol=0, atol=1e-5)
+    golden = np.load(make_golden.LOGITS)[name]
+    # Another processor rounds otherwise, and Gemma amplifies that.
+    np.testing.assert_allclose(logits, golden, rtol=0, atol=1e-5 * np.abs(golden).max())
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -104,10 +104,8 @@ def test_policy_is_the_reference_at_step_zero_in_bfloat16_too(inputs, tmp_path):
 def test_batches_are_made_in_another_thread_and_programs_are_kept(inputs, tmp_path, monkeypatch):
     # The cache folder of the whole test session, so another run in it may have left its programs there already.
     made = []
-    real = train.layout.collate
-    monkeypatch.setattr(
-        train.layout, "collate", lambda *a, **k: made.append(threading.current_thread()) or real(*a, **k)
-    )
+    real = train.make_batch
+    monkeypatch.setattr(train, "make_batch", lambda *a, **k: made.append(threading.current_thread()) or real(*a, **k))
     train.run(make_config(inputs, train__steps=3, data__eval=""), tmp_path / "run")
     assert len(made) == 3 and all(thread is not threading.main_thread() for thread in made)
     rows = read_rows(tmp_path / "run" / "metrics.jsonl")
