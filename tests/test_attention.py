@@ -42,7 +42,10 @@ def arrays(rows, length, heads, kv_heads, width, seed=0):
     return [jax.random.normal(key, shape) for key, shape in zip(keys, shapes, strict=True)]
 
 
-@pytest.mark.parametrize(("heads", "kv_heads"), [(4, 4), (6, 2), (3, 1)])
+@pytest.mark.parametrize(
+    ("heads", "kv_heads"),
+    [pytest.param(4, 4, marks=pytest.mark.slow), (6, 2), pytest.param(3, 1, marks=pytest.mark.slow)],
+)
 @pytest.mark.parametrize("soft_cap", [None, 2.0])
 @pytest.mark.parametrize(("length", "block"), [(96, 16), (104, 64), (40, 64)])
 def test_blocks_equal_dense_attention_in_values_and_gradients(heads, kv_heads, soft_cap, length, block):

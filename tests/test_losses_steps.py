@@ -19,8 +19,9 @@ from tests.loss_cases import CASES, SUMMED
 ALL = CASES | SUMMED
 PAIRS, FEATURES, STEPS = 12, 5, 3
 TX = optax.chain(optax.clip_by_global_norm(1.0), optax.sgd(0.05))
-# One compilation each is little, but there are hundreds: options and modifiers are left to the slow tests.
-EVERY = [case if "-" not in case else pytest.param(case, marks=pytest.mark.slow) for case in ALL]
+# One compilation each is little, but there are hundreds: all but what sees the whole batch is left to the slow tests.
+WHOLE = {"aot", "beta_dpo", "kto", "sum"}
+EVERY = [case if case in WHOLE else pytest.param(case, marks=pytest.mark.slow) for case in ALL]
 
 
 @functools.cache

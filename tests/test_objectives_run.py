@@ -94,6 +94,7 @@ def test_run_that_carries_something_on_resumes_bit_for_bit(folders, tmp_path, mo
     check_rows(check_run(folders, tmp_path, monkeypatch, name, at=5 if name == "tr, tdpo2" else 3), name, runs.STEPS)
 
 
+@pytest.mark.slow
 def test_unpaired_run_scores_answers_of_other_prompts(folders, tmp_path):
     fields = {"loss__name": "kto", "train__steps": 3, "data__eval": ""}
     train.run(make_config(folders[UNPAIRED], **fields), tmp_path / "kto")

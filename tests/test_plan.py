@@ -278,7 +278,11 @@ def test_drawn_pairs_take_about_as_many_positions_as_their_medians_say():
 
 @pytest.mark.parametrize(
     ("loss", "updates", "scored"),
-    [("sigmoid", 0, 1), ("kto", 1, 2), ("bco_pair", 1, 1), ("aot", 1, 1), ("tdpo2", 0, 1), ("simpo", 0, 0)],
+    [("kto", 1, 2)]
+    + [
+        pytest.param(*each, marks=pytest.mark.slow)
+        for each in (("bco_pair", 1, 1), ("aot", 1, 1), ("tdpo2", 0, 1), ("simpo", 0, 0))
+    ],
 )
 def test_forward_passes_of_an_objective_are_counted(loss, updates, scored):
     # Of the update, those besides the one that is differentiated; of the reference, how often it scores every pair.

@@ -147,3 +147,20 @@ def test_adapters_train_over_processes_as_in_one(recipe, tmp_path):
     assert alone.keys() == together.keys()
     for name, tensor in alone.items():
         np.testing.assert_allclose(together[name], tensor, atol=1e-3)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fields", [{"loss__name": "kto"}, {"loss__name": "tdpo2", "reference__sync_steps": 3}])
+def test_objectives_that_read_more_train_over_processes_as_in_one(recipe, tmp_path, fields):
+    """Unrelated answers; the reference's tokens, of a reference that follows, each process storing its share."""
+    found = {}
+    for processes in (1, 2):
+        work = tmp_path / str(processes)
+        with Run(arguments("train", recipe, work / "run", **fields), work, processes=processes) as run:
+            assert [each.status for each in run.ended_all()] == [0] * processes
+        found[processes] = untimed(rows(work / "run"))
+    assert len(found[1]) == len(found[2]) == STEPS
+    for one, two in zip(found[1], found[2], strict=True):
+        assert one.keys() == two.keys() and two["loss"] == pytest.approx(one["loss"], abs=1e-4)
+        for name in {"kl", "sequence_kl/rejected"} & one.keys():
+            assert two[name] == pytest.approx(one[name], abs=1e-3)

@@ -68,7 +68,7 @@ def whole():
     return functools.cache(lambda loss: update(make_batch(random_pairs(), PAIRS), loss))
 
 
-@pytest.mark.parametrize("loss", ["sigmoid", "sft"])  # the others: tests/test_losses_steps.py
+@pytest.mark.parametrize("loss", ["sigmoid", SLOW_SFT])  # the others: tests/test_losses_steps.py
 def test_microbatches_change_nothing(whole, loss):
     batch = make_batch(random_pairs(), 2)
     assert batch.count > 1

@@ -77,7 +77,7 @@ def test_packed_pairs_match_dense_for_each_head_width(width):
     assert_same(arrays(bounds, heads=4, kv_heads=2, width=width), bounds)
 
 
-@pytest.mark.parametrize("heads, kv_heads", [(2, 2), (3, 1), (14, 2)])
+@pytest.mark.parametrize("heads, kv_heads", [(2, 2), (3, 1), pytest.param(14, 2, marks=pytest.mark.slow)])
 def test_groups_of_any_size_match_dense(heads, kv_heads):
     bounds = packed_bounds(64, rows=4)
     assert_same(arrays(bounds, heads=heads, kv_heads=kv_heads, width=16), bounds)
