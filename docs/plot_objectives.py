@@ -26,7 +26,7 @@ OUT = Path(__file__).with_name("objectives.svg")
 COLUMNS, POINTS = 4, 241
 LOSS, SLOPE, CHOSEN, REJECTED = "#1f5fa8", "#d1491b", "#2e8b57", "#8a5fb0"
 TOKENS = 20  # of each answer, where a loss asks for their number and reads sums
-STYLE = {
+STYLE: Any = {
     "svg.hashsalt": "objectives",  # or each run gives other ids
     "path.simplify_threshold": 0.5,
     "font.size": 9,

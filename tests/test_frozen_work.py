@@ -117,7 +117,8 @@ def compiled(folder, name, sizes, **fields):
     update = programs.make_update(how, built, tx, state)
     # What XLA does to the program is looked at, not what LLVM does to its loops.
     quick = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
-    program = update.compile(state, frozen, estimate.abstract_batch(built, built.update_shape), options=quick)
+    batch = estimate.abstract_batch(built, built.update_shape, update=True)
+    program = update.compile(state, frozen, batch, options=quick)
     leaves = flatten(state.params) | flatten(frozen)
     here = {path: leaf.sharding.shard_shape(leaf.shape) for path, leaf in leaves.items()}
     return program.as_text(), here, set(flatten(state.params))

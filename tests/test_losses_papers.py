@@ -112,77 +112,77 @@ def size(answer):
     return len(answer.tokens)
 
 
-# --- losses of a pair: w and l, the better and the worse answer ------------------------------------------------------
+# --- losses of a pair: w and r, the better and the worse answer ------------------------------------------------------
 
 
-def sigmoid(w, l, beta=0.1, label_smoothing=0.0):
+def sigmoid(w, r, beta=0.1, label_smoothing=0.0):
     # 2305.18290 Eq. 7; cDPO Eq. 3.
-    margin = reward(w, beta) - reward(l, beta)
+    margin = reward(w, beta) - reward(r, beta)
     return -(1 - label_smoothing) * log_S(margin) - label_smoothing * log_S(-margin)
 
 
-def robust(w, l, beta=0.1, label_smoothing=0.1):
+def robust(w, r, beta=0.1, label_smoothing=0.1):
     # 2403.00409: the loss of the pair and of the flipped one, without bias.
-    kept, flipped = sigmoid(w, l, beta), sigmoid(l, w, beta)
+    kept, flipped = sigmoid(w, r, beta), sigmoid(r, w, beta)
     return ((1 - label_smoothing) * kept - label_smoothing * flipped) / (1 - 2 * label_smoothing)
 
 
-def hinge(w, l, beta=0.1):
-    return max(0.0, 1 - (reward(w, beta) - reward(l, beta)))
+def hinge(w, r, beta=0.1):
+    return max(0.0, 1 - (reward(w, beta) - reward(r, beta)))
 
 
-def ipo(w, l, beta=0.1, average=True):
-    # 2310.12036 Eq. 17: (h - 1/(2 tau))^2, h = log [pi(w) ref(l) / (pi(l) ref(w))].
+def ipo(w, r, beta=0.1, average=True):
+    # 2310.12036 Eq. 17: (h - 1/(2 tau))^2, h = log [pi(w) ref(r) / (pi(r) ref(w))].
     if not average:
-        h = math.log(prob(w, "pi") * prob(l, "ref") / (prob(l, "pi") * prob(w, "ref")))
+        h = math.log(prob(w, "pi") * prob(r, "ref") / (prob(r, "pi") * prob(w, "ref")))
     else:  # geometric means over tokens
-        h = math.log(ratio(w) ** (1 / size(w)) / ratio(l) ** (1 / size(l)))
+        h = math.log(ratio(w) ** (1 / size(w)) / ratio(r) ** (1 / size(r)))
     return (h - 1 / (2 * beta)) ** 2
 
 
-def sigmoid_norm(w, l, beta=5.0, label_smoothing=0.0):
+def sigmoid_norm(w, r, beta=5.0, label_smoothing=0.0):
     # 2411.15124: beta/|y| log ratio.
-    margin = beta / size(w) * math.log(ratio(w)) - beta / size(l) * math.log(ratio(l))
+    margin = beta / size(w) * math.log(ratio(w)) - beta / size(r) * math.log(ratio(r))
     return -(1 - label_smoothing) * log_S(margin) - label_smoothing * log_S(-margin)
 
 
-def exo_pair(w, l, beta=0.1, label_smoothing=1e-3):
+def exo_pair(w, r, beta=0.1, label_smoothing=1e-3):
     # 2402.00856: KL(p_f || p_r) over the two, p_f = softmax(beta log ratio), p_r the smoothed label.
-    p_f = [ratio(w) ** beta / (ratio(w) ** beta + ratio(l) ** beta)]
+    p_f = [ratio(w) ** beta / (ratio(w) ** beta + ratio(r) ** beta)]
     p_f.append(1 - p_f[0])
     p_r = [1 - label_smoothing, label_smoothing]
-    return sum(f * (math.log(f) - math.log(r)) for f, r in zip(p_f, p_r, strict=True))
+    return sum(f * (math.log(f) - math.log(q)) for f, q in zip(p_f, p_r, strict=True))
 
 
-def nca_pair(w, l, beta=0.1):
+def nca_pair(w, r, beta=0.1):
     # 2402.05369, K = 2, all reward on the better one: -log S(r_w) - (1/K) sum_i log S(-r_i).
-    return -log_S(reward(w, beta)) - sum(log_S(-reward(each, beta)) for each in (w, l)) / 2
+    return -log_S(reward(w, beta)) - sum(log_S(-reward(each, beta)) for each in (w, r)) / 2
 
 
-def sppo_hard(w, l, beta=1e-3):
+def sppo_hard(w, r, beta=1e-3):
     # 2405.00675: (log ratio - eta (P(y beats pi) - 1/2))^2 with win rates 1 and 0.
     eta = 1 / beta
-    return sum((math.log(ratio(y)) - eta * (wins - 1 / 2)) ** 2 for y, wins in ((w, 1), (l, 0)))
+    return sum((math.log(ratio(y)) - eta * (wins - 1 / 2)) ** 2 for y, wins in ((w, 1), (r, 0)))
 
 
-def apo_zero(w, l, beta=0.1):
-    return (1 - S(reward(w, beta)) if size(w) else 0) + (S(reward(l, beta)) if size(l) else 0)
+def apo_zero(w, r, beta=0.1):
+    return (1 - S(reward(w, beta)) if size(w) else 0) + (S(reward(r, beta)) if size(r) else 0)
 
 
-def apo_down(w, l, beta=0.1):
-    return S(reward(w, beta)) + 1 - S(reward(w, beta) - reward(l, beta))
+def apo_down(w, r, beta=0.1):
+    return S(reward(w, beta)) + 1 - S(reward(w, beta) - reward(r, beta))
 
 
-def discopop(w, l, beta=0.1, tau=0.05):
+def discopop(w, r, beta=0.1, tau=0.05):
     # 2406.08414: LRML, (1 - S(rho / tau)) logistic + S(rho / tau) exponential.
-    rho = reward(w, beta) - reward(l, beta)
+    rho = reward(w, beta) - reward(r, beta)
     return (1 - S(rho / tau)) * math.log(1 + math.exp(-rho)) + S(rho / tau) * math.exp(-rho)
 
 
-def dpo_positive(w, l, beta=0.1, penalty=50.0):
+def dpo_positive(w, r, beta=0.1, penalty=50.0):
     # 2402.13228 Eq. 3: max(0, log [ref(w) / pi(w)]).
     lost = max(0.0, math.log(prob(w, "ref") / prob(w, "pi")))
-    return -log_S(beta * (math.log(ratio(w)) - math.log(ratio(l)) - penalty * lost))
+    return -log_S(beta * (math.log(ratio(w)) - math.log(ratio(r)) - penalty * lost))
 
 
 def sequence_kl(answer):
@@ -193,34 +193,34 @@ def sequence_kl(answer):
     return total
 
 
-def tdpo1(w, l, beta=0.1):
-    # 2404.11999: -log S(u - delta), delta = beta D(l) - beta D(w).
-    u, delta = reward(w, beta) - reward(l, beta), beta * sequence_kl(l) - beta * sequence_kl(w)
+def tdpo1(w, r, beta=0.1):
+    # 2404.11999: -log S(u - delta), delta = beta D(r) - beta D(w).
+    u, delta = reward(w, beta) - reward(r, beta), beta * sequence_kl(r) - beta * sequence_kl(w)
     return -log_S(u - delta)
 
 
-def tdpo2(w, l, beta=0.1, kl_weight=0.5):
+def tdpo2(w, r, beta=0.1, kl_weight=0.5):
     # 2404.11999: -log S(u - alpha delta_2), D(w) without gradient, which the value does not show.
-    u, delta = reward(w, beta) - reward(l, beta), beta * sequence_kl(l) - beta * sequence_kl(w)
+    u, delta = reward(w, beta) - reward(r, beta), beta * sequence_kl(r) - beta * sequence_kl(w)
     return -log_S(u - kl_weight * delta)
 
 
-def simpo(w, l, beta=2.0, gamma=1.0, label_smoothing=0.0):
+def simpo(w, r, beta=2.0, gamma=1.0, label_smoothing=0.0):
     # 2405.14734 Eq. 6.
-    margin = beta / size(w) * math.log(prob(w, "pi")) - beta / size(l) * math.log(prob(l, "pi")) - gamma
+    margin = beta / size(w) * math.log(prob(w, "pi")) - beta / size(r) * math.log(prob(r, "pi")) - gamma
     return -(1 - label_smoothing) * log_S(margin) - label_smoothing * log_S(-margin)
 
 
-def cpo(w, l, beta=0.1, label_smoothing=0.0, nll_weight=1.0, nll_average=True):
+def cpo(w, r, beta=0.1, label_smoothing=0.0, nll_weight=1.0, nll_average=True):
     # 2401.08417: L_prefer under a uniform reference, and L_NLL.
-    margin = beta * math.log(prob(w, "pi") / prob(l, "pi"))
+    margin = beta * math.log(prob(w, "pi") / prob(r, "pi"))
     prefer = -(1 - label_smoothing) * log_S(margin) - label_smoothing * log_S(-margin)
     return prefer + nll_weight * nll(w, nll_average)
 
 
-def orpo(w, l, beta=0.1, nll_weight=1.0):
+def orpo(w, r, beta=0.1, nll_weight=1.0):
     # 2403.07691: L_SFT + lambda L_OR, odds(y) = P(y) / (1 - P(y)), P the geometric mean over tokens.
-    odds = [p / (1 - p) for p in (prob(y, "pi") ** (1 / size(y)) for y in (w, l))]
+    odds = [p / (1 - p) for p in (prob(y, "pi") ** (1 / size(y)) for y in (w, r))]
     return nll_weight * nll(w) - beta * log_S(math.log(odds[0] / odds[1]))
 
 
@@ -242,26 +242,26 @@ def f_prime(divergence, alpha, u):
 
 
 def of_divergence(loss_of_margin):
-    def loss(w, l, beta=0.1, divergence="reverse_kl", divergence_alpha=0.5):
-        h = f_prime(divergence, divergence_alpha, ratio(w)) - f_prime(divergence, divergence_alpha, ratio(l))
+    def loss(w, r, beta=0.1, divergence="reverse_kl", divergence_alpha=0.5):
+        h = f_prime(divergence, divergence_alpha, ratio(w)) - f_prime(divergence, divergence_alpha, ratio(r))
         return loss_of_margin(h, beta)
 
     return loss
 
 
-def ld_sigmoid(w, l, beta=0.1, ld_alpha=0.3):
+def ld_sigmoid(w, r, beta=0.1, ld_alpha=0.3):
     # 2409.06411: tokens up to the shorter length count once, those beyond alpha times.
-    shorter = min(size(w), size(l))
+    shorter = min(size(w), size(r))
 
     def modified(answer, model):
         logps = [math.log(words[token]) for words, token in zip(getattr(answer, model), answer.tokens, strict=True)]
         return sum(logps[:shorter]) + ld_alpha * sum(logps[shorter:])
 
-    margin = (modified(w, "pi") - modified(w, "ref")) - (modified(l, "pi") - modified(l, "ref"))
+    margin = (modified(w, "pi") - modified(w, "ref")) - (modified(r, "pi") - modified(r, "ref"))
     return -log_S(beta * margin)
 
 
-def wpo_sigmoid(w, l, beta=0.1):
+def wpo_sigmoid(w, r, beta=0.1):
     # 2406.11827: each pair's loss times w(y_w) w(y_l), aligned to sampling from the policy.
     def weight(answer):
         total = 0.0
@@ -269,12 +269,12 @@ def wpo_sigmoid(w, l, beta=0.1):
             total += math.log(words[token]) - math.log(sum(p * p for p in words))
         return math.exp(total / size(answer))
 
-    return weight(w) * weight(l) * sigmoid(w, l, beta)
+    return weight(w) * weight(r) * sigmoid(w, r, beta)
 
 
-def rpo(w, l, beta=0.1, nll_weight=1.0, nll_average=True):
+def rpo(w, r, beta=0.1, nll_weight=1.0, nll_average=True):
     # 2404.19733: DPO and alpha times the negative log-likelihood of the winner, over its length.
-    return sigmoid(w, l, beta) + nll_weight * nll(w, nll_average)
+    return sigmoid(w, r, beta) + nll_weight * nll(w, nll_average)
 
 
 # --- losses of a batch -----------------------------------------------------------------------------------------------
@@ -290,7 +290,7 @@ def mpo(pairs, state, beta=0.1):
     quality = bco_pair(pairs, state, beta)
     tokens = sum(size(w) for w, _ in pairs)
     generation = [-math.log(prob(w, "pi")) * len(pairs) / tokens for w, _ in pairs]
-    preference = [sigmoid(*pair, beta) for pair in pairs]
+    preference = [sigmoid(w, r, beta) for w, r in pairs]
     return [0.8 * p + 0.2 * q + g for p, q, g in zip(preference, quality, generation, strict=True)]
 
 
@@ -303,9 +303,9 @@ def sft(pairs, state):
 def bco_pair(pairs, state, beta=0.1):
     # 2404.04656: cross-entropy of a classifier whose logit is the reward less its shift.
     delta, found = state["shift"], []
-    for w, l in pairs:
+    for w, r in pairs:
         good = -math.log(S(reward(w, beta) - delta)) if size(w) else 0.0
-        bad = -math.log(1 - S(reward(l, beta) - delta)) if size(l) else 0.0
+        bad = -math.log(1 - S(reward(r, beta) - delta)) if size(r) else 0.0
         found.append(good + bad)
     return found
 
@@ -313,19 +313,19 @@ def bco_pair(pairs, state, beta=0.1):
 def kto(pairs, state, beta=0.1, desirable_weight=1.0, undesirable_weight=1.0):
     # 2402.01306 Eq. 7: lambda_y - v(x, y), of a pair the mean over its two examples.
     found = []
-    for w, l in pairs:
+    for w, r in pairs:
         examples = []
         if size(w):
             examples.append(desirable_weight - desirable_weight * S(beta * (math.log(ratio(w)) - state["kl"])))
-        if size(l):
-            examples.append(undesirable_weight - undesirable_weight * S(beta * (state["kl"] - math.log(ratio(l)))))
+        if size(r):
+            examples.append(undesirable_weight - undesirable_weight * S(beta * (state["kl"] - math.log(ratio(r)))))
         found.append(sum(examples) / len(examples))
     return found
 
 
 def beta_dpo(pairs, state, beta=0.1, sensitivity=0.6):
     # 2407.08639: beta_batch = [1 + alpha (mean M - M_0)] beta_0, not below 0.001.
-    margins = [math.log(ratio(w) / ratio(l)) for w, l in pairs]
+    margins = [math.log(ratio(w) / ratio(r)) for w, r in pairs]
     chosen = max(1e-3, (1 + sensitivity * (sum(margins) / len(margins) - state["margin"])) * beta)
     return [-log_S(chosen * margin) for margin in margins]
 
@@ -340,9 +340,9 @@ def quantiles(better, worse, beta, label_smoothing):
 
 
 def aot(pairs, state, beta=0.1, label_smoothing=0.0):
-    # 2406.05882: log pi(w)/pi(l) against log ref(w)/ref(l), as distributions over pairs.
-    policy = [math.log(prob(w, "pi") / prob(l, "pi")) for w, l in pairs]
-    reference = [math.log(prob(w, "ref") / prob(l, "ref")) for w, l in pairs]
+    # 2406.05882: log pi(w)/pi(r) against log ref(w)/ref(r), as distributions over pairs.
+    policy = [math.log(prob(w, "pi") / prob(r, "pi")) for w, r in pairs]
+    reference = [math.log(prob(w, "ref") / prob(r, "ref")) for w, r in pairs]
     return quantiles(policy, reference, beta, label_smoothing)
 
 
@@ -371,8 +371,8 @@ PAPERS = {each.__name__: each_pair(each) for each in BY_PAIR} | {each.__name__: 
 MARGINS = {
     "sigmoid": lambda h, beta: -log_S(beta * h),
     "hinge": lambda h, beta: max(0.0, 1 - beta * h),
-    "discopop": lambda h, beta: (
-        (1 - S(beta * h / 0.05)) * -log_S(beta * h) + S(beta * h / 0.05) * math.exp(-beta * h)
+    "discopop": lambda h, beta: (  # its two factors' product as one exponential: the second alone overflows
+        (1 - S(beta * h / 0.05)) * -log_S(beta * h) + math.exp(log_S(beta * h / 0.05) - beta * h)
     ),
 }
 OPTIONS = [
@@ -524,7 +524,7 @@ def test_mean_margin_equals_its_paper(x64):
     # 2407.08639: M <- m M + (1 - m) mean over the batch, m = 0.9.
     mean, expected = 0.0, []
     for pairs in drawn().batches:
-        mean = 0.9 * mean + 0.1 * sum(math.log(ratio(w) / ratio(l)) for w, l in pairs) / len(pairs)
+        mean = 0.9 * mean + 0.1 * sum(math.log(ratio(w) / ratio(r)) for w, r in pairs) / len(pairs)
         expected.append(mean)
     found = followed(follow_margins, {"value": jnp.zeros(())}, drawn(), 0.3)
     np.testing.assert_allclose(found, expected, rtol=1e-9, atol=1e-12)
