@@ -199,6 +199,11 @@ def test_ranking_loss_does_not_add_to_losses_of_pairs():
     assert make_loss("plackett_luce,sft", {}).kinds == {"paired", "ranked"}
 
 
+def test_sum_takes_the_data_that_all_its_losses_take():
+    assert make_loss("kto,sft", {}).kinds == make_loss("bco_pair,apo_zero", {}).kinds == {"paired", "unpaired"}
+    assert make_loss("kto,sigmoid", {}).kinds == make_loss("bco_pair,sft", {"wpo": True}).kinds == {"paired"}
+
+
 @pytest.mark.parametrize(
     ("name", "options"),
     [

@@ -296,7 +296,7 @@ def mpo(pairs, state, beta=0.1):
 
 def sft(pairs, state):
     # The mean over the batch's tokens, as a mean over pairs.
-    tokens = sum(size(w) for w, _ in pairs)
+    tokens = max(1, sum(size(w) for w, _ in pairs))
     return [-math.log(prob(w, "pi")) * len(pairs) / tokens for w, _ in pairs]
 
 
@@ -435,6 +435,10 @@ def test_loss_equals_its_paper(name, options):
 @pytest.mark.parametrize("name", ["kto", "bco_pair", "apo_zero"])
 def test_loss_of_single_answers_equals_its_paper(name):
     assert_equals_paper(drawn(seed=3, unpaired=True), name, {"beta": 0.5}, functools.partial(PAPERS[name], beta=0.5))
+
+
+def test_likelihood_of_the_desirable_among_single_answers_is_the_mean_over_their_tokens():
+    assert_equals_paper(drawn(seed=3, unpaired=True), "sft", {}, sft)
 
 
 @pytest.mark.parametrize("name", MARGINS)

@@ -115,6 +115,17 @@ def test_unpaired_run_scores_answers_of_other_prompts(folders, tmp_path):
 
 
 @pytest.mark.slow
+def test_batch_that_is_scored_first_counts_twice(folders, tmp_path):
+    # Four microbatches of a row for each device: a loss of the whole batch sees them all before any gradient is made.
+    fields = {"train__steps": 2, "train__batch_pairs": 32, "train__microbatch_rows": 8, "data__eval": ""}
+    for name in ("aot", "hinge"):
+        train.run(make_config(folders["paired"], **fields | {"loss__name": name}), tmp_path / name)
+    twice, once = (read_rows(tmp_path / name / "metrics.jsonl") for name in ("aot", "hinge"))
+    assert [row["positions_computed"] for row in twice] == [2 * row["positions_computed"] for row in once]
+    assert [row["tokens_real"] for row in twice] == [row["tokens_real"] for row in once]
+
+
+@pytest.mark.slow
 def test_reference_follows_the_policy(folders, tmp_path):
     fields = CARRYING["tr, hard"][1]
     folder = tmp_path / "run"

@@ -110,7 +110,7 @@ def sft(
 ) -> Losses:
     """Negative log-likelihood of the chosen answers, the stage before preference training.
 
-    -logp_w * P / sum(n_w), so that the mean over the P pairs is the mean over the batch's answer tokens.
+    -logp_w * P / sum(n_w), so that the mean over the P pairs is the mean over the tokens of chosen answers.
 
     Args:
       reference: not read; the loss is reference-free.
@@ -118,5 +118,5 @@ def sft(
     Returns: losses in nats per token.
     """
     tokens = lengths[:, 0].astype(policy.dtype)
-    pairs = jnp.sum(lengths[:, 0] > 0)
+    pairs = jnp.sum((lengths > 0).any(1))  # those without a chosen answer too: the mean is over all
     return -policy[:, 0] * pairs / jnp.maximum(jnp.sum(tokens), 1)

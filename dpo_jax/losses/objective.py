@@ -169,7 +169,7 @@ class Objective:
     def kinds(self) -> frozenset[str]:
         """Of "paired", "unpaired" and "ranked", the data that it can be trained on."""
         ranked = {"ranked"} if self.names <= RANKED else set()
-        by_answer = self.names <= UNPAIRED and self.ld_alpha is None and not self.wpo or self.names <= LIKELIHOOD
+        by_answer = self.names <= UNPAIRED | LIKELIHOOD and self.ld_alpha is None and not self.wpo
         unpaired = {"unpaired"} if by_answer else set()
         return frozenset({"paired"} | ranked | unpaired)
 
