@@ -8,7 +8,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Float, Int
 
-from dpo_jax.data.layout import Shape, collate
+from dpo_jax.data.layout import collate
+from dpo_jax.data.packing import Shape
 from dpo_jax.reference import TokenValues
 from dpo_jax.types import Batch, Encoded, Pairs
 

@@ -28,7 +28,7 @@ from dpo_jax.batches import Known, make_batch
 from dpo_jax.chips import Chip
 from dpo_jax.collectives import Collective, bytes_across, collectives
 from dpo_jax.config import Config
-from dpo_jax.data import layout
+from dpo_jax.data import packing
 from dpo_jax.models import hf_files, hf_io
 from dpo_jax.models.config import DecoderConfig
 from dpo_jax.models.families import family
@@ -74,7 +74,7 @@ class Memory(NamedTuple):
 class Part(NamedTuple):
     """One program of a run: the update, or scoring."""
 
-    shape: layout.Shape
+    shape: packing.Shape
     work: Work
     memory: Memory
     cost: Cost
@@ -247,7 +247,7 @@ def estimate(config: Config, topology: Topology, *, reference_in_step: bool = Fa
     tx, _ = run_inputs.optimizer_of(config, total_steps=updates(config), selection=selection)
     state, (_, frozen) = programs.abstract_state(config, built, tx), programs.abstract_params(config, built)
     update = programs.make_update(config, built, tx, state) if compiles else None
-    calls: dict[str, tuple[layout.Shape, Any, tuple]] = {
+    calls: dict[str, tuple[packing.Shape, Any, tuple]] = {
         "update": (built.update_shape, update, (state, frozen)),
         "scoring": (built.score_shape, built.reference_scoring, (scoring.join(state.params, frozen),)),
     }
@@ -279,7 +279,7 @@ def part_of(
     built: Programs,
     lengths: np.ndarray,
     name: str,
-    shape: layout.Shape,
+    shape: packing.Shape,
     program: programs.Compiled | None,
     held: tuple,
 ) -> Part:
@@ -344,7 +344,7 @@ def part_of(
     return Part(shape, work, Memory(weights, optimizer, gradients, rest), cost, moved)
 
 
-def forward_passes(built: Programs, shape: layout.Shape, reference_in_step: bool) -> int:
+def forward_passes(built: Programs, shape: packing.Shape, reference_in_step: bool) -> int:
     """How often an update scores as many pairs as it has, besides differentiating."""
     unrelated = "kl" in built.objective.needs
     return reference_in_step + unrelated + steps.scores_first(built.objective, shape.microbatches)
@@ -355,7 +355,7 @@ def as_type(tree: Any, dtype: Any) -> Any:
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype, sharding=x.sharding), tree)
 
 
-def abstract_batch(built: Programs, shape: layout.Shape, *, update: bool) -> Any:
+def abstract_batch(built: Programs, shape: packing.Shape, *, update: bool) -> Any:
     """Shapes, types and places of a batch to score or, with what the objective reads besides, of one to update on."""
     token, objective = np.zeros(1, np.int32), built.objective
     pairs: Any = [Encoded(token, token, token)]

@@ -14,7 +14,7 @@ from jaxtyping import Int
 
 from dpo_jax import losses
 from dpo_jax.batches import Known
-from dpo_jax.data.layout import Shape
+from dpo_jax.data.packing import Shape
 from dpo_jax.scoring import score_pairs
 from dpo_jax.steps import judge, summarise
 from dpo_jax.types import Batch, Pairs

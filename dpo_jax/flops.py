@@ -18,7 +18,7 @@ import numpy as np
 from jaxtyping import Int
 
 from dpo_jax.chips import chip_of
-from dpo_jax.data.layout import prompt_copies, unit_lengths
+from dpo_jax.data.packing import prompt_copies, unit_lengths
 from dpo_jax.models.adapters import is_factor
 from dpo_jax.models.config import DecoderConfig
 

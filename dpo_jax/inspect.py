@@ -10,8 +10,8 @@ import numpy as np
 
 from dpo_jax import inputs as run_inputs
 from dpo_jax.config import Config
-from dpo_jax.data import layout
 from dpo_jax.data.order import epoch_size, make_order
+from dpo_jax.data.packing import Shape, choose_shape, plan, unit_lengths
 from dpo_jax.data.pairs import PairSet
 from dpo_jax.inputs import Inputs
 from dpo_jax.programs import ACCELERATOR_POSITIONS, CPU_POSITIONS
@@ -89,7 +89,7 @@ def lengths(pairs: PairSet, name: str) -> list[str]:
     columns = {
         "prompt tokens": prompt,
         **{f"{each} tokens": counts[counts > 0] for each, counts in zip(names(pairs), answers, strict=True)},
-        f"positions of a pair, prompt {name}": layout.unit_lengths(pairs.lengths, name),
+        f"positions of a pair, prompt {name}": unit_lengths(pairs.lengths, name),
     }
     lines = []
     for title, values in columns.items():
@@ -116,7 +116,7 @@ def packing(config: Config, inputs: Inputs, name: str) -> list[str]:
     run_inputs.check_lengths(config, inputs)
     found = [f"=== rows of {config.train.batch_pairs} pairs a step, prompt {name}, empty rows counted"]
     for backend, target in (("a CPU", CPU_POSITIONS), ("an accelerator", ACCELERATOR_POSITIONS)):
-        shape = layout.choose_shape(
+        shape = choose_shape(
             inputs.lengths,
             layout=name,
             pairs=config.train.batch_pairs,
@@ -137,17 +137,17 @@ def packing(config: Config, inputs: Inputs, name: str) -> list[str]:
     return found
 
 
-def counts(config: Config, pairs: PairSet, shape: layout.Shape, name: str) -> Iterator[tuple[int, int, int]]:
+def counts(config: Config, pairs: PairSet, shape: Shape, name: str) -> Iterator[tuple[int, int, int]]:
     """Of each step of the first epoch, at most SAMPLED_STEPS: positions computed, real ones, and padded instead."""
     order = make_order(
         pairs.source, pairs.weights, batch_pairs=shape.pairs, seed=config.seed, shuffle=config.data.shuffle
     )
     for step in range(min(SAMPLED_STEPS, epoch_size(pairs.source, pairs.weights) // shape.pairs)):
         tokens = np.asarray(pairs.lengths[order(step)])
-        computed = sum(microbatch.positions for microbatch in layout.plan(tokens, shape, name))
+        computed = sum(microbatch.positions for microbatch in plan(tokens, shape, name))
         longest = tokens[:, 0] + tokens[:, 1:].max(1)
         answers = (tokens[:, 1:] > 0).sum(1)
         groups = [slice(at, at + PADDED_PAIRS) for at in range(0, len(longest), PADDED_PAIRS)]
         padded = sum(answers[group].sum() * longest[group].max() for group in groups)
-        real = int(layout.unit_lengths(tokens, name).sum())
+        real = int(unit_lengths(tokens, name).sum())
         yield computed, real, int(padded)

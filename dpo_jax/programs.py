@@ -20,7 +20,7 @@ from dpo_jax import losses, reference, scoring, sharding
 from dpo_jax.batches import Known, Some
 from dpo_jax.checkpoint import Checkpoints
 from dpo_jax.config import Config
-from dpo_jax.data import layout
+from dpo_jax.data import layout, packing
 from dpo_jax.data.pairs import cache_folder
 from dpo_jax.inputs import Inputs
 from dpo_jax.models import adapters as low_rank
@@ -76,8 +76,8 @@ class Programs(NamedTuple):
     layout: str  # of pairs, one of layout.LAYOUTS
     dtype: Any
     attention: str  # the implementation that was chosen
-    update_shape: layout.Shape
-    score_shape: layout.Shape
+    update_shape: packing.Shape
+    score_shape: packing.Shape
     objective: losses.Objective
     scoring: Compiled | None  # params, batch on the mesh -> logps, token sums; None: there are no devices
     reference_scoring: Compiled | None  # the same for the reference pass, which may have to say more of each token
@@ -178,7 +178,7 @@ def _without_scoring(
     model, layout_name = run_inputs.fit(config, model, lengths)
     positions = CPU_POSITIONS if platform == "cpu" else ACCELERATOR_POSITIONS
     choose = functools.partial(
-        layout.choose_shape,
+        packing.choose_shape,
         lengths,
         layout=layout_name,
         row_length=config.data.row_length,
@@ -213,7 +213,7 @@ def _without_scoring(
     )
 
 
-def crops(shape: layout.Shape) -> list[Callable[[Any], Any]]:
+def crops(shape: packing.Shape) -> list[Callable[[Any], Any]]:
     """Of a shape, the functions that cut a microbatch."""
     return [functools.partial(layout.crop_rows, crop=crop) for crop in shape.crops]
 
@@ -251,7 +251,7 @@ def update_step(config: Config, programs: Programs, tx: Any, *, paired: bool = T
     return update, logps_fn
 
 
-def logps_of(config: Config, programs: Programs, shape: layout.Shape, **asks: Any) -> Callable[..., Any]:
+def logps_of(config: Config, programs: Programs, shape: packing.Shape, **asks: Any) -> Callable[..., Any]:
     """The `logps_fn` of a run, for batches of a shape.
 
     Args:

@@ -26,7 +26,7 @@ import xxhash
 from jaxtyping import Float, Float32, Float64, Int, Int32
 
 from dpo_jax import hosts
-from dpo_jax.data.layout import Shape
+from dpo_jax.data.packing import Shape
 from dpo_jax.scoring import score_pairs
 from dpo_jax.types import AnswerTokens, Batch, InputError, Pairs
 

@@ -17,8 +17,8 @@ from jaxtyping import Int
 
 from dpo_jax import flops
 from dpo_jax.chips import Chip
-from dpo_jax.data import layout
-from dpo_jax.data.layout import Shape
+from dpo_jax.data import packing
+from dpo_jax.data.packing import Shape
 from dpo_jax.flops import WHOLE, Shares
 from dpo_jax.models.config import DecoderConfig
 
@@ -82,7 +82,7 @@ def mean_work(
     found = []
     for _ in range(DRAWN_BATCHES):
         drawn = lengths[rng.integers(0, len(lengths), shape.pairs)]
-        microbatches = layout.plan(drawn, shape, name)
+        microbatches = packing.plan(drawn, shape, name)
         positions = sum(each.positions for each in microbatches)
         tokens, scored = flops.tokens_of(drawn, name)
         forward = flops.forward_flops(model, drawn, name, needed)

@@ -14,7 +14,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Float, Int
 
 from dpo_jax import feed, gradients, sharding
-from dpo_jax.data.layout import Shape, answer_starts, collate, unit_lengths
+from dpo_jax.data.layout import answer_starts, collate
+from dpo_jax.data.packing import Shape, unit_lengths
 from dpo_jax.logprobs import completion_logps, sum_by_slot
 from dpo_jax.models import adapters as low_rank
 from dpo_jax.models import attention as attentions

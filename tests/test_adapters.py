@@ -14,7 +14,7 @@ from safetensors.numpy import load_file, save_file
 from dpo_jax import config as configs
 from dpo_jax import inputs as run_inputs
 from dpo_jax import losses, scoring, sharding, steps, train
-from dpo_jax.data import layout
+from dpo_jax.data import layout, packing
 from dpo_jax.models import adapters as low_rank
 from dpo_jax.models import hf_io
 from dpo_jax.models.families import FAMILIES
@@ -58,7 +58,7 @@ def batch_of(config, rows=4):
     pairs = [Encoded.of(*(rng.integers(3, 41, rng.integers(2, 15)) for _ in range(3))) for _ in range(PAIRS)]
     lengths = np.array([pair.lengths for pair in pairs])
     _, name = run_inputs.fit(configs.Config(), config, lengths)
-    shape = layout.Shape(pairs=PAIRS, rows=rows, row_length=64, microbatches=4 // rows)
+    shape = packing.Shape(pairs=PAIRS, rows=rows, row_length=64, microbatches=4 // rows)
     return layout.collate(pairs, np.full((PAIRS, 2), -40.0), shape, layout=name)
 
 

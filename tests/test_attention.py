@@ -9,7 +9,7 @@ import optax
 import pytest
 
 from dpo_jax import logprobs, losses, sharding, steps
-from dpo_jax.data import layout
+from dpo_jax.data import layout, packing
 from dpo_jax.models import attention, blockwise, decoder, rope, splash, triton
 from dpo_jax.models.config import DecoderConfig, LayerKind
 from dpo_jax.types import Encoded, InputError
@@ -19,7 +19,7 @@ def packed(rows, length, seed=0, name="shared"):
     """Bounds of rows of random pairs, with padding at their ends."""
     rng = np.random.default_rng(seed)
     pairs = [Encoded.of(*(rng.integers(1, 9, rng.integers(3, length // 9)) for _ in range(3))) for _ in range(3 * rows)]
-    shape = layout.Shape(pairs=len(pairs), rows=rows, row_length=length, microbatches=3 * rows)
+    shape = packing.Shape(pairs=len(pairs), rows=rows, row_length=length, microbatches=3 * rows)
     batch = layout.collate(pairs, None, shape, layout=name)
     return jnp.asarray(batch.rows.key_start[0]), jnp.asarray(batch.rows.key_end[0])
 
@@ -169,7 +169,7 @@ def five_losses(kernel, remat):
 
     rng = np.random.default_rng(0)
     pairs = [Encoded.of(*(rng.integers(1, 64, rng.integers(4, 24)) for _ in range(3))) for _ in range(6)]
-    shape = layout.Shape(pairs=6, rows=1, row_length=256, microbatches=6)
+    shape = packing.Shape(pairs=6, rows=1, row_length=256, microbatches=6)
     params = jax.jit(lambda key: jax.tree.map(lambda x: 4 * x, decoder.init(key, CONFIG)))(jax.random.key(0))
     batch = layout.collate(pairs, np.full((6, 2), -60.0), shape, layout="shared")
     reference = jax.jit(steps.make_score_step(logps_fn))(params, batch)[0]

@@ -201,7 +201,8 @@ def test_padded_batch_has_a_completion_a_row_and_the_length_of_the_longest():
 def test_padded_batch_scores_as_the_packed_one_does():
     import jax
 
-    from dpo_jax.data.layout import choose_shape, collate
+    from dpo_jax.data.layout import collate
+    from dpo_jax.data.packing import choose_shape
     from dpo_jax.models import decoder
     from dpo_jax.models.config import DecoderConfig
     from dpo_jax.scoring import make_logps_fn

@@ -10,7 +10,7 @@ import pytest
 
 from dpo_jax import config as configs
 from dpo_jax import inputs
-from dpo_jax.data import layout
+from dpo_jax.data import layout, packing
 from dpo_jax.models import decoder, hf_io
 from dpo_jax.models.families import FAMILIES
 from dpo_jax.scoring import make_logps_fn
@@ -62,7 +62,7 @@ def pairs_of(*lengths, seed=0):
 
 LONG = pairs_of((9, 12, 7), (1, 5, 14), (14, 2, 9))  # beyond every window and trained length of the cases
 SHORT = pairs_of((2, 3, 2), (1, 2, 4), (3, 1, 2))  # within all
-SHAPE = layout.Shape(pairs=3, rows=6, row_length=64, microbatches=1)
+SHAPE = packing.Shape(pairs=3, rows=6, row_length=64, microbatches=1)
 LAYOUT_CASES = [
     name if name in ("gemma3_text-all", "llama-dynamic", "mixtral-all") else pytest.param(name, marks=pytest.mark.slow)
     for name in CASES

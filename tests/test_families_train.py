@@ -12,7 +12,7 @@ import pytest
 from dpo_jax import config as configs
 from dpo_jax import inputs as run_inputs
 from dpo_jax import losses, scoring, sharding, steps
-from dpo_jax.data import layout
+from dpo_jax.data import layout, packing
 from dpo_jax.models import decoder, hf_io
 from dpo_jax.types import Encoded, InputError
 from tests.hf_folders import decoder_config
@@ -37,7 +37,7 @@ def batch_of(config, rows=4):
     pairs = [Encoded.of(*(rng.integers(3, 41, rng.integers(2, 15)) for _ in range(3))) for _ in range(PAIRS)]
     lengths = np.array([pair.lengths for pair in pairs])
     _, name = run_inputs.fit(configs.Config(), config, lengths)
-    shape = layout.Shape(pairs=PAIRS, rows=rows, row_length=64, microbatches=8 // rows)
+    shape = packing.Shape(pairs=PAIRS, rows=rows, row_length=64, microbatches=8 // rows)
     return layout.collate(pairs, np.full((PAIRS, 2), -40.0), shape, layout=name)
 
 

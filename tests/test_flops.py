@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from dpo_jax import flops
-from dpo_jax.data import layout
+from dpo_jax.data import layout, packing
 from dpo_jax.models.config import DecoderConfig, LayerKind
 from dpo_jax.types import Encoded
 
@@ -63,7 +63,7 @@ def test_a_token_costs_what_its_own_experts_and_the_router_do():
 
 def test_forward_operations_are_those_of_the_products():
     # Ten real tokens of one block matrix after the other.
-    tokens = int(layout.unit_lengths(LENGTHS, "shared").sum())
+    tokens = int(packing.unit_lengths(LENGTHS, "shared").sum())
     c = CONFIG
     block = products(tokens, 32, 32) * 2 + products(tokens, 32, 16) * 2 + products(tokens, 32, 64) * 3
     seen = 4.0 * c.heads * c.head_dim * flops.visible_pairs(LENGTHS, "shared")

@@ -6,11 +6,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from dpo_jax.data import layout
+from dpo_jax.data import layout, packing
 from dpo_jax.types import Encoded, InputError
 
 PAIR = Encoded(np.array([10, 11, 12]), np.array([20, 21, 22]), np.array([30, 31, 32]))
-SHAPE = layout.Shape(pairs=8, rows=2, row_length=64, microbatches=4)
+SHAPE = packing.Shape(pairs=8, rows=2, row_length=64, microbatches=4)
 
 
 def random_pairs(count, seed=0, longest=20):
@@ -134,7 +134,7 @@ def test_every_position_attends_to_itself_and_padding_to_nothing_else(name):
     batch = layout.collate(random_pairs(5), None, SHAPE, layout=name)
     rows, index = batch.rows, np.arange(64)
     assert np.all((rows.key_start <= index) & (index < rows.key_end) & (rows.key_end <= 64))
-    real = layout.unit_lengths(np.array([p.lengths for p in random_pairs(5)]), name).sum()
+    real = packing.unit_lengths(np.array([p.lengths for p in random_pairs(5)]), name).sum()
     alone = (rows.key_end - rows.key_start == 1) & (rows.tokens == 0)
     assert alone.sum() >= rows.tokens.size - real
 
@@ -152,10 +152,10 @@ def test_full_rows_have_room_for_what_prompts_of_one_token_score(name):
     rng = np.random.default_rng(0)
     pairs = [Encoded.of(*(rng.integers(1, 99, n) for n in (1, *rng.integers(1, 20, 2)))) for _ in range(40)]
     lengths = np.array([p.lengths for p in pairs])
-    shape = layout.Shape(pairs=40, rows=1, row_length=int(layout.unit_room(lengths, name).max()), microbatches=40)
+    shape = packing.Shape(pairs=40, rows=1, row_length=int(packing.unit_room(lengths, name).max()), microbatches=40)
     batch = layout.collate(pairs, None, shape, layout=name)
     assert np.bincount(batch.rows.slot[batch.rows.slot >= 0]).tolist() == lengths[:, 1:].ravel().tolist()
-    assert layout.work_counts(batch, lengths, shape, name)["tokens_real"] == layout.unit_lengths(lengths, name).sum()
+    assert layout.work_counts(batch, lengths, shape, name)["tokens_real"] == packing.unit_lengths(lengths, name).sum()
 
 
 @pytest.mark.parametrize("kind", SETS)
@@ -163,22 +163,22 @@ def test_unit_lengths_count_what_is_laid_out(kind):
     pairs = [pair for pair in SETS[kind] if any(map(len, pair.answers))]
     for name in layout.LAYOUTS:
         counted = [len(layout.lay_out(p, name).tokens) for p in pairs]
-        assert layout.unit_lengths(lengths_of(pairs), name).tolist() == counted
+        assert packing.unit_lengths(lengths_of(pairs), name).tolist() == counted
 
 
 def test_pair_without_answers_takes_nothing_and_counts_as_padding():
     (none,) = unpaired([PAIR])
-    shape = layout.Shape(pairs=3, rows=1, row_length=64, microbatches=1)
+    shape = packing.Shape(pairs=3, rows=1, row_length=64, microbatches=1)
     batch = layout.collate([none, PAIR], None, shape, layout="shared")
     alone = layout.collate([PAIR], None, shape, layout="shared")
     assert batch.present.tolist() == [[False, True, False]]
     assert batch.rows.tokens.tolist() == alone.rows.tokens.tolist()
-    assert layout.unit_lengths(np.array([none.lengths]), "shared").tolist() == [0]
+    assert packing.unit_lengths(np.array([none.lengths]), "shared").tolist() == [0]
     assert layout.work_counts(batch, lengths_of([none, PAIR]), shape, "shared")["tokens_real"] == 7
 
 
 def test_batch_has_columns_for_as_many_answers_as_its_shape():
-    shape = layout.Shape(pairs=3, rows=1, row_length=128, microbatches=1, answers=4)
+    shape = packing.Shape(pairs=3, rows=1, row_length=128, microbatches=1, answers=4)
     pairs = [PAIR, rankings(1, 4, longest=9)[0]]
     batch = layout.collate(pairs, np.arange(8).reshape(2, 4), shape, layout="shared")
     assert batch.reference.tolist() == [[0, 1, 2, 3], [4, 5, 6, 7], [0] * 4]
@@ -209,7 +209,7 @@ def test_batch_marks_pairs_present_in_one_microbatch_each_and_padding_in_none():
 
 def rows_of(lengths, row_length):
     """Pairs of each row, for pairs that fit one."""
-    groups = layout.fill_rows([[int(n)] for n in lengths], row_length)
+    groups = packing.fill_rows([[int(n)] for n in lengths], row_length)
     return [[pair for pair, _ in row] for group in groups for row in group]
 
 
@@ -236,7 +236,7 @@ def test_rows_are_filled_where_the_best_single_fit_would_leave_room():
 
 def test_sequence_longer_than_a_row_is_refused():
     with pytest.raises(InputError, match="a sequence takes 65 positions and a row holds 64"):
-        layout.fill_rows([[65]], 64)
+        packing.fill_rows([[65]], 64)
 
 
 def long_pair(prompt, chosen, rejected, seed=9):
@@ -247,7 +247,7 @@ def long_pair(prompt, chosen, rejected, seed=9):
 def test_pair_longer_than_a_row_stands_in_two_of_one_microbatch():
     # 90 positions with the prompt once, rows of 64: each answer after a prompt of its own.
     pairs = [*random_pairs(6), long_pair(30, 31, 31), *random_pairs(6, seed=1), long_pair(20, 40, 25)]
-    shape = layout.Shape(pairs=14, rows=2, row_length=64, microbatches=14)
+    shape = packing.Shape(pairs=14, rows=2, row_length=64, microbatches=14)
     batch = layout.collate(pairs, None, shape, layout="shared")
     seen = {}
     for micro, row, entry in np.argwhere(batch.rows.slot >= 0):
@@ -261,7 +261,7 @@ def test_pair_longer_than_a_row_stands_in_two_of_one_microbatch():
     assert seen == {(i, s): p.answers[s].tolist() for i, p in enumerate(pairs) for s in (0, 1)}
     assert batch.present.sum(0).tolist() == [1] * 14
     lengths = np.array([p.lengths for p in pairs])
-    real = layout.unit_lengths(lengths, "shared").sum() + 30 + 20
+    real = packing.unit_lengths(lengths, "shared").sum() + 30 + 20
     assert layout.work_counts(batch, lengths, shape, "shared")["tokens_real"] == real
 
 
@@ -273,7 +273,7 @@ def long_ranking(prompt, *answers, seed=3):
 def test_ranking_longer_than_a_row_stands_in_rows_of_one_microbatch():
     # Of four answers the two short ones share a row; a fifth pair fills what is left.
     pairs = [*rankings(5, 4, longest=8), long_ranking(20, 40, 10, 30, 9), *random_pairs(3), long_ranking(9, 50, 50, 50)]
-    shape = layout.Shape(pairs=10, rows=3, row_length=64, microbatches=6, answers=4)
+    shape = packing.Shape(pairs=10, rows=3, row_length=64, microbatches=6, answers=4)
     batch = layout.collate(pairs, None, shape, layout="shared")
     rows = {pair: set() for pair in range(10)}
     scored = {}
@@ -291,7 +291,7 @@ def test_ranking_longer_than_a_row_stands_in_rows_of_one_microbatch():
     assert [len(rows[pair]) for pair in range(10)] == [1] * 5 + [3] + [1] * 3 + [3]
     lengths = lengths_of(pairs)
     apart = [sum(p.lengths[0] + n - 1 for n in p.lengths[1:]) for p in (pairs[5], pairs[9])]
-    others = layout.unit_lengths(lengths[[0, 1, 2, 3, 4, 6, 7, 8]], "shared").sum()
+    others = packing.unit_lengths(lengths[[0, 1, 2, 3, 4, 6, 7, 8]], "shared").sum()
     assert layout.work_counts(batch, lengths, shape, "shared")["tokens_real"] == others + sum(apart)
 
 
@@ -301,13 +301,13 @@ def test_shape_has_microbatches_for_any_batch_of_rankings_longer_than_a_row(rows
     rng = np.random.default_rng(0)
     few = [[30, *rng.integers(60, 90, n), *[0] * (4 - n)] for n in rng.integers(2, 5, 60)]
     lengths = np.array([*few, *np.concatenate([rng.integers(5, 40, (20, 3)), np.zeros((20, 2), int)], 1)])
-    shape = layout.choose_shape(
+    shape = packing.choose_shape(
         lengths, layout="shared", pairs=8, row_length=120, rows=rows, shards=1, target_positions=1024
     )
     assert shape.answers == 4 and shape.rows == rows
-    worst = [lengths[np.argsort(-layout.unit_room(lengths, "shared"))[:8]]]
+    worst = [lengths[np.argsort(-packing.unit_room(lengths, "shared"))[:8]]]
     needed = [
-        len(layout.plan(each, shape, "shared"))
+        len(packing.plan(each, shape, "shared"))
         for each in [*worst, *(rng.permutation(lengths)[:8] for _ in range(200))]
     ]
     assert max(needed) <= shape.microbatches <= 2 * max(needed)
@@ -316,16 +316,16 @@ def test_shape_has_microbatches_for_any_batch_of_rankings_longer_than_a_row(rows
 def test_rows_that_come_in_threes_leave_some_of_a_microbatch_empty():
     # Sequences a little longer than half a row; of eight rows, three and three are used.
     lengths = np.array([[4, 60, 60, 60, 60], *[[4, 60, 60, 60, 0]] * 16])
-    shape = layout.choose_shape(
+    shape = packing.choose_shape(
         lengths, layout="shared", pairs=16, row_length=120, rows=8, shards=1, target_positions=1024
     )
-    assert len(layout.plan(lengths[1:], shape, "shared")) == 8 <= shape.microbatches
+    assert len(packing.plan(lengths[1:], shape, "shared")) == 8 <= shape.microbatches
 
 
 def test_pair_that_scores_more_than_a_row_holds_stands_in_two_rows():
     # After a prompt of one token a pair has 64 positions and 65 scored tokens: a row of 64 has no place for the last.
     pairs = [long_pair(1, 33, 32)]
-    shape = layout.Shape(pairs=1, rows=2, row_length=64, microbatches=1)
+    shape = packing.Shape(pairs=1, rows=2, row_length=64, microbatches=1)
     batch = layout.collate(pairs, None, shape, layout="shared")
     assert np.bincount(batch.rows.slot[batch.rows.slot >= 0]).tolist() == [33, 32]
 
@@ -333,11 +333,11 @@ def test_pair_that_scores_more_than_a_row_holds_stands_in_two_rows():
 def choose(units, **changes):
     """The shape for pairs that take so many positions: 8 of prompt and half of the rest an answer."""
     lengths = np.array([[8, (n - 8) // 2 + 1, n - 8 - (n - 8) // 2 + 1] for n in units])
-    assert layout.unit_lengths(lengths, "shared").tolist() == list(units)
+    assert packing.unit_lengths(lengths, "shared").tolist() == list(units)
     settings: dict[str, Any] = dict(
         layout="shared", pairs=64, row_length=None, rows=None, shards=1, target_positions=1024
     )
-    return layout.choose_shape(lengths, **settings | changes)
+    return packing.choose_shape(lengths, **settings | changes)
 
 
 def hh_like(count, seed=0):
@@ -351,7 +351,7 @@ def test_shape_has_rows_for_the_longest_pair_and_microbatches_for_the_worst_batc
     assert shape.row_length >= max(units) and shape.rows == 1
     worst = sorted(units)[-64:]
     lengths = np.array([[8, (n - 8) // 2 + 1, n - 8 - (n - 8) // 2 + 1] for n in worst])
-    assert len(layout.plan(lengths, shape, "shared")) <= shape.microbatches
+    assert len(packing.plan(lengths, shape, "shared")) <= shape.microbatches
 
 
 @pytest.mark.parametrize("pairs", [8, 64, 256])
@@ -364,7 +364,7 @@ def test_batches_of_the_chosen_shape_are_full(pairs, target, shards):
     for seed in range(60):
         drawn = np.random.default_rng(100 + seed).choice(units, pairs)
         lengths = np.array([[8, (n - 8) // 2 + 1, n - 8 - (n - 8) // 2 + 1] for n in drawn])
-        planned = layout.plan(lengths, shape, "shared")
+        planned = packing.plan(lengths, shape, "shared")
         computed += sum(microbatch.positions for microbatch in planned)
         real += drawn.sum()
         assert len(planned) <= shape.microbatches
@@ -393,7 +393,7 @@ def test_small_batches_are_cut_to_what_they_hold():
 def test_rows_of_a_microbatch_score_about_as_much():
     # Sorted by what they score: the rows that devices work at side by side differ least.
     pairs = [long_pair(10, 1 + n, 39 - n if n % 2 else 1, seed=n) for n in range(1, 33)]
-    shape = layout.Shape(pairs=32, rows=4, row_length=64, microbatches=8, shards=4)
+    shape = packing.Shape(pairs=32, rows=4, row_length=64, microbatches=8, shards=4)
     batch = layout.collate(pairs, None, shape, layout="shared")
     scored = (batch.rows.slot >= 0).sum(-1)[: int(batch.count)]
     assert all(before.min() >= after.max() for before, after in zip(scored, scored[1:], strict=False))
@@ -408,8 +408,8 @@ def test_rows_fewer_than_the_answers_of_a_ranking_must_hold_it_whole():
     lengths = np.array([[30, 60, 60, 60]])
     settings: dict[str, Any] = dict(layout="shared", pairs=1, row_length=120, shards=1, target_positions=1024)
     with pytest.raises(InputError, match="at least 237, the longest pair"):
-        layout.choose_shape(lengths, rows=2, **settings)
-    assert layout.choose_shape(lengths, rows=3, **settings).microbatches == 1
+        packing.choose_shape(lengths, rows=2, **settings)
+    assert packing.choose_shape(lengths, rows=3, **settings).microbatches == 1
 
 
 @pytest.mark.parametrize(
@@ -438,7 +438,7 @@ def test_shape_that_cannot_be_is_refused(changes, message):
 def test_answers_begin_where_their_slots_do(name, pairs):
     pairs = [*pairs, long_pair(30, 31, 31)]
     lengths = lengths_of(pairs)
-    shape = layout.Shape(9, rows=4, row_length=64, microbatches=9, answers=lengths.shape[1] - 1)
+    shape = packing.Shape(9, rows=4, row_length=64, microbatches=9, answers=lengths.shape[1] - 1)
     slot = layout.collate(pairs, None, shape, layout=name).rows.slot
     starts = layout.answer_starts(lengths, shape, name)
     for pair, side in np.argwhere(lengths[:, 1:]):
@@ -452,7 +452,7 @@ def test_answers_begin_where_their_slots_do(name, pairs):
 @pytest.mark.parametrize("name", layout.LAYOUTS)
 def test_likely_tokens_stand_beside_the_targets_that_they_could_have_been(name, pairs):
     pairs = [*pairs, long_pair(30, 31, 31)]
-    shape = layout.Shape(9, rows=4, row_length=64, microbatches=9, answers=lengths_of(pairs).shape[1] - 1)
+    shape = packing.Shape(9, rows=4, row_length=64, microbatches=9, answers=lengths_of(pairs).shape[1] - 1)
     rows = layout.collate(pairs, None, shape, layout=name, tokens=tokens_of(pairs, 3)).rows
     assert rows.likely is not None and rows.likely_logps is not None
     expected = np.where((rows.slot >= 0)[..., None], rows.target[..., None] + np.arange(3), 0)

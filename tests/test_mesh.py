@@ -1,6 +1,7 @@
 """One run on many meshes, in one process and over several: the same pairs, numbers and checkpoints."""
 
 import contextlib
+import dataclasses
 import json
 import shutil
 from typing import Any, NamedTuple
@@ -13,7 +14,7 @@ from safetensors.numpy import load_file
 
 from dpo_jax import config, programs, quickstart, reference, sharding
 from dpo_jax import inputs as run_inputs
-from dpo_jax.data import layout
+from dpo_jax.data import layout, packing
 from dpo_jax.models import hf_io
 from tests import hf_folders
 from tests.processes import Run, arguments
@@ -225,13 +226,13 @@ def test_update_on_cpus_sums_without_the_collective_that_fails_there(inputs):
 @pytest.mark.parametrize("rows", [8, 16])
 def test_processes_together_write_the_whole_batch(rows, processes):
     pairs = random_pairs(40)
-    shape = layout.Shape(pairs=40, rows=rows, row_length=64, microbatches=8, shards=8)
+    shape = packing.Shape(pairs=40, rows=rows, row_length=64, microbatches=8, shards=8)
     each = 8 // processes
     shares = [tuple(range(i * each, (i + 1) * each)) for i in range(processes)]
 
     def collate(here):
         values = np.arange(80.0).reshape(40, 2)
-        part, sums = layout.dataclasses.replace(shape, here=here), {"shared_logps": values / 2}
+        part, sums = dataclasses.replace(shape, here=here), {"shared_logps": values / 2}
         tokens = tokens_of(pairs, 3)
         return layout.collate(pairs, values, part, layout="shared", reference_sums=sums, tokens=tokens)
 

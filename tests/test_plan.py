@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from dpo_jax import chips, config, estimate, flops, plan, roofline
-from dpo_jax.data.layout import Shape, unit_lengths
+from dpo_jax.data.packing import Shape, unit_lengths
 from dpo_jax.types import InputError
 
 ROOT = Path(__file__).parents[1]

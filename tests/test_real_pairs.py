@@ -19,7 +19,7 @@ import transformers
 
 from dpo_jax import config, inspect, logprobs, losses, scoring, steps, train
 from dpo_jax import inputs as run_inputs
-from dpo_jax.data import layout, pairs
+from dpo_jax.data import layout, packing, pairs
 from dpo_jax.models import decoder, hf_io, rope
 from dpo_jax.models.config import DecoderConfig, LayerKind
 from dpo_jax.programs import CPU_POSITIONS
@@ -151,7 +151,7 @@ def test_packed_and_shared_equals_each_completion_alone(models, family, dtype, b
     try:
         shape, params = model_of(family)
         params = jax.tree.map(lambda x: x.astype(dtype), params)
-        grid = layout.choose_shape(
+        grid = packing.choose_shape(
             lengths,
             layout="shared",
             pairs=250,
@@ -187,7 +187,7 @@ def test_gradient_of_a_packed_batch_equals_that_of_completions_alone(models, fam
         params = jax.tree.map(lambda x: x.astype(dtype), params)
         reference = np.array([[-200.0, -210.0]] * 8)
         shape_of: dict[str, Any] = dict(layout="shared", pairs=8, row_length=None, rows=8, shards=1, target_positions=1)
-        grid = layout.choose_shape(lengths, **shape_of)
+        grid = packing.choose_shape(lengths, **shape_of)
         batch = jax.tree.map(jnp.asarray, layout.collate(some, reference, grid, layout="shared"))
         ((group, rows),) = alone(some)
         order = np.array([2 * i + side for i, side, *_ in group])
@@ -218,7 +218,7 @@ def test_rows_are_full_and_compute_a_quarter_of_padded_batches(models, max_lengt
     found = run_inputs.load_inputs(chosen, training=True)
     assert found.train is not None
     shape_of: dict[str, Any] = dict(layout="shared", pairs=64, row_length=None, rows=None, shards=1)
-    shape = layout.choose_shape(found.lengths, **shape_of, target_positions=CPU_POSITIONS)
+    shape = packing.choose_shape(found.lengths, **shape_of, target_positions=CPU_POSITIONS)
     computed, real, padded = np.sum([*inspect.counts(chosen, found.train, shape, "shared")], axis=0)
     print(f"at {max_length}/{max_prompt_length}: fill {real / computed:.4f}, of padded batches {computed / padded:.4f}")
     assert real / computed >= 0.95 and computed / padded <= 0.29

@@ -8,12 +8,12 @@ import pyarrow.parquet as pq
 import pytest
 
 from dpo_jax import reference
-from dpo_jax.data import layout
+from dpo_jax.data import packing
 from dpo_jax.data.keys import content_key
 from dpo_jax.types import Encoded, InputError
 
 IDENTITY = {"weights": "w", "tokenizer": "t", "template": "p", "max_length": 64}
-SHAPE = layout.Shape(pairs=4, rows=2, row_length=64, microbatches=2)
+SHAPE = packing.Shape(pairs=4, rows=2, row_length=64, microbatches=2)
 
 
 def make_set(count, seed=0):

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from jax.sharding import AbstractMesh, Mesh, PartitionSpec
 
-from dpo_jax.data.layout import Shape, collate
+from dpo_jax.data.layout import collate
+from dpo_jax.data.packing import Shape
 from dpo_jax.models.blockwise import visible_blocks
 from dpo_jax.models.triton import Blocks, Tile, attention, choose_blocks, visits
 from dpo_jax.types import Encoded, InputError
