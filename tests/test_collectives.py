@@ -250,7 +250,7 @@ def test_weights_of_a_scan_are_gathered_once_a_layer_and_microbatch(layers):
     assert any(collectives.crosses(c, lambda device: device // 4) for c in found if c.kind == "all-reduce")
 
 
-@pytest.mark.parametrize("qk_norm", ["head", "all"])
+@pytest.mark.parametrize("qk_norm", ["head", pytest.param("all", marks=pytest.mark.slow)])
 def test_norms_of_queries_and_keys_gather_no_heads(qk_norm):
     model = DecoderConfig(
         vocab_size=64,

@@ -181,6 +181,7 @@ def test_answers_that_are_not_there_do_not_shorten_the_others(wide):
     assert logps[1, 0] < 0 == logps[1, 1]
 
 
+@pytest.mark.slow
 def test_further_gradients_are_added_to_sums_where_they_lie(wide):
     hidden, head, rows = with_likely(problem(dtype=np.float64), 5)
     loss = lambda found: found[1]["sequence_kl"].sum() + found[1]["shared_logps"].sum()

@@ -100,6 +100,7 @@ def test_gradients_of_what_trains_alone_are_scattered_and_held():
     assert roofline.weight_bytes(mixed, 3.2e9, itemsize=2, trained=1.6e9) == 3 * 1e8
 
 
+@pytest.mark.slow
 def test_plan_of_adapters_holds_their_optimizer_state_and_gradients_alone():
     topology = estimate.parse_topology("h100:8")
     fixed = "mesh.tensor=1", "model.param_dtype=bfloat16"
@@ -122,6 +123,7 @@ def test_plan_of_adapters_holds_their_optimizer_state_and_gradients_alone():
     assert found.parts["scoring"].cost.flops > full.parts["scoring"].cost.flops
 
 
+@pytest.mark.slow
 def test_plan_of_kernels_in_few_bits_holds_less_and_computes_the_same():
     pytest.importorskip("qwix")
     topology, fixed = estimate.parse_topology("h100:8"), ("mesh.tensor=1", "lora.rank=16")

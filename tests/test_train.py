@@ -188,6 +188,7 @@ def test_softmax_of_padded_rows_has_parity_with_transformers(finished, inputs):
     assert ours != pytest.approx(np.mean(without), rel=1e-3)
 
 
+@pytest.mark.slow
 def test_tokenizer_whose_pad_is_its_eos_trains_as_one_without(finished, inputs, tmp_path):
     tokenizer = transformers.AutoTokenizer.from_pretrained(inputs / "model")
     assert tokenizer.pad_token is None
@@ -306,6 +307,7 @@ def test_a_run_compiles_three_programs_of_the_model(finished, inputs, tmp_path, 
     assert len(compiled) < 40 and compiled.count("summary") == 1
 
 
+@pytest.mark.slow
 def test_a_run_reads_the_weights_for_their_digest_once(inputs, tmp_path, monkeypatch):
     digests = []
     real = hf_io.digest
@@ -314,6 +316,7 @@ def test_a_run_reads_the_weights_for_their_digest_once(inputs, tmp_path, monkeyp
     assert digests == [inputs / "model"]
 
 
+@pytest.mark.slow
 def test_source_whose_rows_are_all_skipped_is_not_blamed_on_its_weight(inputs, tmp_path):
     (tmp_path / "bad.jsonl").write_text('{"prompt": "a", "chosen": "", "rejected": "b"}\n')
     data = f"{inputs / 'train.jsonl'},{tmp_path / 'bad.jsonl'}"
@@ -385,6 +388,7 @@ def test_data_inside_a_working_folder_whose_name_would_be_read_as_several_is_ref
         train.run(config, tmp_path / "lr=1,b=2")
 
 
+@pytest.mark.slow
 def test_log_every_steps_keeps_the_last_step(inputs, tmp_path):
     train.run(make_config(inputs, log__every_steps=4, data__eval=""), tmp_path / "run")
     assert [row["step"] for row in read_rows(tmp_path / "run" / "metrics.jsonl")] == [0, 4, 5]
@@ -431,7 +435,7 @@ def test_workdir_of_another_run_is_refused_and_names_the_field(finished, inputs)
     assert (finished / "config.json").read_text() == before
 
 
-@pytest.mark.parametrize("split", ["train", "eval"])
+@pytest.mark.parametrize("split", ["train", pytest.param("eval", marks=pytest.mark.slow)])
 def test_data_changed_under_a_run_is_refused(inputs, tmp_path, split):
     shutil.copytree(inputs, tmp_path / "inputs")
     config = make_config(tmp_path / "inputs", train__steps=2)
