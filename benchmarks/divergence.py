@@ -1,0 +1,74 @@
+"""How much of the divergence along answers is seen by the C likeliest tokens that a reference store keeps.
+
+    python -m benchmarks.divergence --workdir=runs/quickstart
+
+Takes the policy that a finished run has exported and the reference that it was trained against, and evaluates `tdpo2`
+on the run's held-out pairs with `loss.kl_tokens` at each of --tokens and at the whole vocabulary, where the divergence
+is exact. Prints, for chosen and for rejected answers, nats a token and the share of the exact ones; writes them to
+--out as JSON.
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+from pathlib import Path
+
+from benchmarks import common
+from dpo_jax import config, programs
+from dpo_jax import inputs as run_inputs
+from dpo_jax.evaluate import evaluate, make_summary
+from dpo_jax.models import hf_io
+
+SIDES = ("chosen", "rejected")
+
+
+def divergence(workdir: Path, likely: int) -> dict[str, float]:
+    """Nats a token along chosen and rejected answers, over so many likely tokens."""
+    fine_tuned = workdir / "sft" / "export"
+    start = [f"model.path={fine_tuned}", "sft.steps=0"] if fine_tuned.exists() else []
+    chosen = config.load(str(workdir / "config.json"), [*start, "loss.name=tdpo2", f"loss.kl_tokens={likely}"])
+    chosen = run_inputs.resolve_paths(chosen, workdir)
+    inputs = run_inputs.load_inputs(chosen, training=True)
+    assert inputs.eval is not None, "the run has no held-out pairs"
+    built = programs.make_programs(chosen, inputs.model, inputs.lengths)
+    with tempfile.TemporaryDirectory() as folder:
+        store = programs.reference_store(chosen, inputs, Path(folder), built)
+        assert store is not None
+        weights = programs.load_params(chosen, inputs.folder, built)
+        known, _ = programs.reference_values(inputs, store, built, lambda: weights)
+    policy = programs.load_params(chosen, workdir / "export", built)
+    row = evaluate(
+        lambda batch: built.score(policy, batch),
+        make_summary(built.objective),
+        inputs.eval,
+        inputs.eval.lengths,
+        known[-1],
+        shape=built.score_shape,
+        layout=built.layout,
+    )
+    return {side: row[f"eval/sequence_kl/{side}"] for side in SIDES}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--workdir", required=True, help="of a finished run")
+    parser.add_argument("--tokens", default="1,4,8,32,128", help="numbers of likely tokens")
+    parser.add_argument("--out", default="runs/divergence", help="folder of the results; must not exist")
+    args = parser.parse_args()
+    folder, out = Path(args.workdir), Path(args.out)
+    out.mkdir(parents=True)
+    vocabulary = hf_io.read_config(folder / "export")[0].vocab_size
+    found = {likely: divergence(folder, likely) for likely in [*map(int, args.tokens.split(",")), vocabulary]}
+    rows = [
+        {"likely tokens": likely}
+        | {f"{side}, nats a token": row[side] for side in SIDES}
+        | {f"{side}, share": row[side] / found[vocabulary][side] for side in SIDES}
+        for likely, row in found.items()
+    ]
+    print(common.table(rows))
+    common.write_results(out, args, {"rows": rows})
+
+
+if __name__ == "__main__":
+    main()
