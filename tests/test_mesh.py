@@ -21,6 +21,7 @@ from tests.processes import Run, arguments
 from tests.runs import make_config, make_inputs, read_rows
 from tests.test_layout import random_pairs, tokens_of
 
+pytestmark = pytest.mark.processes
 STEPS, SAVED = 20, 10
 BOUND = 1e-5  # what another order of summation may change, relative
 UNPOLISHED = "--xla_backend_optimization_level=0"  # machine code that is there sooner: what is asked comes before it

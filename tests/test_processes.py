@@ -12,6 +12,7 @@ from dpo_jax import config, hosts
 from tests.processes import ROOT, Run, arguments
 from tests.runs import make_config, make_inputs, read_rows, untimed
 
+pytestmark = pytest.mark.processes
 STEPS = 6
 
 
