@@ -135,11 +135,13 @@ def test_an_installed_libtpu_says_nothing_where_there_is_no_tpu():
     assert ran.stdout.strip() != "tpu" and ran.stderr == ""
 
 
-@pytest.mark.parametrize("loss", ["kto", "tdpo2", "bco_pair", "plackett_luce"])
-def test_objectives_that_read_more_than_pairs_compile(loss):
-    chosen = config.load("configs/pythia_2b8_hh.py", [f"loss.name={loss}"])
-    found = estimate.estimate(chosen, estimate.parse_topology("v5e:4x4"))
-    usual = estimate.estimate(config.load("configs/pythia_2b8_hh.py", []), estimate.parse_topology("v5e:4x4"))
-    assert found.fits
+def test_objectives_that_read_more_than_pairs_compile():
+    def of(loss):
+        chosen = config.load("configs/pythia_2b8_hh.py", [f"loss.name={loss}"])
+        return estimate.estimate(chosen, estimate.parse_topology("v5e:4x4"))
+
+    usual = of("sigmoid").parts["update"].memory.rest
     # The reference's likely tokens are held beside the rows; another forward pass takes no more than is there anyway.
-    assert found.parts["update"].memory.rest < 1.5 * usual.parts["update"].memory.rest
+    for loss in ("kto", "tdpo2"):
+        found = of(loss)
+        assert found.fits and found.parts["update"].memory.rest < 1.5 * usual
