@@ -27,9 +27,9 @@ def divergence(workdir: Path, likely: int) -> dict[str, float]:
     """Nats a token along chosen and rejected answers, over so many likely tokens."""
     fine_tuned = workdir / "sft" / "export"
     start = [f"model.path={fine_tuned}", "sft.steps=0"] if fine_tuned.exists() else []
-    chosen = config.load(str(workdir / "config.json"), [*start, "loss.name=tdpo2", f"loss.kl_tokens={likely}"])
-    chosen = run_inputs.resolve_paths(chosen, workdir)
-    inputs = run_inputs.load_inputs(chosen, training=True)
+    start += ["data.train=", "loss.name=tdpo2", f"loss.kl_tokens={likely}"]  # held-out pairs alone are scored
+    chosen = run_inputs.resolve_paths(config.load(str(workdir / "config.json"), start), workdir)
+    inputs = run_inputs.load_inputs(chosen, training=False)
     assert inputs.eval is not None, "the run has no held-out pairs"
     built = programs.make_programs(chosen, inputs.model, inputs.lengths)
     with tempfile.TemporaryDirectory() as folder:
