@@ -5,8 +5,11 @@ import os
 import jaxtyping
 from beartype import BeartypeConf, beartype
 
+from tests.processes import UNPOLISHED
+
 # Read once, when jax and huggingface_hub are first imported, so set before either is.
-os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8".strip()
+# Of the same flag of XLA, the last counts.
+os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count=8 {UNPOLISHED} {os.environ.get('XLA_FLAGS', '')}"
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_DATASETS_OFFLINE"] = "1"

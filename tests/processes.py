@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 ROOT = Path(__file__).parents[1]
+# Of XLA_FLAGS: machine code that is there in less than half the time, as tests compile far more than they compute.
+UNPOLISHED = "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
 
 
 class Ended(NamedTuple):
@@ -28,7 +30,6 @@ class Run:
       module: another to run in place of the command, which takes the same flags for its place among the processes.
       own: of one process besides: its number to more arguments.
       devices: virtual ones, of all processes together.
-      flags: more of XLA_FLAGS.
       folders: of each process the working directory; environment: likewise what is added to the environment.
     """
 
@@ -39,7 +40,6 @@ class Run:
         *,
         processes,
         devices=8,
-        flags="",
         module="dpo_jax",
         own=None,
         folders=None,
@@ -53,7 +53,7 @@ class Run:
         self.processes = []
         for i, output in enumerate(self.outputs):
             where = [f"--coordinator=127.0.0.1:{port}", f"--processes={processes}", f"--process={i}"]
-            chosen = f"--xla_force_host_platform_device_count={devices // processes} {flags}"
+            chosen = f"--xla_force_host_platform_device_count={devices // processes} {UNPOLISHED}"
             added = {"XLA_FLAGS": chosen, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
             added |= (environment or {}).get(i, {})
             command = [sys.executable, "-m", module, *arguments, *where, *(own or {}).get(i, [])]

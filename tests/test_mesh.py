@@ -24,7 +24,6 @@ from tests.test_layout import random_pairs, tokens_of
 pytestmark = pytest.mark.processes
 STEPS, SAVED = 20, 10
 BOUND = 1e-5  # what another order of summation may change, relative
-UNPOLISHED = "--xla_backend_optimization_level=0"  # machine code that is there sooner: what is asked comes before it
 SIZES = dict(hidden_size=64, intermediate_size=128, num_attention_heads=8, num_key_value_heads=8, head_dim=8)
 
 
@@ -44,7 +43,7 @@ class Place(NamedTuple):
     @property
     def options(self) -> dict[str, Any]:
         """Of `Run`."""
-        return dict(processes=self.processes, devices=self.devices, flags=UNPOLISHED)
+        return dict(processes=self.processes, devices=self.devices)
 
     def fields(self) -> dict[str, Any]:
         sizes = dict(zip(("mesh__replica", "mesh__fsdp", "mesh__tensor"), self.mesh, strict=True))
@@ -270,8 +269,7 @@ def test_reference_pass_of_four_processes_is_that_of_one(tmp_path):
         for place in places.values():
             place.mkdir()
         command = arguments("reference", path, tmp_path / "run")
-        options: dict[str, Any] = dict(processes=processes, devices=processes, flags=UNPOLISHED)
-        with Run(command, tmp_path / f"{processes}", folders=places, **options) as run:
+        with Run(command, tmp_path / f"{processes}", folders=places, processes=processes, devices=processes) as run:
             ended = run.ended_all()
         assert [each.status for each in ended] == [0] * processes, ended
         stores[processes] = [

@@ -247,22 +247,26 @@ def _fullest(lengths: np.ndarray, layout: str, pairs: int, sizes: Sequence[Crop]
     def packed(row_length: int) -> list[Packed]:
         return [pack(each, row_length, layout) for each in drawn]
 
+    @functools.cache
     def fill(found: Shape) -> float:
         plans = [into_microbatches(each, found) for each in packed(found.row_length)]
         return real / sum(microbatch.positions for each in plans for microbatch in each)
 
+    def at_most(found: Shape) -> float:
+        """What `fill` cannot be above, as no batch takes less than the smallest microbatch; found without packing."""
+        return real / (len(drawn) * math.prod(found.sizes[-1]))
+
     best: tuple[float, Shape] | None = None
     for cut in (False, True):
         shapes = [shape(size, cut) for size in sizes]
-        full = {found: fill(found) for found in shapes}
-        enough = [found for found in shapes if full[found] >= FULL_ENOUGH]
-        if enough:
-            largest = max(enough, key=lambda found: (found.positions, found.row_length))
-            if cut or 2 * largest.positions >= max(found.positions for found in shapes):
-                return largest
-        fullest = max(shapes, key=lambda found: full[found])
-        if best is None or full[fullest] > best[0]:
-            best = full[fullest], fullest
+        largest_first = sorted(shapes, key=lambda found: (found.positions, found.row_length), reverse=True)
+        enough = (found for found in largest_first if at_most(found) >= FULL_ENOUGH <= fill(found))
+        largest = next(enough, None)
+        if largest is not None and (cut or 2 * largest.positions >= largest_first[0].positions):
+            return largest
+        for found in shapes:
+            if best is None or at_most(found) > best[0] < fill(found):
+                best = fill(found), found
     assert best is not None
     return best[1]
 
