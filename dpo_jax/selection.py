@@ -7,6 +7,7 @@ the others are dropped.
 
 from __future__ import annotations
 
+import functools
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -44,9 +45,8 @@ class Selection(NamedTuple):
 
     def shapes(self, config: DecoderConfig) -> dict[str, tuple[int, ...]]:
         """Of all leaves of a model, adapters among them, whatever they are held in."""
-        params = hf_io.flatten(jax.eval_shape(lambda: decoder.init(jax.random.key(0), config)))
         beside = {} if self.adapters is None else weights.leaf_shapes(self.adapters.table, config.stacks)
-        return {path: leaf.shape for path, leaf in params.items()} | beside
+        return _shapes(config) | beside
 
     def counts(self, config: DecoderConfig) -> tuple[int, int]:
         """How many numbers are in the leaves of a model that train, and in those that do not."""
@@ -71,6 +71,12 @@ class Selection(NamedTuple):
 
 
 EVERYTHING = Selection()
+
+
+@functools.lru_cache(maxsize=2)
+def _shapes(config: DecoderConfig) -> dict[str, tuple[int, ...]]:
+    params = hf_io.flatten(jax.eval_shape(lambda: decoder.init(jax.random.key(0), config)))
+    return {path: leaf.shape for path, leaf in params.items()}
 
 
 def scaled(factors: Mapping[str, np.ndarray], tree: Any) -> Any:

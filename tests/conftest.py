@@ -31,3 +31,11 @@ def cache_folder(tmp_path_factory):
         folder = tmp_path_factory.mktemp("cache")
         patch.setenv("DPO_JAX_CACHE", str(folder))
         yield folder
+
+
+@pytest.fixture(autouse=True)
+def no_flags_of_cpus_for_tpus(request, monkeypatch):
+    """The compiler for TPUs ends the process at a flag that it does not know; that for CPUs has read its flags."""
+    if request.node.get_closest_marker("tpu_aot"):
+        jax.devices()
+        monkeypatch.delenv("XLA_FLAGS")

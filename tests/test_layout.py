@@ -373,6 +373,29 @@ def test_batches_of_the_chosen_shape_are_full(pairs, target, shards):
         assert real / computed >= 0.95
 
 
+def test_choosing_packs_no_rows_of_a_length_that_cannot_be_full(monkeypatch):
+    units, packed = hh_like(500), []
+    few: dict[str, Any] = dict(pairs=2, target_positions=4096, shards=4)
+
+    def counted(lengths, row_length, name, *, real=packing.pack):
+        packed.append(row_length)
+        return real(lengths, row_length, name)
+
+    monkeypatch.setattr(packing, "pack", counted)
+    found = choose(units, **few)
+    others = set(range(768, 4097, 256)) - set(packed)
+    assert len(others) == 10 and len(packed) == packing.SAMPLED_BATCHES * 4
+    monkeypatch.undo()
+
+    def fill(shape):
+        draws = [np.random.default_rng(seed).choice(units, 2) for seed in range(40)]
+        each = [np.array([[8, (n - 8) // 2 + 1, n - 8 - (n - 8) // 2 + 1] for n in drawn]) for drawn in draws]
+        planned = [microbatch for lengths in each for microbatch in packing.plan(lengths, shape, "shared")]
+        return sum(map(sum, draws)) / sum(microbatch.positions for microbatch in planned)
+
+    assert all(fill(choose(units, row_length=length, **few)) < fill(found) for length in others)
+
+
 def test_small_batches_are_cut_to_what_they_hold():
     shape = choose(hh_like(500), pairs=8, target_positions=1536)
     assert len(shape.crops) > 1 and shape.crops[0] == (shape.rows, shape.row_length)
