@@ -39,7 +39,7 @@ class Run:
         folder,
         *,
         processes,
-        devices=8,
+        devices=4,
         module="dpo_jax",
         own=None,
         folders=None,

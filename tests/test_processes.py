@@ -105,7 +105,7 @@ def test_others_end_when_one_fails(recipe, inputs, tmp_path):
 
 @pytest.mark.slow
 def test_a_request_to_one_stops_all_at_one_step_and_the_command_goes_on(recipe, tmp_path):
-    steps = 150
+    steps = 40
     fields = dict(train__steps=steps, checkpoint__every_steps=1000, train__epochs=1)
     command = arguments("train", recipe, tmp_path / "run", **fields)
     with Run(command, tmp_path / "first", processes=2) as run:
