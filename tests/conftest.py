@@ -8,9 +8,14 @@ from beartype import BeartypeConf, beartype
 from tests.processes import UNPOLISHED
 
 # Read once, when jax and huggingface_hub are first imported, so set before either is.
-# Of the same flag of XLA, the last counts.
-os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count=8 {UNPOLISHED} {os.environ.get('XLA_FLAGS', '')}"
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ["XLA_FLAGS"] = " ".join(  # of the same flag, the last counts
+    [
+        UNPOLISHED if os.environ["JAX_PLATFORMS"] == "cpu" else "",
+        os.environ.get("XLA_FLAGS", ""),
+        "--xla_force_host_platform_device_count=8",
+    ]
+)
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_DATASETS_OFFLINE"] = "1"
 
