@@ -69,7 +69,7 @@ def test_processes_that_disagree_on_data_code_or_step_say_who_and_end(recipe, in
 
     # Folders of one name that are not one folder: the second holds a run that came further.
     shutil.copy(inputs / "train.jsonl", places[1])
-    alone = arguments("train", tmp_path / "config.json", "run", mesh__fsdp=8)
+    alone = arguments("train", tmp_path / "config.json", "run", mesh__fsdp=4)
     with Run(alone, tmp_path / "alone", processes=1, folders={0: places[1]}) as run:
         assert run.ended_all()[0].status == 0
     with Run(command, tmp_path / "step", processes=2, folders=places) as run:
