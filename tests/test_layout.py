@@ -330,9 +330,14 @@ def test_pair_that_scores_more_than_a_row_holds_stands_in_two_rows():
     assert np.bincount(batch.rows.slot[batch.rows.slot >= 0]).tolist() == [33, 32]
 
 
+def lengths_taking(units):
+    """Of pairs that take so many positions: 8 of prompt and half of the rest an answer."""
+    return np.array([[8, (n - 8) // 2 + 1, n - 8 - (n - 8) // 2 + 1] for n in units])
+
+
 def choose(units, **changes):
-    """The shape for pairs that take so many positions: 8 of prompt and half of the rest an answer."""
-    lengths = np.array([[8, (n - 8) // 2 + 1, n - 8 - (n - 8) // 2 + 1] for n in units])
+    """The shape for pairs that take so many positions."""
+    lengths = lengths_taking(units)
     assert packing.unit_lengths(lengths, "shared").tolist() == list(units)
     settings: dict[str, Any] = dict(
         layout="shared", pairs=64, row_length=None, rows=None, shards=1, target_positions=1024
@@ -350,7 +355,7 @@ def test_shape_has_rows_for_the_longest_pair_and_microbatches_for_the_worst_batc
     shape = choose(units)
     assert shape.row_length >= max(units) and shape.rows == 1
     worst = sorted(units)[-64:]
-    lengths = np.array([[8, (n - 8) // 2 + 1, n - 8 - (n - 8) // 2 + 1] for n in worst])
+    lengths = lengths_taking(worst)
     assert len(packing.plan(lengths, shape, "shared")) <= shape.microbatches
 
 
@@ -363,7 +368,7 @@ def test_batches_of_the_chosen_shape_are_full(pairs, target, shards):
     computed = real = 0
     for seed in range(60):
         drawn = np.random.default_rng(100 + seed).choice(units, pairs)
-        lengths = np.array([[8, (n - 8) // 2 + 1, n - 8 - (n - 8) // 2 + 1] for n in drawn])
+        lengths = lengths_taking(drawn)
         planned = packing.plan(lengths, shape, "shared")
         computed += sum(microbatch.positions for microbatch in planned)
         real += drawn.sum()
@@ -389,9 +394,8 @@ def test_choosing_packs_no_rows_of_a_length_that_cannot_be_full(monkeypatch):
 
     def fill(shape):
         draws = [np.random.default_rng(seed).choice(units, 2) for seed in range(40)]
-        each = [np.array([[8, (n - 8) // 2 + 1, n - 8 - (n - 8) // 2 + 1] for n in drawn]) for drawn in draws]
-        planned = [microbatch for lengths in each for microbatch in packing.plan(lengths, shape, "shared")]
-        return sum(map(sum, draws)) / sum(microbatch.positions for microbatch in planned)
+        planned = [each for drawn in draws for each in packing.plan(lengths_taking(drawn), shape, "shared")]
+        return sum(map(sum, draws)) / sum(each.positions for each in planned)
 
     assert all(fill(choose(units, row_length=length, **few)) < fill(found) for length in others)
 

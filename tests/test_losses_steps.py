@@ -19,7 +19,9 @@ from tests.loss_cases import CASES, SUMMED
 ALL = CASES | SUMMED
 PAIRS, FEATURES, STEPS = 12, 5, 3
 TX = optax.chain(optax.clip_by_global_norm(1.0), optax.sgd(0.05))
-WHOLE = ("aot", "beta_dpo", "kto", "sum")  # what sees the whole batch
+# One compilation each is little, but there are many: all but what sees the whole batch is left to the slow tests.
+WHOLE = {"aot", "beta_dpo", "kto", "sum"}
+PLAIN = [case if case in WHOLE else pytest.param(case, marks=pytest.mark.slow) for case in ALL if "-" not in case]
 # Each place and cut is a compilation; what modifies a loss does so by itself, wherever rows are.
 SPREAD = [case for case in ALL if "-" not in case or case.startswith(("sigmoid-", "sum-"))]
 
@@ -100,7 +102,7 @@ def assert_same(found, case):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-5), found, whole(case))
 
 
-@pytest.mark.parametrize("case", WHOLE)
+@pytest.mark.parametrize("case", PLAIN)
 def test_microbatches_change_nothing(case):
     assert_same(updates(case, microbatches=4), case)
 
