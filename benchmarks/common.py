@@ -69,7 +69,7 @@ def in_fresh_process(
 ) -> dict[str, Any]:
     """Calls `function(work, args)` in a process of its own, so that its memory and page faults are its own.
 
-    Caches lie in `work`, so that nothing is compiled, tokenised or scored by an earlier run.
+    Caches lie in `work`, so that nothing is compiled, tokenized or scored by an earlier run.
 
     Args:
       function: "module:function"; it takes `args` as a namespace and returns a dict that JSON can hold.
@@ -376,9 +376,9 @@ def write_pairs(source: str, out: Path, tokenizer: Path, *, count: int, max_leng
 
 def base_config(args: Any, work: Path) -> Any:
     """The ConfigDict of a float32 run of dpo_jax on `args.pairs_file`, in file order, nothing of it cut."""
-    from dpo_jax import config
+    from dpo_jax.config import base
 
-    chosen = config.base()
+    chosen = base()
     chosen.model.path = args.model
     chosen.model.dtype = "float32"
     chosen.data.train = args.pairs_file
@@ -394,10 +394,11 @@ def base_config(args: Any, work: Path) -> Any:
 
 def train_ours(work: Path, chosen: Any) -> dict[str, Any]:
     """Trains with dpo_jax in `work`; returns losses, step times, positions and tokens of every step, page faults."""
-    from dpo_jax import config, train
+    from dpo_jax import train
+    from dpo_jax.config import freeze
 
     with watch(work / "run" / "metrics.jsonl") as samples:
-        train.run(config.freeze(chosen), work / "run")
+        train.run(freeze(chosen), work / "run")
     rows = [json.loads(line) for line in (work / "run" / "metrics.jsonl").read_text().splitlines()]
     return {
         "losses": [row["loss"] for row in rows],

@@ -15,10 +15,11 @@ import tempfile
 from pathlib import Path
 
 from benchmarks import common
-from dpo_jax import config, programs
-from dpo_jax import inputs as run_inputs
-from dpo_jax.evaluate import evaluate, make_summary
-from dpo_jax.models import hf_io
+from dpo_jax import flags
+from dpo_jax.hf import checkpoints
+from dpo_jax.run import inputs as run_inputs
+from dpo_jax.run import programs, state
+from dpo_jax.run.evaluate import evaluate, make_summary
 
 SIDES = ("chosen", "rejected")
 
@@ -28,16 +29,16 @@ def divergence(workdir: Path, likely: int) -> dict[str, float]:
     fine_tuned = workdir / "sft" / "export"
     start = [f"model.path={fine_tuned}", "sft.steps=0"] if fine_tuned.exists() else []
     start += ["data.train=", "loss.name=tdpo2", f"loss.kl_tokens={likely}"]  # held-out pairs alone are scored
-    chosen = run_inputs.resolve_paths(config.load(str(workdir / "config.json"), start), workdir)
+    chosen = run_inputs.resolve_paths(flags.load(str(workdir / "config.json"), start), workdir)
     inputs = run_inputs.load_inputs(chosen, training=False)
     assert inputs.eval is not None, "the run has no held-out pairs"
     built = programs.make_programs(chosen, inputs.model, inputs.lengths)
     with tempfile.TemporaryDirectory() as folder:
         store = programs.reference_store(chosen, inputs, Path(folder), built)
         assert store is not None
-        weights = programs.load_params(chosen, inputs.folder, built)
+        weights = state.load_params(chosen, inputs.folder, built)
         known, _ = programs.reference_values(inputs, store, built, lambda: weights)
-    policy = programs.load_params(chosen, workdir / "export", built)
+    policy = state.load_params(chosen, workdir / "export", built)
     row = evaluate(
         lambda batch: built.score(policy, batch),
         make_summary(built.objective),
@@ -58,7 +59,7 @@ def main() -> None:
     args = parser.parse_args()
     folder, out = Path(args.workdir), Path(args.out)
     out.mkdir(parents=True)
-    vocabulary = hf_io.read_config(folder / "export")[0].vocab_size
+    vocabulary = checkpoints.read_config(folder / "export")[0].vocab_size
     found = {likely: divergence(folder, likely) for likely in [*map(int, args.tokens.split(",")), vocabulary]}
     rows = [
         {"likely tokens": likely}

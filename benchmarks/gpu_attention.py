@@ -34,8 +34,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from dpo_jax.data.layout import lay_out
-from dpo_jax.models import triton
-from dpo_jax.models.attention import make_attention
+from dpo_jax.models.attention import triton
+from dpo_jax.models.attention.choose import make_attention
 from dpo_jax.types import Encoded
 
 BASE = "triton"  # ratios are times as a multiple of this side's

@@ -49,9 +49,10 @@ def write_checkpoint(
     """
     import ml_dtypes  # noqa: F401  gives numpy its bfloat16
 
-    from dpo_jax.models import hf_io
-    from dpo_jax.models.families import family
-    from dpo_jax.models.weights import leaf_shapes
+    from dpo_jax import trees
+    from dpo_jax.hf import checkpoints
+    from dpo_jax.hf.families import family
+    from dpo_jax.hf.tensors import leaf_shapes
 
     sizes = dict(hidden_size=width, intermediate_size=wider * width, max_position_embeddings=2048)
     hf = dict(shape) | sizes
@@ -72,8 +73,8 @@ def write_checkpoint(
         path: np.broadcast_to(rng.standard_normal(shape[-1]).astype(dtype), shape) for path, shape in found.items()
     }
     total = size(layers)
-    params = hf_io.nest(leaves)
-    hf_io.save_new(params, hf_config=described, out=folder, dtype=dtype, max_shard_bytes=total // FILES)
+    params = trees.nest(leaves)
+    checkpoints.save_new(params, hf_config=described, out=folder, dtype=dtype, max_shard_bytes=total // FILES)
     return total
 
 
@@ -81,21 +82,23 @@ def load(work: Path, args: Any) -> dict[str, Any]:
     """One of the processes: what loading took and left."""
     # Read once, when jax is first imported.
     os.environ |= {"XLA_FLAGS": f"--xla_force_host_platform_device_count={args.devices}", "JAX_PLATFORMS": "cpu"}
-    from dpo_jax import config, hosts, programs
-    from dpo_jax.models import hf_io
+    from dpo_jax.config import base, freeze
+    from dpo_jax.hf import checkpoints
+    from dpo_jax.run import programs, state
+    from dpo_jax.runtime import hosts
 
     hosts.join(f"127.0.0.1:{args.port}", args.processes, args.process)
     import jax
 
-    chosen = config.base()
+    chosen = base()
     chosen.model.path, chosen.model.param_dtype = args.model, args.param_dtype
-    frozen, folder = config.freeze(chosen), Path(args.model)
-    model, _ = hf_io.read_config(folder)
+    frozen, folder = freeze(chosen), Path(args.model)
+    model, _ = checkpoints.read_config(folder)
     built = programs.make_programs(frozen, model, np.array([[20, 30, 30]]))
     hosts.wait("ready")  # devices are there and their threads have their stacks
     common.reset_peak()
     before = common.memory("VmRSS")
-    params = programs.load_params(frozen, folder, built)
+    params = state.load_params(frozen, folder, built)
     peak = common.memory("VmHWM")
     parts = [shard.data for leaf in jax.tree.leaves(params) for shard in leaf.addressable_shards]
     kept = sum(part.nbytes for part in parts)

@@ -79,20 +79,20 @@ def io_counts() -> dict[str, int]:
 @contextlib.contextmanager
 def traced() -> Iterator[list[tuple[str, int, int]]]:
     """A list that gets the file, start and length of all that `hf_io` reads of weights."""
-    from dpo_jax.models import hf_files
+    from dpo_jax.hf import folders
 
     found: list[tuple[str, int, int]] = []
-    real = hf_files.read_bytes
+    real = folders.read_bytes
 
     def read_bytes(file: Any, start: int, count: int) -> Any:
         found.append((file.name, start, count))
         return real(file, start, count)
 
-    hf_files.read_bytes = read_bytes
+    folders.read_bytes = read_bytes
     try:
         yield found
     finally:
-        hf_files.read_bytes = real
+        folders.read_bytes = real
 
 
 def read_again(reads: Iterable[tuple[Any, int, int]]) -> int:
@@ -134,13 +134,13 @@ def load_file(work: Path, args: Any) -> dict[str, Any]:
 
 
 def load(work: Path, args: Any) -> dict[str, Any]:
-    from dpo_jax.models import hf_io
+    from dpo_jax.hf import checkpoints
 
     folder = Path(args.model)
     warm(args.total)
     with traced() as reads, measured() as found:
-        config, _ = hf_io.read_config(folder)
-        kept = hf_io.load_params(folder, config, dtype=own_dtype(args))
+        config, _ = checkpoints.read_config(folder)
+        kept = checkpoints.load_params(folder, config, dtype=own_dtype(args))
     assert kept
     return found | {"read_again_bytes": read_again(reads)}
 
@@ -150,7 +150,7 @@ def place(work: Path, args: Any) -> dict[str, Any]:
     import jax
 
     from dpo_jax import sharding
-    from dpo_jax.models import hf_io
+    from dpo_jax.hf import checkpoints
 
     mesh = sharding.make_mesh(1, 1, 1)
     everywhere = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
@@ -161,8 +161,8 @@ def place(work: Path, args: Any) -> dict[str, Any]:
 
     warm(2 * args.total)
     with traced() as reads, measured() as found:
-        config, _ = hf_io.read_config(folder)
-        jax.block_until_ready(hf_io.load_params(folder, config, dtype="float32", place=put))
+        config, _ = checkpoints.read_config(folder)
+        jax.block_until_ready(checkpoints.load_params(folder, config, dtype="float32", place=put))
     return found | {"read_again_bytes": read_again(reads)}
 
 
@@ -200,16 +200,16 @@ def write_files(work: Path, args: Any, save: Callable[[Mapping[str, Any], Path],
 
 
 def export(work: Path, args: Any) -> dict[str, Any]:
-    from dpo_jax.models import hf_io
+    from dpo_jax.hf import checkpoints
 
     folder, out = Path(args.model), work / "out"
-    config, _ = hf_io.read_config(folder)
-    params = hf_io.load_params(folder, config, dtype=own_dtype(args))
+    config, _ = checkpoints.read_config(folder)
+    params = checkpoints.load_params(folder, config, dtype=own_dtype(args))
     largest = max(path.stat().st_size for path in weight_files(args))
     os.sync()
     warm(args.total)
     with measured() as found:
-        hf_io.export(params, base=folder, out=out, max_shard_bytes=largest)
+        checkpoints.export(params, base=folder, out=out, max_shard_bytes=largest)
         settle(out, args)
     return found | {"size_bytes": remove(out)}
 
@@ -228,10 +228,11 @@ def weight_files(args: Any) -> list[Path]:
 
 def own_dtype(args: Any) -> str:
     """The type of a checkpoint's first tensor, which most have."""
-    from dpo_jax.models import hf_files, weights
+    from dpo_jax.hf import folders
+    from dpo_jax.hf.tensors import FLOATS
 
-    with hf_files.open_weights(Path(args.model)) as source:
-        return weights.FLOATS[next(iter(source.headers.values())).dtype]
+    with folders.open_weights(Path(args.model)) as source:
+        return FLOATS[next(iter(source.headers.values())).dtype]
 
 
 def settle(out: Path, args: Any) -> None:

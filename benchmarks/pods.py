@@ -14,13 +14,13 @@ import json
 
 import jax
 
-from dpo_jax import config as configs
-from dpo_jax.estimate import Estimate, estimate, parse_topology
+from dpo_jax import flags
+from dpo_jax.plan.estimate import Estimate, estimate, parse_topology
 
 
 def rows(args: argparse.Namespace) -> list[dict]:
     """What each topology gives, under both kinds of scaling; one JSON line for each as it comes."""
-    base = configs.load(args.config)
+    base = flags.load(args.config)
     topologies = [parse_topology(name) for name in args.topologies]
     found = []
     for kind in ("strong", "weak"):
@@ -30,7 +30,7 @@ def rows(args: argparse.Namespace) -> list[dict]:
                 pairs, tensor = pairs * topology.count // topologies[0].count, args.tensor[0]
                 if topology == topologies[0]:
                     continue  # the same as under strong scaling
-            chosen = configs.load(args.config, [f"train.batch_pairs={pairs}", f"mesh.tensor={tensor}"])
+            chosen = flags.load(args.config, [f"train.batch_pairs={pairs}", f"mesh.tensor={tensor}"])
             found.append(row(kind, estimate(chosen, topology)))
             print(json.dumps(found[-1]), flush=True)
     return found

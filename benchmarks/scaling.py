@@ -5,9 +5,9 @@
 Without --model and --tokenizer, a tokenizer of 1,024 tokens is trained on the data, so that the model is small and what
 the host does shows. Each size trains the same tiny model on copies of the first pairs of the data, every copy with its
 number before the prompt, so that no two are the same pair. Reference values come with the pairs, so that no reference
-pass is made. The order is shuffled. Tokenising runs in a process of its own, and training in another:
+pass is made. The order is shuffled. Tokenizing runs in a process of its own, and training in another:
 
-    tokenise s    reading, tokenising and storing all pairs
+    tokenize s    reading, tokenizing and storing all pairs
     us/pair       median step time over the pairs in a batch
     RSS           memory of the training process after its first steps, and at its end; anonymous: less mapped files
 
@@ -31,8 +31,8 @@ BASE_PAIRS = 1000  # pairs that are copied
 
 def small_tokenizer(source: str) -> Any:
     """A tokenizer trained on the text of a source."""
-    from dpo_jax import quickstart
     from dpo_jax.data import sources
+    from dpo_jax.demo import quickstart
 
     rows = sources.read(source, split="train")[0].rows
     return quickstart.train_tokenizer(text for row in rows for text in row.fields.values() if isinstance(text, str))
@@ -47,7 +47,7 @@ def write_copies(rows: list[dict[str, str]], out: Path, count: int) -> None:
 
 
 def configure(work: Path, args: Any) -> Any:
-    """The run over `args.pairs_file`, shuffled, in one shape at every size; tokenised pairs lie beside the file."""
+    """The run over `args.pairs_file`, shuffled, in one shape at every size; tokenized pairs lie beside the file."""
     chosen = common.base_config(args, work)
     chosen.data.shuffle = True
     chosen.data.row_length, chosen.train.microbatch_rows = 2 * args.max_length, 1
@@ -55,9 +55,10 @@ def configure(work: Path, args: Any) -> Any:
     return chosen
 
 
-def tokenise(work: Path, args: Any) -> dict[str, Any]:
+def tokenize(work: Path, args: Any) -> dict[str, Any]:
     """Reads and stores the pairs, and nothing else."""
-    from dpo_jax import config, inputs
+    from dpo_jax import config
+    from dpo_jax.run import inputs
 
     chosen = config.freeze(configure(work, args))
     started = time.perf_counter()
@@ -88,16 +89,16 @@ def train(work: Path, args: Any) -> dict[str, Any]:
     }
 
 
-def compare(tokenised: dict[int, list[Any]], trained: dict[int, list[Any]], pairs: int) -> dict[str, Any]:
+def compare(tokenized: dict[int, list[Any]], trained: dict[int, list[Any]], pairs: int) -> dict[str, Any]:
     """Medians of each size, and ratios of the largest to the smallest."""
     sizes = []
     for size, rounds in trained.items():
         row: dict[str, Any] = {"pairs": size}
-        done, read = common.worked(rounds), common.worked(tokenised[size])
+        done, read = common.worked(rounds), common.worked(tokenized[size])
         if done and read:
             row |= {
-                "tokenise_s": common.median_of(read, "seconds"),
-                "tokenise_peak_bytes": common.median_of(read, "peak_bytes"),
+                "tokenize_s": common.median_of(read, "seconds"),
+                "tokenize_peak_bytes": common.median_of(read, "peak_bytes"),
                 "seconds_per_pair": common.median_time(done) / pairs,
                 **{
                     name: common.median_of(done, name)
@@ -110,7 +111,7 @@ def compare(tokenised: dict[int, list[Any]], trained: dict[int, list[Any]], pair
             row["rss_growth_bytes"] = row["rss_end_bytes"] - row["rss_start_bytes"]
         sizes.append(row)
     first, last = min(sizes, key=lambda row: row["pairs"]), max(sizes, key=lambda row: row["pairs"])
-    names = ("seconds_per_pair", "rss_end_bytes", "anonymous_end_bytes", "peak_bytes", "tokenise_s")
+    names = ("seconds_per_pair", "rss_end_bytes", "anonymous_end_bytes", "peak_bytes", "tokenize_s")
     ratios = {name: common.ratio(last.get(name), first.get(name)) for name in names}
     return {"sizes": sizes, "ratios_of_largest_to_smallest": ratios}
 
@@ -126,8 +127,8 @@ def report(out: Path, found: dict[str, Any]) -> None:
                 "pairs": one["pairs"],
                 "us/pair": None if per_pair is None else 1e6 * per_pair,
                 "wait for data, us/step": None if waited is None else 1e6 * waited,
-                "tokenise s": one.get("tokenise_s"),
-                "tokenise peak MiB": common.mib(one.get("tokenise_peak_bytes")),
+                "tokenize s": one.get("tokenize_s"),
+                "tokenize peak MiB": common.mib(one.get("tokenize_peak_bytes")),
                 "RSS at start MiB": common.mib(one.get("rss_start_bytes")),
                 "at end": common.mib(one.get("rss_end_bytes")),
                 "growth": common.mib(one.get("rss_growth_bytes")),
@@ -165,17 +166,17 @@ def main() -> None:
             args.tokenizer = folder
         out = common.prepare(args)
     kept = common.select_pairs(args.data, Path(args.model), count=BASE_PAIRS, max_length=args.max_length - NUMBER)
-    tokenised: dict[int, list[Any]] = {size: [] for size in sizes}
+    tokenized: dict[int, list[Any]] = {size: [] for size in sizes}
     trained: dict[int, list[Any]] = {size: [] for size in sizes}
     for size in sizes:
         write_copies([pair.row for pair in kept], out / f"{size}.jsonl", size)
         given = vars(args) | {"pairs_file": str(out / f"{size}.jsonl")}
-        tokenised[size].append(common.in_fresh_process("benchmarks.scaling:tokenise", out / f"tokenise-{size}", given))
+        tokenized[size].append(common.in_fresh_process("benchmarks.scaling:tokenize", out / f"tokenize-{size}", given))
     for turn in range(args.rounds):
         for size in sizes:
             given, work = vars(args) | {"pairs_file": str(out / f"{size}.jsonl")}, out / f"train-{size}-{turn}"
             trained[size].append(common.in_fresh_process("benchmarks.scaling:train", work, given))
-    found = compare(tokenised, trained, args.pairs)
+    found = compare(tokenized, trained, args.pairs)
     common.write_results(out, args, found)
     report(out, found)
 

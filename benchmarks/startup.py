@@ -3,7 +3,7 @@
     python -m benchmarks.startup --data=train.jsonl.gz --tokenizer=DIR --shape=llama
 
 Both starts are `dpo-jax train` in working folders of their own, so that both make a reference pass; the caches of
-compiled programs and of tokenised pairs are new for the first, and the second finds in them what the first left. With
+compiled programs and of tokenized pairs are new for the first, and the second finds in them what the first left. With
 --processes, over several processes on loopback; with --own_caches each of those has its caches to itself.
 
 Prints a table of both and the ratio of the seconds that compiling takes; writes them to --out as JSON. The parts are

@@ -13,12 +13,15 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks.common import memory, minor_faults, reset_peak
-from dpo_jax import inputs as run_inputs
-from dpo_jax import programs, scoring
+from dpo_jax import parallel
 from dpo_jax.config import Config, freeze
 from dpo_jax.data import layout
-from dpo_jax.models import hf_io
+from dpo_jax.hf import checkpoints
 from dpo_jax.models.config import DecoderConfig
+from dpo_jax.run import choices, programs
+from dpo_jax.run import inputs as run_inputs
+from dpo_jax.run import state as state_module
+from dpo_jax.runtime import xla
 from dpo_jax.steps import init_state, make_score_step, make_train_step
 from dpo_jax.types import Batch, Encoded
 
@@ -49,14 +52,14 @@ def load_params(parts: Parts) -> Any:
     def on_device(path: str, shape: tuple[int, ...], read: Any) -> jax.Array:
         return jnp.array(read((slice(None),) * len(shape)))
 
-    return hf_io.load_params(parts.inputs.folder, parts.inputs.model, dtype=dtype, place=on_device)
+    return checkpoints.load_params(parts.inputs.folder, parts.inputs.model, dtype=dtype, place=on_device)
 
 
 def reference_values(parts: Parts, work: Path) -> list[np.ndarray]:
     """Reference log-probs [P, 2] of each step's pairs."""
     store = programs.reference_store(parts.config, parts.inputs, work, parts.programs)
     assert store is not None
-    weights = functools.cache(lambda: programs.load_params(parts.config, parts.inputs.folder, parts.programs))
+    weights = functools.cache(lambda: state_module.load_params(parts.config, parts.inputs.folder, parts.programs))
     known, _ = programs.reference_values(parts.inputs, store, parts.programs, weights)
     return np.split(known[0].logps, len(parts.pairs))
 
@@ -79,7 +82,7 @@ def make_update(
       reference_inside: score `frozen`, the reference's parameters, in the update; otherwise it is None.
     """
     config, shape = parts.config, parts.programs.update_shape
-    logps_fn = scoring.make_logps_fn(
+    logps_fn = parallel.make_logps_fn(
         model or parts.inputs.model,
         pairs=shape.pairs,
         dtype=parts.programs.dtype,
@@ -87,8 +90,8 @@ def make_update(
         attention=parts.programs.attention,
     )
     cut = programs.crops(shape) if crops else []
-    loss = run_inputs.loss_of(config)
-    tx, _ = run_inputs.optimizer_of(config, total_steps=config.train.steps or 1)
+    loss = choices.loss_of(config)
+    tx, _ = choices.optimizer_of(config, total_steps=config.train.steps or 1)
     train = make_train_step(logps_fn, loss, tx, has_aux=True, adds=True, crops=cut)
     score = make_score_step(logps_fn, has_aux=True, crops=cut)
 
@@ -97,7 +100,7 @@ def make_update(
             batch = batch._replace(reference=score(frozen, batch)[0])
         return train(state, batch)
 
-    return jax.jit(update, donate_argnums=0, compiler_options=programs.COMPILER_OPTIONS), tx
+    return jax.jit(update, donate_argnums=0, compiler_options=xla.COMPILER_OPTIONS), tx
 
 
 def memory_of(compiled: Any) -> dict[str, int]:

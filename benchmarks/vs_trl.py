@@ -80,11 +80,14 @@ def run_ours(work: Path, args: Any) -> dict[str, Any]:
 
 def score_ours(work: Path, args: Any) -> dict[str, Any]:
     """Times a second reference pass of dpo_jax."""
-    from dpo_jax import config, inputs, programs
+    from dpo_jax import config
     from dpo_jax.data import layout
+    from dpo_jax.run import programs
+    from dpo_jax.run.inputs import load_inputs
+    from dpo_jax.run.state import load_params
 
     chosen = config.freeze(common.base_config(args, work))
-    read = inputs.load_inputs(chosen, training=False)
+    read = load_inputs(chosen, training=False)
     built = programs.make_programs(chosen, read.model, read.lengths)
     store = programs.reference_store(chosen, read, work, built)
     assert store is not None
@@ -96,7 +99,7 @@ def score_ours(work: Path, args: Any) -> dict[str, Any]:
         return program(params, batch)
 
     counting = built._replace(reference_scoring=counted)
-    weights = functools.cache(lambda name: programs.load_params(chosen, read.folder, built))  # anew for each pass
+    weights = functools.cache(lambda name: load_params(chosen, read.folder, built))  # anew for each pass
 
     def score(name: str) -> dict[str, Any]:
         positions.clear()

@@ -3,9 +3,9 @@
     dpo-jax train --config=configs/quickstart.py --workdir=runs/quickstart
 
 It makes pairs of answers from a help desk with a known reward, a tokenizer and a random Llama of 1.7M parameters
-(dpo_jax/quickstart.py), fine-tunes that on the chosen answers, scores the reference, runs one epoch of DPO, evaluates
-on requests that training never saw, and exports. No accelerator is needed. Expect a held-out accuracy of about 0.975
-and a loss of 0.07 to 0.08 (0.9775 and 0.069 with seed 0, 0.975 and 0.081 with seed 1).
+(dpo_jax/demo/quickstart.py). It fine-tunes that model on the chosen answers, scores the reference, runs one epoch of
+DPO, evaluates on requests that training never saw, and exports. No accelerator is needed. Expect a held-out accuracy
+of about 0.975 and a loss of 0.07 to 0.08 (0.9775 and 0.069 with seed 0, 0.975 and 0.081 with seed 1).
 """
 
 from dpo_jax.config import base
@@ -13,7 +13,7 @@ from dpo_jax.config import base
 
 def get_config():
     config = base()
-    config.prepare = "dpo_jax.quickstart:prepare"
+    config.prepare = "dpo_jax.demo.quickstart:prepare"
     config.model.path = "{workdir}/inputs/model"
     config.data.train = "{workdir}/inputs/train.jsonl"
     config.data.eval = "{workdir}/inputs/eval.jsonl"

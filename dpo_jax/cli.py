@@ -14,6 +14,7 @@ from absl import flags, logging
 
 from dpo_jax import config as configs
 from dpo_jax.config import Config
+from dpo_jax.flags import define_flags, from_flags, parse_flags
 from dpo_jax.types import InputError
 
 USAGE = """\
@@ -22,7 +23,7 @@ dpo-jax COMMAND --config=configs/NAME.py [--config.section.field=value ...] --wo
   train      all of it: reference pass, updates, evaluation, export; run again, it goes on where it stopped
   reference  only the reference pass, into reference.path
   evaluate   metrics of the newest checkpoint of DIR on data.eval, as JSON
-  inspect    what the data looks like once rendered, tokenised, cut and packed; touches no device
+  inspect    what the data looks like once rendered, tokenized, cut and packed; touches no device
   plan       what a run would take on --topology=v5p:4x4x4[,slices=2] or h100:64: memory of a chip, time, cost; without
              weights, data or that hardware. --sweep compares meshes, remat policies and microbatches,
              --reference_in_step with holding two models. Ends with status 3 where memory does not suffice
@@ -78,7 +79,7 @@ def _report_errors(command: Callable[..., None], parsed: tuple) -> None:
 
 def _together(name: str, command: Callable[..., None], parsed: tuple) -> None:
     """Runs a command on all processes of a run; if it fails on one, none is left waiting."""
-    from dpo_jax import hosts
+    from dpo_jax.runtime import hosts
 
     config, workdir, values = parsed
     try:
@@ -102,7 +103,7 @@ def _together(name: str, command: Callable[..., None], parsed: tuple) -> None:
 
 def _parse(command: str, argv: list[str]) -> tuple[Config, Path, flags.FlagValues]:
     values = flags.FlagValues()
-    configs.define_flags(argv, values)
+    define_flags(argv, values)
     flags.DEFINE_string("workdir", None, "working folder of the run", flag_values=values)
     if command == "plan":
         flags.DEFINE_string("topology", None, "CHIP:SHAPE[,slices=N]", flag_values=values)
@@ -117,21 +118,21 @@ def _parse(command: str, argv: list[str]) -> tuple[Config, Path, flags.FlagValue
         flags.DEFINE_boolean("merge", False, "merge adapters into the model", flag_values=values)
     if command == "inspect":
         flags.DEFINE_integer("pairs", 3, "pairs to show", lower_bound=0, flag_values=values)
-    rest = configs.parse_flags(argv, values)[1:]
+    rest = parse_flags(argv, values)[1:]
     if rest:
         raise InputError(
             "command line", got=f"unexpected {rest[0]!r}", expected="only --flags", remedy="See dpo-jax --help."
         )
     if command == "plan":
-        return configs.from_flags(values), Path(), values
+        return from_flags(values), Path(), values
     if not values["workdir"].value:
         raise InputError("--workdir", got="not given", expected="a folder", remedy="Give for example --workdir=runs/1.")
     workdir = Path(values["workdir"].value)
     if values["config"].value is None and command in OF_A_RUN:
-        from dpo_jax.workdir import read_config
+        from dpo_jax.run.workdir import read_config
 
         return read_config(workdir), workdir, values
-    return configs.from_flags(values), workdir, values
+    return from_flags(values), workdir, values
 
 
 # Each command imports what it needs: --help and mistyped flags answer at once, and inspect loads no jax backend.
@@ -144,23 +145,24 @@ def _train(config: Config, workdir: Path, _: Any) -> None:
 
 
 def _reference(config: Config, workdir: Path, _: Any) -> None:
-    from dpo_jax import train
+    from dpo_jax import commands
 
-    train.score_reference(config, workdir)
+    commands.score_reference(config, workdir)
 
 
 def _evaluate(config: Config, workdir: Path, _: Any) -> None:
-    from dpo_jax import hosts, train
+    from dpo_jax import commands
+    from dpo_jax.runtime import hosts
 
-    row = train.evaluate_checkpoint(config, workdir)
+    row = commands.evaluate_checkpoint(config, workdir)
     if hosts.first():
         print(json.dumps(row))
 
 
 def _inspect(config: Config, workdir: Path, values: Any) -> None:
-    from dpo_jax import inspect
+    from dpo_jax.reporting import data_summary
 
-    inspect.show(config, workdir, pairs=values["pairs"].value)
+    data_summary.show(config, workdir, pairs=values["pairs"].value)
 
 
 def _plan(config: Config, workdir: Path, values: Any) -> None:
@@ -168,17 +170,17 @@ def _plan(config: Config, workdir: Path, values: Any) -> None:
         raise InputError(
             "--topology", got="not given", expected="CHIP:SHAPE", remedy="Give for example --topology=v5p:4x4x4."
         )
-    from dpo_jax import plan
+    from dpo_jax.plan.command import run
 
     options = {"sweeping": values["sweep"].value, "reference_in_step": values["reference_in_step"].value}
-    sys.exit(plan.run(config, values["topology"].value, **options))
+    sys.exit(run(config, values["topology"].value, **options))
 
 
 def _export(config: Config, workdir: Path, values: Any) -> None:
-    from dpo_jax import train
+    from dpo_jax import commands
 
     out = values["out"].value
-    train.export_checkpoint(config, workdir, Path(out) if out else None, merge=values["merge"].value)
+    commands.export_checkpoint(config, workdir, Path(out) if out else None, merge=values["merge"].value)
 
 
 COMMANDS: dict[str, Callable[[Config, Path, Any], None]] = {

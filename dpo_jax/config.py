@@ -13,20 +13,17 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import functools
+import importlib
 import json
 import math
-import pathlib
 import re
-import runpy
-import sys
-import traceback
 import types
 import typing
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-from absl import flags
-from ml_collections import config_dict, config_flags
+from ml_collections import config_dict
 
 from dpo_jax.types import InputError
 
@@ -58,7 +55,7 @@ class Data:
     on_bad_row: str = "error"  # error | skip: skipped rows are counted and reported
     layout: str = "auto"  # shared: prompt once a pair | repeated: once a completion | auto: shared where it can be
     row_length: int | None = None  # positions in a packed row; unset: from the longest pair
-    cache_dir: str = ""  # tokenised data; empty: a folder in the user's cache
+    cache_dir: str = ""  # tokenized data; empty: a folder in the user's cache
 
 
 @dataclasses.dataclass(frozen=True)
@@ -394,119 +391,12 @@ def _unknown(name: str, known: Iterable[str]) -> tuple[str, str, str]:
     return f"no field {name!r}", "one of " + ", ".join(known), remedy
 
 
-def define_flags(argv: Sequence[str] | None = None, flag_values: flags.FlagValues = flags.FLAGS) -> None:
-    """Defines --config and, as ml_collections does, --config.SECTION.FIELD for what `argv` (sys.argv) overrides."""
-    help_text = "recipe configs/NAME.py[:ARG], or the config.json of a run"
-    argv = _check_overrides(list(sys.argv if argv is None else argv), flag_values)
-    config_flags.DEFINE_config_file("config", None, help_text, flag_values, sys_argv=_with_values(argv))
-    flag_values["config"].parser = _Source()  # theirs reads Python only, and answers with tracebacks
+_IN_FLAGS = ("define_flags", "parse_flags", "from_flags", "load")
 
 
-def parse_flags(argv: Sequence[str] | None = None, flag_values: flags.FlagValues = flags.FLAGS) -> list[str]:
-    """Parses the `argv` given to `define_flags`; returns what is no flag. Raises: InputError for all that fails."""
-    argv = _check_overrides(list(sys.argv if argv is None else argv), flag_values)
-    try:
-        rest = flag_values(_with_values(argv))
-    except flags.Error as error:
-        if isinstance(error.__context__, InputError):  # absl turns what _Source raised into its own error
-            raise error.__context__ from None
-        expected, remedy = "a flag that exists and a value of its type", "See dpo-jax --help."
-        raise InputError("command line", got=str(error), expected=expected, remedy=remedy) from None
-    config = flag_values["config"].value
-    if config is not None:
-        config.update_from_flattened_dict({match[1]: None for arg in argv if (match := _UNSET.fullmatch(arg))})
-    return rest
-
-
-def from_flags(flag_values: flags.FlagValues = flags.FLAGS) -> Config:
-    """The checked configuration that --config and its overrides gave. Raises: InputError as `freeze` does."""
-    if flag_values["config"].value is None:
-        raise _no_config("--config", "not given")
-    return freeze(flag_values["config"].value)
-
-
-def load(source: str, overrides: Sequence[str] = ()) -> Config:
-    """What the command line would give: `load("configs/NAME.py:ARG", ["loss.beta=0.2"])`. Raises: InputError."""
-    argv, flag_values = ["", f"--config={source}", *(f"--config.{each}" for each in overrides)], flags.FlagValues()
-    define_flags(argv, flag_values)
-    parse_flags(argv, flag_values)
-    return from_flags(flag_values)
-
-
-_UNSET = re.compile(r"--?config\.([^=]+)=None")
-
-
-def _with_values(argv: Sequence[str]) -> list[str]:
-    """The arguments less those that unset a field: absl's parsers know no None."""
-    return [arg for arg in argv if not _UNSET.fullmatch(arg)]
-
-
-def _check_overrides(argv: list[str], flag_values: flags.FlagValues) -> list[str]:
-    """The arguments, with those of flag files in place.
-
-    Raises: InputError for an override of a field that does not exist, one that unsets a field which always has a value,
-      or one without a config to override.
-    """
-    try:
-        argv = flag_values.read_flags_from_files(argv, force_gnu=False)
-    except flags.Error as error:
-        raise InputError("--flagfile", got=str(error), expected="a readable file", remedy="Check the path.") from None
-    names = [match[1] for arg in argv if (match := re.match(r"--?(?:no)?config\.([^=]*)", arg))]
-    fields = flat(Config())
-    for name in names:
-        if name not in fields:
-            head = name.partition(".")[0]
-            known = [field for field in fields if field.partition(".")[0] == head]
-            got, expected, remedy = _unknown(name, known) if known else _unknown(head, _kinds(Config))
-            raise InputError(f"--config.{name}", got=got, expected=expected, remedy=remedy)
-    for name in [match[1] for arg in argv if (match := _UNSET.fullmatch(arg))]:
-        if fields[name] is not None:  # the fields that may be unset are those that are so by default
-            remedy = f"Leave it out for the recipe's value; the default is {fields[name]!r}."
-            raise InputError(f"--config.{name}", got="None", expected="a value", remedy=remedy)
-    if names and not any(re.match(r"--?config(=|$)", arg) for arg in argv):
-        raise _no_config("--config", f"not given, but --config.{names[0]} is")
-    return argv
-
-
-def _no_config(place: str, got: str) -> InputError:
-    expected = "a recipe (a Python file with get_config) or the config.json of a run"
-    return InputError(place, got=got, expected=expected, remedy="Give for example --config=configs/quickstart.py.")
-
-
-class _Source(flags.ArgumentParser):
-    """Reads what --config names into a locked ConfigDict."""
-
-    def parse(self, argument: str) -> config_dict.ConfigDict:
-        path, *args = argument.split(":", 1)
-        if not pathlib.Path(path).is_file():
-            raise _no_config(f"--config={path}", "no such file")
-        if path.endswith(".json"):
-            return _thaw(from_json(pathlib.Path(path).read_text(), path))
-        try:
-            get_config = runpy.run_path(path).get("get_config")
-            if get_config is None:
-                raise _no_config(path, "no function get_config")
-            config = get_config(*args)
-            if not isinstance(config, config_dict.ConfigDict) or not set(_kinds(Config)) <= set(config):
-                got = f"get_config returns {config!r:.80}"
-                expected, remedy = "dpo_jax.config.base() with fields changed", "Begin it with config = base()."
-                raise InputError(path, got=got, expected=expected, remedy=remedy)
-            return config.lock()
-        except InputError:
-            raise
-        except Exception as error:
-            raise _recipe_error(error, path) from error
-
-
-def _recipe_error(error: Exception, path: str) -> InputError:
-    """What a recipe raised, at the recipe's own line; for a field that does not exist, with those that do."""
-    frames = list(traceback.walk_tb(error.__traceback__))
-    place = ":".join([path, *(str(line) for frame, line in frames if frame.f_code.co_filename == path)][:2])
-    owner: Any = frames[-1][0].f_locals.get("self")
-    name = re.search(r"""["'\\]+(\w+)["'\\]""", str(error))
-    fields = list(owner) if isinstance(owner, config_dict.ConfigDict) else []
-    if fields and name and name[1] not in fields:
-        got, expected, remedy = _unknown(name[1], fields)
-    else:
-        got, expected, remedy = f"{type(error).__name__}: {error}", "a recipe that runs", "Correct the recipe."
-    return InputError(place, got=got, expected=expected, remedy=remedy)
+def __getattr__(name: str) -> Any:  # names that moved
+    if name not in _IN_FLAGS:
+        raise AttributeError(f"module 'dpo_jax.config' has no attribute {name!r}")
+    flags = importlib.import_module("dpo_jax.flags")
+    warnings.warn(f"dpo_jax.config.{name} is now dpo_jax.flags.{name}", DeprecationWarning, stacklevel=2)
+    return getattr(flags, name)

@@ -14,7 +14,6 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from dpo_jax.config import Optimizer
 from dpo_jax.types import InputError, check_choice
 
 Schedule = Callable[[Any], jax.Array]
@@ -25,6 +24,8 @@ DECAYS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "linear": lambda done: 1 - done,
     "cosine": lambda done: 0.5 * (1 + jnp.cos(math.pi * done)),
 }
+
+DEFAULTS = {"b1": 0.9, "b2": 0.999, "eps": 1e-8}  # as in `config.Optimizer`, which a test compares
 
 NOT_DECAYED = ("scale", "bias")  # names of leaves; blocks are stacked on a layer axis, so ndim cannot tell
 
@@ -83,11 +84,11 @@ def make_optimizer(
     transform, options = OPTIMIZERS[name]
     given = {"b1": b1, "b2": b2, "eps": eps}
     for option, value in given.items():
-        if option not in options and value != getattr(Optimizer, option):
+        if option not in options and value != DEFAULTS[option]:
             raise InputError(
                 f"config.optimizer.{option}",
                 got=f"{value}, which {name} does not use",
-                expected=f"the default {getattr(Optimizer, option)}",
+                expected=f"the default {DEFAULTS[option]}",
                 remedy=f"Leave it out, or choose an optimizer that has {option}.",
             )
     rate = make_schedule(schedule, learning_rate, warmup_steps=warmup_steps, total_steps=total_steps)

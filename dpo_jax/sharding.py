@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -17,6 +17,7 @@ from jax.experimental import mesh_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from dpo_jax.trees import path_name
 from dpo_jax.types import Batch, InputError
 
 AXES = ("replica", "fsdp", "tensor")
@@ -92,9 +93,9 @@ def mesh_shape(sizes: Sequence[int], devices: int) -> tuple[int, ...]:
 
 
 def make_mesh(replica: int, fsdp: int, tensor: int, devices: Sequence[Any] | None = None) -> Mesh:
-    """The mesh over `devices`, by default all, in an order in which neighbours on an axis are near one another.
+    """The mesh over `devices`, by default all, in an order in which neighbors on an axis are near one another.
 
-    Of several TPU slices, whose devices reach one another over the data centre's network only, `replica` crosses from
+    Of several TPU slices, whose devices reach one another over the data center's network only, `replica` crosses from
     slice to slice and no other axis does.
 
     Raises: InputError if the sizes do not fit the number of devices or of slices.
@@ -220,11 +221,6 @@ def from_parts(
         numbers = read(index)
         arrays += [jax.device_put(numbers, device) for device in devices]
     return jax.make_array_from_single_device_arrays(tuple(shape), place, arrays)
-
-
-def path_name(path: Iterable[Any]) -> str:
-    """A leaf's path in a tree, as in blocks/mlp/up/kernel."""
-    return "/".join(str(getattr(part, "key", getattr(part, "name", getattr(part, "idx", part)))) for part in path)
 
 
 def bytes_per_device(tree: Any, gathered: str = "") -> int:

@@ -6,7 +6,6 @@ of an objective are its arguments.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -16,12 +15,12 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Bool, Float, Int
 
-from dpo_jax import gradients, losses
+from dpo_jax import accumulate, losses
+from dpo_jax.accumulate import Crop, each_microbatch, mask_absent
 from dpo_jax.metrics import pair_metrics
 from dpo_jax.types import Batch, InputError
 
 LogpsFn = Callable[..., Any]  # (params, rows), see make_train_step
-Crop = Callable[[Any], Any]
 
 
 class TrainState(NamedTuple):
@@ -92,10 +91,10 @@ def make_train_step(
         tokens = jnp.maximum(jnp.where(present[:, None], batch.lengths, 0).sum(), 1)
         kl = None
         if "kl" in needs:
-            unrelated = batch.unrelated
-            scored = score_step(state.params, unrelated)[0]
-            there = unrelated.present.any(0)
-            kl = losses.estimate_kl(scored, unrelated.reference, unrelated.lengths, there)
+            mismatched = batch.mismatched
+            scored = score_step(state.params, mismatched)[0]
+            there = mismatched.present.any(0)
+            kl = losses.estimate_kl(scored, mismatched.reference, mismatched.lengths, there)
 
         def judged(found):
             return judge(
@@ -121,7 +120,7 @@ def make_train_step(
             if adds:
                 found, sums = logps_fn(state.params, rows, sums)
             else:
-                params, sums = gradients.collect(state.params, sums)
+                params, sums = accumulate.collect(state.params, sums)
                 found = logps_fn(params, rows)
             return found if has_aux else (found, {}), sums
 
@@ -131,21 +130,21 @@ def make_train_step(
                 if slopes is None:
                     loss = mean_loss((logps, aux), here)
                 else:
-                    by_slope = jax.tree.map(lambda slope, x: (slope * x).sum(), slopes, _only(here, (logps, aux)))
+                    by_slope = jax.tree.map(lambda slope, x: (slope * x).sum(), slopes, mask_absent(here, (logps, aux)))
                     loss = sum(jax.tree.leaves(by_slope))
                 for name, weight in penalties.items():
                     loss += weight * jnp.where(here[:, None], aux[name], 0).sum() / tokens
-                return (loss, sums), _only(here, (logps, aux))
+                return (loss, sums), mask_absent(here, (logps, aux))
 
             (loss, _), pull, scored = jax.vjp(microbatch_loss, sums, has_aux=True)
             return *pull((jnp.ones_like(loss), sums)), scored, None
 
-        grads, found, _ = _each_microbatch(add_gradient, gradients.zeros(state.params), batch, crops)
+        grads, found, _ = each_microbatch(add_gradient, accumulate.zeros(state.params), batch, crops)
         grads = wanted(grads)
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
         params = apply_updates(state.params, updates, state.step)
         each, running = judged(found)
-        metrics = summarise(loss_fn, each, found, batch.reference, batch.lengths, present, paired=paired)
+        metrics = summarize(loss_fn, each, found, batch.reference, batch.lengths, present, paired=paired)
         metrics |= {"grad_norm": optax.tree.norm(grads)} | ({} if kl is None else {"kl": kl})
         metrics |= {f"baseline/{name}": baseline["value"] for name, baseline in running.items()}
         return TrainState(state.step + 1, params, opt_state, running), metrics
@@ -188,7 +187,7 @@ def judge(
     return loss_fn(logps, reference, lengths=lengths, **given), running
 
 
-def summarise(
+def summarize(
     loss_fn: losses.Loss,
     each: Float[Array, "P"],
     found: tuple[Array, dict[str, Array]],
@@ -240,53 +239,9 @@ def make_score_step(
         def one(rows, here, _):
             logps, aux = logps_fn(params, rows) if has_aux else (logps_fn(params, rows), {})
             sums = {name: values for name, values in aux.items() if name != "tokens"}
-            return None, _only(here, (logps, sums)), {name: aux[name] for name in aux.keys() - sums.keys()}
+            return None, mask_absent(here, (logps, sums)), {name: aux[name] for name in aux.keys() - sums.keys()}
 
-        _, (logps, sums), entries = _each_microbatch(one, None, batch, crops)
+        _, (logps, sums), entries = each_microbatch(one, None, batch, crops)
         return logps, sums | entries
 
     return score
-
-
-def _put(array, part, i):
-    return jax.lax.dynamic_update_slice(array, part[None], (i, *(0 for _ in part.shape)))
-
-
-def _only(here, tree):
-    return jax.tree.map(lambda x: jnp.where(here[:, None], x, 0), tree)
-
-
-def _each_microbatch(
-    fn: Callable[[Any, Array, Any], tuple[Any, Any, Any]], carry: Any, batch: Batch, crops: Sequence[Crop]
-) -> tuple[Any, Any, Any]:
-    """Calls `fn(rows, present, carry) -> (carry, found, entries)` for the microbatches in use, one at a time, so that
-    one's activations are alive; returns the last carry, the sum of what was found, and the entries of each."""
-
-    def at(i, carry, crop=lambda rows: rows):
-        rows, here = jax.tree.map(
-            lambda x: jax.lax.dynamic_index_in_dim(x, i, keepdims=False), (batch.rows, batch.present)
-        )
-        return fn(crop(rows), here, carry)
-
-    microbatches = batch.present.shape[0]
-    if batch.crop is None and microbatches == 1:
-        carry, found, entries = at(0, carry)
-        return carry, found, jax.tree.map(lambda x: x[None], entries)
-    found, entries = jax.eval_shape(lambda: at(0, carry)[1:])
-    nothing = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), found)
-    empty = jax.tree.map(lambda x: jnp.zeros((microbatches, *x.shape), x.dtype), entries)
-    totals = carry, nothing, empty
-    used = jnp.arange(microbatches) < batch.count
-    for size, crop in enumerate(crops if batch.crop is not None else [lambda rows: rows]):
-        # A loop for each size, not a choice in one: a conditional would copy what it is to add to.
-        chosen = used if batch.crop is None else used & (batch.crop == size)
-        index = jnp.nonzero(chosen, size=microbatches, fill_value=0)[0]
-
-        def add(i, totals, index=index, crop=crop):
-            carry, found, entries = at(index[i], totals[0], crop)
-            # Those of a microbatch that is cut are fewer, the first rows and the first entries of each.
-            put = functools.partial(_put, i=index[i])
-            return carry, jax.tree.map(jnp.add, totals[1], found), jax.tree.map(put, totals[2], entries)
-
-        totals = jax.lax.fori_loop(0, chosen.sum(), add, totals)
-    return totals

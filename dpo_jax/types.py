@@ -131,4 +131,4 @@ class Batch(NamedTuple):
     lengths: Int[Any, "P K"]  # scored tokens of each completion; 0 for one that is not there, and for padding pairs
     crop: Int[Any, "A"] | None = None  # which of the step's crops each microbatch is cut to; None: none is
     reference_sums: Any = None  # {name: [P, K]}: further sums over answers under the reference, if the objective asks
-    unrelated: Any = None  # a Batch of prompts with answers of others, scored without gradient, if the objective asks
+    mismatched: Any = None  # a Batch of prompts with answers of others, scored without gradient, if the objective asks

@@ -5,7 +5,7 @@ import os
 import jaxtyping
 from beartype import BeartypeConf, beartype
 
-from tests.processes import UNPOLISHED
+from tests.support.processes import UNPOLISHED
 
 # Read once, when jax and huggingface_hub are first imported, so set before either is.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -31,7 +31,7 @@ jaxtyping.install_import_hook("dpo_jax", "conftest.check_types")
 
 @pytest.fixture(scope="session", autouse=True)
 def cache_folder(tmp_path_factory):
-    """Keeps tokenised data of tests out of the user's cache; subprocesses inherit it."""
+    """Keeps tokenized data of tests out of the user's cache; subprocesses inherit it."""
     with pytest.MonkeyPatch.context() as patch:
         folder = tmp_path_factory.mktemp("cache")
         patch.setenv("DPO_JAX_CACHE", str(folder))

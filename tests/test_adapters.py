@@ -11,17 +11,18 @@ import optax
 import pytest
 from safetensors.numpy import load_file, save_file
 
+from dpo_jax import commands, losses, parallel, sharding, steps, train, trees
 from dpo_jax import config as configs
-from dpo_jax import inputs as run_inputs
-from dpo_jax import losses, scoring, sharding, steps, train
 from dpo_jax.data import layout, packing
-from dpo_jax.models import adapters as low_rank
-from dpo_jax.models import hf_io
-from dpo_jax.models.families import FAMILIES
+from dpo_jax.hf import adapters as low_rank
+from dpo_jax.hf import checkpoints, peft
+from dpo_jax.hf.families import FAMILIES
+from dpo_jax.run import checks
+from dpo_jax.run import inputs as run_inputs
 from dpo_jax.types import Encoded, InputError
-from tests.hf_folders import decoder_config, snapshot
-from tests.make_golden import JSON, write_folder
-from tests.runs import STEPS, make_config, make_inputs, read_rows, untimed
+from tests.support.hf_folders import decoder_config, snapshot
+from tests.support.make_golden import JSON, write_folder
+from tests.support.runs import STEPS, make_config, make_inputs, read_rows, untimed
 
 GOLDEN = json.loads(JSON.read_text())["cases"]
 PAIRS = 4
@@ -33,9 +34,9 @@ def table_of(name):
     return config, FAMILIES[hf["model_type"]].tensors(config)
 
 
-def adapters_of(name, *, rank=3, alpha=6.0, stabilised=False, targets=""):
+def adapters_of(name, *, rank=3, alpha=6.0, stabilized=False, targets=""):
     config, table = table_of(name)
-    return low_rank.Adapters(rank, alpha, stabilised, low_rank.choose(table, config.stacks, targets))
+    return low_rank.Adapters(rank, alpha, stabilized, low_rank.choose(table, config.stacks, targets))
 
 
 def moved(leaves, seed=0):
@@ -47,17 +48,17 @@ def moved(leaves, seed=0):
 def loaded(name, folder, adapters, *, at_start=True):
     """Configuration, what trains and what does not."""
     write_folder(folder, GOLDEN[name])
-    config, _ = hf_io.read_config(folder)
+    config, _ = checkpoints.read_config(folder)
     first = low_rank.first_values(adapters, config.stacks, seed=0)
-    frozen = jax.tree.map(jnp.asarray, hf_io.load_params(folder, config))
-    return config, hf_io.nest(jax.tree.map(jnp.asarray, first if at_start else moved(first))), frozen
+    frozen = jax.tree.map(jnp.asarray, checkpoints.load_params(folder, config))
+    return config, trees.nest(jax.tree.map(jnp.asarray, first if at_start else moved(first))), frozen
 
 
 def batch_of(config, rows=4):
     rng = np.random.default_rng(0)
     pairs = [Encoded.of(*(rng.integers(3, 41, rng.integers(2, 15)) for _ in range(3))) for _ in range(PAIRS)]
     lengths = np.array([pair.lengths for pair in pairs])
-    _, name = run_inputs.fit(configs.Config(), config, lengths)
+    _, name = checks.fit(configs.Config(), config, lengths)
     shape = packing.Shape(pairs=PAIRS, rows=rows, row_length=64, microbatches=4 // rows)
     return layout.collate(pairs, np.full((PAIRS, 2), -40.0), shape, layout=name)
 
@@ -75,17 +76,17 @@ def test_adapters_at_their_start_change_no_bit(name, dtype, tmp_path):
     adapters = adapters_of(name)
     config, beside, frozen = loaded(name, tmp_path, adapters)
     rows = jax.tree.map(lambda x: jnp.asarray(x[0]), batch_of(config).rows)
-    plain = jax.jit(scoring.make_logps_fn(config, pairs=PAIRS, dtype=dtype))(frozen, rows)
-    logps_fn = jax.jit(scoring.make_logps_fn(config, pairs=PAIRS, dtype=dtype, adapters=adapters))
-    jax.tree.map(np.testing.assert_array_equal, logps_fn(scoring.join(beside, frozen), rows), plain)
-    other = hf_io.nest(moved(hf_io.flatten(beside)))
-    assert np.abs(logps_fn(scoring.join(other, frozen), rows)[0] - plain[0]).min() > 1e-2
+    plain = jax.jit(parallel.make_logps_fn(config, pairs=PAIRS, dtype=dtype))(frozen, rows)
+    logps_fn = jax.jit(parallel.make_logps_fn(config, pairs=PAIRS, dtype=dtype, adapters=adapters))
+    jax.tree.map(np.testing.assert_array_equal, logps_fn(trees.join(beside, frozen), rows), plain)
+    other = trees.nest(moved(trees.flatten(beside)))
+    assert np.abs(logps_fn(trees.join(other, frozen), rows)[0] - plain[0]).min() > 1e-2
 
 
 def update(config, adapters, params, frozen, batch, mesh=None):
     """What one update subtracts, by gradient descent of rate 1."""
     tx = optax.sgd(1.0)
-    logps_fn = scoring.make_logps_fn(config, pairs=PAIRS, dtype=jnp.float32, adapters=adapters, mesh=mesh)
+    logps_fn = parallel.make_logps_fn(config, pairs=PAIRS, dtype=jnp.float32, adapters=adapters, mesh=mesh)
     state = steps.init_state(params, tx)
     if mesh is not None:
         state = jax.device_put(state, sharding.shardings(mesh, state))
@@ -104,12 +105,12 @@ def update(config, adapters, params, frozen, batch, mesh=None):
 
 def plain_gradients(config, adapters, params, frozen, batch):
     """Those of the merged model, differentiated through the merge."""
-    logps_fn = scoring.make_logps_fn(config, pairs=PAIRS, dtype=jnp.float32)
+    logps_fn = parallel.make_logps_fn(config, pairs=PAIRS, dtype=jnp.float32)
     loss_fn = losses.make_loss("sigmoid", {})
     batch = jax.tree.map(jnp.asarray, batch)
 
     def loss(params):
-        merged = low_rank.merge(scoring.join(params, frozen), adapters)
+        merged = low_rank.merge(trees.join(params, frozen), adapters)
         rows = jax.tree.map(lambda x: x[0], batch.rows)
         return loss_fn(logps_fn(merged, rows)[0], batch.reference, lengths=batch.lengths).mean()
 
@@ -125,7 +126,7 @@ def assert_near(one, other, tolerance=2e-5):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_gradients_are_those_of_the_merged_model(name, tmp_path):
-    adapters = adapters_of(name, stabilised=True)
+    adapters = adapters_of(name, stabilized=True)
     config, params, frozen = loaded(name, tmp_path, adapters, at_start=False)
     found, metrics = update(config, adapters, params, frozen, batch_of(config, rows=1))
     expected = plain_gradients(config, adapters, params, frozen, batch_of(config, rows=4))
@@ -168,10 +169,10 @@ def test_first_values_are_those_of_peft_and_depend_on_the_seed_alone():
 
 
 @pytest.mark.parametrize(
-    ("rank", "alpha", "stabilised", "scale"), [(4, 8.0, False, 2.0), (4, 8.0, True, 4.0), (16, 16.0, False, 1.0)]
+    ("rank", "alpha", "stabilized", "scale"), [(4, 8.0, False, 2.0), (4, 8.0, True, 4.0), (16, 16.0, False, 1.0)]
 )
-def test_scale(rank, alpha, stabilised, scale):
-    assert low_rank.Adapters(rank, alpha, stabilised, ()).scale == scale
+def test_scale(rank, alpha, stabilized, scale):
+    assert low_rank.Adapters(rank, alpha, stabilized, ()).scale == scale
 
 
 def names_of(chosen):
@@ -201,13 +202,13 @@ def test_experts_and_routers_get_none():
 
 @pytest.mark.parametrize("name", NAMES)
 def test_what_is_written_is_read_again(name, tmp_path):
-    adapters = adapters_of(name, alpha=5.5, stabilised=True)
+    adapters = adapters_of(name, alpha=5.5, stabilized=True)
     config, table = table_of(name)
     leaves = moved(low_rank.first_values(adapters, config.stacks, seed=0))
-    low_rank.save(hf_io.nest(leaves), adapters, table, config.stacks, base="owner/name", out=tmp_path / "adapter")
-    again = low_rank.read(tmp_path / "adapter", table, config.stacks)
+    peft.save(trees.nest(leaves), adapters, table, config.stacks, base="owner/name", out=tmp_path / "adapter")
+    again = peft.read(tmp_path / "adapter", table, config.stacks)
     assert again[:3] == adapters[:3] and names_of(again.tensors) == names_of(adapters.tensors)
-    found = low_rank.load(tmp_path / "adapter", again, config.stacks)
+    found = peft.load(tmp_path / "adapter", again, config.stacks)
     assert found.keys() == leaves.keys()
     for path, leaf in leaves.items():
         np.testing.assert_array_equal(found[path], leaf)
@@ -223,9 +224,9 @@ def test_what_is_written_is_read_again(name, tmp_path):
 def test_target_modules_say_no_more_than_is_needed_to_tell_them_apart():
     config, table = table_of("gpt2-all")
     able = low_rank.choose(table, config.stacks, "")
-    assert low_rank.endings(able, able) == ["c_attn", "c_fc", "c_proj"]
+    assert peft.endings(able, able) == ["c_attn", "c_fc", "c_proj"]
     some = low_rank.choose(table, config.stacks, r".*attn\.c_proj")
-    assert low_rank.endings(some, able) == ["attn.c_proj"]
+    assert peft.endings(some, able) == ["attn.c_proj"]
 
 
 REFUSED = [
@@ -245,30 +246,30 @@ REFUSED = [
 def test_adapters_that_compute_something_else_are_refused(changes, words, tmp_path):
     adapters = adapters_of("llama-all")
     config, table = table_of("llama-all")
-    first = hf_io.nest(low_rank.first_values(adapters, config.stacks, seed=0))
-    low_rank.save(first, adapters, table, config.stacks, base="owner/name", out=tmp_path / "adapter")
+    first = trees.nest(low_rank.first_values(adapters, config.stacks, seed=0))
+    peft.save(first, adapters, table, config.stacks, base="owner/name", out=tmp_path / "adapter")
     path = tmp_path / "adapter/adapter_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
     with pytest.raises(InputError, match=words):
-        low_rank.read(tmp_path / "adapter", table, config.stacks)
+        peft.read(tmp_path / "adapter", table, config.stacks)
 
 
 def test_adapter_of_some_layers_or_of_another_model_is_refused(tmp_path):
     adapters = adapters_of("llama-all")
     config, table = table_of("llama-all")
-    first = hf_io.nest(low_rank.first_values(adapters, config.stacks, seed=0))
-    low_rank.save(first, adapters, table, config.stacks, base="owner/name", out=tmp_path / "adapter")
+    first = trees.nest(low_rank.first_values(adapters, config.stacks, seed=0))
+    peft.save(first, adapters, table, config.stacks, base="owner/name", out=tmp_path / "adapter")
     file = tmp_path / "adapter/adapter_model.safetensors"
     tensors = load_file(file)
     save_file({key: value for key, value in tensors.items() if "layers.1." not in key}, file)
     with pytest.raises(InputError, match=r"missing base_model.model.model.layers.1.self_attn.q_proj.lora_A.weight"):
-        low_rank.read(tmp_path / "adapter", table, config.stacks)
+        peft.read(tmp_path / "adapter", table, config.stacks)
     other, others = table_of("gpt_neox-all")
     with pytest.raises(InputError, match="unexpected base_model"):
-        low_rank.read(tmp_path / "adapter", others, other.stacks)
+        peft.read(tmp_path / "adapter", others, other.stacks)
     file.rename(tmp_path / "adapter/adapter_model.bin")
     with pytest.raises(InputError, match="no adapter_model.safetensors"):
-        low_rank.read(tmp_path / "adapter", table, config.stacks)
+        peft.read(tmp_path / "adapter", table, config.stacks)
 
 
 # --- whole runs -------------------------------------------------------------------------------------------------------
@@ -295,9 +296,9 @@ def test_run_trains_adapters_alone_and_exports_them(finished, inputs):
     found = run_inputs.load_inputs(make_config(inputs, lora__rank=2), training=True)
     adapters = found.selection.adapters
     assert adapters is not None and adapters.scale == 2
-    exported = low_rank.load(finished / "export", adapters, found.model.stacks)
+    exported = peft.load(finished / "export", adapters, found.model.stacks)
     count = sum(leaf.size for leaf in exported.values())
-    whole = hf_io.flatten(hf_io.load_params(inputs / "model", found.model))
+    whole = trees.flatten(checkpoints.load_params(inputs / "model", found.model))
     assert count < sum(leaf.size for leaf in whole.values()) / 20
     tree = jax.eval_shape(lambda: adam(found.selection, exported))
     held = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree.opt_state) if leaf.ndim)
@@ -315,7 +316,7 @@ def test_run_trains_adapters_alone_and_exports_them(finished, inputs):
 
 
 def adam(chosen, leaves):
-    trained, frozen = chosen.split(hf_io.nest(leaves))
+    trained, frozen = chosen.split(trees.nest(leaves))
     assert not frozen
     return steps.init_state(trained, optax.adam(1e-3))
 
@@ -335,10 +336,10 @@ def test_run_with_adapters_goes_on_bit_for_bit(finished, inputs, tmp_path):
 @pytest.mark.slow
 def test_merged_export_evaluates_as_the_adapters_do(finished, inputs, tmp_path):
     config = make_config(inputs, lora__rank=2)
-    train.export_checkpoint(config, finished, tmp_path / "merged", merge=True)
+    commands.export_checkpoint(config, finished, tmp_path / "merged", merge=True)
     card = (tmp_path / "merged/README.md").read_text()
     assert "library_name: transformers" in card and "adapters, merged" in card
-    before = train.evaluate_checkpoint(config, finished)
+    before = commands.evaluate_checkpoint(config, finished)
     assert before["eval/logps/chosen"] == pytest.approx(
         read_rows(finished / "eval.jsonl")[-1]["eval/logps/chosen"], rel=1e-7
     )
@@ -347,7 +348,7 @@ def test_merged_export_evaluates_as_the_adapters_do(finished, inputs, tmp_path):
     after = read_rows(tmp_path / "again/eval.jsonl")[0]
     assert after["eval/logps/chosen"] == pytest.approx(before["eval/logps/chosen"], rel=1e-6)
     with pytest.raises(InputError, match="a run without adapters"):
-        train.export_checkpoint(merged, tmp_path / "again", tmp_path / "no", merge=True)
+        commands.export_checkpoint(merged, tmp_path / "again", tmp_path / "no", merge=True)
     assert not (tmp_path / "no").exists()
 
 
@@ -364,7 +365,7 @@ def test_run_from_an_adapter_has_it_as_its_reference(finished, inputs, tmp_path)
     assert described[0] == described[1]
     other = make_config(inputs, lora__rank=2, reference__path=str(tmp_path / "run/reference"))
     with pytest.raises(InputError, match="adapters"):
-        train.score_reference(other, tmp_path)
+        commands.score_reference(other, tmp_path)
 
 
 @pytest.mark.slow
@@ -375,7 +376,7 @@ def test_supervised_stage_trains_adapters_and_the_next_goes_on_from_them(inputs,
     assert stage[-1]["eval/loss"] < stage[0]["eval/loss"]
     assert rows[0]["eval/loss"] == pytest.approx(math.log(2), abs=1e-7)
     assert (tmp_path / "run/sft/export/adapter_config.json").exists()
-    row = train.evaluate_checkpoint(config, tmp_path / "run")
+    row = commands.evaluate_checkpoint(config, tmp_path / "run")
     assert row["eval/loss"] == pytest.approx(rows[-1]["eval/loss"], rel=1e-6)
 
 

@@ -8,9 +8,11 @@ import numpy as np
 import optax
 import pytest
 
-from dpo_jax import logprobs, losses, sharding, steps
+from dpo_jax import losses, sharding, steps
 from dpo_jax.data import layout, packing
-from dpo_jax.models import attention, blockwise, decoder, rope, splash, triton
+from dpo_jax.logprobs import completions
+from dpo_jax.models import decoder, rope
+from dpo_jax.models.attention import blockwise, choose, splash, triton
 from dpo_jax.models.config import DecoderConfig, LayerKind
 from dpo_jax.types import Encoded, InputError
 
@@ -108,9 +110,9 @@ def test_attention_across_a_mesh_equals_that_of_one_device():
     mesh = sharding.make_mesh(1, 4, 2)
     q, k, v, weight = arrays(4, 64, 4, 2, 8)
     bounds = packed(4, 64)
-    across = attention.make_attention(spread=attention.Spread(mesh, sharding.ROW_AXES, "tensor"))
+    across = choose.make_attention(spread=choose.Spread(mesh, sharding.ROW_AXES, "tensor"))
     grads = [
-        jax.jit(jax.grad(lambda *x, f=f: (f(*x, *bounds) * weight).sum(), (0, 1, 2))) for f in (across, attention.PLAIN)
+        jax.jit(jax.grad(lambda *x, f=f: (f(*x, *bounds) * weight).sum(), (0, 1, 2))) for f in (across, choose.PLAIN)
     ]
     for a, b in zip(*(grad(q, k, v) for grad in grads), strict=True):
         np.testing.assert_allclose(a, b, atol=1e-5)
@@ -130,7 +132,7 @@ def test_attention_across_a_mesh_equals_that_of_one_device():
     ],
 )
 def test_the_platforms_own_kernel_is_chosen_where_it_takes_the_shape(name, platform, width, length, chosen):
-    assert attention.choose(name, platform, head_dim=width, row_length=length) == chosen
+    assert choose.choose(name, platform, head_dim=width, row_length=length) == chosen
 
 
 @pytest.mark.parametrize(
@@ -144,7 +146,7 @@ def test_the_platforms_own_kernel_is_chosen_where_it_takes_the_shape(name, platf
 )
 def test_kernel_that_cannot_run_is_refused(name, platform, length, message):
     with pytest.raises(InputError, match=message):
-        attention.choose(name, platform, head_dim=64, row_length=length)
+        choose.choose(name, platform, head_dim=64, row_length=length)
 
 
 TURNING = (LayerKind(rope.usual(64)),)
@@ -165,7 +167,7 @@ def five_losses(kernel, remat):
 
     def logps_fn(params, rows):
         hidden = decoder.forward(params, CONFIG, *rows[:4], remat=remat, attend=attend)
-        return logprobs.completion_logps(hidden, params["head"]["embedding"], rows, pairs=6)[0]
+        return completions.completion_logps(hidden, params["head"]["embedding"], rows, pairs=6)[0]
 
     rng = np.random.default_rng(0)
     pairs = [Encoded.of(*(rng.integers(1, 64, rng.integers(4, 24)) for _ in range(3))) for _ in range(6)]

@@ -14,7 +14,7 @@ import pytest
 
 from benchmarks import common, host_memory, layouts, loading, memory, scaling, startup, vs_trl, vs_tunix
 from dpo_jax.types import Encoded
-from tests.runs import make_inputs
+from tests.support.runs import make_inputs
 
 ROOT = Path(__file__).parent.parent
 SCRIPTS = ("vs_trl", "vs_tunix", "layouts", "scaling", "memory", "startup", "host_memory", "loading", "divergence")
@@ -205,7 +205,7 @@ def test_padded_batch_scores_as_the_packed_one_does():
     from dpo_jax.data.packing import choose_shape
     from dpo_jax.models import decoder
     from dpo_jax.models.config import DecoderConfig
-    from dpo_jax.scoring import make_logps_fn
+    from dpo_jax.parallel import make_logps_fn
     from dpo_jax.steps import make_score_step
 
     lengths = np.array([pair.lengths for pair in PAIRS])
@@ -258,7 +258,7 @@ def test_scaling_comparison_gives_growth_and_ratios():
     assert [row["seconds_per_pair"] for row in found["sizes"]] == [0.125, 0.25]
     assert [row["rss_growth_bytes"] for row in found["sizes"]] == [10, 120]
     ratios = found["ratios_of_largest_to_smallest"]
-    assert ratios["seconds_per_pair"] == ratios["rss_end_bytes"] == 2 and ratios["tokenise_s"] == 10
+    assert ratios["seconds_per_pair"] == ratios["rss_end_bytes"] == 2 and ratios["tokenize_s"] == 10
 
 
 def test_vocabulary_growth_is_counted_in_matrices():

@@ -5,7 +5,7 @@ import os
 
 import pytest
 
-from dpo_jax import chips
+from dpo_jax.cost import chips
 
 CHIP = {chip.name: chip for chip in chips.CHIPS}
 

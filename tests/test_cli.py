@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from dpo_jax import cli
-from tests.runs import EVAL_PAIRS, make_inputs
+from tests.support.runs import EVAL_PAIRS, make_inputs
 
 RECIPE = """
 from dpo_jax.config import base

@@ -8,8 +8,9 @@ import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from dpo_jax import collectives, scoring, sharding
-from dpo_jax.collectives import Collective
+from dpo_jax import parallel, sharding
+from dpo_jax.cost import collectives
+from dpo_jax.cost.collectives import Collective
 from dpo_jax.models import decoder
 from dpo_jax.models.config import DecoderConfig
 
@@ -269,7 +270,7 @@ def test_norms_of_queries_and_keys_gather_no_heads(qk_norm):
     params, rows = placed(shapes, sharding.shardings(mesh, shapes)), NamedSharding(mesh, P(sharding.ROW_AXES))
     x = jax.ShapeDtypeStruct((8, 16, 32), jnp.float32, sharding=rows)
     index = jax.ShapeDtypeStruct((8, 16), jnp.int32, sharding=rows)
-    across = functools.partial(scoring.kernel_across, model, mesh, sharding.RULES)
+    across = functools.partial(parallel.kernel_across, model, mesh, sharding.RULES)
 
     def loss(params, x, *index):
         return decoder.hidden_states(params, model, x, *index, across=across)[0].sum()

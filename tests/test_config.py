@@ -10,6 +10,7 @@ import pytest
 from absl import flags
 
 from dpo_jax import config
+from dpo_jax.flags import define_flags, from_flags, load, parse_flags
 from dpo_jax.types import InputError
 
 RECIPE = """
@@ -273,32 +274,32 @@ def test_changed_lists_what_may_not_differ():
 
 def test_flags_override_a_recipe(recipe):
     overrides = ["loss.beta=0.3", "train.steps=4", "data.shuffle=false", "model.dtype=float32", "optimizer.b2=0.95"]
-    loaded = config.load(recipe(), overrides)
+    loaded = load(recipe(), overrides)
     assert loaded.optimizer == config.Optimizer(learning_rate=2e-5, b2=0.95)
     assert (loaded.loss.beta, loaded.train.steps, loaded.data.shuffle) == (0.3, 4, False)
 
 
 def test_the_recipe_gets_what_stands_after_the_colon(recipe):
     path = recipe("config.tokenizer.path = arg or 'nothing'")
-    assert config.load(f"{path}:a:b").tokenizer.path == "a:b"
-    assert config.load(path).tokenizer.path == "nothing"
+    assert load(f"{path}:a:b").tokenizer.path == "a:b"
+    assert load(path).tokenizer.path == "nothing"
 
 
 def test_config_json_reproduces_a_run_and_can_be_overridden(recipe, tmp_path):
-    first = config.load(recipe(), ["loss.beta=0.3", "train.steps=4"])
+    first = load(recipe(), ["loss.beta=0.3", "train.steps=4"])
     (tmp_path / "config.json").write_text(config.to_json(first))
     source = str(tmp_path / "config.json")
-    assert config.load(source) == first
-    again = config.load(source, ["train.steps=5", "train.microbatch_rows=2"])
+    assert load(source) == first
+    again = load(source, ["train.steps=5", "train.microbatch_rows=2"])
     assert config.changed(first, again) == ["train.steps: 4 -> 5"]
 
 
 def test_flags_take_dashes_spaces_and_no_prefix(recipe):
     argv = ["dpo-jax", "train", "-config", recipe(), "--config.loss.beta", "0.3", "--noconfig.data.shuffle", "more"]
     values = flags.FlagValues()
-    config.define_flags(argv, values)
-    assert config.parse_flags(argv, values) == ["dpo-jax", "train", "more"]
-    loaded = config.from_flags(values)
+    define_flags(argv, values)
+    assert parse_flags(argv, values) == ["dpo-jax", "train", "more"]
+    loaded = from_flags(values)
     assert (loaded.loss.beta, loaded.data.shuffle) == (0.3, False)
 
 
@@ -316,7 +317,7 @@ def test_flags_take_dashes_spaces_and_no_prefix(recipe):
 )
 def test_an_override_that_cannot_be_used_is_an_input_error(recipe, override, parts):
     with pytest.raises(InputError) as caught:
-        config.load(recipe(), [override])
+        load(recipe(), [override])
     assert all(part in str(caught.value) for part in parts), str(caught.value)
 
 
@@ -335,13 +336,13 @@ def test_an_override_that_cannot_be_used_is_an_input_error(recipe, override, par
 )
 def test_a_recipe_that_fails_is_an_input_error_with_its_line(recipe, line, parts):
     with pytest.raises(InputError) as caught:
-        config.load(recipe(line))
+        load(recipe(line))
     assert all(part in str(caught.value) for part in parts), str(caught.value)
 
 
 def test_what_a_recipe_says_of_its_argument_comes_through_as_it_is(recipe):
     with pytest.raises(InputError, match=r"^arg: 7b; expected 1b or 3b\. Choose\.$"):
-        config.load(recipe("raise fields.InputError('arg', got='7b', expected='1b or 3b', remedy='Choose.')") + ":7b")
+        load(recipe("raise fields.InputError('arg', got='7b', expected='1b or 3b', remedy='Choose.')") + ":7b")
 
 
 def test_a_source_that_is_no_configuration_is_an_input_error(tmp_path, recipe):
@@ -355,12 +356,12 @@ def test_a_source_that_is_no_configuration_is_an_input_error(tmp_path, recipe):
         ("", "no such file"),
     ]:
         with pytest.raises(InputError, match=part):
-            config.load(source)
+            load(source)
 
 
 def test_a_field_that_may_be_unset_is_unset_by_none(recipe):
     source = recipe("config.train.steps = 3; config.data.row_length = 512; config.loss.average = True")
-    found = config.load(source, ["train.steps=None", "loss.average=None", "data.max_length=900"])
+    found = load(source, ["train.steps=None", "loss.average=None", "data.max_length=900"])
     assert (found.train.steps, found.loss.average, found.data.row_length, found.data.max_length) == (
         None,
         None,
@@ -369,7 +370,7 @@ def test_a_field_that_may_be_unset_is_unset_by_none(recipe):
     )
     for name in ("seed", "loss.name", "train.batch_pairs", "optimizer.b1"):
         with pytest.raises(InputError, match=rf"--config\.{name}: None; expected a value\. .* the default is"):
-            config.load(source, [f"{name}=None"])
+            load(source, [f"{name}=None"])
 
 
 def test_a_missing_or_unknown_flag_is_an_input_error(recipe):
@@ -381,20 +382,20 @@ def test_a_missing_or_unknown_flag_is_an_input_error(recipe):
     ]:
         values = flags.FlagValues()
         with pytest.raises(InputError, match=part):
-            config.define_flags(argv, values)
-            config.parse_flags(argv, values)
+            define_flags(argv, values)
+            parse_flags(argv, values)
     values = flags.FlagValues()
-    config.define_flags(["x"], values)
-    config.parse_flags(["x"], values)
+    define_flags(["x"], values)
+    parse_flags(["x"], values)
     with pytest.raises(InputError, match="--config: not given"):
-        config.from_flags(values)
+        from_flags(values)
 
 
 def test_flags_of_a_real_command_line(recipe):
     """The same through sys.argv and absl's global flags, as the command line uses them."""
     script = (
-        "from dpo_jax import config; config.define_flags(); rest = config.parse_flags();"
-        "print(rest[1:], config.from_flags().loss.beta)"
+        "from dpo_jax import flags; flags.define_flags(); rest = flags.parse_flags();"
+        "print(rest[1:], flags.from_flags().loss.beta)"
     )
     argv = [sys.executable, "-c", script, "train", f"--config={recipe()}", "--config.loss.beta=0.25"]
     done = subprocess.run(argv, capture_output=True, text=True, check=True)

@@ -15,7 +15,7 @@ from dpo_jax.losses import make_loss
 from dpo_jax.steps import init_state, make_train_step
 from dpo_jax.types import Batch
 from examples import nnx_step
-from tests import runs
+from tests.support import runs
 
 ROOT = Path(__file__).parents[1]
 FOCAL = "examples.own_loss:focal"

@@ -10,8 +10,7 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from dpo_jax import sharding
-from dpo_jax.models import experts
-from dpo_jax.models.experts import balance_loss, mixture, route, router_load
+from dpo_jax.models.experts import Spread, _block_size, _Plan, _sort, balance_loss, mixture, route, router_load
 
 WAYS = {"ragged": None, "blocks": 16}
 FORMULA = 0
@@ -156,7 +155,7 @@ def test_bfloat16_is_as_exact_as_its_numbers_and_sums_gradients_in_float32(block
 def test_blocks_are_as_many_as_assignments_need(how):
     block = 4
     chosen = skewed(draw(tokens=97), how).experts
-    lines = jit(experts._sort, static_argnums=(1, 2))(chosen, E, block)
+    lines = jit(_sort, static_argnums=(1, 2))(chosen, E, block)
     sizes = np.bincount(np.asarray(chosen).ravel(), minlength=E)
     assert int(lines.blocks) == sum(-(-size // block) for size in sizes) <= len(lines.expert)
     chosen, held, expert, place = map(np.asarray, (chosen, lines.assignment, lines.expert, lines.place))
@@ -193,17 +192,15 @@ def test_block_costs_the_products_of_one_expert(count, lines):
 
 
 def test_blocks_are_of_no_more_lines_than_experts_get():
-    plan = experts._Plan(silu, 128, None)
-    assert [experts._block_size(plan, 8 * lines, 8) for lines in (1, 16, 17, 100, 128, 4000)] == [
-        *(16, 16, 32, 128, 128, 128)
-    ]
-    assert experts._block_size(experts._Plan(silu, None, None), 100, 8) is None
+    plan = _Plan(silu, 128, None)
+    assert [_block_size(plan, 8 * lines, 8) for lines in (1, 16, 17, 100, 128, 4000)] == [*(16, 16, 32, 128, 128, 128)]
+    assert _block_size(_Plan(silu, None, None), 100, 8) is None
 
 
 def spread_over(sizes, width=D, hidden=F):
     mesh = sharding.make_mesh(*sizes)
     axes = sharding.divides("fsdp", mesh, width), sharding.divides("tensor", mesh, hidden)
-    return experts.Spread(mesh, sharding.ROW_AXES, *axes, scatter=functools.partial(sharding.sum_scattered, mesh))
+    return Spread(mesh, sharding.ROW_AXES, *axes, scatter=functools.partial(sharding.sum_scattered, mesh))
 
 
 def placed(drawn: Drawn, spread) -> Drawn:
@@ -245,7 +242,7 @@ def test_matrices_are_gathered_in_the_compute_type_and_tokens_stay_where_they_ar
     router = jnp.ones((D, E), jnp.bfloat16)
 
     def loss(x, router, *kernels):
-        weights, chosen, _ = route(x, router, top_k=K, normalise=True, spread=spread)
+        weights, chosen, _ = route(x, router, top_k=K, normalize=True, spread=spread)
         return jnp.sum(mixture(x, weights, chosen, *kernels, activation=silu, block=16, spread=spread) ** 2)
 
     lowered = jit(jax.grad(loss, (0, 2, 3, 4))).lower(drawn.x, router, *drawn[3:])
@@ -257,14 +254,14 @@ def test_matrices_are_gathered_in_the_compute_type_and_tokens_stay_where_they_ar
     assert gathered and all(any(shape in line for shape in kernels) for line in gathered)
 
 
-@pytest.mark.parametrize("normalise", [True, False])
-def test_router_takes_the_likeliest_and_its_gradient_is_that_of_the_formula(x64, normalise):
+@pytest.mark.parametrize("normalize", [True, False])
+def test_router_takes_the_likeliest_and_its_gradient_is_that_of_the_formula(x64, normalize):
     x, *_ = draw(dtype=jnp.float64)
     router = draw(tokens=D, width=E, dtype=jnp.float64, seed=1).x
     slope = jnp.asarray(np.cos(np.arange(3 * N)).reshape(N, 3))
 
     def loss(router):
-        weights, *others = route(x, router, top_k=3, normalise=normalise)
+        weights, *others = route(x, router, top_k=3, normalize=normalize)
         return jnp.sum(weights * slope), (weights, *others)
 
     run = jit(jax.value_and_grad(loss, has_aux=True))
@@ -273,7 +270,7 @@ def test_router_takes_the_likeliest_and_its_gradient_is_that_of_the_formula(x64,
     exact = exact / exact.sum(-1, keepdims=True)
     order = np.argsort(-exact, axis=1)[:, :3]
     top = np.take_along_axis(exact, order, axis=1)
-    expected = top / top.sum(-1, keepdims=True) if normalise else top
+    expected = top / top.sum(-1, keepdims=True) if normalize else top
     np.testing.assert_array_equal(chosen, order)
     np.testing.assert_allclose(weights, expected, rtol=1e-12)
     np.testing.assert_allclose(probabilities, exact, rtol=1e-12)
@@ -286,7 +283,7 @@ def test_router_takes_the_likeliest_and_its_gradient_is_that_of_the_formula(x64,
 def test_router_of_bfloat16_has_float32_probabilities():
     x, *_ = draw(dtype=jnp.bfloat16)
     router = jnp.ones((D, 512), jnp.bfloat16)
-    weights, _, probabilities = jit(functools.partial(route, top_k=K, normalise=False))(x, router)
+    weights, _, probabilities = jit(functools.partial(route, top_k=K, normalize=False))(x, router)
     assert weights.dtype == jnp.bfloat16 and probabilities.dtype == jnp.float32
     np.testing.assert_allclose(probabilities.sum(-1), 1, rtol=1e-5)
 
@@ -305,26 +302,26 @@ def test_balance_loss_of_even_routing_is_the_number_of_choices():
 
 
 def peer(family: str):
-    """One block of transformers with random weights, and whether its router normalises."""
+    """One block of transformers with random weights, and whether its router normalizes."""
     pytest.importorskip("torch")
     transformers = pytest.importorskip("transformers")
     import importlib
 
     module = importlib.import_module(f"transformers.models.{family}.modeling_{family}")
     sizes = dict(hidden_size=D, num_experts_per_tok=K, num_attention_heads=2, num_key_value_heads=2)
-    name, config, normalised = {
+    name, config, normalized = {
         "mixtral": ("Mixtral", dict(num_local_experts=E, intermediate_size=F), True),
         "qwen3_moe": ("Qwen3Moe", dict(num_experts=E, moe_intermediate_size=F, norm_topk_prob=True), True),
         "olmoe": ("Olmoe", dict(num_experts=E, intermediate_size=F, norm_topk_prob=False), False),
     }[family]
     block = getattr(module, f"{name}SparseMoeBlock")(getattr(transformers, f"{name}Config")(**sizes, **config))
-    return block, normalised
+    return block, normalized
 
 
 @pytest.mark.parametrize("family, block", [("mixtral", 16), ("qwen3_moe", None), ("olmoe", 16)])
 def test_block_parity_with_transformers(family, block):
     torch = pytest.importorskip("torch")
-    theirs, normalised = peer(family)
+    theirs, normalized = peer(family)
     rng = np.random.default_rng(3)
     for parameter in theirs.parameters():
         parameter.data = torch.tensor(rng.normal(size=parameter.shape) / 4, dtype=torch.float32)
@@ -342,7 +339,7 @@ def test_block_parity_with_transformers(family, block):
     ours, grads = (split(*(params[name][i] for name in names)) for i in range(2))
 
     def run(x, router, gate, up, down):
-        weights, chosen, _ = route(x, router, top_k=K, normalise=normalised)
+        weights, chosen, _ = route(x, router, top_k=K, normalize=normalized)
         y = mixture(x, weights, chosen, gate, up, down, activation=silu, block=block)
         return jnp.sum(y * slope.reshape(-1, D)), y
 
@@ -363,7 +360,7 @@ def test_balance_loss_parity_with_transformers(masked):
     x, *_ = draw()
     router = draw(tokens=D, width=E, seed=1).x
     real = np.arange(N) % 3 > 0
-    _, chosen, probabilities = jit(functools.partial(route, top_k=K, normalise=True))(x, router)
+    _, chosen, probabilities = jit(functools.partial(route, top_k=K, normalize=True))(x, router)
     ours = balance_loss(probabilities, chosen, jnp.asarray(real) if masked else None)
     mask = torch.tensor(real.reshape(4, 10)) if masked else None
     theirs = mixtral.load_balancing_loss_func((torch.tensor(np.asarray(x @ router)),), E, K, mask)

@@ -9,22 +9,23 @@ import numpy as np
 import pytest
 
 from dpo_jax import config as configs
-from dpo_jax import inputs
 from dpo_jax.data import layout, packing
-from dpo_jax.models import decoder, hf_io
-from dpo_jax.models.families import FAMILIES
-from dpo_jax.scoring import make_logps_fn
+from dpo_jax.hf import checkpoints
+from dpo_jax.hf.families import FAMILIES
+from dpo_jax.models import decoder
+from dpo_jax.parallel import make_logps_fn
+from dpo_jax.run import checks
 from dpo_jax.types import Encoded
-from tests.family_cases import CASES
-from tests.make_golden import JSON, LOGITS, TOKENS, write_folder
+from tests.support.family_cases import CASES
+from tests.support.make_golden import JSON, LOGITS, TOKENS, write_folder
 
 GOLDEN = json.loads(JSON.read_text())
 TOLERANCE = 1e-4  # of logits up to 15; most lie within 1e-5
 
 
 def load(folder):
-    config, _ = hf_io.read_config(folder)
-    return jax.tree.map(jnp.asarray, hf_io.load_params(folder, config)), config
+    config, _ = checkpoints.read_config(folder)
+    return jax.tree.map(jnp.asarray, checkpoints.load_params(folder, config)), config
 
 
 def test_golden_files_are_of_every_case_and_cases_of_every_family():
@@ -49,7 +50,7 @@ def test_logits_equal_those_of_transformers_and_an_untouched_export_is_the_same_
     hidden = decoder.forward(params, config, jnp.asarray(TOKENS), at, jnp.zeros_like(at), at + 1)
     np.testing.assert_allclose(decoder.logits(params, config, hidden), expected, rtol=0, atol=TOLERANCE)
     assert np.abs(expected).max() > 1
-    hf_io.export(params, base=tmp_path / "base", out=tmp_path / "out")
+    checkpoints.export(params, base=tmp_path / "base", out=tmp_path / "out")
     for file in ("config.json", "model.safetensors"):
         ours, theirs = ((tmp_path / folder / file).read_bytes() for folder in ("out", "base"))
         assert json.loads(ours) == json.loads(theirs) if file == "config.json" else ours == theirs, file
@@ -86,10 +87,10 @@ def test_every_layout_gives_the_log_probs_of_separate_sequences(name, tmp_path):
         halves = pair._replace(rejected=none), pair._replace(chosen=none)
         return [score([half], "repeated")[0, side] for side, half in enumerate(halves)]
 
-    fitted, chosen = inputs.fit(configs.Config(), config, lengths_of(LONG))
+    fitted, chosen = checks.fit(configs.Config(), config, lengths_of(LONG))
     apart = fitted.needs_whole_sequences  # and not for windows that none of these reaches
     assert chosen == ("repeated" if apart else "shared")
-    assert inputs.fit(configs.Config(), config, lengths_of(SHORT))[1] == "shared"
+    assert checks.fit(configs.Config(), config, lengths_of(SHORT))[1] == "shared"
     for pairs, layouts in ((LONG, ("repeated",) if apart else layout.LAYOUTS), (SHORT, layout.LAYOUTS)):
         expected = np.array([separate(pair) for pair in pairs])
         for each in layouts:

@@ -2,14 +2,14 @@
 
 from pathlib import Path
 
-from dpo_jax.models.families import FAMILIES
+from dpo_jax.hf.families import FAMILIES
 
 ROOT = Path(__file__).parents[1]
 GUIDE = (ROOT / "docs" / "families.md").read_text()
 
 
 def test_guide_walks_through_the_file_that_there_is():
-    text = (ROOT / "dpo_jax" / "models" / "families" / "qwen3.py").read_text()
+    text = (ROOT / "dpo_jax" / "hf" / "families" / "qwen3.py").read_text()
     assert f"```python\n{text}```" in GUIDE
     assert f"all {len(text.splitlines())} lines of it" in GUIDE
 

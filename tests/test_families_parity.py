@@ -9,13 +9,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dpo_jax.models import decoder, hf_config, hf_io
+from dpo_jax.hf import checkpoints, config_json
+from dpo_jax.hf.families import FAMILIES
+from dpo_jax.models import decoder
 from dpo_jax.models.config import DecoderConfig
-from dpo_jax.models.families import FAMILIES
-from tests import make_golden
-from tests.family_cases import CASES
-from tests.hf_folders import decoder_config
-from tests.make_golden import TOKENS, write_folder
+from tests.support import make_golden
+from tests.support.family_cases import CASES
+from tests.support.hf_folders import decoder_config
+from tests.support.make_golden import TOKENS, write_folder
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -45,9 +46,9 @@ def test_golden_files_are_what_transformers_saves_and_computes(name):
 @pytest.mark.parametrize("name", CASES)
 def test_transformers_reads_an_export_whole(name, tmp_path):
     write_folder(tmp_path / "base", GOLDEN[name])
-    config, _ = hf_io.read_config(tmp_path / "base")
-    changed = jax.tree.map(lambda x: 0.5 * x, hf_io.load_params(tmp_path / "base", config))
-    hf_io.export(changed, base=tmp_path / "base", out=tmp_path / "out")
+    config, _ = checkpoints.read_config(tmp_path / "base")
+    changed = jax.tree.map(lambda x: 0.5 * x, checkpoints.load_params(tmp_path / "base", config))
+    checkpoints.export(changed, base=tmp_path / "base", out=tmp_path / "out")
     model, info = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", output_loading_info=True)
     assert not any(info.values()), info
     with torch.no_grad():
@@ -78,8 +79,8 @@ def plain(name):
 def test_ignoring_a_field_would_show(name, field, tmp_path):
     """The tests above see only what makes a difference: here each field is put back, as if it had not been read."""
     write_folder(tmp_path, GOLDEN[name])
-    config, _ = hf_io.read_config(tmp_path)
-    params = hf_io.load_params(tmp_path, config)
+    config, _ = checkpoints.read_config(tmp_path)
+    params = checkpoints.load_params(tmp_path, config)
     changes = {each: getattr(plain(name), each) for each in ((field, "pattern") if field == "kinds" else (field,))}
     ignored = our_logits(params, dataclasses.replace(config, **changes))
     assert np.abs(ignored - np.load(make_golden.LOGITS)[name]).max() > 10 * TOLERANCE
@@ -101,10 +102,10 @@ def test_absent_fields_have_the_defaults_of_transformers(name, tmp_path):
     assert decoder_config({field: full[field] for field in needed if field in full}) == decoder_config(full)
 
 
-@pytest.mark.parametrize("name", hf_config.ACTIVATIONS)
+@pytest.mark.parametrize("name", config_json.ACTIVATIONS)
 def test_activation_equals_that_of_transformers(name):
     """The two forms of gelu lie 4.7e-4 apart."""
     x = np.linspace(-6, 6, 1001, dtype=np.float32)
     theirs = activations.ACT2FN[name](torch.from_numpy(x)).numpy()
-    ours = np.asarray(decoder.ACTIVATIONS[hf_config.ACTIVATIONS[name]](jnp.asarray(x)))
+    ours = np.asarray(decoder.ACTIVATIONS[config_json.ACTIVATIONS[name]](jnp.asarray(x)))
     np.testing.assert_allclose(ours, theirs, rtol=0, atol=2e-6)

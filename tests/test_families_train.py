@@ -10,16 +10,17 @@ import optax
 import pytest
 
 from dpo_jax import config as configs
-from dpo_jax import inputs as run_inputs
-from dpo_jax import losses, scoring, sharding, steps
+from dpo_jax import losses, parallel, sharding, steps
 from dpo_jax.data import layout, packing
-from dpo_jax.models import decoder, hf_io
+from dpo_jax.hf import checkpoints
+from dpo_jax.models import decoder
+from dpo_jax.run import checks
 from dpo_jax.types import Encoded, InputError
-from tests.hf_folders import decoder_config
-from tests.make_golden import JSON, write_folder
+from tests.support.hf_folders import decoder_config
+from tests.support.make_golden import JSON, write_folder
 
 GOLDEN = json.loads(JSON.read_text())["cases"]
-# What each adds to a decoder: a bias on logits and neighbours that turn; learned positions; norms after, soft caps and
+# What each adds to a decoder: a bias on logits and neighbors that turn; learned positions; norms after, soft caps and
 # windows; norms over all heads; experts and a window; experts, and queries and keys cut.
 KINDS = ["gptj-plain", "gpt2-all", "gemma2-all", "olmo2-all", "mixtral-all", "olmoe-all"]
 PAIRS = 8
@@ -29,21 +30,21 @@ PAIRS = 8
 def model(name, folder):
     config = decoder_config(GOLDEN[name]["config"])
     write_folder(folder, GOLDEN[name])
-    return config, jax.tree.map(jnp.asarray, hf_io.load_params(folder, config))
+    return config, jax.tree.map(jnp.asarray, checkpoints.load_params(folder, config))
 
 
 def batch_of(config, rows=4):
     rng = np.random.default_rng(0)
     pairs = [Encoded.of(*(rng.integers(3, 41, rng.integers(2, 15)) for _ in range(3))) for _ in range(PAIRS)]
     lengths = np.array([pair.lengths for pair in pairs])
-    _, name = run_inputs.fit(configs.Config(), config, lengths)
+    _, name = checks.fit(configs.Config(), config, lengths)
     shape = packing.Shape(pairs=PAIRS, rows=rows, row_length=64, microbatches=8 // rows)
     return layout.collate(pairs, np.full((PAIRS, 2), -40.0), shape, layout=name)
 
 
 def update(config, params, batch, *, mesh=None, penalties=None):
     tx = optax.sgd(1.0)
-    logps_fn = scoring.make_logps_fn(config, pairs=PAIRS, dtype=jnp.float32, mesh=mesh)
+    logps_fn = parallel.make_logps_fn(config, pairs=PAIRS, dtype=jnp.float32, mesh=mesh)
     step = steps.make_train_step(
         logps_fn, losses.make_loss("sigmoid", {}), tx, has_aux=True, adds=True, penalties=penalties or {}
     )
@@ -131,7 +132,7 @@ def test_router_metrics_and_what_weighs_the_balance(tmp_path):
 def balance_of(config, params, batch):
     """The mean over answer tokens of what `router_balance` is the mean of."""
     total = 0.0
-    logps_fn = scoring.make_logps_fn(config, pairs=PAIRS, dtype=jnp.float32)
+    logps_fn = parallel.make_logps_fn(config, pairs=PAIRS, dtype=jnp.float32)
     for i in range(int(batch.count)):
         rows = jax.tree.map(lambda x, i=i: jnp.asarray(x[i]), batch.rows)
         total += logps_fn(params, rows)[1]["router_balance"].sum()
@@ -143,15 +144,15 @@ def test_balance_without_experts_and_positions_that_were_never_learned_are_refus
     llama, gpt2 = (decoder_config(GOLDEN[f"{name}-plain"]["config"]) for name in ("llama", "gpt2"))
     train = configs.Train(router_balance=0.1)
     with pytest.raises(InputError, match="router_balance: got 0.1, and the model has no experts"):
-        run_inputs.fit(configs.Config(train=train), llama, lengths)
+        checks.fit(configs.Config(train=train), llama, lengths)
     with pytest.raises(InputError, match="max_length: sequences of up to 65 tokens, and the model has learned 64 pos"):
-        run_inputs.fit(configs.Config(), gpt2, lengths)
-    assert run_inputs.fit(configs.Config(), gpt2, lengths - 1)[1] == "shared"
+        checks.fit(configs.Config(), gpt2, lengths)
+    assert checks.fit(configs.Config(), gpt2, lengths - 1)[1] == "shared"
 
 
 def test_prompts_cannot_be_shared_beyond_a_window():
     mistral = decoder_config(GOLDEN["mistral-all"]["config"])
     shared = configs.Config(data=configs.Data(layout="shared"))
     with pytest.raises(InputError, match="layout: 'shared', and the model has windows.*6 tokens exceed"):
-        run_inputs.fit(shared, mistral, np.array([[2, 3, 4]]))
-    assert run_inputs.fit(shared, mistral, np.array([[2, 3, 3]]))[1] == "shared"
+        checks.fit(shared, mistral, np.array([[2, 3, 4]]))
+    assert checks.fit(shared, mistral, np.array([[2, 3, 3]]))[1] == "shared"

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dpo_jax import flops
+from dpo_jax.cost import flops
 from dpo_jax.data import layout, packing
 from dpo_jax.models.config import DecoderConfig, LayerKind
 from dpo_jax.types import Encoded

@@ -8,7 +8,7 @@ import pytest
 
 from dpo_jax.data import formats
 from dpo_jax.types import InputError, Pair, Row
-from tests.tokenizers_for_tests import BOS_AND_EOS, CHATML, THINKING, make_tokenizer
+from tests.support.tokenizers_made import BOS_AND_EOS, CHATML, THINKING, make_tokenizer
 
 HH = Path(__file__).parents[2] / "shared/data/hh_harmless_train.jsonl.gz"
 USER = {"role": "user", "content": "Is the sky blue?"}

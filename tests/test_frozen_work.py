@@ -8,12 +8,15 @@ import jax
 import numpy as np
 import pytest
 
-from dpo_jax import config, estimate, flops, programs
-from dpo_jax import inputs as run_inputs
-from dpo_jax.models import weights
-from dpo_jax.models.families import family
-from dpo_jax.models.hf_io import flatten
-from tests.family_cases import CASES
+from dpo_jax import config
+from dpo_jax.cost import flops
+from dpo_jax.hf import tensors
+from dpo_jax.hf.families import family
+from dpo_jax.plan import estimate
+from dpo_jax.run import choices, programs
+from dpo_jax.run.state import abstract_params, abstract_state
+from dpo_jax.trees import flatten
+from tests.support.family_cases import CASES
 
 LENGTHS = np.array([[20, 10, 12], [16, 9, 9]])
 # Sides that no number of positions, of lines in a block or of tokens in one has.
@@ -27,7 +30,7 @@ def case(name, **changes):
     hf = dict(hf, model_type=kind) | changes
     model = family(hf, name).decoder_config(hf, name)
     table = family(hf, name).tensors(model)
-    shapes = weights.leaf_shapes(table, model.stacks)
+    shapes = tensors.leaf_shapes(table, model.stacks)
     return model, table, shapes
 
 
@@ -46,7 +49,7 @@ def config_of(fields):
 def shares(name, **fields):
     """Of a small model, and its operations of a token's products and of a scored one's, forward."""
     model, table, shapes = case(name)
-    selection = run_inputs.selection_of(chosen(**fields), table, model)
+    selection = choices.selection_of(chosen(**fields), table, model)
     found = selection.shapes(model)
     assert shapes.items() <= found.items()
     return flops.shares_of(model, found, selection.share), flops.shares_of(model, found, selection.trains)
@@ -112,8 +115,8 @@ def compiled(folder, name, sizes, **fields):
     selection = estimate.selected(how, model)
     devices = jax.devices()[: math.prod(sizes.values())]
     built = programs.make_programs(how, model, LENGTHS, selection=selection, devices=devices)
-    tx, _ = run_inputs.optimizer_of(how, total_steps=6, selection=selection)
-    state, (_, frozen) = programs.abstract_state(how, built, tx), programs.abstract_params(how, built)
+    tx, _ = choices.optimizer_of(how, total_steps=6, selection=selection)
+    state, (_, frozen) = abstract_state(how, built, tx), abstract_params(how, built)
     update = programs.make_update(how, built, tx, state)
     # What XLA does to the program is looked at, not what LLVM does to its loops.
     quick = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}

@@ -5,10 +5,10 @@ from typing import Any
 
 import pytest
 
-from dpo_jax.models import hf_config, hf_io
+from dpo_jax.hf import checkpoints, config_json
 from dpo_jax.types import InputError
-from tests.hf_folders import CONFIG, LLAMA, NEOX, decoder_config, edit_config, save
-from tests.make_golden import JSON
+from tests.support.hf_folders import CONFIG, LLAMA, NEOX, decoder_config, edit_config, save
+from tests.support.make_golden import JSON
 
 GOLDEN = json.loads(JSON.read_text())["cases"]
 PHI3, GEMMA3, QWEN2, SMOLLM3, QWEN3_MOE, GPTJ, GPT2 = (
@@ -35,17 +35,17 @@ def test_unknown_architecture_lists_the_known_ones(tmp_path):
     save(tmp_path / "m")
     edit_config(tmp_path / "m", model_type="llambda")
     with pytest.raises(InputError, match="'llambda'; its config.json reads like Llama's.*gpt_neox, gptj, llama"):
-        hf_io.read_config(tmp_path / "m")
+        checkpoints.read_config(tmp_path / "m")
     edit_config(tmp_path / "m", model_type="granite", residual_multiplier=0.2, attention_multiplier=0.1)
     with pytest.raises(InputError, match="'granite'.*attention_multiplier=0.1, residual_multiplier=0.2"):
-        hf_io.read_config(tmp_path / "m")
+        checkpoints.read_config(tmp_path / "m")
 
 
 @pytest.mark.parametrize(
     "hf, changes, message",
     [
         (LLAMA, dict(architectures=["LlamaForSequenceClassification"]), "architectures"),
-        (LLAMA, dict(quantization_config={"bits": 4}), "quantised"),
+        (LLAMA, dict(quantization_config={"bits": 4}), "quantized"),
         (LLAMA, dict(rope_scaling={"type": "linear"}), "linear without factor"),
         (
             LLAMA,
@@ -110,8 +110,8 @@ def test_what_is_not_implemented_is_refused(hf, changes, message):
 @pytest.mark.parametrize("hf", [LLAMA, NEOX], ids=["llama", "gpt_neox"])
 def test_fields_that_change_nothing_are_accepted(hf):
     """What transformers writes for every model, private fields, and unknown ones that are null."""
-    extra = dict.fromkeys(hf_config.HARMLESS - {"architectures", "model_type"}, 1)
-    neutral = {name: values[0] for name, values in hf_config.NEUTRAL.items() if values}
+    extra = dict.fromkeys(config_json.HARMLESS - {"architectures", "model_type"}, 1)
+    neutral = {name: values[0] for name, values in config_json.NEUTRAL.items() if values}
     changes = extra | neutral | dict(_name_or_path="x", sliding_window=None, rope_scaling=None)
     assert decoder_config(hf | changes) == decoder_config(hf)
 
@@ -184,13 +184,13 @@ def test_partial_rotary_is_read_wherever_it_stands(changes):
 
 def test_config_that_is_not_there_or_not_json_is_refused(tmp_path):
     with pytest.raises(InputError, match="config.json: no such file"):
-        hf_io.read_config(tmp_path)
+        checkpoints.read_config(tmp_path)
     (tmp_path / CONFIG).write_text("{")
     with pytest.raises(InputError, match="config.json: not JSON"):
-        hf_io.read_config(tmp_path)
+        checkpoints.read_config(tmp_path)
     (tmp_path / CONFIG).write_text("[]")
     with pytest.raises(InputError, match="config.json: a JSON list"):
-        hf_io.read_config(tmp_path)
+        checkpoints.read_config(tmp_path)
 
 
 def test_window_that_is_null_is_none_and_one_that_is_absent_is_the_default_of_transformers():

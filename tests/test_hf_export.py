@@ -14,9 +14,21 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 from safetensors.numpy import load_file
 
-from dpo_jax.models import hf_files, hf_io
+from dpo_jax import trees
+from dpo_jax.hf import checkpoints, folders
 from dpo_jax.types import InputError
-from tests.hf_folders import CONFIG, CONFIGS, FILE, INDEX, LLAMA, assert_same, edit_weights, load, save, snapshot
+from tests.support.hf_folders import (
+    CONFIG,
+    CONFIGS,
+    FILE,
+    INDEX,
+    LLAMA,
+    assert_same,
+    edit_weights,
+    load,
+    save,
+    snapshot,
+)
 
 both_families = pytest.mark.parametrize("hf", CONFIGS.values(), ids=CONFIGS)
 
@@ -31,8 +43,8 @@ def test_import_then_export_is_bit_exact_with_mixed_types(tmp_path, hf):
             tensors[name] = tensors[name].astype(("float32", ml_dtypes.bfloat16, "float16")[i % 3])
 
     edit_weights(tmp_path / "base", mix)
-    params = hf_io.nest(load(tmp_path / "base"))
-    hf_io.export(params, base=tmp_path / "base", out=tmp_path / "out")
+    params = trees.nest(load(tmp_path / "base"))
+    checkpoints.export(params, base=tmp_path / "base", out=tmp_path / "out")
     # Whole files: the same bytes as the safetensors library's own.
     assert (tmp_path / "out" / FILE).read_bytes() == (tmp_path / "base" / FILE).read_bytes()
     assert json.loads((tmp_path / "out" / CONFIG).read_text()) == json.loads((tmp_path / "base" / CONFIG).read_text())
@@ -40,15 +52,15 @@ def test_import_then_export_is_bit_exact_with_mixed_types(tmp_path, hf):
 
 def test_export_takes_jax_arrays(tmp_path):
     leaves = save(tmp_path / "base")
-    hf_io.export(jax.tree.map(jnp.asarray, hf_io.nest(leaves)), base=tmp_path / "base", out=tmp_path / "out")
+    checkpoints.export(jax.tree.map(jnp.asarray, trees.nest(leaves)), base=tmp_path / "base", out=tmp_path / "out")
     assert snapshot(tmp_path / "out") == snapshot(tmp_path / "base")
 
 
 @both_families
 def test_export_takes_arrays_spread_over_devices(tmp_path, hf):
     leaves = save(tmp_path / "base", hf)
-    params = jax.device_put(hf_io.nest(leaves), spread(leaves))
-    hf_io.export(params, base=tmp_path / "base", out=tmp_path / "out")
+    params = jax.device_put(trees.nest(leaves), spread(leaves))
+    checkpoints.export(params, base=tmp_path / "base", out=tmp_path / "out")
     assert snapshot(tmp_path / "out") == snapshot(tmp_path / "base")
 
 
@@ -60,23 +72,23 @@ def spread(leaves):
         path: [axis if size % 4 == 0 else None for axis, size in zip(last[x.ndim], x.shape, strict=True)]
         for path, x in leaves.items()
     }
-    return hf_io.nest({path: NamedSharding(mesh, PartitionSpec(*spec)) for path, spec in specs.items()})
+    return trees.nest({path: NamedSharding(mesh, PartitionSpec(*spec)) for path, spec in specs.items()})
 
 
 def test_array_shared_with_other_processes_is_copied_a_layer_at_a_time(tmp_path, monkeypatch, caplog):
     """Of those a test in one process has none: here every array says that it is one."""
     leaves = save(tmp_path / "base")
-    params = jax.device_put(hf_io.nest(leaves), spread(leaves))
-    copied, copier = [], hf_io.copier
+    params = jax.device_put(trees.nest(leaves), spread(leaves))
+    copied, copier = [], checkpoints.copier
 
     def counting(mesh):
         return lambda array, layer: copied.append(copier(mesh)(array, layer)) or copied[-1]
 
-    monkeypatch.setattr(hf_io, "copier", counting)
+    monkeypatch.setattr(checkpoints, "copier", counting)
     monkeypatch.setattr(type(params["embed"]["embedding"]), "is_fully_addressable", property(lambda self: False))
     jax.config.update("jax_log_compiles", True)
     try:
-        hf_io.export(params, base=tmp_path / "base", out=tmp_path / "out")
+        checkpoints.export(params, base=tmp_path / "base", out=tmp_path / "out")
     finally:
         jax.config.update("jax_log_compiles", False)
     assert snapshot(tmp_path / "out") == snapshot(tmp_path / "base")
@@ -91,7 +103,9 @@ def test_array_shared_with_other_processes_is_copied_a_layer_at_a_time(tmp_path,
 
 
 def exporting(leaves, folder, **options):
-    return functools.partial(hf_io.export, hf_io.nest(leaves), base=folder / "base", out=folder / "out", **options)
+    return functools.partial(
+        checkpoints.export, trees.nest(leaves), base=folder / "base", out=folder / "out", **options
+    )
 
 
 def from_hosts(count, export):
@@ -104,7 +118,7 @@ def from_hosts(count, export):
             barrier.wait(60)
 
         try:
-            export(hosts=hf_io.Hosts(index, count, wait))
+            export(hosts=checkpoints.Hosts(index, count, wait))
         except BaseException as error:
             errors[index] = error
             barrier.abort()  # as the others' barriers fail when a process dies
@@ -135,13 +149,13 @@ def test_export_shared_by_hosts_is_that_of_one(tmp_path, count):
 def test_hosts_write_files_in_turn(tmp_path, monkeypatch):
     leaves = save(tmp_path / "base")
     written = collections.defaultdict(list)
-    real = hf_files.write_file
+    real = folders.write_file
 
     def write_file(path, *arguments):
         written[threading.current_thread().name].append(path.name)
         real(path, *arguments)
 
-    monkeypatch.setattr(hf_files, "write_file", write_file)
+    monkeypatch.setattr(folders, "write_file", write_file)
     _, errors = from_hosts(3, exporting(leaves, tmp_path, max_shard_bytes=4000))
     assert errors == [None] * 3
     names = sorted(path.name for path in (tmp_path / "out").glob("*.safetensors"))
@@ -151,16 +165,16 @@ def test_hosts_write_files_in_turn(tmp_path, monkeypatch):
 @pytest.mark.parametrize("failing", [0, 1])
 def test_failure_of_one_host_leaves_the_old_export(tmp_path, monkeypatch, failing):
     leaves = save(tmp_path / "base")
-    hf_io.export(hf_io.nest(leaves), base=tmp_path / "base", out=tmp_path / "out", card="old")
+    checkpoints.export(trees.nest(leaves), base=tmp_path / "base", out=tmp_path / "out", card="old")
     before = snapshot(tmp_path / "out")
-    real = hf_files.write_file
+    real = folders.write_file
 
     def write_file(path, *arguments):
         if path.name.startswith(f"model-{failing + 3:05d}"):  # the second file of that host
             raise OSError("No space left on device")
         real(path, *arguments)
 
-    monkeypatch.setattr(hf_files, "write_file", write_file)
+    monkeypatch.setattr(folders, "write_file", write_file)
     _, errors = from_hosts(2, exporting(leaves, tmp_path, max_shard_bytes=4000))
     assert "No space left" in str(errors[failing]) and all(errors)
     assert snapshot(tmp_path / "out") == before
@@ -180,7 +194,7 @@ def test_what_killed_hosts_left_behind_is_replaced(tmp_path):
 
 def test_export_in_another_type_says_so_in_config(tmp_path):
     leaves = save(tmp_path / "base")
-    hf_io.export(hf_io.nest(leaves), base=tmp_path / "base", out=tmp_path / "out", dtype="bfloat16")
+    checkpoints.export(trees.nest(leaves), base=tmp_path / "base", out=tmp_path / "out", dtype="bfloat16")
     assert {t.dtype.name for t in load_file(tmp_path / "out" / FILE).values()} == {"bfloat16"}
     assert json.loads((tmp_path / "out" / CONFIG).read_text())["torch_dtype"] == "bfloat16"
     back = load(tmp_path / "out", dtype="bfloat16")
@@ -188,8 +202,8 @@ def test_export_in_another_type_says_so_in_config(tmp_path):
 
 
 def test_config_keeps_the_key_it_names_its_type_by():
-    assert hf_io.with_dtype({"dtype": "float32"}, "float16") == {"dtype": "float16"}
-    assert hf_io.with_dtype({"torch_dtype": "float32"}, "float16") == {"torch_dtype": "float16"}
+    assert checkpoints.with_dtype({"dtype": "float32"}, "float16") == {"dtype": "float16"}
+    assert checkpoints.with_dtype({"torch_dtype": "float32"}, "float16") == {"torch_dtype": "float16"}
 
 
 def test_numbers_too_large_for_the_type_are_refused(tmp_path):
@@ -197,9 +211,9 @@ def test_numbers_too_large_for_the_type_are_refused(tmp_path):
     leaves = save(tmp_path / "base")
     leaves["final_norm/scale"][0] = 1e5
     with pytest.raises(InputError, match="model.norm.weight.*beyond the range of float16"):
-        hf_io.export(hf_io.nest(leaves), base=tmp_path / "base", out=tmp_path / "out", dtype="float16")
+        checkpoints.export(trees.nest(leaves), base=tmp_path / "base", out=tmp_path / "out", dtype="float16")
     assert not (tmp_path / "out").exists()
-    hf_io.export(hf_io.nest(leaves), base=tmp_path / "base", out=tmp_path / "out")
+    checkpoints.export(trees.nest(leaves), base=tmp_path / "base", out=tmp_path / "out")
     with pytest.raises(InputError, match="model.norm.weight.*beyond the range of float16"):
         load(tmp_path / "out", dtype="float16")
 
@@ -217,7 +231,7 @@ def folder_with_tokenizer(folder, hf=LLAMA):
 
 def test_export_copies_the_small_files_and_no_code(tmp_path):
     leaves = folder_with_tokenizer(tmp_path / "base")
-    hf_io.export(hf_io.nest(leaves), base=tmp_path / "base", out=tmp_path / "deep" / "out", card="# A model\n")
+    checkpoints.export(trees.nest(leaves), base=tmp_path / "base", out=tmp_path / "deep" / "out", card="# A model\n")
     written = {str(path): data for path, data in snapshot(tmp_path / "deep" / "out").items()}
     assert written.keys() == {
         "README.md",
@@ -235,11 +249,15 @@ def test_export_takes_the_tokenizer_from_its_own_folder(tmp_path):
     leaves = folder_with_tokenizer(tmp_path / "base")
     (tmp_path / "tokenizer").mkdir()
     with pytest.raises(InputError, match="no tokenizer files"):
-        hf_io.export(hf_io.nest(leaves), base=tmp_path / "base", out=tmp_path / "out", tokenizer=tmp_path / "tokenizer")
+        checkpoints.export(
+            trees.nest(leaves), base=tmp_path / "base", out=tmp_path / "out", tokenizer=tmp_path / "tokenizer"
+        )
     assert not (tmp_path / "out").exists()
     (tmp_path / "tokenizer" / "tokenizer.json").write_text("other")
     (tmp_path / "tokenizer" / "config.json").write_text("other")
-    hf_io.export(hf_io.nest(leaves), base=tmp_path / "base", out=tmp_path / "out", tokenizer=tmp_path / "tokenizer")
+    checkpoints.export(
+        trees.nest(leaves), base=tmp_path / "base", out=tmp_path / "out", tokenizer=tmp_path / "tokenizer"
+    )
     assert (tmp_path / "out" / "tokenizer.json").read_text() == "other"
     assert (tmp_path / "out" / CONFIG).read_text() != "other"
     assert not (tmp_path / "out" / "chat_template.jinja").exists()
@@ -248,8 +266,8 @@ def test_export_takes_the_tokenizer_from_its_own_folder(tmp_path):
 def test_export_replaces_an_earlier_one_whole(tmp_path):
     leaves = folder_with_tokenizer(tmp_path / "base")
     base, out = tmp_path / "base", tmp_path / "out"
-    hf_io.export(hf_io.nest(leaves), base=base, out=out, card="old", max_shard_bytes=4000)
-    hf_io.export(hf_io.nest(leaves), base=base, out=out)
+    checkpoints.export(trees.nest(leaves), base=base, out=out, card="old", max_shard_bytes=4000)
+    checkpoints.export(trees.nest(leaves), base=base, out=out)
     assert not (out / "README.md").exists() and not (out / INDEX).exists()
     assert [path.name for path in out.glob("*.safetensors")] == [FILE]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["base", "out"]
@@ -258,10 +276,10 @@ def test_export_replaces_an_earlier_one_whole(tmp_path):
 def test_failed_export_leaves_the_old_one_and_nothing_else(tmp_path, monkeypatch):
     leaves = save(tmp_path / "base")
     base, out = tmp_path / "base", tmp_path / "out"
-    hf_io.export(hf_io.nest(leaves), base=base, out=out, card="old")
+    checkpoints.export(trees.nest(leaves), base=base, out=out, card="old")
     before = snapshot(out)
     calls = []
-    write_file = hf_files.write_file
+    write_file = folders.write_file
 
     def fail_on_the_second(*arguments):
         calls.append(arguments)
@@ -269,9 +287,9 @@ def test_failed_export_leaves_the_old_one_and_nothing_else(tmp_path, monkeypatch
             raise OSError("No space left on device")
         write_file(*arguments)
 
-    monkeypatch.setattr(hf_files, "write_file", fail_on_the_second)
+    monkeypatch.setattr(folders, "write_file", fail_on_the_second)
     with pytest.raises(OSError, match="No space left"):
-        hf_io.export(hf_io.nest(leaves), base=base, out=out, card="new", max_shard_bytes=4000)
+        checkpoints.export(trees.nest(leaves), base=base, out=out, card="new", max_shard_bytes=4000)
     assert len(calls) == 2
     assert snapshot(out) == before
     assert sorted(path.name for path in tmp_path.iterdir()) == ["base", "out"]
@@ -280,7 +298,7 @@ def test_failed_export_leaves_the_old_one_and_nothing_else(tmp_path, monkeypatch
 def test_export_that_cannot_take_its_place_puts_the_old_one_back(tmp_path, monkeypatch):
     leaves = save(tmp_path / "base")
     base, out = tmp_path / "base", tmp_path / "out"
-    hf_io.export(hf_io.nest(leaves), base=base, out=out, card="old")
+    checkpoints.export(trees.nest(leaves), base=base, out=out, card="old")
     before = snapshot(out)
     rename = Path.rename
 
@@ -291,7 +309,7 @@ def test_export_that_cannot_take_its_place_puts_the_old_one_back(tmp_path, monke
 
     monkeypatch.setattr(Path, "rename", fail_on_the_new)
     with pytest.raises(OSError, match="Stale"):
-        hf_io.export(hf_io.nest(leaves), base=base, out=out, card="new")
+        checkpoints.export(trees.nest(leaves), base=base, out=out, card="new")
     assert snapshot(out) == before
     assert sorted(path.name for path in tmp_path.iterdir()) == ["base", "out"]
 
@@ -301,7 +319,7 @@ def test_export_through_a_link_replaces_what_it_points_to(tmp_path):
     (tmp_path / "real").mkdir()
     (tmp_path / "link").symlink_to("real")
     for card in ("old", "new"):
-        hf_io.export(hf_io.nest(leaves), base=tmp_path / "base", out=tmp_path / "link", card=card)
+        checkpoints.export(trees.nest(leaves), base=tmp_path / "base", out=tmp_path / "link", card=card)
     assert (tmp_path / "real" / "README.md").read_text() == "new" and (tmp_path / "link").is_symlink()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["base", "link", "real"]
 
@@ -311,7 +329,7 @@ def test_export_refuses_to_replace_what_it_did_not_write(tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "thesis.tex").write_text("years of work")
     with pytest.raises(InputError, match="thesis.tex"):
-        hf_io.export(hf_io.nest(leaves), base=tmp_path / "base", out=tmp_path / "out")
+        checkpoints.export(trees.nest(leaves), base=tmp_path / "base", out=tmp_path / "out")
     assert (tmp_path / "out" / "thesis.tex").exists()
 
 
@@ -319,7 +337,7 @@ def test_export_refuses_the_folder_it_reads_from(tmp_path):
     leaves = save(tmp_path / "base")
     (tmp_path / "link").symlink_to(tmp_path / "base")
     with pytest.raises(InputError, match="also the folder read from"):
-        hf_io.export(hf_io.nest(leaves), base=tmp_path / "base", out=tmp_path / "link")
+        checkpoints.export(trees.nest(leaves), base=tmp_path / "base", out=tmp_path / "link")
 
 
 def test_export_names_every_leaf_that_does_not_fit(tmp_path):
@@ -327,7 +345,7 @@ def test_export_names_every_leaf_that_does_not_fit(tmp_path):
     leaves["final_norm/bias"] = leaves.pop("final_norm/scale")
     leaves["head/embedding"] = leaves["head/embedding"][1:]
     with pytest.raises(InputError) as error:
-        hf_io.export(hf_io.nest(leaves), base=tmp_path / "base", out=tmp_path / "out")
+        checkpoints.export(trees.nest(leaves), base=tmp_path / "base", out=tmp_path / "out")
     assert error.value.got == (
         "missing final_norm/scale [16]; unexpected final_norm/bias; head/embedding is [39, 16], not [40, 16]"
     )

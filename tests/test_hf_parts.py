@@ -11,9 +11,10 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 from safetensors.numpy import load_file
 
-from dpo_jax.models import copies, hf_files, hf_io
+from dpo_jax import trees
+from dpo_jax.hf import checkpoints, folders, transpose
 from dpo_jax.types import InputError
-from tests.hf_folders import (
+from tests.support.hf_folders import (
     CONFIGS,
     FILE,
     LLAMA,
@@ -31,11 +32,11 @@ both_families = pytest.mark.parametrize("hf", CONFIGS.values(), ids=CONFIGS)
 
 
 @both_families
-@pytest.mark.parametrize("piece, gap", [(64, 1), (200, 100), (hf_files.PIECE, hf_files.GAP)])
+@pytest.mark.parametrize("piece, gap", [(64, 1), (200, 100), (folders.PIECE, folders.GAP)])
 def test_parts_of_a_leaf_are_slices_of_the_whole(tmp_path, monkeypatch, hf, piece, gap):
     """Whichever part is asked for, and whether it is read a few numbers at a time, across gaps or at once."""
-    monkeypatch.setattr(hf_files, "PIECE", piece)
-    monkeypatch.setattr(hf_files, "GAP", gap)
+    monkeypatch.setattr(folders, "PIECE", piece)
+    monkeypatch.setattr(folders, "GAP", gap)
     leaves = save(tmp_path / "m", hf)
     edit_weights(tmp_path / "m", lambda tensors: repeat_head(hf, tensors))
     rng = np.random.default_rng(4)
@@ -60,7 +61,7 @@ def test_parts_of_a_leaf_are_slices_of_the_whole(tmp_path, monkeypatch, hf, piec
 @pytest.fixture
 def hurried_threads(monkeypatch):
     """Eight threads that take turns after every few steps, so that one is met in the middle of another's work."""
-    monkeypatch.setattr(copies, "THREADS", 8)
+    monkeypatch.setattr(transpose, "THREADS", 8)
     before = sys.getswitchinterval()
     sys.setswitchinterval(1e-6)
     yield
@@ -75,7 +76,7 @@ def test_threads_that_read_one_file_at_once_get_what_they_asked_for(tmp_path, hu
 
     def read(file, own):
         for at in range(own, count, 8):
-            found = struct.unpack("<Q", hf_files.read_bytes(file, 8 * at, 8))[0]
+            found = struct.unpack("<Q", folders.read_bytes(file, 8 * at, 8))[0]
             if found != at:
                 wrong.append((at, found))
 
@@ -91,15 +92,15 @@ def test_threads_that_read_one_file_at_once_get_what_they_asked_for(tmp_path, hu
 @pytest.mark.parametrize("family", ["llama", "gpt_neox_tied"])
 def test_threads_fill_every_part_of_a_leaf_and_of_a_file(tmp_path, monkeypatch, hurried_threads, family):
     """Again and again, a few numbers at a time: each number is in its place before the leaf is handed out."""
-    monkeypatch.setattr(hf_files, "PIECE", 128)
-    monkeypatch.setattr(hf_files, "GAP", 64)
-    monkeypatch.setattr(copies, "TILE", (3, 5))
+    monkeypatch.setattr(folders, "PIECE", 128)
+    monkeypatch.setattr(folders, "GAP", 64)
+    monkeypatch.setattr(transpose, "TILE", (3, 5))
     hf = CONFIGS[family] | dict(num_hidden_layers=9)
     leaves = save(tmp_path / "m", hf)
     edit_weights(tmp_path / "m", lambda tensors: repeat_head(hf, tensors))
     for _ in range(2):
         assert_same(load(tmp_path / "m"), leaves)
-    hf_io.export(hf_io.nest(leaves), base=tmp_path / "m", out=tmp_path / "again")
+    checkpoints.export(trees.nest(leaves), base=tmp_path / "m", out=tmp_path / "again")
     assert_same(load(tmp_path / "again"), leaves)
 
 
@@ -126,7 +127,7 @@ WIDE = LLAMA | SIZES | dict(num_key_value_heads=4, head_dim=64)
 @pytest.mark.parametrize("hf", [WIDE, NEOX | SIZES], ids=["llama", "gpt_neox"])
 def test_part_of_a_leaf_reads_little_more_of_the_files(tmp_path, monkeypatch, hf):
     """Layers, and heads or outputs of a linear map, are rows of the files' tensors, and cost what they hold."""
-    monkeypatch.setattr(hf_files, "GAP", 1024)  # 256 KiB would be all of these tensors
+    monkeypatch.setattr(folders, "GAP", 1024)  # 256 KiB would be all of these tensors
     save(tmp_path / "m", hf)
     sizes = count_reads(monkeypatch)
 
@@ -156,8 +157,8 @@ def test_part_of_a_leaf_reads_little_more_of_the_files(tmp_path, monkeypatch, hf
 
 def test_no_more_than_a_piece_is_read_at_a_time(tmp_path, monkeypatch):
     """Neither by loading, nor for the digest, nor where a repeated head is compared."""
-    monkeypatch.setattr(hf_files, "PIECE", 4096)
-    monkeypatch.setattr(hf_files, "GAP", 1024)
+    monkeypatch.setattr(folders, "PIECE", 4096)
+    monkeypatch.setattr(folders, "GAP", 1024)
     hf = WIDE | dict(tie_word_embeddings=True)
     save(tmp_path / "m", hf)
     edit_weights(tmp_path / "m", lambda tensors: repeat_head(hf, tensors))
@@ -167,7 +168,7 @@ def test_no_more_than_a_piece_is_read_at_a_time(tmp_path, monkeypatch):
     embedding = 512 * 256 * 4
     assert sum(sizes) == total + embedding and max(sizes) == 4096
     sizes.clear()
-    hf_io.digest(tmp_path / "m")
+    checkpoints.digest(tmp_path / "m")
     assert sum(sizes) == total and max(sizes) == 4096
 
 
@@ -177,7 +178,7 @@ def test_file_cut_while_it_is_read_is_refused(tmp_path):
 
     def cut(path, shape, read):
         (tmp_path / "m" / FILE).write_bytes(whole[: len(whole) // 2])
-        return hf_io.whole(path, shape, read)
+        return checkpoints.whole(path, shape, read)
 
     with pytest.raises(InputError, match=r"model.safetensors: ends at byte \d+; expected \d+ bytes or more"):
         load(tmp_path / "m", place=cut)

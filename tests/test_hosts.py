@@ -7,9 +7,10 @@ import time
 
 import pytest
 
-from dpo_jax import config, hosts, train
+from dpo_jax import config, train
+from dpo_jax.runtime import hosts
 from dpo_jax.types import InputError
-from tests.runs import make_config, make_inputs, read_rows, untimed
+from tests.support.runs import make_config, make_inputs, read_rows, untimed
 
 
 def test_one_process_agrees_with_itself_and_takes_every_share():

@@ -66,7 +66,7 @@ def distance(policy, optimum):
     return 0.5 * np.abs(policy - optimum).sum(1).max()
 
 
-def normalised(weights):
+def normalized(weights):
     return weights / weights.sum(1, keepdims=True)
 
 
@@ -82,7 +82,7 @@ def by_divergence(inverse, low, high):
 
 
 def exponential():
-    return normalised(np.exp(REFERENCE) * np.exp(REWARDS / BETA))
+    return normalized(np.exp(REFERENCE) * np.exp(REWARDS / BETA))
 
 
 TOP = REWARDS.max()
@@ -112,7 +112,7 @@ def test_ipo_reaches_reference_times_exponential_of_win_rate():
     # Its optimum is ref * exp(E_j[p(i > j)] / tau), j uniform over all answers, i itself among them (p = 1/2).
     preference = RNG.uniform(0.2, 0.8, (PROMPTS, ANSWERS, ANSWERS))
     preference = (preference + 1 - preference.transpose(0, 2, 1)) / 2
-    optimum = normalised(np.exp(REFERENCE) * np.exp(preference.mean(2) / BETA))
+    optimum = normalized(np.exp(REFERENCE) * np.exp(preference.mean(2) / BETA))
     objective = make_loss("ipo", {"beta": BETA, "average": False})
     assert distance(trained(of_pairs(objective, preference)), optimum) < 1e-3
 

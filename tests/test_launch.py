@@ -16,7 +16,8 @@ from typing import Any
 import pytest
 import yaml
 
-from dpo_jax import config, hosts
+from dpo_jax.flags import load
+from dpo_jax.runtime import hosts
 
 ROOT = Path(__file__).parent.parent
 SCRIPTS = sorted((ROOT / "launch").glob("*.sh"))
@@ -188,7 +189,7 @@ def test_every_launcher_runs_the_command_of_a_laptop(script, tools):
     start = next(index for index, word in enumerate(words) if word.endswith("dpo-jax"))
     assert words[start + 1 :] == ["train", *TRAIN]
     overrides = [word.removeprefix("--config.") for word in words if word.startswith("--config.")]
-    loaded = config.load(str(ROOT / option(words, "--config")), overrides)
+    loaded = load(str(ROOT / option(words, "--config")), overrides)
     assert loaded.model.path == "EleutherAI/pythia-2.8b" and loaded.loss.beta == 0.2 and loaded.mesh.replica == 2
     assert loaded.data.train == TRAIN[-1].partition("=")[2]
 
@@ -357,7 +358,7 @@ def test_manifest_has_only_keys_that_kubernetes_knows(tools):
     assert "${" not in yaml.safe_dump(filled)
 
 
-def test_manifest_check_finds_each_misspelt_key(tools):
+def test_manifest_check_finds_each_misspelled_key(tools):
     """Without this a check that looks at too little would pass as well."""
     filled = manifest(tools)
     free = (

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dpo_jax.models.layers import affine, normalise
+from dpo_jax.models.layers import affine, normalize
 
 
 def draw(*shapes, seed=0):
@@ -26,7 +26,7 @@ def formula(x, scale, bias, eps=1e-3):
 def test_norm_and_its_gradients_are_those_of_the_formula(layer, rows):
     x, scale, bias, weight = draw((*rows, 24), (24,), (24,), (*rows, 24))
     bias = bias if layer else None
-    ours = jax.value_and_grad(lambda x, s, b: (normalise(x, s, b, 1e-3) * weight).sum(), (0, 1, 2))
+    ours = jax.value_and_grad(lambda x, s, b: (normalize(x, s, b, 1e-3) * weight).sum(), (0, 1, 2))
     theirs = jax.value_and_grad(lambda x, s, b: (formula(x, s, b) * weight).sum(), (0, 1, 2))
     for a, b in zip(jax.tree.leaves(ours(x, scale, bias)), jax.tree.leaves(theirs(x, scale, bias)), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
@@ -47,5 +47,5 @@ def test_norms_keep_float32_statistics_of_bfloat16_values():
     x = (x + 30).astype(jnp.bfloat16)  # a mean that bfloat16 sums would lose
     scale, bias = jnp.ones(512), jnp.zeros(512)
     exact = formula(x.astype(jnp.float32), scale, bias, 1e-5)
-    assert normalise(x, scale, bias, 1e-5).dtype == jnp.bfloat16
-    np.testing.assert_allclose(normalise(x, scale, bias, 1e-5).astype(jnp.float32), exact, atol=0.02)
+    assert normalize(x, scale, bias, 1e-5).dtype == jnp.bfloat16
+    np.testing.assert_allclose(normalize(x, scale, bias, 1e-5).astype(jnp.float32), exact, atol=0.02)

@@ -109,7 +109,7 @@ def seen_sequence(rows, row, at):
 @pytest.mark.parametrize("name", layout.LAYOUTS)
 def test_every_target_is_predicted_from_exactly_its_own_prefix(name, kind):
     # The claim the project rests on: what a source index sees is the prompt and the answer up to there, of its own
-    # completion, and nothing of its neighbours in the row. So scores are those of sequences computed one by one.
+    # completion, and nothing of its neighbors in the row. So scores are those of sequences computed one by one.
     pairs = SETS[kind]
     answers = lengths_of(pairs).shape[1] - 1
     shape = dataclasses.replace(SHAPE, row_length=128, answers=answers)

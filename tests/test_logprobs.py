@@ -7,9 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dpo_jax import logprobs, sharding, vocabulary
+from dpo_jax import sharding
+from dpo_jax.logprobs import completions, vocabulary
+from dpo_jax.logprobs.vocabulary import Blocks, Head
 from dpo_jax.types import Rows
-from dpo_jax.vocabulary import Blocks, Head
 
 R, S, T, D, V, P = 2, 24, 24, 8, 31, 3
 
@@ -58,7 +59,7 @@ def assert_equals_dense(ours, theirs, problem):
 
 @pytest.mark.parametrize(("blocks", "soft_cap"), [*((each, None) for each in BLOCKS), (BLOCKS[2], 3.0)], ids=str)
 def test_completion_logps_and_gradients_equal_dense_log_softmax(blocks, soft_cap):
-    ours = functools.partial(logprobs.completion_logps, pairs=P, blocks=blocks, soft_cap=soft_cap)
+    ours = functools.partial(completions.completion_logps, pairs=P, blocks=blocks, soft_cap=soft_cap)
     assert_equals_dense(jax.jit(ours), functools.partial(dense, soft_cap=soft_cap), problem())
 
 
@@ -69,7 +70,7 @@ def test_head_cut_across_a_mesh_equals_the_whole_one(sizes, vocab):
     mesh = sharding.make_mesh(*sizes)
     axes = sharding.partition("head/embedding", (vocab, D), mesh.shape)
     spread = vocabulary.Spread(mesh, sharding.ROW_AXES, *axes)
-    ours = functools.partial(logprobs.completion_logps, pairs=P, blocks=Blocks(8, 4 * 8 * 5, 2**20), spread=spread)
+    ours = functools.partial(completions.completion_logps, pairs=P, blocks=Blocks(8, 4 * 8 * 5, 2**20), spread=spread)
     assert_equals_dense(jax.jit(ours), dense, problem(rows=8, vocab=vocab))
 
 
@@ -121,12 +122,12 @@ def assert_sums_equal_dense(case, *, answers=2, soft_cap=None, tolerance=1e-9, *
     hidden, head, rows = case
     pairs = 6 // answers + 1  # one more than there are
     bias = jnp.asarray(np.random.default_rng(5).normal(size=len(head)))
-    weight = np.random.default_rng(6).normal(size=(len(logprobs.SUMS), pairs, answers))
+    weight = np.random.default_rng(6).normal(size=(len(completions.SUMS), pairs, answers))
 
     def ours(hidden, head, bias):
-        asked = dict(pairs=pairs, answers=answers, soft_cap=soft_cap, sums=logprobs.SUMS)
-        _, aux, _ = logprobs.completion_logps(hidden, head, rows, bias=bias, **asked, **options)
-        return {name: aux[name] for name in logprobs.SUMS}
+        asked = dict(pairs=pairs, answers=answers, soft_cap=soft_cap, sums=completions.SUMS)
+        _, aux, _ = completions.completion_logps(hidden, head, rows, bias=bias, **asked, **options)
+        return {name: aux[name] for name in completions.SUMS}
 
     def theirs(hidden, head, bias):
         return dense_sums(hidden, head, bias, rows, pairs=pairs, answers=answers, soft_cap=soft_cap)
@@ -134,12 +135,12 @@ def assert_sums_equal_dense(case, *, answers=2, soft_cap=None, tolerance=1e-9, *
     def weighted(function):
         def total(*args):
             found = function(*args)
-            return sum((w * found[name]).sum() for w, name in zip(weight, logprobs.SUMS, strict=True)), found
+            return sum((w * found[name]).sum() for w, name in zip(weight, completions.SUMS, strict=True)), found
 
         return jax.jit(jax.value_and_grad(total, (0, 1, 2), has_aux=True))(hidden, head, bias)
 
     ((_, sums), grads), ((_, expected), slopes) = weighted(ours), weighted(theirs)
-    for name in logprobs.SUMS:
+    for name in completions.SUMS:
         np.testing.assert_allclose(sums[name], expected[name], rtol=tolerance, atol=1e-12, err_msg=name)
     for a, b in zip(grads, slopes, strict=True):
         np.testing.assert_allclose(a, b, rtol=tolerance, atol=tolerance * np.abs(b).max())
@@ -174,7 +175,7 @@ def test_further_sums_of_a_head_cut_across_a_mesh_equal_dense_ones(wide, sizes, 
 def test_answers_that_are_not_there_do_not_shorten_the_others(wide):
     hidden, head, rows = with_likely(problem(dtype=np.float64), 5)
     rows = rows._replace(slot=jnp.where(rows.slot == 3, -1, rows.slot))  # of pair 1 the answer of one token
-    logps, aux, _ = jax.jit(functools.partial(logprobs.completion_logps, pairs=P, sums=("shared_logps",)))(
+    logps, aux, _ = jax.jit(functools.partial(completions.completion_logps, pairs=P, sums=("shared_logps",)))(
         hidden, head, rows
     )
     np.testing.assert_allclose(aux["shared_logps"][1], logps[1], rtol=1e-12)
@@ -185,7 +186,7 @@ def test_answers_that_are_not_there_do_not_shorten_the_others(wide):
 def test_further_gradients_are_added_to_sums_where_they_lie(wide):
     hidden, head, rows = with_likely(problem(dtype=np.float64), 5)
     loss = lambda found: found[1]["sequence_kl"].sum() + found[1]["shared_logps"].sum()
-    asked = functools.partial(logprobs.completion_logps, pairs=P, blocks=BLOCKS[2], sums=logprobs.SUMS)
+    asked = functools.partial(completions.completion_logps, pairs=P, blocks=BLOCKS[2], sums=completions.SUMS)
     plain = jax.grad(lambda w: loss(asked(hidden, w, rows)))(head)
 
     def with_total(total):
@@ -203,7 +204,7 @@ def test_divergence_is_finite_where_likely_tokens_are_all_there_is(least):
     # In float32, of policies that give others 1e-9, and of references that give them nothing or more than that.
     policy = jnp.log(jnp.array([[[1 - 1e-4 - 1e-9, 1e-4]]]))
     given = jnp.log(jnp.array([[[1 - 2 * least - 1e-4, 1e-4]]]))
-    value, slope = jax.value_and_grad(lambda x: logprobs._kl(given, x, rest=True).sum())(policy)
+    value, slope = jax.value_and_grad(lambda x: completions._kl(given, x, rest=True).sum())(policy)
     assert np.isfinite(value) and np.isfinite(slope).all() and (least or abs(value) < 1e-6)
     # What the others lack is still asked for: the likely ones are pushed down.
     assert not least or (slope[..., 0] > 1)
@@ -211,18 +212,18 @@ def test_divergence_is_finite_where_likely_tokens_are_all_there_is(least):
 
 def test_certain_references_have_no_rest_and_impossible_tokens_no_share():
     given, policy = jnp.array([[[0.0, -jnp.inf]]]), jnp.log(jnp.array([[[0.5, 0.25]]]))
-    value, slope = jax.value_and_grad(lambda x: logprobs._kl(given, x, rest=True).sum())(policy)
+    value, slope = jax.value_and_grad(lambda x: completions._kl(given, x, rest=True).sum())(policy)
     assert float(value) == pytest.approx(np.log(2)) and slope.tolist() == [[[-1, 0]]]
 
 
 def lowered(**asked):
     hidden, head, rows = problem()
-    return jax.jit(lambda h, w: logprobs.completion_logps(h, w, rows, pairs=P, **asked)[:2]).lower(hidden, head)
+    return jax.jit(lambda h, w: completions.completion_logps(h, w, rows, pairs=P, **asked)[:2]).lower(hidden, head)
 
 
 def test_what_nobody_asks_for_is_not_computed():
     hidden, head, rows = problem()
-    assert logprobs.completion_logps(hidden, head, rows, pairs=P)[1].keys() == {"logits"}
+    assert completions.completion_logps(hidden, head, rows, pairs=P)[1].keys() == {"logits"}
     plain, sums, tokens, likely = (
         lowered(**asked) for asked in ({}, {"sums": ("log_collision",)}, {"likely": 0}, {"likely": 3})
     )
@@ -244,7 +245,7 @@ def test_likely_tokens_are_those_of_all_logits(sizes, likely):
         mesh = sharding.make_mesh(*sizes)
         spread = vocabulary.Spread(mesh, sharding.ROW_AXES, "tensor", "fsdp")
         blocks = Blocks(8, 4 * 8 * 5, 0)
-    ours = functools.partial(logprobs.completion_logps, pairs=P, blocks=blocks, spread=spread, likely=likely)
+    ours = functools.partial(completions.completion_logps, pairs=P, blocks=blocks, spread=spread, likely=likely)
     logps, aux, _ = jax.jit(ours)(hidden, head, rows)
     own, ids, found = aux["tokens"]
     used = np.asarray(rows.slot >= 0)
@@ -254,7 +255,7 @@ def test_likely_tokens_are_those_of_all_logits(sizes, likely):
     np.testing.assert_allclose(found[used], most[used], rtol=1e-6, atol=1e-6)
     target = jnp.take_along_axis(dense, rows.target[..., None], axis=-1)[..., 0]
     np.testing.assert_allclose(own, jnp.where(used, target, 0), rtol=1e-6, atol=1e-6)
-    np.testing.assert_allclose(logprobs.sum_by_slot(own, rows.slot, P), logps, rtol=1e-6)
+    np.testing.assert_allclose(completions.sum_by_slot(own, rows.slot, P), logps, rtol=1e-6)
     assert not np.any(ids[~used]) and not np.any(found[~used])
 
 
@@ -266,7 +267,7 @@ def test_no_logits_and_no_whole_head_travel_between_devices():
     place = jax.sharding.NamedSharding(mesh, sharding.partition("head/embedding", head.shape, mesh.shape))
     blocks = Blocks(8, 4 * 8 * 64, 0)
     grad = jax.grad(
-        lambda h, w: logprobs.completion_logps(h, w, rows, pairs=P, blocks=blocks, spread=spread)[0].sum(), (0, 1)
+        lambda h, w: completions.completion_logps(h, w, rows, pairs=P, blocks=blocks, spread=spread)[0].sum(), (0, 1)
     )
     text = jax.jit(grad).lower(hidden, jax.device_put(head, place)).compile().as_text()
     assert text is not None
@@ -278,13 +279,13 @@ def test_no_logits_and_no_whole_head_travel_between_devices():
 def test_blocks_without_a_scored_token_are_not_computed():
     # NaN in the head's rows would reach any block that is computed: only the two with scored tokens may see it.
     hidden, head, rows = problem()
-    plan = logprobs._Plan(Blocks(8, 2**20, 0), None, None)
+    plan = completions._Plan(Blocks(8, 2**20, 0), None, None)
     few = (jnp.arange(T) < 12)[None] & (jnp.arange(R) == 0)[:, None]
-    logps = logprobs.score_tokens(
+    logps = completions.score_tokens(
         hidden, Head(head.at[0].set(jnp.nan)), None, rows.source, rows.target, None, few, plan
     )[0].logps
     assert np.isnan(logps[0, :12]).all() and not np.any(logps[0, 12:]) and not np.any(logps[1])
-    tokens = logprobs._tokens(hidden, rows.source, rows.target, None, few, 8)
+    tokens = completions._tokens(hidden, rows.source, rows.target, None, few, 8)
     assert int(tokens.blocks) == 2 and len(tokens.index) == R * T
 
 
@@ -294,9 +295,9 @@ def test_log_softmax_is_float32_whatever_the_compute_type():
     hidden = jnp.asarray(rng.normal(size=(1, 512, 64)), jnp.bfloat16)
     head = jnp.asarray(rng.normal(size=(1000, 64)) / 4, jnp.bfloat16)
     target = jnp.asarray(rng.integers(0, 1000, (1, 512)))
-    plan = logprobs._Plan(Blocks(64, 2**16, 0), None, None)
+    plan = completions._Plan(Blocks(64, 2**16, 0), None, None)
     source = jnp.arange(512)[None]
-    ours = logprobs.score_tokens(hidden, Head(head), None, source, target, None, jnp.ones((1, 512), bool), plan)[
+    ours = completions.score_tokens(hidden, Head(head), None, source, target, None, jnp.ones((1, 512), bool), plan)[
         0
     ].logps.sum()
     exact = jax.nn.log_softmax(np.asarray(hidden, np.float64) @ np.asarray(head, np.float64).T)
@@ -311,7 +312,7 @@ def peak_bytes(tokens, vocab):
     width = 16
     args = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((1, tokens, width), (vocab, width))]
     rows = Rows(*(jax.ShapeDtypeStruct((1, tokens), jnp.int32) for _ in Rows._fields))
-    grad = jax.grad(lambda h, w, rows: logprobs.completion_logps(h, w, rows, pairs=2)[0].sum(), (0, 1))
+    grad = jax.grad(lambda h, w, rows: completions.completion_logps(h, w, rows, pairs=2)[0].sum(), (0, 1))
     memory = jax.jit(grad).lower(*args, rows).compile().memory_analysis()
     assert memory is not None
     return memory.temp_size_in_bytes

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from dpo_jax.losses import LOSSES, estimate_kl, make_loss
-from dpo_jax.losses.batches import follow_margins, follow_rewards
+from dpo_jax.losses.batchwise import follow_margins, follow_rewards
 
 BATCHES, PAIRS, TOKENS, WORDS = 1000, 4, 5, 4
 

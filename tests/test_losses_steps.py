@@ -14,7 +14,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from dpo_jax import losses, steps
 from dpo_jax.types import Batch
-from tests.loss_cases import CASES, SUMMED
+from tests.support.loss_cases import CASES, SUMMED
 
 ALL = CASES | SUMMED
 PAIRS, FEATURES, STEPS = 12, 5, 3
@@ -64,7 +64,7 @@ def make_batch(objective, *, microbatches=1, order=None, padding=0, answers=2, s
     )
     if "kl" in objective.needs and seed == 0:
         others = make_batch(objective, microbatches=microbatches, order=order, padding=padding, seed=1)
-        batch = batch._replace(unrelated=others._replace(reference_sums=None))
+        batch = batch._replace(mismatched=others._replace(reference_sums=None))
     return batch
 
 

@@ -12,13 +12,17 @@ import pyarrow.parquet as pq
 import pytest
 from safetensors.numpy import load_file
 
-from dpo_jax import config, programs, quickstart, reference, sharding
-from dpo_jax import inputs as run_inputs
+from dpo_jax import config, sharding, trees
 from dpo_jax.data import layout, packing
-from dpo_jax.models import hf_io
-from tests import hf_folders
-from tests.processes import Run, arguments
-from tests.runs import make_config, make_inputs, read_rows
+from dpo_jax.demo import quickstart
+from dpo_jax.hf import checkpoints
+from dpo_jax.reference import scoring_pass
+from dpo_jax.run import choices, programs
+from dpo_jax.run import inputs as run_inputs
+from dpo_jax.run.state import abstract_state, load_params
+from tests.support import hf_folders
+from tests.support.processes import Run, arguments
+from tests.support.runs import make_config, make_inputs, read_rows
 from tests.test_layout import random_pairs, tokens_of
 
 pytestmark = pytest.mark.processes
@@ -69,7 +73,7 @@ def write_model(folder, **sizes):
     hf = hf_folders.LLAMA | SIZES | sizes
     hf |= dict(vocab_size=quickstart.VOCAB_SIZE, max_position_embeddings=256, eos_token_id=0)
     shutil.rmtree(folder / "random", ignore_errors=True)
-    hf_io.save_new(quickstart.initial_params(0, hf), hf_config=hf, out=folder / "random")
+    checkpoints.save_new(quickstart.initial_params(0, hf), hf_config=hf, out=folder / "random")
     for path in (folder / "random").iterdir():
         shutil.copy(path, folder / "model")
 
@@ -142,7 +146,7 @@ def resumed(runs, inputs, tmp_path_factory):
             shutil.rmtree(copy / "export")
         workdirs = [folder / name / other for other in OTHERS[name]]
         command = [write_recipe(inputs, f"{name} again", **place.fields()), *workdirs, f"--steps={place.redone}"]
-        return Run(command, folder / "output" / name, module="tests.resumes", **place.options)
+        return Run(command, folder / "output" / name, module="tests.support.resumes", **place.options)
 
     in_every_place(start)
     return folder
@@ -196,10 +200,10 @@ def test_checkpoint_of_every_other_mesh_goes_on(resumed, runs, name):
 
 def test_tensor_axis_cuts_every_matrix(inputs):
     chosen = recipe(inputs, **PLACES["tensor 8"].fields())
-    model, _ = hf_io.read_config(inputs / "model")
+    model, _ = checkpoints.read_config(inputs / "model")
     built = programs.make_programs(chosen, model, np.array([[20, 30, 30]]))
-    params = programs.load_params(chosen, inputs / "model", built)
-    for path, leaf in hf_io.flatten(params).items():
+    params = load_params(chosen, inputs / "model", built)
+    for path, leaf in trees.flatten(params).items():
         held = {shard.data.size for shard in leaf.addressable_shards}
         cut = path.endswith(("kernel", "embedding")) or "/".join(path.split("/")[-2:]) in {"q/bias", "k/bias", "v/bias"}
         cut |= path.endswith(("gate/bias", "up/bias"))
@@ -213,8 +217,8 @@ def test_update_on_cpus_sums_without_the_collective_that_fails_there(inputs):
     read = run_inputs.load_inputs(chosen, training=True)
     assert read.train is not None
     built = programs.make_programs(chosen, read.model, read.lengths)
-    tx, _ = run_inputs.optimizer_of(chosen, total_steps=STEPS)
-    state = programs.abstract_state(chosen, built, tx)
+    tx, _ = choices.optimizer_of(chosen, total_steps=STEPS)
+    state = abstract_state(chosen, built, tx)
     shape = built.update_shape
     batch = layout.collate([read.train[i] for i in range(shape.pairs)], None, shape, layout=built.layout)
     update = programs.make_update(chosen, built, tx, state)
@@ -258,7 +262,7 @@ def read_part(path):
 
 @pytest.mark.slow
 def test_reference_pass_of_four_processes_is_that_of_one(tmp_path):
-    count = 4 * reference.PART_PAIRS + 76
+    count = 4 * scoring_pass.PART_PAIRS + 76
     folder = make_inputs(tmp_path / "inputs", train_pairs=count, eval_pairs=1, base=hf_folders.LLAMA | SIZES)
     write_model(folder, num_hidden_layers=1)
     path = write_recipe(folder, "recipe", reference__path="store")
@@ -276,10 +280,10 @@ def test_reference_pass_of_four_processes_is_that_of_one(tmp_path):
             [read_part(part) for part in sorted((place / "store").glob("*.parquet"))] for place in places.values()
         ]
     (alone,), together = stores[1], stores[4]
-    assert sorted(map(len, alone)) == [76, *[reference.PART_PAIRS] * 4]
+    assert sorted(map(len, alone)) == [76, *[scoring_pass.PART_PAIRS] * 4]
     assert [sorted(map(len, parts)) for parts in together] == [
-        [76, reference.PART_PAIRS],
-        *[[reference.PART_PAIRS]] * 3,
+        [76, scoring_pass.PART_PAIRS],
+        *[[scoring_pass.PART_PAIRS]] * 3,
     ]
     one, four = ({key: value for part in parts for key, value in part.items()} for parts in (alone, sum(together, [])))
     assert one.keys() == four.keys() and len(one) == count

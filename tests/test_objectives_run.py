@@ -8,13 +8,14 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from dpo_jax import inputs as run_inputs
-from dpo_jax import programs, train
-from dpo_jax.checkpoint import Checkpoints
+from dpo_jax import commands, train
+from dpo_jax.run import inputs as run_inputs
+from dpo_jax.run import programs, state
+from dpo_jax.run.checkpoints import Checkpoints
 from dpo_jax.scoring import score_pairs
 from dpo_jax.types import InputError
-from tests import runs
-from tests.runs import Killed, killed_at, make_config, make_inputs, read_rows, untimed
+from tests.support import runs
+from tests.support.runs import Killed, killed_at, make_config, make_inputs, read_rows, untimed
 
 # What a run is given besides its loss, by what the loss reads.
 UNPAIRED, RANKED = "unpaired", "ranked"
@@ -65,7 +66,7 @@ def check_run(folders, tmp_path, monkeypatch, name, *, at=3):
     train.run(config, tmp_path / "cut")
     for log in ("metrics.jsonl", "eval.jsonl"):
         assert untimed(read_rows(tmp_path / "cut" / log)) == untimed(read_rows(tmp_path / "whole" / log))
-    row = train.evaluate_checkpoint(config, tmp_path / "whole")
+    row = commands.evaluate_checkpoint(config, tmp_path / "whole")
     assert untimed([row]) == untimed([read_rows(tmp_path / "whole" / "eval.jsonl")[-1]])
     return tmp_path / "whole"
 
@@ -147,7 +148,7 @@ def test_reference_follows_the_policy(folders, tmp_path):
     # Without the values of step 4, which no checkpoint's parameters give, the run's end cannot be judged.
     (folder / "reference" / "sync-000004").rename(folder / "gone")
     with pytest.raises(InputError, match="sync-000004.*lacks log-probs"):
-        train.evaluate_checkpoint(make_config(folders["paired"], **fields), folder)
+        commands.evaluate_checkpoint(make_config(folders["paired"], **fields), folder)
 
 
 @pytest.mark.slow
@@ -160,9 +161,9 @@ def test_soft_reference_is_the_mixture_of_parameters(folders, tmp_path):
     pairs = inputs.eval
     assert pairs is not None
     built = programs.make_programs(config, inputs.model, inputs.lengths)
-    mixed = programs.load_params(config, inputs.folder, built)
+    mixed = state.load_params(config, inputs.folder, built)
     checkpoints = Checkpoints(tmp_path / "run" / "checkpoints", keep=1, read_only=True)
-    like = programs.abstract_params(config, built)[0], programs.abstract_running(built)
+    like = state.abstract_params(config, built)[0], state.abstract_running(built)
     for step in (2, 4):
         policy, _ = checkpoints.restore_params(step, *like)
         mixed = jax.tree.map(lambda p, r: alpha * p + (1 - alpha) * r, policy, mixed)

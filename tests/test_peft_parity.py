@@ -6,10 +6,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dpo_jax.models import adapters as low_rank
-from dpo_jax.models import decoder, hf_io
-from dpo_jax.scoring import join
-from tests.make_golden import JSON, TOKENS, write_folder
+from dpo_jax import trees
+from dpo_jax.hf import adapters as low_rank
+from dpo_jax.hf import checkpoints
+from dpo_jax.hf import peft as peft_module
+from dpo_jax.models import decoder
+from dpo_jax.trees import join
+from tests.support.make_golden import JSON, TOKENS, write_folder
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -30,9 +33,9 @@ SOME = {  # of the modules, some
 
 
 def read(folder):
-    config, _ = hf_io.read_config(folder)
-    table, _ = hf_io.family_table(folder, config)
-    return config, table, hf_io.load_params(folder, config)
+    config, _ = checkpoints.read_config(folder)
+    table, _ = checkpoints.family_table(folder, config)
+    return config, table, checkpoints.load_params(folder, config)
 
 
 def logits(params, config, adapters=None):
@@ -57,14 +60,14 @@ def moved(leaves, seed=0):
 
 
 @pytest.mark.parametrize("name", CASES)
-@pytest.mark.parametrize("stabilised", [False, True], ids=["", "rslora"])
-def test_adapter_written_here_has_parity_in_peft(name, stabilised, tmp_path):
+@pytest.mark.parametrize("stabilized", [False, True], ids=["", "rslora"])
+def test_adapter_written_here_has_parity_in_peft(name, stabilized, tmp_path):
     write_folder(tmp_path / "base", GOLDEN[name])
     config, table, params = read(tmp_path / "base")
-    chosen = low_rank.choose(table, config.stacks, SOME[name] if stabilised else "")
-    adapters = low_rank.Adapters(3, 7.0, stabilised, chosen)
-    params = join(params, hf_io.nest(moved(low_rank.first_values(adapters, config.stacks, seed=0))))
-    low_rank.save(params, adapters, table, config.stacks, base=str(tmp_path / "base"), out=tmp_path / "adapter")
+    chosen = low_rank.choose(table, config.stacks, SOME[name] if stabilized else "")
+    adapters = low_rank.Adapters(3, 7.0, stabilized, chosen)
+    params = join(params, trees.nest(moved(low_rank.first_values(adapters, config.stacks, seed=0))))
+    peft_module.save(params, adapters, table, config.stacks, base=str(tmp_path / "base"), out=tmp_path / "adapter")
     base = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base")
     model = peft.PeftModel.from_pretrained(base, tmp_path / "adapter")
     names = {key for key in model.state_dict() if ".lora_" in key}
@@ -91,18 +94,18 @@ def test_adapter_written_by_peft_has_parity_here_and_merged(name, tmp_path):
             if ".lora_" in key:
                 value.normal_(std=0.1, generator=generator)
     model.save_pretrained(tmp_path / "adapter")
-    adapters = low_rank.read(tmp_path / "adapter", table, config.stacks)
+    adapters = peft_module.read(tmp_path / "adapter", table, config.stacks)
     assert adapters.scale == pytest.approx(5 / 3) and len(adapters.tensors) == len(able)
-    both = join(params, hf_io.nest(low_rank.load(tmp_path / "adapter", adapters, config.stacks)))
+    both = join(params, trees.nest(peft_module.load(tmp_path / "adapter", adapters, config.stacks)))
     ours, theirs = logits(both, config, adapters), theirs_of(model)
     np.testing.assert_allclose(ours, theirs, rtol=0, atol=LIMIT * np.abs(ours).max())
     merged = low_rank.merge(both, adapters)
-    assert hf_io.flatten(merged).keys() == hf_io.flatten(params).keys()
+    assert trees.flatten(merged).keys() == trees.flatten(params).keys()
     np.testing.assert_allclose(logits(merged, config), ours, rtol=0, atol=LIMIT * np.abs(ours).max())
     print(
         f"{name}: largest logit {np.abs(ours).max():.1f}, PEFT {np.abs(ours - theirs).max():.1e} apart, "
         f"merged {np.abs(logits(merged, config) - ours).max():.1e}"
     )
-    hf_io.export(merged, base=tmp_path / "base", out=tmp_path / "merged")
+    checkpoints.export(merged, base=tmp_path / "base", out=tmp_path / "merged")
     again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
     np.testing.assert_allclose(theirs_of(again), theirs, rtol=0, atol=LIMIT * np.abs(ours).max())

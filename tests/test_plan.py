@@ -11,8 +11,11 @@ import jax
 import numpy as np
 import pytest
 
-from dpo_jax import chips, config, estimate, flops, plan, roofline
+from dpo_jax import flags
+from dpo_jax.cost import chips, flops, roofline
 from dpo_jax.data.packing import Shape, unit_lengths
+from dpo_jax.plan import estimate
+from dpo_jax.plan.command import DOES_NOT_FIT, SWEPT_REMAT, show, sweep, verdict
 from dpo_jax.types import InputError
 
 ROOT = Path(__file__).parents[1]
@@ -25,7 +28,7 @@ def at_the_root(monkeypatch):
 
 
 def recipe(name, *overrides):
-    return config.load(f"configs/{name}.py", overrides)
+    return flags.load(f"configs/{name}.py", overrides)
 
 
 @pytest.mark.parametrize(
@@ -109,7 +112,7 @@ def test_plan_of_adapters_holds_their_optimizer_state_and_gradients_alone():
     sides = 2 * (4096 + 4096) + 2 * (4096 + 1024) + 3 * (4096 + 14336)
     adapters = 32 * 16 * sides
     assert (found.training, found.parameters) == (adapters, full.parameters + adapters)
-    assert f", of which {adapters:,} train" in plan.show(found)[1] and "train" not in plan.show(full)[1]
+    assert f", of which {adapters:,} train" in show(found)[1] and "train" not in show(full)[1]
     memory, more = found.parts["update"].memory, full.parts["update"].memory
     assert memory.gradients == 4 * adapters and memory.optimizer == pytest.approx(8 * adapters, abs=16)
     assert memory.weights == more.weights + 4 * adapters
@@ -215,7 +218,7 @@ def test_plan_of_gpus_prints_memory_time_and_the_verdict():
 
 def test_plan_that_does_not_fit_says_what_to_change_and_ends_with_3():
     done = run("--config=configs/llama3_70b.py", "--topology=h100:8")
-    assert done.returncode == plan.DOES_NOT_FIT == 3
+    assert done.returncode == DOES_NOT_FIT == 3
     last = done.stdout.splitlines()[-1]
     assert last.startswith("does not fit: ") and "weights, optimizer and gradients take" in last
     assert "more chips or model.param_dtype=bfloat16" in last
@@ -248,7 +251,7 @@ def test_advice_follows_what_takes_the_memory():
         ({}, ("model.remat=block", "mesh.tensor=8", "data.max_length")),
         ({"shape": dataclasses.replace(update.shape, rows=4 * update.shape.shards)}, ("train.microbatch_rows=",)),
     ):
-        said = plan.verdict(found._replace(parts={"update": crowded._replace(**changes)}))
+        said = verdict(found._replace(parts={"update": crowded._replace(**changes)}))
         assert said.startswith("does not fit: ") and all(word in said for word in words), said
 
 
@@ -256,12 +259,12 @@ def test_advice_follows_what_takes_the_memory():
 def test_sweep_ranks_what_fits_by_time_and_names_every_kind_of_knob():
     topology = estimate.parse_topology("h100:16")
     # Of rows of one length: to pack pairs into many is most of the work.
-    ranked = plan.sweep(recipe("llama3_8b", "data.row_length=4096"), topology, lambda line: None)
+    ranked = sweep(recipe("llama3_8b", "data.row_length=4096"), topology, lambda line: None)
     assert [each.fits for each in ranked] == sorted((each.fits for each in ranked), reverse=True)
     fitting = [each.run_seconds for each in ranked if each.fits]
     assert fitting == sorted(fitting) and len(ranked) > 4
     assert len({tuple(each.mesh.values()) for each in ranked}) > 2
-    assert {each.config.model.remat for each in ranked} == set(plan.SWEPT_REMAT)
+    assert {each.config.model.remat for each in ranked} == set(SWEPT_REMAT)
 
 
 @pytest.mark.slow

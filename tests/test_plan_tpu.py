@@ -9,7 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from dpo_jax import config, estimate, hosts, plan, roofline
+from dpo_jax import flags
+from dpo_jax.cost import roofline
+from dpo_jax.plan import command, estimate
+from dpo_jax.runtime import hosts
 from dpo_jax.types import InputError
 
 ROOT = Path(__file__).parents[1]
@@ -36,7 +39,7 @@ def at_the_root(monkeypatch):
 
 @pytest.mark.parametrize("topology, name, overrides", PODS)
 def test_recipe_compiles_for_a_pod_and_fits_and_sends_what_it_should(topology, name, overrides):
-    found = estimate.estimate(config.load(f"configs/{name}.py", overrides), estimate.parse_topology(topology))
+    found = estimate.estimate(flags.load(f"configs/{name}.py", overrides), estimate.parse_topology(topology))
     model = assert_fits_and_sends_weights_alone(found)
 
     # Neither logits nor the whole vocabulary cross: no array is half of what a device has of its matrix.
@@ -46,7 +49,7 @@ def test_recipe_compiles_for_a_pod_and_fits_and_sends_what_it_should(topology, n
 
 
 def test_experts_compile_for_a_pod_where_tokens_stay_and_take_what_is_counted():
-    chosen = config.load("configs/llama3_8b.py", ["plan.architecture=configs/architectures/mixtral_8x7b.json"])
+    chosen = flags.load("configs/llama3_8b.py", ["plan.architecture=configs/architectures/mixtral_8x7b.json"])
     found = estimate.estimate(chosen, estimate.parse_topology("v5p:4x4x4"))
     model = assert_fits_and_sends_weights_alone(found)
     update, tensor = found.parts["update"], found.mesh["tensor"]
@@ -71,7 +74,7 @@ def test_experts_compile_for_a_pod_where_tokens_stay_and_take_what_is_counted():
 
 def assert_fits_and_sends_weights_alone(found):
     """Checks all but what depends on how large the vocabulary is beside the rest; returns the model's shape."""
-    assert found.fits and plan.verdict(found).startswith("fits: ")
+    assert found.fits and command.verdict(found).startswith("fits: ")
     assert found.attention == "splash"
     model = estimate.architecture(found.config)
     update, tensor = found.parts["update"], found.mesh["tensor"]
@@ -108,7 +111,7 @@ def test_adapters_fit_where_the_model_could_not_train():
     """Their products are not kept beside those of the kernels, and codes are decoded one layer at a time."""
 
     def of(*overrides):
-        chosen = config.load("configs/llama3_8b.py", ["mesh.tensor=1", "model.param_dtype=bfloat16", *overrides])
+        chosen = flags.load("configs/llama3_8b.py", ["mesh.tensor=1", "model.param_dtype=bfloat16", *overrides])
         return estimate.estimate(chosen, estimate.parse_topology("v5e:2x4"))
 
     adapters, coded = of("lora.rank=16"), of("lora.rank=16", "lora.base=nf4")
@@ -121,10 +124,10 @@ def test_adapters_fit_where_the_model_could_not_train():
 
 
 def test_plan_that_does_not_fit_its_pod_says_so():
-    chosen = config.load("configs/llama3_8b.py", ["mesh.tensor=1", "train.microbatch_rows=64", "model.remat=none"])
+    chosen = flags.load("configs/llama3_8b.py", ["mesh.tensor=1", "train.microbatch_rows=64", "model.remat=none"])
     found = estimate.estimate(chosen, estimate.parse_topology("v5e:4x4"))
     assert not found.fits and found.bytes > found.topology.chip.hbm_bytes
-    assert plan.verdict(found).startswith("does not fit: ")
+    assert command.verdict(found).startswith("does not fit: ")
 
 
 def test_an_installed_libtpu_says_nothing_where_there_is_no_tpu():

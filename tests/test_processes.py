@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from dpo_jax import config, hosts
-from tests.processes import ROOT, Run, arguments
-from tests.runs import make_config, make_inputs, read_rows, untimed
+from dpo_jax import config
+from dpo_jax.runtime import hosts
+from tests.support.processes import ROOT, Run, arguments
+from tests.support.runs import make_config, make_inputs, read_rows, untimed
 
 pytestmark = pytest.mark.processes
 STEPS = 6
@@ -153,7 +154,7 @@ def test_adapters_train_over_processes_as_in_one(recipe, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("fields", [{"loss__name": "kto"}, {"loss__name": "tdpo2", "reference__sync_steps": 3}])
 def test_objectives_that_read_more_train_over_processes_as_in_one(recipe, tmp_path, fields):
-    """Unrelated answers; the reference's tokens, of a reference that follows, each process storing its share."""
+    """Mismatched answers; the reference's tokens, of a reference that follows, each process storing its share."""
     found = {}
     for processes in (1, 2):
         work = tmp_path / str(processes)

@@ -10,8 +10,10 @@ import numpy as np
 import pytest
 from transformers import AutoTokenizer
 
-from dpo_jax import config, quickstart
-from dpo_jax.models import decoder, hf_io
+from dpo_jax import flags
+from dpo_jax.demo import quickstart
+from dpo_jax.hf import checkpoints
+from dpo_jax.models import decoder
 from dpo_jax.types import InputError
 
 
@@ -148,7 +150,7 @@ def test_held_out_pairs_are_drawn_on_their_own(train, held_out):
 def test_pairs_come_from_more_than_100_000_texts():
     q = quickstart
     questions = sum(len(questions) for questions, _ in q.REQUESTS.values())
-    prompts = len(q.GREETINGS) * len(q.STORIES) * len(q.COLOURS) * len(q.THINGS) * questions
+    prompts = len(q.GREETINGS) * len(q.STORIES) * len(q.COLORS) * len(q.THINGS) * questions
     assert prompts > 100_000
     # And they are drawn evenly: 5,000 draws from N texts, N >> 5,000, hold about 5,000 - 5,000^2 / 2N different ones.
     assert len({pair.chosen for pair in draw(1, 5_000)}) > 4_000
@@ -193,7 +195,7 @@ def test_tokenizer_never_merges_across_prompt_and_answer(train, tokenizer):
 
 
 def test_tokens_are_as_many_as_the_recipe_says(train, held_out, tokenizer):
-    recipe = config.load("configs/quickstart.py")
+    recipe = flags.load("configs/quickstart.py")
     lengths = np.array([[len(ids) for ids in tokenizer(list(pair[:3]))["input_ids"]] for pair in (*train, *held_out)])
     prompts, answers = lengths[:, 0], lengths[:, 1:] + 1  # with EOS
     assert 10 <= prompts.min() and prompts.max() <= recipe.data.max_prompt_length
@@ -208,7 +210,7 @@ def test_tokenizer_is_a_function_of_its_texts(train, tokenizer):
 
 def test_prepare_writes_what_the_recipe_names(few, tmp_path):
     quickstart.prepare(tmp_path)
-    recipe = config.load("configs/quickstart.py")
+    recipe = flags.load("configs/quickstart.py")
     inputs = tmp_path / "inputs"
     assert sorted(path.relative_to(inputs).as_posix() for path in inputs.rglob("*.*")) == sorted(quickstart.FILES)
     named = [recipe.data.train, recipe.data.eval, recipe.model.path]
@@ -224,11 +226,11 @@ def test_prepare_writes_what_the_recipe_names(few, tmp_path):
 def test_prepare_writes_a_model_and_its_tokenizer(few, tmp_path):
     quickstart.prepare(tmp_path)
     folder = tmp_path / "inputs" / "model"
-    shape, hf = hf_io.read_config(folder)
+    shape, hf = checkpoints.read_config(folder)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     assert not shape.tie_embeddings and shape.vocab_size == quickstart.VOCAB_SIZE >= len(tokenizer)
     assert hf["eos_token_id"] == tokenizer.eos_token_id == 0
-    params = hf_io.load_params(folder, shape)
+    params = checkpoints.load_params(folder, shape)
     kernel = params["blocks"]["mlp"]["up"]["kernel"]
     assert kernel.std() == pytest.approx(quickstart.INIT_STD, rel=0.01) and abs(kernel.mean()) < 1e-3
     assert (params["blocks"]["attention_norm"]["scale"] == 1).all() and (params["final_norm"]["scale"] == 1).all()
@@ -260,7 +262,7 @@ def test_prepare_starts_over_where_it_was_killed(few, tmp_path, monkeypatch):
         raise Killed
 
     with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(quickstart.hf_io, "save_new", die)
+        patch.setattr(quickstart.checkpoints, "save_new", die)
         quickstart.prepare(tmp_path)
     assert not (tmp_path / "inputs").exists()
     assert (tmp_path / "inputs.partial" / "train.jsonl").exists(), "it was to be killed midway"

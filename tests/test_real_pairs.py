@@ -17,15 +17,18 @@ import pytest
 import tokenizers
 import transformers
 
-from dpo_jax import config, inspect, logprobs, losses, scoring, steps, train
-from dpo_jax import inputs as run_inputs
-from dpo_jax.data import layout, packing, pairs
-from dpo_jax.models import decoder, hf_io, rope
+from dpo_jax import config, flags, losses, scoring, steps, train
+from dpo_jax.data import dataset, layout, packing
+from dpo_jax.hf import checkpoints
+from dpo_jax.logprobs import completions
+from dpo_jax.models import decoder, rope
 from dpo_jax.models.config import DecoderConfig, LayerKind
-from dpo_jax.programs import CPU_POSITIONS
+from dpo_jax.reporting import data_summary
+from dpo_jax.run import inputs
+from dpo_jax.run.programs import CPU_POSITIONS
 from dpo_jax.types import Encoded, Rows
-from tests.hf_folders import LLAMA, NEOX, save
-from tests.runs import read_rows, untimed
+from tests.support.hf_folders import LLAMA, NEOX, save
+from tests.support.runs import read_rows, untimed
 
 ROOT = Path(__file__).parents[1]
 DATA = ROOT.parent / "shared" / "data"
@@ -74,7 +77,7 @@ def models(tmp_path_factory):
 
 
 def configured(models, **fields):
-    chosen = config.load(
+    chosen = flags.load(
         str(ROOT / "configs" / "hh.py"),
         [
             f"model.path={models / fields.pop('family', 'llama')}",
@@ -91,7 +94,7 @@ VOCABULARY = 4096  # ids are folded into it, so that float64 is affordable; a la
 
 def folded_pairs(models, family, count):
     """The first real pairs with their ids folded, and their token counts."""
-    found = run_inputs.load_inputs(configured(models, family=family, data__eval=""), training=True).train
+    found = inputs.load_inputs(configured(models, family=family, data__eval=""), training=True).train
     assert found is not None
     folded = ((ids % VOCABULARY for ids in (found[i].prompt, *found[i].answers)) for i in range(count))
     return [Encoded.of(*ids) for ids in folded], found.lengths[:count]
@@ -138,7 +141,7 @@ def alone(found):
 def scorer(shape, dtype, count):
     def logps(params, rows):
         hidden = decoder.forward(params, shape, *rows[:4], dtype=dtype)
-        return logprobs.completion_logps(hidden, params["head"]["embedding"], rows, pairs=count)[:2]
+        return completions.completion_logps(hidden, params["head"]["embedding"], rows, pairs=count)[:2]
 
     return logps
 
@@ -215,11 +218,11 @@ def test_gradient_of_a_packed_batch_equals_that_of_completions_alone(models, fam
 def test_rows_are_full_and_compute_a_quarter_of_padded_batches(models, max_length, max_prompt_length):
     # At the default lengths and the recipe's, 64 pairs a step; empty rows count as computed.
     chosen = configured(models, data__max_length=max_length, data__max_prompt_length=max_prompt_length)
-    found = run_inputs.load_inputs(chosen, training=True)
+    found = inputs.load_inputs(chosen, training=True)
     assert found.train is not None
     shape_of: dict[str, Any] = dict(layout="shared", pairs=64, row_length=None, rows=None, shards=1)
     shape = packing.choose_shape(found.lengths, **shape_of, target_positions=CPU_POSITIONS)
-    computed, real, padded = np.sum([*inspect.counts(chosen, found.train, shape, "shared")], axis=0)
+    computed, real, padded = np.sum([*data_summary.counts(chosen, found.train, shape, "shared")], axis=0)
     print(f"at {max_length}/{max_prompt_length}: fill {real / computed:.4f}, of padded batches {computed / padded:.4f}")
     assert real / computed >= 0.95 and computed / padded <= 0.29
 
@@ -246,8 +249,8 @@ def test_hh_recipe_trains_resumes_and_exports(models, tmp_path, family):
     assert [row["step"] for row in rows] == [0, 1, 2, 3] and rows[0]["loss"] == pytest.approx(np.log(2), abs=1e-4)
     evaluations = read_rows(tmp_path / "run" / "eval.jsonl")
     assert [row["step"] for row in evaluations] == [0, 4] and evaluations[0]["eval/pairs"] == 212
-    exported, _ = hf_io.read_config(tmp_path / "run" / "export")
-    assert exported == hf_io.read_config(models / family)[0]
+    exported, _ = checkpoints.read_config(tmp_path / "run" / "export")
+    assert exported == checkpoints.read_config(models / family)[0]
 
 
 def test_run_killed_at_three_steps_equals_one_that_never_was(models, tmp_path):
@@ -280,6 +283,6 @@ def test_run_killed_at_three_steps_equals_one_that_never_was(models, tmp_path):
 
 def test_loading_twice_reads_the_cache(models):
     chosen = configured(models, data__eval="")
-    first, second = (run_inputs.load_inputs(chosen, training=True).train for _ in range(2))
-    assert isinstance(first, pairs.PairSet) and isinstance(second, pairs.PairSet)
+    first, second = (inputs.load_inputs(chosen, training=True).train for _ in range(2))
+    assert isinstance(first, dataset.PairSet) and isinstance(second, dataset.PairSet)
     assert first.digest == second.digest and isinstance(second.tokens, np.memmap)

@@ -7,9 +7,9 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from dpo_jax import reference
 from dpo_jax.data import packing
 from dpo_jax.data.keys import content_key
+from dpo_jax.reference import scoring_pass, store
 from dpo_jax.types import Encoded, InputError
 
 IDENTITY = {"weights": "w", "tokenizer": "t", "template": "p", "max_length": 64}
@@ -75,7 +75,7 @@ class TokenScorer(Scorer):
 def run(folder, *sets, identity=IDENTITY, score=None, answers=2, tokens=None):
     shape = dataclasses.replace(SHAPE, answers=answers)
     score = score or (Scorer(shape=shape) if tokens is None else TokenScorer(tokens, shape=shape))
-    done = reference.run_pass(folder, identity, sets, score, shape=shape, layout="shared", tokens=tokens)
+    done = scoring_pass.run_pass(folder, identity, sets, score, shape=shape, layout="shared", tokens=tokens)
     return done, score.calls
 
 
@@ -161,7 +161,7 @@ def test_parts_without_a_manifest_are_not_taken_for_a_store(tmp_path):
 
 def test_a_part_cut_short_is_never_read(tmp_path, monkeypatch):
     # The process dies between writing and renaming: the next pass sees no part and scores it again.
-    monkeypatch.setattr(reference.os, "replace", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr(store.os, "replace", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
         run(tmp_path / "r", make_set(4))
     monkeypatch.undo()
@@ -308,4 +308,4 @@ def test_store_in_the_place_of_a_file_is_refused(tmp_path):
 
 
 def test_platform_names_the_hardware():
-    assert reference.platform() == jax.devices()[0].device_kind.lower()
+    assert scoring_pass.platform() == jax.devices()[0].device_kind.lower()

@@ -11,8 +11,8 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from dpo_jax.data import layout, packing
-from dpo_jax.models import attention, splash
-from dpo_jax.models.blockwise import visible_blocks
+from dpo_jax.models.attention import choose, splash
+from dpo_jax.models.attention.blockwise import visible_blocks
 from dpo_jax.types import Encoded
 from tests.test_attention import arrays, dense, packed
 
@@ -155,10 +155,10 @@ def compile_for(topology, width, *, length=2048, soft_cap=None):
     except Exception as error:
         pytest.skip(f"no TPU compiler here: {error}")
     mesh = Mesh(np.array(found[:4]).reshape(1, 2, 2), ("replica", "fsdp", "tensor"))
-    spread = attention.Spread(mesh, ("replica", "fsdp"), "tensor")
+    spread = choose.Spread(mesh, ("replica", "fsdp"), "tensor")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(splash, "attention", functools.partial(splash.attention, soft_cap=soft_cap))
-        attend = attention.make_attention("splash", platform="tpu", spread=spread)
+        attend = choose.make_attention("splash", platform="tpu", spread=spread)
     step = jax.grad(lambda q, k, v, *bounds: (attend(q, k, v, *bounds).astype(jnp.float32) ** 2).sum(), (0, 1, 2))
 
     def shaped(shape, dtype, *spec):

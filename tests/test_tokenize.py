@@ -9,7 +9,7 @@ from transformers import PreTrainedTokenizerFast
 from dpo_jax.data import tokenize
 from dpo_jax.data.formats import render
 from dpo_jax.types import InputError, Pair, Row
-from tests.tokenizers_for_tests import BOS_AND_EOS, CHATML, THINKING, make_tokenizer
+from tests.support.tokenizers_made import BOS_AND_EOS, CHATML, THINKING, make_tokenizer
 
 NEOX = Path(__file__).parents[2] / "shared/data/gpt_neox_20b_tokenizer.json"
 PAIR = Pair("a.jsonl:1", "Human: is the sky blue?\n\nAssistant:", " yes, the sky is blue.", " no")
@@ -61,7 +61,7 @@ def test_encode_keeps_the_ids_that_prompt_and_answer_have_together():
 
 
 @pytest.mark.parametrize(("chosen", "rejected"), [("the sky", "\nno"), ("\nno", "the sky"), ("the sky", "sky")])
-def test_encode_tokenises_both_answers_apart_when_a_token_would_reach_across(chosen, rejected):
+def test_encode_tokenizes_both_answers_apart_when_a_token_would_reach_across(chosen, rejected):
     tokenizer = make_tokenizer()
     pair = Pair("a:1", "is ", chosen, rejected)  # " the" and " sky" are one token each
     together = tokenizer("is the")["input_ids"]
@@ -338,7 +338,7 @@ def test_encode_gives_a_ranking_the_answers_that_its_pairs_get():
     assert whole.answer_cuts == (0, 0, 0, 0) and not whole.boundary_split
 
 
-def test_encode_tokenises_all_answers_apart_when_one_would_merge_with_the_prompt():
+def test_encode_tokenizes_all_answers_apart_when_one_would_merge_with_the_prompt():
     tokenizer = make_tokenizer()
     outcome = encode_one(Pair("a:1", "is ", "\nno", "well", ("the sky", "blue")), tokenizer)
     assert outcome.boundary_split
@@ -349,7 +349,7 @@ def test_encode_tokenises_all_answers_apart_when_one_would_merge_with_the_prompt
 def test_encode_gives_an_answer_that_is_not_there_no_token():
     for adds in ("$A", "<bos> $A <eos>"):
         tokenizer = make_tokenizer(adds=adds)
-        for prompt, text in ((PAIR.prompt, " yes"), ("is ", "the")):  # the second is tokenised apart
+        for prompt, text in ((PAIR.prompt, " yes"), ("is ", "the")):  # the second is tokenized apart
             pair = encode_one(Pair("a:1", prompt, text, " no"), tokenizer).encoded
             first = encode_one(Pair("a:1", prompt, text, ""), tokenizer).encoded
             second = encode_one(Pair("a:1", prompt, "", text), tokenizer).encoded

@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 
-from dpo_jax import trackers
+from dpo_jax.reporting import trackers
+from dpo_jax.runtime import terminal
 from dpo_jax.types import InputError
 
 NONE: dict[str, Any] = {"tensorboard": False, "wandb": ""}
@@ -166,7 +167,7 @@ def test_wandb_runs_of_two_folders_are_two_runs(tmp_path, wandb):
 def clock(monkeypatch):
     """Seconds that pass only when the test says so."""
     now = types.SimpleNamespace(seconds=100.0)
-    monkeypatch.setattr(trackers.time, "monotonic", lambda: now.seconds)
+    monkeypatch.setattr(terminal.time, "monotonic", lambda: now.seconds)
     return now
 
 
@@ -180,7 +181,7 @@ METRICS = {
 
 
 def test_progress_prints_plain_lines_where_there_is_no_terminal(clock, capsys):
-    progress = trackers.Progress(62, start=10)
+    progress = terminal.Progress(62, start=10)
     progress.update(11, METRICS)
     clock.seconds += 2.0
     progress.update(12, METRICS)
@@ -197,7 +198,7 @@ def test_progress_prints_plain_lines_where_there_is_no_terminal(clock, capsys):
 
 
 def test_progress_time_left_leaves_out_what_came_before_the_first_step(clock, capsys):
-    progress = trackers.Progress(4)
+    progress = terminal.Progress(4)
     clock.seconds += 1000.0  # compiling
     progress.update(1, {})
     clock.seconds += 1.0
@@ -206,7 +207,7 @@ def test_progress_time_left_leaves_out_what_came_before_the_first_step(clock, ca
 
 
 def test_progress_plain_lines_keep_their_distance_but_the_last_one_comes(clock, capsys):
-    progress = trackers.Progress(40, line_every_s=10.0)
+    progress = terminal.Progress(40, line_every_s=10.0)
     for step in range(1, 41):
         progress.update(step)
         clock.seconds += 1.0
@@ -226,7 +227,7 @@ class Terminal(io.StringIO):
 def test_progress_draws_one_bar_on_a_terminal(monkeypatch):
     stream = Terminal()
     monkeypatch.setattr(sys, "stderr", stream)
-    progress = trackers.Progress(62, start=10)
+    progress = terminal.Progress(62, start=10)
     progress.update(12, METRICS)
     progress.say("a line of its own")
     progress.update(62, METRICS | {"loss": 0.25})
@@ -241,7 +242,7 @@ def test_progress_draws_one_bar_on_a_terminal(monkeypatch):
 
 
 def test_counter_learns_its_total_from_the_first_report(capsys, clock):
-    with trackers.Counter("reference pass", unit="pairs") as counter:
+    with terminal.Counter("reference pass", unit="pairs") as counter:
         counter.update(8, 24)
         clock.seconds += 1.0
         counter.update(16, 24)
@@ -258,11 +259,11 @@ def test_counter_learns_its_total_from_the_first_report(capsys, clock):
 
 
 def test_counter_of_nothing_prints_nothing(capsys):
-    with trackers.Counter("reference pass", unit="pairs"):
+    with terminal.Counter("reference pass", unit="pairs"):
         pass
     assert capsys.readouterr() == ("", "")
 
 
 def test_say_goes_to_standard_error(capsys):
-    trackers.say("train: 8 pairs")
+    terminal.say("train: 8 pairs")
     assert capsys.readouterr() == ("", "train: 8 pairs\n")

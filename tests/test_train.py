@@ -11,12 +11,13 @@ import numpy as np
 import pytest
 import transformers
 
-from dpo_jax import inputs as run_inputs
-from dpo_jax import programs, train
-from dpo_jax.models import hf_io
+from dpo_jax import commands, train, trees
+from dpo_jax.hf import checkpoints
+from dpo_jax.run import inputs as run_inputs
+from dpo_jax.run import programs
 from dpo_jax.types import InputError
-from tests.hf_folders import edit_weights
-from tests.runs import (
+from tests.support.hf_folders import edit_weights
+from tests.support.runs import (
     EVAL_PAIRS,
     STEPS,
     TRAIN_PAIRS,
@@ -71,8 +72,8 @@ def finished(inputs, tmp_path_factory):
 
 
 def weights(folder):
-    config, _ = hf_io.read_config(folder)
-    return hf_io.flatten(hf_io.load_params(folder, config))
+    config, _ = checkpoints.read_config(folder)
+    return trees.flatten(checkpoints.load_params(folder, config))
 
 
 def test_run_writes_what_a_workdir_holds(finished):
@@ -201,9 +202,9 @@ def test_tokenizer_whose_pad_is_its_eos_trains_as_one_without(finished, inputs, 
 
 
 def test_config_json_reproduces_the_run(finished, tmp_path):
-    from dpo_jax import config
+    from dpo_jax.config import from_json
 
-    again = config.from_json((finished / "config.json").read_text(), "config.json")
+    again = from_json((finished / "config.json").read_text(), "config.json")
     train.run(again, tmp_path / "again")
     assert untimed(read_rows(tmp_path / "again" / "metrics.jsonl")) == untimed(read_rows(finished / "metrics.jsonl"))
 
@@ -233,10 +234,10 @@ def test_export_of_an_unfinished_run_is_not_taken_for_the_finished_one(finished,
         patch.setattr(train, "export", lambda *_: (_ for _ in ()).throw(Killed))
         with pytest.raises(Killed):
             train.run(config, folder)
-    train.export_checkpoint(config, folder, None)
+    commands.export_checkpoint(config, folder, None)
     assert (folder / f"export-{STEPS}" / "config.json").exists() and not (folder / "export").exists()
     with pytest.raises(InputError, match="the place of the finished run's export"):
-        train.export_checkpoint(config, folder, folder / "export")
+        commands.export_checkpoint(config, folder, folder / "export")
     train.run(config, folder)
     ours, theirs = weights(folder / "export"), weights(finished / "export")
     assert all(np.array_equal(ours[name], theirs[name]) for name in theirs)
@@ -310,8 +311,8 @@ def test_a_run_compiles_three_programs_of_the_model(finished, inputs, tmp_path, 
 @pytest.mark.slow
 def test_a_run_reads_the_weights_for_their_digest_once(inputs, tmp_path, monkeypatch):
     digests = []
-    real = hf_io.digest
-    monkeypatch.setattr(hf_io, "digest", lambda folder, **rest: digests.append(folder) or real(folder, **rest))
+    real = checkpoints.digest
+    monkeypatch.setattr(checkpoints, "digest", lambda folder, **rest: digests.append(folder) or real(folder, **rest))
     train.run(make_config(inputs, train__steps=1), tmp_path / "run")
     assert digests == [inputs / "model"]
 
@@ -325,19 +326,19 @@ def test_source_whose_rows_are_all_skipped_is_not_blamed_on_its_weight(inputs, t
 
 
 def test_reference_command_leaves_train_nothing_to_score(inputs, tmp_path, capsys):
-    train.score_reference(make_config(inputs), tmp_path / "run")
+    commands.score_reference(make_config(inputs), tmp_path / "run")
     assert f"{TRAIN_PAIRS + EVAL_PAIRS} scored" in capsys.readouterr().err
     train.run(make_config(inputs, train__steps=1), tmp_path / "run")
     assert " 0 scored in 0 forward passes" in capsys.readouterr().err
 
 
 def test_evaluate_repeats_the_last_evaluation(finished, inputs):
-    row = train.evaluate_checkpoint(make_config(inputs), finished)
+    row = commands.evaluate_checkpoint(make_config(inputs), finished)
     assert untimed([row]) == untimed([read_rows(finished / "eval.jsonl")[-1]])
 
 
 def test_export_command_writes_the_newest_checkpoint(finished, inputs, tmp_path):
-    train.export_checkpoint(make_config(inputs), finished, tmp_path / "out")
+    commands.export_checkpoint(make_config(inputs), finished, tmp_path / "out")
     ours, theirs = weights(tmp_path / "out"), weights(finished / "export")
     assert all(np.array_equal(ours[name], theirs[name]) for name in theirs)
     assert (tmp_path / "out" / "README.md").read_text() == (finished / "export" / "README.md").read_text()
@@ -373,13 +374,13 @@ def test_two_stages_can_be_moved_and_called_by_another_path(tmp_path, monkeypatc
     config = make_config(Path("{workdir}/inputs"), sft__steps=2, sft__batch_pairs=8, train__steps=2)
     monkeypatch.chdir(tmp_path)
     train.run(config, Path("run"))
-    first = untimed([train.evaluate_checkpoint(config, tmp_path / "run")])
+    first = untimed([commands.evaluate_checkpoint(config, tmp_path / "run")])
     (tmp_path / "run").rename(tmp_path / "moved")
-    assert untimed([train.evaluate_checkpoint(config, Path("moved"))]) == first
+    assert untimed([commands.evaluate_checkpoint(config, Path("moved"))]) == first
     # What a command that only reads cannot find it does not make.
     shutil.rmtree(tmp_path / "moved" / "sft")
     with pytest.raises(InputError, match=r"sft/export: no such folder; expected the model after sft\.steps"):
-        train.evaluate_checkpoint(config, tmp_path / "moved")
+        commands.evaluate_checkpoint(config, tmp_path / "moved")
 
 
 def test_data_inside_a_working_folder_whose_name_would_be_read_as_several_is_refused(inputs, tmp_path):
@@ -461,15 +462,15 @@ def test_export_in_another_type_is_another_run(finished, inputs):
 
 
 def test_evaluation_under_another_optimizer_reads_the_same_parameters(finished, inputs):
-    row = train.evaluate_checkpoint(make_config(inputs, optimizer__name="sgd", train__steps=1), finished)
+    row = commands.evaluate_checkpoint(make_config(inputs, optimizer__name="sgd", train__steps=1), finished)
     assert untimed([row]) == untimed([read_rows(finished / "eval.jsonl")[-1]])
     with pytest.raises(InputError, match=r"model\.path: .* -> '.*elsewhere'"):
-        train.evaluate_checkpoint(make_config(inputs, model__path=str(inputs / "elsewhere")), finished)
+        commands.evaluate_checkpoint(make_config(inputs, model__path=str(inputs / "elsewhere")), finished)
 
 
 def test_reference_pass_of_a_loss_that_reads_none_is_refused(inputs, tmp_path):
     with pytest.raises(InputError, match=r"config\.loss\.name: 'sft', which reads no reference"):
-        train.score_reference(make_config(inputs, loss__name="sft"), tmp_path / "run")
+        commands.score_reference(make_config(inputs, loss__name="sft"), tmp_path / "run")
 
 
 def test_folder_that_cannot_be_written_to_is_refused(inputs, tmp_path):
@@ -480,4 +481,4 @@ def test_folder_that_cannot_be_written_to_is_refused(inputs, tmp_path):
 
 def test_evaluate_without_a_checkpoint_is_refused(inputs, tmp_path):
     with pytest.raises(InputError, match="no checkpoint; expected one of a training run"):
-        train.evaluate_checkpoint(make_config(inputs), tmp_path)
+        commands.evaluate_checkpoint(make_config(inputs), tmp_path)

@@ -8,8 +8,8 @@ from jax.sharding import AbstractMesh, Mesh, PartitionSpec
 
 from dpo_jax.data.layout import collate
 from dpo_jax.data.packing import Shape
-from dpo_jax.models.blockwise import visible_blocks
-from dpo_jax.models.triton import Blocks, Tile, attention, choose_blocks, visits
+from dpo_jax.models.attention.blockwise import visible_blocks
+from dpo_jax.models.attention.triton import Blocks, Tile, attention, choose_blocks, visits
 from dpo_jax.types import Encoded, InputError
 
 WIDTHS = (64, 80, 96, 128, 256)

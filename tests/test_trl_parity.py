@@ -6,11 +6,11 @@ import shutil
 import pytest
 import transformers
 
-from dpo_jax import quickstart
-from tests import make_golden
-from tests.family_cases import CASES
-from tests.hf_folders import LLAMA, NEOX
-from tests.runs import make_inputs
+from dpo_jax.demo import quickstart
+from tests.support import make_golden
+from tests.support.family_cases import CASES
+from tests.support.hf_folders import LLAMA, NEOX
+from tests.support.runs import make_inputs
 
 pytest.importorskip("torch")
 pytest.importorskip("trl")

@@ -25,7 +25,7 @@ class Outcome(NamedTuple):
     encoded: Encoded
     prompt_cut: int = 0  # tokens taken from the prompt
     answer_cuts: tuple[int, ...] = ()  # tokens taken from the end of each answer, its EOS among them
-    boundary_split: bool = False  # prompt and answers would merge where they meet, so each was tokenised by itself
+    boundary_split: bool = False  # prompt and answers would merge where they meet, so each was tokenized by itself
 
 
 class Specials(NamedTuple):
@@ -40,7 +40,7 @@ class Parts(NamedTuple):
 
     prompt: list[int]
     answers: tuple[list[int], ...]  # best first; empty for one that is not there
-    split: bool  # the answers were tokenised by themselves
+    split: bool  # the answers were tokenized by themselves
     lead: int  # ids at the start of the prompt that truncation keeps: BOS
 
 
@@ -97,8 +97,8 @@ def encode(
 ) -> list[Outcome | InputError]:
     """Token ids of each pair, or what is wrong with it.
 
-    Boundary: prompt and answer are tokenised together and the prompt's own ids kept as the beginning; where a token
-    would reach across the boundary of any answer, all are tokenised by themselves. An answer without text is not there
+    Boundary: prompt and answer are tokenized together and the prompt's own ids kept as the beginning; where a token
+    would reach across the boundary of any answer, all are tokenized by themselves. An answer without text is not there
     and gets no token.
 
     Plain text starts with what the tokenizer itself puts first (BOS, for most that have one) and each answer ends in
@@ -117,7 +117,7 @@ def encode(
     """
     _check_options(max_length, max_prompt_length, truncate_prompt)
     outcomes: list[Outcome | InputError] = []
-    for pair, parts in zip(pairs, _tokenised(pairs, tokenizer), strict=True):
+    for pair, parts in zip(pairs, _tokenized(pairs, tokenizer), strict=True):
         _check_ids(pair, parts, tokenizer, vocab_size)
         outcomes.append(_truncated(pair, parts, max_length, max_prompt_length, truncate_prompt))
     return outcomes
@@ -165,7 +165,7 @@ def _ids(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]
     return cast(Any, tokenizer)(texts, add_special_tokens=False, verbose=False)["input_ids"] if texts else []
 
 
-def _tokenised(pairs: Sequence[Pair], tokenizer: PreTrainedTokenizerBase) -> list[Parts]:
+def _tokenized(pairs: Sequence[Pair], tokenizer: PreTrainedTokenizerBase) -> list[Parts]:
     together = iter(_ids(tokenizer, [p.prompt + text for p in pairs for text in ("", *filter(None, p.answers))]))
     bos = cast("int | None", tokenizer.bos_token_id)
     parts = [

@@ -7,9 +7,8 @@ besides, such as `present`, `kl` or `sequence_kl`, are arguments of their own, w
 that names them. `make_loss` combines losses, weights and modifiers into an `Objective`, called in the same way.
 """
 
-from dpo_jax.losses.batches import aot, aot_unpaired, bco_pair, beta_dpo, estimate_kl, kto
-from dpo_jax.losses.free import cpo, orpo, sft, simpo
-from dpo_jax.losses.modifiers import desensitised, f_scores, wpo_weights
+from dpo_jax.losses.batchwise import aot, aot_unpaired, bco_pair, beta_dpo, estimate_kl, kto
+from dpo_jax.losses.modifiers import desensitized, f_scores, wpo_weights
 from dpo_jax.losses.objective import (
     LOSSES,
     REFERENCE_FREE,
@@ -22,7 +21,7 @@ from dpo_jax.losses.objective import (
     rewards_of,
     start_of,
 )
-from dpo_jax.losses.pairs import (
+from dpo_jax.losses.pairwise import (
     apo_down,
     apo_zero,
     discopop,
@@ -39,6 +38,7 @@ from dpo_jax.losses.pairs import (
     tdpo1,
     tdpo2,
 )
+from dpo_jax.losses.reference_free import cpo, orpo, sft, simpo
 
 __all__ = [
     "LOSSES",
@@ -53,7 +53,7 @@ __all__ = [
     "bco_pair",
     "beta_dpo",
     "cpo",
-    "desensitised",
+    "desensitized",
     "discopop",
     "dpo_positive",
     "estimate_kl",

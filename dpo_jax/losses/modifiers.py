@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from dpo_jax.losses.parts import token_counts
+from dpo_jax.losses.common import token_counts
 
 STEEPEST = 30.0  # nats; beyond, exponentials go on as straight lines, so that float32 holds them and their squares
 DIVERGENCES = ("reverse_kl", "forward_kl", "js_divergence", "alpha_divergence")
@@ -42,7 +42,7 @@ def _exp(x):
     return jnp.exp(jnp.minimum(x, STEEPEST)) * (1 + jnp.maximum(x - STEEPEST, 0))
 
 
-def desensitised(
+def desensitized(
     logps: Float[Array, "P 2"], shared_logps: Float[Array, "P 2"], *, ld_alpha: float
 ) -> Float[Array, "P 2"]:
     """Log-probs in which tokens beyond the shorter answer's length count alpha times (LD-DPO).

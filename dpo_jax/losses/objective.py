@@ -14,38 +14,39 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from dpo_jax.losses import batches, free, modifiers, pairs
-from dpo_jax.losses.batches import BASELINES, Running
-from dpo_jax.losses.parts import nll, token_counts
+from dpo_jax.losses import batchwise, modifiers, pairwise
+from dpo_jax.losses.batchwise import BASELINES, Running
+from dpo_jax.losses.common import nll, token_counts
+from dpo_jax.losses.reference_free import cpo, orpo, sft, simpo
 from dpo_jax.types import InputError, check_choice
 
 Loss = Callable[..., Array]
 
 LOSSES: dict[str, Loss] = {
-    "sigmoid": pairs.sigmoid,
-    "robust": pairs.robust,
-    "hinge": pairs.hinge,
-    "ipo": pairs.ipo,
-    "sigmoid_norm": pairs.sigmoid_norm,
-    "exo_pair": pairs.exo_pair,
-    "nca_pair": pairs.nca_pair,
-    "sppo_hard": pairs.sppo_hard,
-    "apo_zero": pairs.apo_zero,
-    "apo_down": pairs.apo_down,
-    "discopop": pairs.discopop,
-    "dpo_positive": pairs.dpo_positive,
-    "tdpo1": pairs.tdpo1,
-    "tdpo2": pairs.tdpo2,
-    "plackett_luce": pairs.plackett_luce,
-    "bco_pair": batches.bco_pair,
-    "beta_dpo": batches.beta_dpo,
-    "aot": batches.aot,
-    "aot_unpaired": batches.aot_unpaired,
-    "kto": batches.kto,
-    "simpo": free.simpo,
-    "cpo": free.cpo,
-    "orpo": free.orpo,
-    "sft": free.sft,
+    "sigmoid": pairwise.sigmoid,
+    "robust": pairwise.robust,
+    "hinge": pairwise.hinge,
+    "ipo": pairwise.ipo,
+    "sigmoid_norm": pairwise.sigmoid_norm,
+    "exo_pair": pairwise.exo_pair,
+    "nca_pair": pairwise.nca_pair,
+    "sppo_hard": pairwise.sppo_hard,
+    "apo_zero": pairwise.apo_zero,
+    "apo_down": pairwise.apo_down,
+    "discopop": pairwise.discopop,
+    "dpo_positive": pairwise.dpo_positive,
+    "tdpo1": pairwise.tdpo1,
+    "tdpo2": pairwise.tdpo2,
+    "plackett_luce": pairwise.plackett_luce,
+    "bco_pair": batchwise.bco_pair,
+    "beta_dpo": batchwise.beta_dpo,
+    "aot": batchwise.aot,
+    "aot_unpaired": batchwise.aot_unpaired,
+    "kto": batchwise.kto,
+    "simpo": simpo,
+    "cpo": cpo,
+    "orpo": orpo,
+    "sft": sft,
 }
 REFERENCE_FREE = frozenset({"simpo", "cpo", "orpo", "sft"})
 UNPAIRED = frozenset({"kto", "bco_pair", "apo_zero"})  # a term for each answer: they take examples of one
@@ -102,10 +103,10 @@ class Objective:
         """
         compared, held = policy, jax.lax.stop_gradient(reference)
         if self.ld_alpha is not None:
-            compared = modifiers.desensitised(policy, given["shared_logps"], ld_alpha=self.ld_alpha)
+            compared = modifiers.desensitized(policy, given["shared_logps"], ld_alpha=self.ld_alpha)
             if not self.reference_free:
                 shared = jax.lax.stop_gradient(given["reference_shared_logps"])
-                held = modifiers.desensitised(held, shared, ld_alpha=self.ld_alpha)
+                held = modifiers.desensitized(held, shared, ld_alpha=self.ld_alpha)
         if self.divergence != "reverse_kl":
             compared = modifiers.f_scores(
                 compared - held, divergence=self.divergence, divergence_alpha=self.divergence_alpha
@@ -291,7 +292,7 @@ def make_loss(name: str, options: Mapping[str, Any]) -> Objective:
     if objective.needs >= {"kl", "sequence_kl"}:
         raise InputError(
             "config.loss.name",
-            got=f"{name!r}, which reads unrelated answers and divergences along the pair's own",
+            got=f"{name!r}, which reads mismatched answers and divergences along the pair's own",
             expected="one of the two",
             remedy="Leave one of the losses out.",
         )

@@ -89,7 +89,7 @@ class DecoderConfig:
     gated: bool = True  # down(act(gate(x)) * up(x)) instead of down(act(up(x)))
     experts: int = 0  # E, feed-forward blocks of which each token goes through a few; 0: all through the one there is
     experts_per_token: int = 0
-    normalise_router: bool = False  # the weights of a token's experts add up to 1
+    normalize_router: bool = False  # the weights of a token's experts add up to 1
     parallel_residual: bool = False  # x + attention(norm(x)) + mlp(norm(x))
     learned_positions: bool = False  # a vector for each position is added to the embedded token
     qkv_bias: bool = False

@@ -18,10 +18,10 @@ from flax import linen as nn
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
-from dpo_jax.models import experts, kinds, quantised, rope
-from dpo_jax.models.attention import PLAIN, Attention
+from dpo_jax.models import experts, layer_kinds, quantized, rope
+from dpo_jax.models.attention.choose import PLAIN, Attention
 from dpo_jax.models.config import DecoderConfig
-from dpo_jax.models.layers import Across, affine, lookup, normalise
+from dpo_jax.models.layers import Across, affine, lookup, normalize
 from dpo_jax.types import check_choice
 
 # What the forward pass of a block keeps for the backward pass besides its input; the rest is computed again.
@@ -83,7 +83,7 @@ class Run(nn.Module):
         if self.has_variable("params", "kernel"):
             held = self.get_variable("params", "kernel")
             if isinstance(held, Mapping):
-                return jnp.asarray(quantised.decode(held))
+                return jnp.asarray(quantized.decode(held))
         return jnp.asarray(self.param("kernel", INIT, shape, self.param_dtype))
 
     def dense(self, name: str, features: int | tuple[int, ...], bias: bool, inputs: int = 1) -> Dense:
@@ -133,7 +133,7 @@ class Norm(Run):
         bias = jnp.asarray(self.param("bias", nn.initializers.zeros, shape, self.param_dtype)) if layer else None
         # Heads are no more rows: both may be cut, and XLA gathers what it can only write as one cut axis.
         heads = x.shape[2 : x.ndim - self.axes]
-        return normalise(x.reshape(-1, *heads, *shape), scale, bias, c.norm_eps).reshape(x.shape)
+        return normalize(x.reshape(-1, *heads, *shape), scale, bias, c.norm_eps).reshape(x.shape)
 
 
 class SelfAttention(Run):
@@ -152,13 +152,13 @@ class SelfAttention(Run):
         if c.qkv_clip is not None:
             q, k, v = (jnp.clip(each, -c.qkv_clip, c.qkv_clip) for each in (q, k, v))
         kind, number = which
-        rotation = kinds.of_kind(layers.rotations, kind)
+        rotation = layer_kinds.of_kind(layers.rotations, kind)
         if rotation is not None:
-            turn = functools.partial(rope.rotate, rotation=rotation, interleaved=kinds.interleaved(c))
+            turn = functools.partial(rope.rotate, rotation=rotation, interleaved=layer_kinds.interleaved(c))
             q, k = turn(q), turn(k)
         if number is not None:
             q = q / number.astype(q.dtype)
-        key_start = kinds.of_kind(layers.key_starts, kind)
+        key_start = layer_kinds.of_kind(layers.key_starts, kind)
         out = self.attend(q, k, v, key_start, layers.key_end, scale=c.query_scale, soft_cap=c.attention_soft_cap)
         return self.dense("o", c.width, c.output_bias, inputs=2)(out)
 
@@ -188,7 +188,7 @@ class Experts(Run):
             flat,
             router,
             top_k=c.experts_per_token,
-            normalise=c.normalise_router,
+            normalize=c.normalize_router,
             across=across,
             spread=self.mixing.mesh,
         )
@@ -290,8 +290,8 @@ class Decoder(Run):
             in_axes=cast(Any, (0, nn.broadcast)),  # typed as ints
             length=c.layers,
         )
-        layers = kinds.all_layers(c, positions, key_start, key_end, self.dtype, self.unfed)
-        x, found = blocks(**self.fields, name="blocks")(x, kinds.each_layer(c), layers)
+        layers = layer_kinds.all_layers(c, positions, key_start, key_end, self.dtype, self.unfed)
+        x, found = blocks(**self.fields, name="blocks")(x, layer_kinds.each_layer(c), layers)
         found = {name: values.mean(0) for name, values in (found or {}).items()}
         return Norm(**self.fields, name="final_norm")(x), found
 
@@ -336,7 +336,7 @@ def hidden_states(
     adapter_scale: float = 1.0,
     unfed: int = 0,
 ) -> tuple[Float[Array, "R S D"], dict[str, Float[Array, "R S"]]]:
-    """Final hidden states, normalised, ready for the head; and of a mixture of experts, see `experts.routing`, what its
+    """Final hidden states, normalized, ready for the head; and of a mixture of experts, see `experts.routing`, what its
     layers find of every token, on average.
 
     Args:

@@ -65,7 +65,7 @@ def route(
     router: Float[Array, "D E"],
     *,
     top_k: int,
-    normalise: bool,
+    normalize: bool,
     across: Across | None = None,
     spread: Spread | None = None,
 ) -> tuple[Float[Array, "N k"], Int[Array, "N k"], Float[Array, "N E"]]:
@@ -73,10 +73,10 @@ def route(
 
     Args:
       router: of the type of x.
-      normalise: weights sum to 1; otherwise they are the probabilities of the chosen.
+      normalize: weights sum to 1; otherwise they are the probabilities of the chosen.
       across, spread: how the router lies on a mesh, as in `affine`, and how rows do; None: on one device.
     Returns: weights in the type of x, experts from the likeliest on, and probabilities in float32 or wider.
-    Source: Jiang et al. 2024 (Mixtral), section 2.1; without `normalise` Muennighoff et al. 2024 (OLMoE), section 2.
+    Source: Jiang et al. 2024 (Mixtral), section 2.1; without `normalize` Muennighoff et al. 2024 (OLMoE), section 2.
     """
     wide = jnp.promote_types(x.dtype, jnp.float32)
     probabilities = jax.nn.softmax(affine(x, router, None, across).astype(wide), axis=-1)
@@ -84,7 +84,7 @@ def route(
     # Picked by comparison, whose gradient is no scatter, and which XLA leaves where rows are.
     picked = experts[:, :, None] == jnp.arange(probabilities.shape[1])[None, None]
     weights = jnp.where(picked, probabilities[:, None], 0).sum(-1)
-    if normalise:
+    if normalize:
         weights = weights / weights.sum(-1, keepdims=True)
     return weights.astype(x.dtype), experts, probabilities
 

@@ -115,7 +115,7 @@ def column_sums(x: Float[Array, "*N D"]) -> Float[Array, "D"]:
 
 
 @functools.partial(custom_vjp, nondiff_argnums=(3,))
-def normalise(
+def normalize(
     x: Float[Array, "*N D"], scale: Float[Array, "D"], bias: Float[Array, "D"] | None, eps: float
 ) -> Float[Array, "*N D"]:
     """LayerNorm where there is a bias, RMSNorm where there is none; statistics float32 or wider, result of x's type.
@@ -123,7 +123,7 @@ def normalise(
     y = (x - mean) / sqrt(var + eps) * scale + bias, Ba et al. 2016; y = x / sqrt(mean(x^2) + eps) * scale, Zhang and
     Sennrich 2019.
     """
-    return _normalise_forward(x, scale, bias, eps)[0]
+    return _normalize_forward(x, scale, bias, eps)[0]
 
 
 def _statistics(x, centred, eps):
@@ -138,7 +138,7 @@ def _along(unit, columns):
     return jnp.expand_dims(columns, range(unit.ndim - 1)).astype(unit.dtype)
 
 
-def _normalise_forward(x, scale, bias, eps):
+def _normalize_forward(x, scale, bias, eps):
     unit, _ = _statistics(x, bias is not None, eps)
     y = unit * _along(unit, scale)
     if bias is not None:
@@ -146,7 +146,7 @@ def _normalise_forward(x, scale, bias, eps):
     return y.astype(x.dtype), (x, scale, bias)
 
 
-def _normalise_backward(eps, saved, grad):
+def _normalize_backward(eps, saved, grad):
     x, scale, bias = saved
     unit, inverse = _statistics(x, bias is not None, eps)
     grad = grad.astype(unit.dtype)
@@ -158,7 +158,7 @@ def _normalise_backward(eps, saved, grad):
     return (to_x * inverse).astype(x.dtype), column_sums(grad * unit).astype(scale.dtype), to_bias
 
 
-normalise.defvjp(_normalise_forward, _normalise_backward)
+normalize.defvjp(_normalize_forward, _normalize_backward)
 
 
 @functools.partial(custom_vjp, nondiff_argnums=(3,))

@@ -1,0 +1,147 @@
+"""Low-rank adapters, and folders of them in the format of PEFT.
+
+Beside a kernel W [I, O] that does not train stand A [I, r] and B [r, O] that do:
+
+    y = x W + scale (x A) B,  scale = alpha / r, or alpha / sqrt(r) if rank-stabilized
+
+A starts uniform in +-1/sqrt(I) and B at 0, so at first y is that of the kernel alone, exactly. Maps that the checkpoint
+stores as one have an A in common, as they would have in PEFT: it stands beside the first of them.
+Sources: Hu et al. 2021 (LoRA, arXiv 2106.09685), Eq. 3; Kalajdzievski 2023 (arXiv 2312.03732).
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import xxhash
+
+from dpo_jax import trees
+from dpo_jax.hf import checkpoints
+from dpo_jax.hf.tensors import Sizes, Tensor, leaf_shapes
+from dpo_jax.models import quantized
+from dpo_jax.types import InputError
+
+PREFIX = "base_model.model."  # PEFT's, of every name
+KERNEL = re.compile(r"blocks/(attention|mlp)/\w+/kernel")  # leaves that can have an adapter
+
+
+class Adapters(NamedTuple):
+    """Which kernels have adapters, and of what form."""
+
+    rank: int
+    alpha: float
+    rank_stabilised: bool
+    tensors: tuple[Tensor, ...]  # of the checkpoint, that have one
+
+    @property
+    def scale(self) -> float:
+        """What the product of an adapter is multiplied by."""
+        return self.alpha / (math.sqrt(self.rank) if self.rank_stabilised else self.rank)
+
+    @property
+    def table(self) -> list[Tensor]:
+        """Every adapter's tensors as PEFT stores them, and the leaves that hold them."""
+        both = [each.low_rank(PREFIX + module_of(each), self.rank) for each in self.tensors if each.low_rank]
+        return [tensor for pair in both for tensor in pair]
+
+    @property
+    def leaves(self) -> list[str]:
+        """Paths of all that hold adapters."""
+        return [leaf for tensor in self.table for leaf in tensor.leaves]
+
+    @property
+    def first_factors(self) -> dict[str, str]:
+        """Of each kernel with an adapter, by the path of what holds it: the path of the leaf A."""
+        parents = [[leaf.rpartition("/")[0] for leaf in each.leaves] for each in self.tensors]
+        return {parent: f"{group[0]}/lora_a" for group in parents for parent in group}
+
+
+def is_factor(path: str) -> bool:
+    """Whether a leaf is an A or a B."""
+    return path.endswith(("/lora_a", "/lora_b"))
+
+
+def module_of(tensor: Tensor) -> str:
+    """The name, with `{layer}`, of the module of transformers whose weight a tensor is."""
+    return tensor.names[0].removesuffix(".weight")
+
+
+def choose(table: Sequence[Tensor], sizes: Sizes, targets: str) -> tuple[Tensor, ...]:
+    """The tensors that get adapters.
+
+    Args:
+      table: of the model's family.
+      targets: a regular expression, matched in full against names of modules, such as
+        model.layers.0.self_attn.q_proj; empty: all linear maps in blocks but those of experts and routers.
+    Raises: InputError if it matches none, or a module in some of the layers only.
+    """
+    able = [each for each in table if each.low_rank and all(KERNEL.fullmatch(leaf) for leaf in each.leaves)]
+    if not targets:
+        return tuple(able)
+    found, partly = [], []
+    for each in able:
+        names = [module_of(each).format(layer=layer) for layer in range(sizes["layer"])]
+        matched = [name for name in names if re.fullmatch(targets, name)]
+        if matched:
+            (found if len(matched) == len(names) else partly).append(each)
+    if partly or not found:
+        raise InputError(
+            "config.lora.targets",
+            got=f"{targets!r}, which matches "
+            + (f"{', '.join(map(module_of, partly))} in some of the layers only" if partly else "none of them"),
+            expected=f"a regular expression of some of {', '.join(map(module_of, able))}, in every layer",
+            remedy="Correct it; it has to match the whole of a name.",
+        )
+    return tuple(found)
+
+
+def spread(params: Mapping, adapters: Adapters) -> dict:
+    """Parameters in which every kernel with an adapter has its own A: those with one in common have the same array."""
+    leaves = trees.flatten(params)
+    return trees.nest(leaves | {f"{parent}/lora_a": leaves[a] for parent, a in adapters.first_factors.items()})
+
+
+def merge(params: Mapping, adapters: Adapters) -> dict:
+    """Parameters without adapters: kernels W + scale A B, in float32 or wider."""
+    leaves = trees.flatten(quantized.decoded(params))
+    for parent, a in adapters.first_factors.items():
+        leaves[f"{parent}/kernel"] = _merged(
+            leaves[f"{parent}/kernel"], leaves[a], leaves[f"{parent}/lora_b"], adapters.scale
+        )
+    return trees.nest({path: leaf for path, leaf in leaves.items() if not is_factor(path)})
+
+
+@jax.jit
+def _merged(kernel: Any, a: Any, b: Any, scale: Any) -> Any:
+    wide = jnp.promote_types(kernel.dtype, jnp.float32)
+    product = jax.lax.dot_general(
+        a.astype(wide), b.astype(wide), (((a.ndim - 1,), (1,)), ((0,), (0,))), precision=jax.lax.Precision.HIGHEST
+    )
+    return kernel.astype(wide) + scale * product
+
+
+def first_values(adapters: Adapters, sizes: Sizes, *, seed: int, place: Any = checkpoints.whole) -> dict[str, Any]:
+    """Leaves by path before the first update, float32: what each is depends on seed and path alone.
+
+    Args:
+      place: as for `hf_io.load_params`.
+    """
+
+    def drawn(path: str, shape: tuple[int, ...]) -> np.ndarray:
+        if path.endswith("lora_b"):
+            return np.zeros(shape, np.float32)
+        bound = 1 / math.sqrt(math.prod(shape[1:-1]))
+        rng = np.random.default_rng([seed, xxhash.xxh3_64_intdigest(path.encode())])
+        return rng.uniform(-bound, bound, shape).astype(np.float32)
+
+    shapes = leaf_shapes(adapters.table, sizes)
+    return {path: place(path, shape, drawn(path, shape).__getitem__) for path, shape in shapes.items()}
+
+
+# --- folders as PEFT writes them --------------------------------------------------------------------------------------

@@ -1,0 +1,304 @@
+"""Strict reading of a Hugging Face `config.json`: every field is used, known to change nothing, or refused.
+
+A family takes the fields it understands out of a copy; what is left over at the end must be harmless.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from dpo_jax.models import rope as ropes
+from dpo_jax.models.config import Rope
+from dpo_jax.types import InputError
+
+REQUIRED = object()
+
+# Fields that any Hugging Face configuration may hold and that no causal decoder's forward pass reads. Names that
+# begin with an underscore are private to transformers and count as harmless too.
+HARMLESS = frozenset(
+    """
+    architectures model_type transformers_version torch_dtype dtype use_cache initializer_range name_or_path
+    bos_token_id eos_token_id pad_token_id sep_token_id decoder_start_token_id tokenizer_class prefix
+    id2label label2id num_labels problem_type classifier_dropout finetuning_task task_specific_params
+    return_dict output_hidden_states output_attentions attn_implementation torchscript use_bfloat16 tf_legacy_loss
+    chunk_size_feed_forward is_decoder gradient_checkpointing tie_encoder_decoder tie_last_hidden_states
+    custom_pipeline custom_pipelines unsloth_fixed unsloth_version is_llama_config transformers.js_config
+    """.split()
+    # Defaults for text generation, which old configurations keep here.
+    + """
+    assistant_confidence_threshold assistant_lookbehind bad_words_ids begin_suppress_tokens diversity_penalty
+    do_sample early_stopping encoder_no_repeat_ngram_size encoder_repetition_penalty epsilon_cutoff eta_cutoff
+    exponential_decay_length_penalty forced_bos_token_id forced_eos_token_id length_penalty max_length min_length
+    no_repeat_ngram_size num_assistant_tokens num_assistant_tokens_schedule num_beam_groups num_beams
+    num_return_sequences output_scores remove_invalid_values repetition_penalty return_dict_in_generate
+    suppress_tokens target_lookbehind temperature top_k top_p typical_p
+    """.split()
+)
+
+# Fields that change the model unless they have one of these values. Training here uses no dropout, so a
+# configuration that asks for it is refused rather than quietly overruled.
+NEUTRAL: dict[str, tuple] = {
+    "is_encoder_decoder": (False,),
+    "add_cross_attention": (False,),
+    "cross_attention_hidden_size": (),
+    "pruned_heads": ({},),
+    "per_layer_config": ({},),
+    "attention_dropout": (0,),
+    "hidden_dropout": (0,),
+    "attention_probs_dropout_prob": (0,),
+    "hidden_dropout_prob": (0,),
+}
+
+# transformers' names of activations, and ours.
+ACTIVATIONS = {
+    "silu": "silu",
+    "swish": "silu",
+    "relu": "relu",
+    "gelu": "gelu",  # torch's default: the exact one, by erf
+    "gelu_python": "gelu",
+    "gelu_new": "gelu_tanh",
+    "gelu_fast": "gelu_tanh",
+    "gelu_accurate": "gelu_tanh",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "gelu_python_tanh": "gelu_tanh",
+}
+
+
+def begin(hf: dict, architecture: str, place: str) -> dict[str, Any]:
+    """A copy of `hf` to take fields from. Raises InputError if it describes another class, or quantized weights."""
+    named = hf.get("architectures") or [architecture]
+    if architecture not in named:
+        raise InputError(
+            f"{place}: architectures",
+            got=f"got {named}",
+            expected=architecture,
+            remedy="Other heads and variants compute something else; start from the causal language model itself.",
+        )
+    if hf.get("quantization_config"):
+        raise InputError(
+            f"{place}: quantization_config",
+            got="the weights are quantized",
+            expected="plain floating-point weights",
+            remedy="Train from the checkpoint this one was quantized from.",
+        )
+    return dict(hf)
+
+
+def take(fields: dict[str, Any], name: str, kind: type, *, place: str, default: Any = REQUIRED) -> Any:
+    """Removes a field and returns its value; absent and null both mean `default`.
+
+    Raises: InputError if a required field is absent, or a value is not of `kind`; numbers must be positive.
+    """
+    value = fields.pop(name, None)
+    if value is None and default is not REQUIRED:
+        return default
+    if not fits(value, kind):
+        raise InputError(
+            f"{place}: {name}",
+            got="missing" if value is None else f"got {value!r}",
+            expected=f"a {'' if kind in (str, bool) else 'positive '}{kind.__name__}",
+            remedy="Compare the file with the one the model was published with.",
+        )
+    return kind(value)
+
+
+def fits(value: Any, kind: type) -> bool:
+    """Whether a JSON value is of `kind` (whole numbers are floats, truth values are not numbers) and positive."""
+    if kind in (str, bool):
+        return isinstance(value, kind)
+    return isinstance(value, (int, kind)) and not isinstance(value, bool) and value > 0
+
+
+def divide(whole: int, parts: int, place: str) -> int:
+    """The quotient, exactly. Raises InputError, naming `place`, if there is a remainder."""
+    if whole % parts:
+        raise InputError(
+            place,
+            got=f"got {whole}, which {parts} does not divide",
+            expected=f"a multiple of {parts}",
+            remedy="Compare the file with the one the model was published with.",
+        )
+    return whole // parts
+
+
+def take_activation(fields: dict[str, Any], *, place: str, default: str, field: str = "hidden_act") -> Any:
+    """Removes the field and returns our name for the activation. Raises InputError if it is not implemented."""
+    name = take(fields, field, str, place=place, default=default)
+    if name not in ACTIVATIONS:
+        raise InputError(
+            f"{place}: {field}",
+            got=f"got {name!r}",
+            expected=f"one of {', '.join(ACTIVATIONS)}",
+            remedy="This activation is not implemented.",
+        )
+    return ACTIVATIONS[name]
+
+
+def take_rope(
+    fields: dict[str, Any],
+    *,
+    place: str,
+    head_dim: int,
+    max_positions: int,
+    theta: float = 10000.0,
+    fraction: float = 1.0,
+    partial: bool = False,
+    thetas: tuple[str, ...] = ("rope_theta",),
+    fractions: tuple[str, ...] = ("partial_rotary_factor",),
+    also: dict[str, str] | None = None,
+) -> Rope:
+    """Removes every rotary field and returns what they say.
+
+    Since transformers 5 the values stand in `rope_parameters`; before, they stood at the top level beside
+    `rope_scaling`. Wherever the same value is given more than once, all must agree.
+
+    Args:
+      theta, fraction: defaults of the base and of the part of each head that turns.
+      partial: whether the family honors a part below 1; transformers reads the field for every family and then turns
+        whole heads all the same.
+      thetas, fractions: top-level names of the two.
+      also: types that this family gives another's name, and whose.
+    Raises: InputError for a type or parameter that is not known, one that is missing, or places that disagree.
+    """
+    length = "original_max_position_embeddings"
+    given: dict[str, dict[str, Any]] = {
+        "rope_theta": {name: fields.pop(name, None) for name in thetas},
+        "partial_rotary_factor": {name: fields.pop(name, None) for name in fractions},
+        length: {length: fields.pop(length, None)},
+    }
+    for source in ("rope_parameters", "rope_scaling"):
+        rope = fields.pop(source, None) or {}
+        if not isinstance(rope, dict):
+            raise InputError(
+                f"{place}: {source}", got=repr(rope), expected="an object", remedy="Take it from the original."
+            )
+        for key, value in rope.items():
+            given.setdefault("rope_type" if key == "type" else key, {})[f"{source}.{key}"] = value
+    found = {key: value for key, values in given.items() if (value := agreed(values, place)) is not None}
+    kind = str(found.pop("rope_type", "default"))
+    kind = (also or {}).get(kind, kind)
+    check_rope(kind, found, place)
+    dim = int(head_dim * found.pop("partial_rotary_factor", fraction))
+    if dim % 2 or not 2 <= dim <= head_dim or (dim < head_dim and not partial):
+        raise InputError(
+            f"{place}: {fractions[0]}",
+            got=f"{dim} of a head's {head_dim} dimensions would turn",
+            expected=f"an even number from 2 to {head_dim}" if partial else "all of them, an even number",
+            remedy="Compare the file with the one the model was published with.",
+        )
+    found = {"rope_theta": theta, length: max_positions, "max_position_embeddings": max_positions} | found
+    for name in ("short_factor", "long_factor"):
+        if len(found.get(name, ())) not in (0, dim // 2):
+            raise InputError(
+                f"{place}: {name}", got=f"{len(found[name])} numbers", expected=f"{dim // 2}", remedy="Correct it."
+            )
+    return ropes.KINDS[kind][0](found, ropes.frequencies(found["rope_theta"], dim))
+
+
+def check_rope(kind: str, found: dict[str, Any], place: str) -> None:
+    """Raises InputError unless a type of rotary positions is known and has the parameters it needs, and no others."""
+    if kind not in ropes.KINDS:
+        raise InputError(
+            f"{place}: rope_type",
+            got=f"got {kind!r}",
+            expected=f"one of {', '.join(ropes.KINDS)}",
+            remedy="It is not implemented, and leaving it out would change every log-prob.",
+        )
+    needed, known = (names.split() for names in ropes.KINDS[kind][1:])
+    if missing := [name for name in needed if name not in found]:
+        raise InputError(
+            f"{place}: rope_parameters",
+            got=f"type {kind} without {', '.join(missing)}",
+            expected=", ".join(needed),
+            remedy="Compare the file with the one the model was published with.",
+        )
+    # Phi-3 has the trained length beside every type.
+    usual = {"rope_theta", "partial_rotary_factor", "original_max_position_embeddings"}
+    if unknown := sorted(found.keys() - usual - {*needed, *known}):
+        raise InputError(
+            f"{place}: rope_parameters",
+            got=f"got {', '.join(f'{key}={found[key]!r}' for key in unknown)}",
+            expected=f"for type {kind} only {', '.join(sorted(usual | {*needed, *known}))}",
+            remedy="If the model ignores these fields, delete them from a copy of config.json.",
+        )
+    for name, value in found.items():
+        wanted = "true or false" if name == "truncate" else "positive numbers" if "_factor" in name else "a number"
+        listed = value if name in ("short_factor", "long_factor") and isinstance(value, list) else [value]
+        good = isinstance(value, bool) if name == "truncate" else listed and all(fits(each, float) for each in listed)
+        if not good:
+            raise InputError(f"{place}: {name}", got=f"got {value!r}", expected=wanted, remedy="Correct the value.")
+
+
+def agreed(given: dict[str, Any], place: str) -> Any:
+    """The one value that all places give, None where none does. Raises InputError if two differ."""
+    values = {name: value for name, value in given.items() if value is not None}
+    distinct = [value for i, value in enumerate(values.values()) if value not in list(values.values())[:i]]
+    if len(distinct) > 1:
+        raise InputError(
+            place,
+            got=f"got {', '.join(f'{name}={value}' for name, value in values.items())}",
+            expected="one value",
+            remedy="Keep the one the model was trained with.",
+        )
+    return distinct[0] if distinct else None
+
+
+def take_window(fields: dict[str, Any], *, place: str, absent: int | None = None) -> int | None:
+    """Removes `sliding_window` and returns it: None if it is null, `absent` if it is not there."""
+    if "sliding_window" not in fields:
+        return absent
+    return take(fields, "sliding_window", int, place=place, default=None)
+
+
+def take_sliding(
+    fields: dict[str, Any], *, place: str, window: int | None, default: Callable[[int], bool]
+) -> list[bool]:
+    """Removes `layer_types` and returns of each layer whether its attention slides.
+
+    Args:
+      window: of those that do. Raises InputError if there are such and it is None.
+      default: of a layer from 0, whether it slides, where the field is absent.
+    """
+    layers = take(dict(fields), "num_hidden_layers", int, place=place)
+    names = fields.pop("layer_types", None)
+    if names is None:
+        return [default(layer) for layer in range(layers)]
+    kinds = ("full_attention", "sliding_attention")
+    if not isinstance(names, list) or len(names) != layers or not set(names) <= set(kinds):
+        raise InputError(
+            f"{place}: layer_types",
+            got=f"got {names!r:.200}",
+            expected=f"{layers} of {' and '.join(kinds)}",
+            remedy="Other kinds of attention are not implemented.",
+        )
+    if kinds[1] in names and window is None:
+        raise InputError(
+            f"{place}: layer_types",
+            got=f"{kinds[1]} without a sliding_window",
+            expected="the window",
+            remedy="Compare the file with the one the model was published with.",
+        )
+    return [name == kinds[1] for name in names]
+
+
+def finish(fields: dict[str, Any], *, place: str, neutral: dict[str, tuple]) -> None:
+    """Raises InputError naming every field left over that may change what the model computes.
+
+    Args:
+      neutral: the family's own additions to NEUTRAL. A field that is null counts as absent.
+    """
+    allowed = NEUTRAL | neutral
+    left = {name: value for name, value in fields.items() if value is not None and not name.startswith("_")}
+    wrong = {name: value for name, value in left.items() if name in allowed and value not in allowed[name]}
+    unknown = {name: value for name, value in left.items() if name not in allowed and name not in HARMLESS}
+    if not (wrong or unknown):
+        return
+    needed = [f"{name}={allowed[name][0] if allowed[name] else None!r}" for name in sorted(wrong)]
+    raise InputError(
+        place,
+        got=f"got {', '.join(f'{name}={value!r}' for name, value in sorted((wrong | unknown).items()))}",
+        expected=", ".join(needed + ["only fields known here"] * bool(unknown)),
+        remedy="These fields may change what the model computes and are not implemented. Where they do not, or where "
+        "training without them is what you want, edit a copy of config.json.",
+    )

@@ -1,0 +1,389 @@
+"""Folders of the Hugging Face kind: finding them, and reading and writing their safetensors and small files.
+
+Nothing here unpickles or runs code that came with a model.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import json
+import os
+import re
+import shutil
+import struct
+import uuid
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple
+
+import huggingface_hub
+import ml_dtypes  # noqa: F401  gives numpy its bfloat16
+import numpy as np
+from safetensors import SafetensorError, safe_open
+
+from dpo_jax.hf import transpose
+from dpo_jax.hf.tensors import FLOATS, Header
+from dpo_jax.types import InputError
+
+CONFIG = "config.json"
+GENERATION = "generation_config.json"
+SINGLE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+ADAPTER_CONFIG = "adapter_config.json"  # of PEFT, as is the next
+ADAPTER = "adapter_model.safetensors"
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "tokenizer.model",
+    "spiece.model",
+    "sentencepiece.bpe.model",
+    "chat_template.jinja",
+    "chat_template.json",
+)
+TEMPLATE_FOLDER = "additional_chat_templates"  # named chat templates beside the default one
+# Everything a download may bring, and everything an export may write besides its weights. No *.bin, no *.py.
+SMALL_FILES = (CONFIG, GENERATION, INDEX, ADAPTER_CONFIG, ADAPTER, *TOKENIZER_FILES)
+PIECE = 1 << 20  # bytes read or written at a time: few calls, and still in a core's own cache when they are converted
+GAP = 256 << 10  # the same where only some of them are wanted: skipping would be slower, even if the file is cached
+
+Index = tuple[slice, ...]  # as jax.make_array_from_callback gives it
+
+
+class Weights(NamedTuple):
+    """An open checkpoint: what it holds, and how to read it.
+
+    `pieces(name, view)` are the numbers of `view(tensor)`, a function that only slices, reshapes and transposes: one
+    after another, in the order of the file, each with its place in that view. No other parts of the file are read,
+    but for gaps that would be slower to skip. Several threads may read at once.
+    """
+
+    headers: dict[str, Header]
+    pieces: Callable[[str, Callable[[np.ndarray], np.ndarray]], Iterator[tuple[Index, np.ndarray]]]
+
+
+class Hosts(NamedTuple):
+    """The processes that share a job, seen from one of them."""
+
+    index: int = 0
+    count: int = 1
+    wait: Callable[[str], None] = lambda name: None  # returns once every host has called it with this name
+
+
+ONE_HOST = Hosts()
+
+
+class Spec(NamedTuple):
+    """A tensor to be written."""
+
+    name: str
+    dtype: str  # numpy's name
+    shape: tuple[int, ...]
+
+    @property
+    def bytes(self) -> int:
+        return int(np.prod(self.shape)) * np.dtype(self.dtype).itemsize
+
+
+def resolve(path: str | Path) -> Path:
+    """A local folder as it is, or the downloaded snapshot of a Hub id such as owner/name.
+
+    Raises: InputError if `path` is neither.
+    """
+    folder = Path(path).expanduser()
+    if folder.is_dir():
+        return folder
+    reason = "no such folder"
+    if re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", str(path)):
+        patterns = ["model*.safetensors", *SMALL_FILES, f"{TEMPLATE_FOLDER}/*.jinja"]
+        try:
+            return Path(huggingface_hub.snapshot_download(str(path), allow_patterns=patterns))
+        except (OSError, ValueError) as error:  # every Hub and connection error is one of these
+            reason = f"no such folder, and the Hub answered: {' '.join(str(error).split())}"
+    raise InputError(
+        str(path),
+        got=reason,
+        expected="a folder with a Hugging Face model, or its id on the Hub",
+        remedy="Check the spelling; gated models need `hf auth login` first.",
+    )
+
+
+def read_json(path: Path) -> dict:
+    """A JSON object from a file. Raises InputError if it is not there or is something else."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+        reason = "" if isinstance(value, dict) else f"a JSON {type(value).__name__}"
+    except FileNotFoundError:
+        value, reason = {}, "no such file"
+    except OSError as error:
+        value, reason = {}, f"cannot be read ({error})"
+    except ValueError as error:
+        value, reason = {}, f"not JSON: {error}"
+    if reason:
+        raise InputError(
+            str(path), got=reason, expected="a JSON object", remedy="Is this a folder that transformers saved?"
+        )
+    return value
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files of a checkpoint. Raises InputError if there are none or one is not there."""
+    if folder.suffix == ".safetensors" and folder.is_file():
+        return [folder]
+    if (folder / SINGLE).is_file():  # transformers, too, prefers it to an index
+        return [folder / SINGLE]
+    if not (folder / INDEX).is_file():
+        pickles = sorted(path.name for path in folder.glob("*") if path.suffix in (".bin", ".pt", ".pth"))
+        raise InputError(
+            str(folder),
+            got=f"only pickled weights ({', '.join(pickles)})" if pickles else "no weights",
+            expected=f"{SINGLE} or {INDEX}",
+            remedy="Pickle files can run code and are never read. Where torch is installed, convert them: "
+            "AutoModelForCausalLM.from_pretrained(folder).save_pretrained(new_folder).",
+        )
+    found = read_json(folder / INDEX).get("weight_map")
+    names = sorted({str(name) for name in found.values()}) if isinstance(found, dict) else []
+    # Only plain names: an index must not reach outside its folder.
+    absent = [name for name in names if Path(name).name != name or not (folder / name).is_file()]
+    if absent or not names:
+        raise InputError(
+            str(folder / INDEX),
+            got=f"names files that are not in the folder: {', '.join(absent)}" if absent else "names no files",
+            expected="every file of the checkpoint",
+            remedy="Download or copy the missing files.",
+        )
+    return [folder / name for name in names]
+
+
+@contextlib.contextmanager
+def open_weights(folder: Path) -> Iterator[Weights]:
+    """Opens a checkpoint's safetensors, one file or many, or a file by itself; numbers are read only when asked for.
+
+    Raises: InputError if a file is damaged, or two files hold the same tensor.
+    """
+    with contextlib.ExitStack() as stack:
+        headers: dict[str, Header] = {}
+        homes: dict[str, tuple[BinaryIO, int]] = {}
+        for path in weight_files(folder):
+            try:
+                with safe_open(path, framework="numpy"):  # which checks all that the header claims
+                    file = stack.enter_context(path.open("rb"))
+            except (SafetensorError, OSError) as error:
+                raise InputError(
+                    str(path),
+                    got=f"damaged or not readable ({error})",
+                    expected="a safetensors file",
+                    remedy="Download it again.",
+                ) from error
+            (length,) = struct.unpack("<Q", file.read(8))
+            for name, entry in json.loads(file.read(length)).items():
+                if name == "__metadata__":
+                    continue
+                if name in homes:
+                    raise InputError(
+                        str(path), got=f"{name} again", expected="each tensor in one file", remedy="Remove one of them."
+                    )
+                headers[name] = Header(entry["dtype"], tuple(entry["shape"]))
+                homes[name] = file, 8 + length + entry["data_offsets"][0]
+        yield Weights(headers, lambda name, view: read_pieces(*homes[name], headers[name], view))
+
+
+def read_pieces(
+    file: BinaryIO, begin: int, header: Header, view: Callable[[np.ndarray], np.ndarray]
+) -> Iterator[tuple[Index, np.ndarray]]:
+    """`Weights.pieces` of the tensor whose numbers stand at `begin`.
+
+    A view is laid out in memory as it is in the file, so it is made of an array that is never filled (memory that
+    is not touched takes no room), and its address and strides tell where to read. It is halved along the axis of the
+    longest stride until a piece has no gaps or is so short that they do not matter.
+    """
+    tensor = np.empty(header.shape, FLOATS[header.dtype])
+    whole = view(tensor)
+    assert not whole.size or np.may_share_memory(whole, tensor), "not a view but a copy"
+    todo = [tuple(slice(0, size) for size in whole.shape)] if whole.size else []
+    while todo:
+        index = todo.pop()
+        part = whole[(*index, ...)]  # with the dots even a single number stays an array
+        span = part.itemsize + sum((size - 1) * stride for size, stride in zip(part.shape, part.strides, strict=True))
+        if part.size > 1 and span > (PIECE if span == part.nbytes else GAP):
+            _, axis = max((stride, i) for i, stride in enumerate(part.strides) if part.shape[i] > 1)
+            start, stop = index[axis].start, index[axis].stop
+            middle = (start + stop) // 2
+            todo += [(*index[:axis], half, *index[axis + 1 :]) for half in (slice(middle, stop), slice(start, middle))]
+        else:
+            numbers = read_bytes(file, begin + part.ctypes.data - tensor.ctypes.data, span)
+            yield index, np.ndarray(part.shape, part.dtype, numbers, strides=part.strides)
+
+
+def read_bytes(file: BinaryIO, start: int, count: int) -> bytes:
+    """`count` bytes from `start`. Raises InputError if the file has become shorter.
+
+    pread leaves the position of the file alone, which threads share: one's seek would come between seek and read of
+    another.
+    """
+    found = b""
+    while len(found) < count:  # once, but for reads that are interrupted or of 2 GiB and more
+        more = os.pread(file.fileno(), count - len(found), start + len(found))
+        found = found + more if found else more
+        if not more:
+            raise InputError(
+                str(file.name),
+                got=f"ends at byte {start + len(found)}",
+                expected=f"{start + count} bytes or more",
+                remedy="It was cut while being read; download it again.",
+            )
+    return found
+
+
+def write_weights(
+    folder: Path,
+    specs: Sequence[Spec],
+    build: Callable[[str], Callable[[], np.ndarray]],
+    *,
+    max_shard_bytes: int,
+    hosts: Hosts,
+    stem: str = "model",
+) -> None:
+    """Writes STEM.safetensors, or numbered files and their index where it would exceed `max_shard_bytes`.
+
+    Each file is written by one of the hosts, in turn. `build(name)` is called on all of them, in the same order and
+    once for each tensor, when its turn to be written has come; what it returns is called on the host that writes,
+    so that no more than one tensor is in memory. It may be of another type, and its axes in any order.
+    """
+    by_name = {spec.name: spec for spec in specs}
+    split = huggingface_hub.split_state_dict_into_shards_factory(
+        {name: by_name[name].bytes for name in sorted(by_name)},
+        get_storage_size=int,
+        filename_pattern=stem + "{suffix}.safetensors",
+        max_shard_size=max_shard_bytes,
+    )
+    for number, (filename, names) in enumerate(split.filename_to_tensors.items()):
+        ordered = in_file_order([by_name[name] for name in names])
+        if number % hosts.count == hosts.index:
+            write_file(folder / filename, ordered, build)
+        else:
+            for spec in ordered:
+                build(spec.name)
+    if split.is_sharded and hosts.index == 0:
+        index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
+        write_json(folder / INDEX, index)
+
+
+def in_file_order(specs: Sequence[Spec]) -> list[Spec]:
+    """Tensors as the safetensors library orders them in a file: widest types first, so that all are aligned."""
+    rank = list(FLOATS.values())
+    return sorted(specs, key=lambda spec: (rank.index(spec.dtype), spec.name))
+
+
+def write_file(path: Path, ordered: Sequence[Spec], build: Callable[[str], Callable[[], np.ndarray]]) -> None:
+    """Writes one safetensors file, byte for byte as the safetensors library does, a piece of a tensor at a time.
+
+    The library itself wants every tensor of the file in memory at once. Layout: eight bytes of header length, a JSON
+    header padded with spaces to a multiple of eight, then the numbers.
+    """
+    codes = {dtype: code for code, dtype in FLOATS.items()}
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for spec in ordered:
+        begin, end = end, end + spec.bytes
+        header[spec.name] = {"dtype": codes[spec.dtype], "shape": list(spec.shape), "data_offsets": [begin, end]}
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    jobs = (
+        functools.partial(in_file_layout, rows, spec)
+        for spec in ordered
+        for rows in row_pieces(build(spec.name)(), spec)
+    )
+    # Threads make the next pieces while one is written, in order: some network file systems take no other.
+    with path.open("wb") as file, transpose.pool() as threads:
+        file.write(struct.pack("<Q", len(text)) + text)
+        for piece in transpose.ahead(threads, jobs):
+            file.write(piece)
+        assert file.tell() == 8 + len(text) + end, path
+
+
+def row_pieces(array: np.ndarray, spec: Spec) -> Iterator[np.ndarray]:
+    """Rows of a tensor, as many at a time as are PIECE bytes in the file, or one."""
+    assert array.shape == spec.shape, (spec.name, array.shape, spec.shape)
+    array = np.atleast_1d(array)
+    step = max(1, PIECE * len(array) // max(1, spec.bytes))
+    for start in range(0, len(array), step):
+        yield array[start : start + step]
+
+
+def in_file_layout(rows: np.ndarray, spec: Spec) -> memoryview:
+    """The bytes of some rows of a tensor as they stand in the file."""
+    return transpose.contiguous(transpose.cast(rows, spec.dtype, spec.name)).reshape(-1).view(np.uint8).data
+
+
+def write_json(path: Path, value: Mapping) -> None:
+    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def tokenizer_files(folder: Path) -> list[str]:
+    """Names of the files of the tokenizer and chat templates that a folder has."""
+    names = [name for name in TOKENIZER_FILES if (folder / name).is_file()]
+    return names + [f"{TEMPLATE_FOLDER}/{path.name}" for path in sorted((folder / TEMPLATE_FOLDER).glob("*.jinja"))]
+
+
+def check_replaceable(out: Path) -> None:
+    """Raises InputError unless `out` is absent, or a folder with nothing in it but what an export writes."""
+    if not out.exists():
+        return
+    ours = {*SMALL_FILES, "README.md", TEMPLATE_FOLDER}
+    strangers = (
+        [path.name for path in sorted(out.iterdir()) if not (path.name in ours or path.match("model*.safetensors"))]
+        if out.is_dir()
+        else [out.name]
+    )
+    if strangers:
+        raise InputError(
+            str(out),
+            got=f"holds {', '.join(strangers[:5])}{' ...' if len(strangers) > 5 else ''}",
+            expected="a new folder, or an earlier export to replace",
+            remedy="Choose another folder; this one would be deleted.",
+        )
+
+
+@contextlib.contextmanager
+def replacing(out: Path, hosts: Hosts) -> Iterator[Path]:
+    """An empty folder beside `out` that takes its place if the body succeeds, and vanishes if it does not.
+
+    A process killed meanwhile leaves a hidden folder beside `out`, and never half of one in its place. Host 0 alone
+    makes and moves the folder, and moves it only after every host has come to the end of the body.
+    """
+    out = out.resolve()  # through a link, so that what it points to is replaced
+    token = uuid.uuid4().hex[:8]
+    # Many hosts have to arrive at the same name by themselves.
+    new = out.with_name(f".{out.name}.new-{token if hosts.count == 1 else 'shared'}")
+    old = out.with_name(f".{out.name}.old-{token}")
+    try:
+        if hosts.index == 0:
+            shutil.rmtree(new, ignore_errors=True)  # left behind by processes that were killed
+            new.mkdir(parents=True)
+        hosts.wait("export: folder made")
+        yield new
+        hosts.wait("export: files written")
+        if hosts.index == 0:
+            take_place(new, out, old)
+    finally:
+        if hosts.index == 0:
+            shutil.rmtree(new, ignore_errors=True)
+
+
+def take_place(new: Path, out: Path, old: Path) -> None:
+    """Moves `new` to `out`. What was there is deleted, or put back if that fails; it stands at `old` meanwhile."""
+    if out.exists():
+        out.rename(old)
+    try:
+        new.rename(out)
+    except BaseException:
+        if old.exists():
+            old.rename(out)
+        raise
+    shutil.rmtree(old, ignore_errors=True)

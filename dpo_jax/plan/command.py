@@ -1,0 +1,183 @@
+"""The command `plan`: what a run would take on hardware that need not be there, in words.
+
+Neither weights nor data are read, and no device is touched. `estimate` finds the numbers.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+
+import jax
+
+from dpo_jax.config import Config
+from dpo_jax.cost.chips import Chip
+from dpo_jax.plan.estimate import (
+    Estimate,
+    Memory,
+    Topology,
+    architecture,
+    drawn_lengths,
+    estimate,
+    parse_topology,
+    updates,
+)
+from dpo_jax.run import checks, programs
+from dpo_jax.runtime.terminal import say
+from dpo_jax.types import InputError
+
+DOES_NOT_FIT = 3  # exit status
+SWEPT_TENSOR, SWEPT_REMAT = (1, 2, 4, 8, 16), ("dots", "block")
+
+
+def show(found: Estimate, *, beside: Estimate | None = None) -> list[str]:
+    """The lines of an estimate, without the last; `beside`: the same with the reference in the update."""
+    chip, update = found.topology.chip, found.parts["update"]
+    mesh = " x ".join(f"{axis} {size}" for axis, size in found.mesh.items())
+    those = "" if found.training == found.parameters else f", of which {found.training:,} train"
+    columns = dict(found.parts) | ({"update with reference": beside.parts["update"]} if beside else {})
+    lines = [
+        f"{found.topology}: {found.topology.count} chips of {gib(chip.hbm_bytes)}, {mesh}; attention by "
+        f"{found.attention}, remat {found.config.model.remat}",
+        f"parameters: {found.parameters:,} in {found.config.model.param_dtype}{those}",
+        f"an update: {update.shape.pairs} pairs, in {update.work.microbatches:.1f} microbatches of {update.shape.rows} "
+        f"rows of {update.shape.row_length} positions, {update.work.tokens / update.work.positions:.0%} of them real",
+        "",
+        row("a chip holds", list(columns)),
+    ]
+    for name in (*Memory._fields, "total"):
+        title = "activations and the rest" if name == "rest" else name
+        lines.append(row(f"  {title}", [gib(getattr(part.memory, name)) for part in columns.values()]))
+    lines += ["", row("a chip does, in a call", list(columns))]
+    costs = [part.cost for part in columns.values()]
+    lines.append(row("  FLOPs", [f"{cost.flops:.3g}" for cost in costs]))
+    for title, field in {"HBM": "hbm_bytes", network(chip): "ici_bytes", "DCN": "dcn_bytes"}.items():
+        lines.append(row(f"  bytes over {title}", [f"{getattr(cost, field):.3g}" for cost in costs]))
+    for resource in costs[0].seconds(chip):
+        lines.append(row(f"  seconds of {resource}", [f"{cost.seconds(chip)[resource]:.3f}" for cost in costs]))
+    bound = max(found.seconds("update"), key=lambda name: found.seconds("update")[name])
+    hours = found.run_seconds / 3600
+    return lines + [
+        "",
+        f"at best, a step takes {max(found.seconds('update').values()):.3f} s, bound by {bound}: "
+        f"{found.pairs_per_s('update'):.1f} pairs/s, MFU {found.mfu:.0%}",
+        f"at best, {found.config.plan.pairs:,} pairs take {updates(found.config):,} updates and a reference pass: "
+        f"{hours / 24:.3g} days, {hours * found.topology.count:,.1f} chip-hours",
+    ]
+
+
+def row(title: str, cells: Sequence[str]) -> str:
+    return f"{title:<28}" + "".join(f"{cell:>24}" for cell in cells)
+
+
+def gib(size: float) -> str:
+    return f"{size / 2**30:.2f} GiB"
+
+
+def network(chip: Chip) -> str:
+    return "ICI" if chip.dimensions else "NVLink"
+
+
+def verdict(found: Estimate) -> str:
+    """The last line."""
+    need = f"{gib(found.bytes)} of {gib(found.topology.chip.hbm_bytes)} a chip"
+    return f"fits: {need}" if found.fits else f"does not fit: {need}; {advice(found)}"
+
+
+def advice(found: Estimate) -> str:
+    """Which knob to turn when memory does not suffice."""
+    part = max(found.parts.values(), key=lambda part: part.memory.total)
+    memory, model = part.memory, found.config.model
+    lasting = memory.weights + memory.optimizer + memory.gradients
+    if lasting > found.topology.chip.hbm_bytes / 2 and lasting > memory.rest:
+        whole = found.mesh["replica"] > found.topology.slices
+        knobs = ["mesh.fsdp up and mesh.replica down"] if whole else ["more chips"]
+        return f"weights, optimizer and gradients take {gib(lasting)}: " + " or ".join(
+            knobs + (["model.param_dtype=bfloat16"] if model.param_dtype == "float32" else [])
+        )
+    knobs = []
+    if part.shape.rows > part.shape.shards:
+        field = "train" if part is found.parts["update"] else "reference"
+        knobs.append(f"{field}.microbatch_rows={max(part.shape.shards, part.shape.rows // 2)}")
+    if model.remat in ("none", "dots"):
+        knobs.append("model.remat=block")
+    knobs.append(f"mesh.tensor={2 * found.mesh['tensor']}")
+    if found.config.data.row_length is None:
+        knobs.append("a shorter data.max_length")
+    return f"activations and the rest take {gib(memory.rest)}: " + " or ".join(knobs)
+
+
+def swept(config: Config, topology: Topology) -> Iterator[Config]:
+    """The configuration on other meshes, with other remat policies and half the microbatch, those that can be."""
+    model = architecture(config)
+    for tensor, remat in itertools.product(SWEPT_TENSOR, SWEPT_REMAT):
+        if topology.count % (topology.slices * tensor) or model.kv_heads % tensor:
+            continue
+        mesh = dataclasses.replace(config.mesh, replica=topology.slices, fsdp=-1, tensor=tensor)
+        shards = topology.count // tensor
+        for rows in (None, shards):
+            yield dataclasses.replace(
+                config,
+                mesh=mesh,
+                model=dataclasses.replace(config.model, remat=remat),
+                train=dataclasses.replace(config.train, microbatch_rows=rows),
+            )
+
+
+def sweep(config: Config, topology: Topology, report: Callable[[str], None]) -> list[Estimate]:
+    """Estimates of all that `swept` gives, of those that fit the fastest first, then those that do not."""
+    found: list[Estimate] = []
+    seen: set[tuple] = set()
+    for each in swept(config, topology):
+        try:
+            kind = without_compiling(each, topology)
+            if kind not in seen:
+                seen.add(kind)
+                found.append(estimate(each, topology))
+                report(line_of(found[-1]))
+        except InputError as error:
+            report(f"left out: {error}")
+    return sorted(found, key=lambda each: (not each.fits, each.run_seconds))
+
+
+def without_compiling(config: Config, topology: Topology) -> tuple:
+    """What tells one of a sweep's programs from another: mesh, shape and remat policy."""
+    platform = "tpu" if topology.chip.dimensions else "gpu"
+    lengths = drawn_lengths(config)
+    built = programs.without_devices(config, architecture(config), lengths, topology.count, platform=platform)
+    return tuple(built.mesh.shape.values()), built.update_shape, config.model.remat
+
+
+def line_of(found: Estimate) -> str:
+    """One estimate of a sweep."""
+    update = found.parts["update"]
+    mesh = " x ".join(f"{axis} {size}" for axis, size in found.mesh.items())
+    return (
+        f"{mesh}, remat {found.config.model.remat}, microbatches of {update.shape.rows} x {update.shape.row_length}: "
+        f"{gib(found.bytes)} a chip, {found.pairs_per_s('update'):.1f} pairs/s at best, MFU {found.mfu:.0%}"
+        f"{'' if found.fits else ', does not fit'}"
+    )
+
+
+def run(config: Config, topology: str, *, sweeping: bool = False, reference_in_step: bool = False) -> int:
+    """Prints a plan, or a sweep; returns the exit status: 0 if the configuration, or any of the sweep's, fits.
+
+    Raises: InputError for whatever cannot be planned.
+    """
+    checks.check_names(config)
+    where = parse_topology(topology)
+    jax.config.update("jax_platforms", "cpu")  # whatever there is stays free
+    jax.config.update("jax_enable_compilation_cache", False)  # which cannot read what is for devices that are not there
+    if sweeping:
+        ranked = sweep(config, where, say)
+        print(*(f"{place}. {line_of(each)}" for place, each in enumerate(ranked, 1)), sep="\n")
+        if not ranked:
+            raise InputError("--sweep", got="nothing that can be", expected="a mesh", remedy="Change --topology.")
+        found = ranked[0]
+    else:
+        found = estimate(config, where)
+        beside = estimate(config, where, reference_in_step=True) if reference_in_step else None
+        print(*show(found, beside=beside), sep="\n")
+    print(verdict(found))
+    return 0 if found.fits else DOES_NOT_FIT

@@ -1,0 +1,417 @@
+"""What a run would take on hardware that need not be there: memory of a chip, least time of a step, days.
+
+For TPUs the real update and the real scoring program are compiled ahead of time, by libtpu, for the topology that is
+named; memory is then the compiler's own account, and what crosses chips is read from the compiled programs. For GPUs,
+which nothing compiles for from afar, both are counted. Neither weights nor data are read.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+import re
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import topologies
+from jaxtyping import Int
+
+from dpo_jax import sharding, steps, trees
+from dpo_jax.config import Config
+from dpo_jax.cost import chips, flops, roofline
+from dpo_jax.cost.chips import Chip
+from dpo_jax.cost.collectives import Collective, bytes_across, collectives
+from dpo_jax.cost.roofline import Cost, Work
+from dpo_jax.data import packing
+from dpo_jax.data.batches import ReferenceValues, TokenValues, make_batch
+from dpo_jax.hf import folders
+from dpo_jax.hf.families import family
+from dpo_jax.models.config import DecoderConfig
+from dpo_jax.run import choices, programs
+from dpo_jax.run.programs import Programs
+from dpo_jax.run.state import abstract_params, abstract_state, placed
+from dpo_jax.run.trainable import Selection
+from dpo_jax.runtime import hosts, xla
+from dpo_jax.types import Encoded, InputError
+
+DRAWN_PAIRS = 4096  # at most, that stand for the data
+SPREAD = 0.7  # standard deviation of the logarithm of a length, about that of HH and of UltraFeedback
+
+
+class Topology(NamedTuple):
+    """Some chips and how they are connected."""
+
+    name: str  # of one slice
+    chip: Chip
+    shape: tuple[int, ...]  # of one slice
+    slices: int
+
+    @property
+    def count(self) -> int:
+        return self.slices * math.prod(self.shape)
+
+    def __str__(self) -> str:
+        return f"{self.slices} x {self.name}" if self.slices > 1 else self.name
+
+
+class Memory(NamedTuple):
+    """Bytes on a chip while a program runs."""
+
+    weights: int
+    optimizer: int
+    gradients: int  # their sums, float32
+    rest: int  # activations, gathered weights, batch, program
+
+    @property
+    def total(self) -> int:
+        return sum(self)
+
+
+class Part(NamedTuple):
+    """One program of a run: the update, or scoring."""
+
+    shape: packing.Shape
+    work: Work
+    memory: Memory
+    cost: Cost
+    moved: list[Collective]  # empty where nothing was compiled
+
+
+class Estimate(NamedTuple):
+    """What was found for one configuration."""
+
+    config: Config
+    topology: Topology
+    mesh: dict[str, int]
+    attention: str
+    parameters: int
+    training: int  # of those
+    parts: dict[str, Part]
+
+    @property
+    def bytes(self) -> int:
+        """On a chip, of the program that takes more."""
+        return max(part.memory.total for part in self.parts.values())
+
+    @property
+    def fits(self) -> bool:
+        return self.bytes <= self.topology.chip.hbm_bytes
+
+    def seconds(self, part: str) -> dict[str, float]:
+        """The least time of a call, by what it would be bound by."""
+        return self.parts[part].cost.seconds(self.topology.chip)
+
+    def pairs_per_s(self, part: str) -> float:
+        """At most."""
+        return self.parts[part].shape.pairs / max(self.seconds(part).values())
+
+    @property
+    def mfu(self) -> float:
+        """Of the update at its least time: operations that its real tokens need, over what the chips could do."""
+        update, chip = self.parts["update"], self.topology.chip
+        return update.work.training / (max(self.seconds("update").values()) * chip.flops * self.topology.count)
+
+    @property
+    def run_seconds(self) -> float:
+        """The least time of the reference pass, with all that is scored again where it follows, and of all updates."""
+        scoring = reference_pairs(self.config) / self.pairs_per_s("scoring") if "scoring" in self.parts else 0.0
+        return scoring + updates(self.config) * max(self.seconds("update").values())
+
+
+def parse_topology(text: str) -> Topology:
+    """`v5p:4x4x4`, `v5e:16x16,slices=2` or, for GPUs, `h100:64`. Raises: InputError for anything else."""
+    name, *options = text.split(",")
+    slices = 1
+    problem = ""
+    for option in options:
+        match = re.fullmatch(r"slices=([1-9]\d*)", option)
+        problem, slices = ("", int(match[1])) if match else (f"option {option!r}", 1)
+    try:
+        chip, shape = chips.parse_topology(name)
+    except ValueError as error:
+        problem = problem or str(error)
+        chip, shape = chips.CHIPS[0], ()
+    if problem:
+        raise InputError(
+            "--topology",
+            got=f"{text!r} ({problem})",
+            expected="CHIP:SHAPE, and ,slices=N for several of them",
+            remedy="Give for example v5p:4x4x4, v5e:16x16,slices=2 or h100:64.",
+        )
+    return Topology(name, chip, shape, slices)
+
+
+def architecture(config: Config) -> DecoderConfig:
+    """The model's shape, from `plan.architecture` or from the folder `model.path`; never from the network.
+
+    Raises: InputError if neither is there.
+    """
+    hf, place = described(config)
+    return family(hf, place).decoder_config(hf, place)
+
+
+def selected(config: Config, model: DecoderConfig) -> Selection:
+    """What trains of it."""
+    hf, place = described(config)
+    return choices.selection_of(config, family(hf, place).tensors(model), model)
+
+
+def described(config: Config) -> tuple[dict, str]:
+    """The contents of the model's config.json, and its path."""
+    path = Path(config.plan.architecture or Path(config.model.path) / folders.CONFIG)
+    if not path.is_file():
+        raise InputError(
+            "config.plan.architecture",
+            got=f"no file {path}",
+            expected="the model's config.json",
+            remedy="Name it, or a local folder as model.path.",
+        )
+    return folders.read_json(path), str(path)
+
+
+def drawn_lengths(config: Config) -> Int[np.ndarray, "N 3"]:
+    """Token counts of pairs such as the data's: spread about the medians of `plan`, cut as `data` says.
+
+    One pair is as long as the limits allow, for one such pair decides how long rows are.
+    """
+    count = min(config.plan.pairs, DRAWN_PAIRS)
+    medians = np.array([config.plan.prompt_tokens, config.plan.answer_tokens, config.plan.answer_tokens])
+    drawn = np.exp(np.random.default_rng(0).normal(np.log(medians), SPREAD, (count, 3))).astype(np.int64)
+    data = config.data
+    drawn[0] = data.max_length
+    prompt = np.clip(drawn[:, 0], 1, data.max_prompt_length)
+    answers = np.clip(drawn[:, 1:], 1, data.max_length - prompt[:, None])
+    return np.concatenate([prompt[:, None], answers], 1)
+
+
+def devices_of(topology: Topology) -> Sequence[Any]:
+    """The devices of a TPU topology, to compile for. Raises: InputError if libtpu is not there or knows no such."""
+    options = topology.chip.topology_options(topology.shape)
+    if topology.slices > 1:
+        options["num_slices"] = topology.slices
+    hosts.without_tpu()
+    try:
+        return topologies.get_topology_desc(topology.name, platform="tpu", **options).devices
+    except Exception as error:  # of several types, by what is missing
+        raise InputError(
+            "--topology",
+            got=f"libtpu cannot compile for {topology} ({' '.join(str(error).split())[:300]})",
+            expected="libtpu, and a topology it knows",
+            remedy="Run pip install 'dpo-jax[plan]'.",
+        ) from error
+
+
+def updates(config: Config) -> int:
+    """Updates of the run, if its data are as many pairs as `plan` says."""
+    return config.train.steps or max(1, int(config.train.epochs * config.plan.pairs) // config.train.batch_pairs)
+
+
+def reference_pairs(config: Config) -> int:
+    """Pairs that the reference scores in the run, if its data are as many as `plan` says."""
+    pairs, total, every = config.plan.pairs, updates(config), config.reference.sync_steps
+    starts = range(every, total, every) if every else ()
+    scored = pairs + sum(min(pairs, min(every, total - start) * config.train.batch_pairs) for start in starts)
+    return scored * (2 if "kl" in choices.loss_of(config).needs else 1)  # each prompt with another's answers
+
+
+def estimate(config: Config, topology: Topology, *, reference_in_step: bool = False) -> Estimate:
+    """Compiles a configuration for a TPU topology, or counts it on GPUs.
+
+    Args:
+      reference_in_step: hold the reference's weights, in the compute type, and score with them in every update, as
+        other trainers do; to compare.
+    Raises: InputError for a mesh, rules or shapes that do not fit, without libtpu, or with `reference_in_step` for an
+      objective that reads no reference, or more of it than its log-probs.
+    """
+    objective = choices.loss_of(config)
+    if reference_in_step and (
+        objective.reference_free or objective.reference_tokens is not None or "kl" in objective.needs
+    ):
+        raise InputError(
+            "--reference_in_step",
+            got=f"loss {config.loss.name!r}, which reads no reference or more of it than log-probs",
+            expected="a loss of the policy's and the reference's log-probs",
+            remedy="Leave the flag off.",
+        )
+    model, lengths = architecture(config), drawn_lengths(config)
+    selection = selected(config, model)
+    compiles = bool(topology.chip.dimensions)
+    if compiles:
+        built = programs.make_programs(config, model, lengths, selection=selection, devices=devices_of(topology))
+    else:
+        built = programs.without_devices(config, model, lengths, topology.count, platform="gpu", selection=selection)
+    tx, _ = choices.optimizer_of(config, total_steps=updates(config), selection=selection)
+    state, (_, frozen) = abstract_state(config, built, tx), abstract_params(config, built)
+    update = programs.make_update(config, built, tx, state) if compiles else None
+    calls: dict[str, tuple[packing.Shape, Any, tuple]] = {
+        "update": (built.update_shape, update, (state, frozen)),
+        "scoring": (built.score_shape, built.reference_scoring, (trees.join(state.params, frozen),)),
+    }
+    if reference_in_step:
+        reference = as_type(trees.join(state.params, frozen), built.dtype)
+        update = with_reference(config, built, tx, state) if compiles else None
+        calls["update"] = built.update_shape, update, (state, frozen, reference)
+    if reference_in_step or built.objective.reference_free:
+        del calls["scoring"]
+    parts = {name: part_of(config, topology, built, lengths, name, *call) for name, call in calls.items()}
+    training, still = selection.counts(model)
+    return Estimate(config, topology, dict(built.mesh.shape), built.attention, training + still, training, parts)
+
+
+def with_reference(config: Config, built: Programs, tx: Any, state: Any) -> xla.Compiled:
+    """The update(state, frozen, reference, batch) that scores with the reference's parameters first."""
+    step, logps_fn = programs.update_step(config, built, tx)
+    score = steps.make_score_step(logps_fn, has_aux=True, crops=programs.crops(built.update_shape))
+
+    def update(state: Any, frozen: Any, reference: Any, batch: Any) -> Any:
+        return step(state, frozen, batch._replace(reference=score(reference, batch)[0]))
+
+    return programs.jit_update("update with the reference in it", update, built, state)
+
+
+def part_of(
+    config: Config,
+    topology: Topology,
+    built: Programs,
+    lengths: np.ndarray,
+    name: str,
+    shape: packing.Shape,
+    program: xla.Compiled | None,
+    held: tuple,
+) -> Part:
+    """What one program takes.
+
+    Args:
+      program: None: count it.
+      held: its arguments but for the batch: parameters to score with; or a state, what does not train, and the
+        parameters of a reference, if any.
+    """
+    update = name == "update"
+    state = held[0]
+    params = state.params if update else state
+    weights = sharding.bytes_per_device((params, held[1:]))
+    trained = sharding.bytes_per_device(params)
+    optimizer = sharding.bytes_per_device(state.opt_state) if update else 0
+    gradients = sharding.bytes_per_device(as_type(params, jnp.float32)) if update else 0
+    selection, shapes = built.selection, built.selection.shapes(built.model)
+    shares = functools.partial(flops.shares_of, built.model, shapes)
+    work = roofline.mean_work(
+        built.model, lengths, shape, built.layout, shares(selection.share), shares(selection.trains)
+    )
+    itemsize = np.dtype(built.dtype).itemsize
+    used = trees.nest({path: jax.ShapeDtypeStruct(shape, built.dtype) for path, shape in shapes.items()})
+    gathered, training = (
+        sharding.bytes_per_device(placed(built, tree), gathered="fsdp") for tree in (used, selection.split(used)[0])
+    )
+    count = functools.partial(
+        roofline.counted,
+        built.model,
+        work,
+        topology.chip,
+        sizes=dict(built.mesh.shape),
+        itemsize=itemsize,
+        remat=config.model.remat,
+        state=trained + optimizer,
+        gradients=gradients,
+        weights=gathered,
+        trained=training,
+    )
+    cost = count(update=update)
+    for _ in range(forward_passes(built, shape, len(held) > 2) if update else 0):
+        cost = cost.plus(count(update=False))
+    if program is None:
+        here = shape.positions / shape.shards
+        rest = roofline.activation_bytes(
+            built.model,
+            here,
+            tensor=built.mesh.shape["tensor"],
+            itemsize=itemsize,
+            remat=config.model.remat if update else "",
+        )
+        rest += roofline.weight_bytes(built.model, gathered, itemsize=itemsize, trained=training if update else 0)
+        return Part(shape, work, Memory(weights, optimizer, gradients, int(rest)), cost, [])
+    total, text = compiled(program, (*held, abstract_batch(built, shape, update=update)))
+    rest = max(0, total - weights - optimizer - gradients)
+    # Where microbatches come in several sizes, each has a loop of its own.
+    trips = max(1, round(work.microbatches / len(shape.sizes)))
+    moved = collectives(text, unknown_trips=trips) if text else []  # none where it does not fit
+    cost = sent(cost, moved, topology, built.mesh) if text else cost
+    return Part(shape, work, Memory(weights, optimizer, gradients, rest), cost, moved)
+
+
+def forward_passes(built: Programs, shape: packing.Shape, reference_in_step: bool) -> int:
+    """How often an update scores as many pairs as it has, besides differentiating."""
+    mismatched = "kl" in built.objective.needs
+    return reference_in_step + mismatched + steps.scores_first(built.objective, shape.microbatches)
+
+
+def as_type(tree: Any, dtype: Any) -> Any:
+    """Shapes and places of arrays like these, of another type."""
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype, sharding=x.sharding), tree)
+
+
+def abstract_batch(built: Programs, shape: packing.Shape, *, update: bool) -> Any:
+    """Shapes, types and places of a batch to score or, with what the objective reads besides, of one to update on."""
+    token, objective = np.zeros(1, np.int32), built.objective
+    pairs: Any = [Encoded(token, token, token)]
+    known, other = None, None
+    if update and not objective.reference_free:
+        each = np.zeros((1, 2))
+        likely = objective.reference_tokens
+        tokens = TokenValues.empty(np.ones((1, 2), np.int64), likely) if likely else None
+        sums = {"shared_logps": each} if likely is not None else {}
+        other = pairs if "kl" in objective.needs else None
+        known = ReferenceValues(np.zeros(1, np.int64), each, sums, tokens, each if other else None)
+    batch = make_batch(np.zeros(1, np.int64), pairs, known, shape, layout=built.layout, mismatched=other)
+    places = sharding.batch_shardings(built.mesh, batch)
+    return jax.tree.map(
+        lambda x, place: jax.ShapeDtypeStruct(np.shape(x), np.asarray(x).dtype, sharding=place), batch, places
+    )
+
+
+def compiled(program: xla.Compiled, args: tuple) -> tuple[int, str]:
+    """The bytes a chip needs by the compiler's account, and the optimized program; empty where they are too many."""
+    with tempfile.TemporaryDirectory() as folder:
+        # `as_text` fails on what libtpu does asynchronously; a dump does not.
+        dump = {"xla_dump_to": folder, "xla_dump_hlo_as_text": True}
+        try:
+            found = program.compile(*args, options=dump).memory_analysis()
+        except Exception as error:
+            needed = re.search(r"\(([\d.]+)([KMGT])\) exceeds available HBM", str(error))
+            if not needed:
+                raise
+            return int(float(needed[1]) * 2 ** (10 * " KMGT".index(needed[2]))), ""
+        texts = sorted(Path(folder).glob("*after_optimizations.txt"), key=lambda path: path.stat().st_size)
+        return memory_of(found), texts[-1].read_text() if texts else ""
+
+
+def memory_of(found: Any) -> int:
+    """Bytes on a chip at the most: donated arrays count once."""
+    new = found.output_size_in_bytes - found.alias_size_in_bytes
+    return found.argument_size_in_bytes + new + found.temp_size_in_bytes + found.generated_code_size_in_bytes
+
+
+def sent(cost: Cost, moved: Sequence[Collective], topology: Topology, mesh: Any) -> Cost:
+    """The cost with what the compiled program sends in place of what was counted."""
+    devices = list(mesh.devices.flat)
+    seconds = ici = dcn = 0.0
+    for each in moved:
+        across = bytes_across(each, lambda i: sharding.slice_of(devices[i]))
+        within = 0.0 if each.over_slices else each.bytes_sent
+        spans = [] if each.over_slices else extents([devices[i].coords for i in each.groups[0]], topology)
+        rate = topology.chip.ring_bytes_per_s(spans, topology.shape) if spans else 0.0
+        rate = rate or topology.chip.link_bytes_per_s
+        seconds += each.times * within / rate
+        ici, dcn = ici + each.times * within, dcn + each.times * across
+    return dataclasses.replace(cost, ici_seconds=seconds, ici_bytes=ici, dcn_bytes=dcn)
+
+
+def extents(coordinates: Sequence[Sequence[int]], topology: Topology) -> list[int]:
+    """Over how many places of each dimension of the torus some chips lie."""
+    return [len(set(values)) for values in zip(*coordinates, strict=True)][: topology.chip.dimensions]

@@ -1,0 +1,163 @@
+"""Where the numbers of a run go: JSON lines, TensorBoard, Weights & Biases, and the terminal."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import types
+import uuid
+from collections.abc import Mapping
+from pathlib import Path
+from typing import IO, Any, Protocol, runtime_checkable
+
+from dpo_jax.types import InputError
+
+
+@runtime_checkable
+class Tracker(Protocol):
+    """Takes the numbers of a step, by name; steps come in order."""
+
+    def write(self, step: int, row: Mapping[str, float]) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class JsonlWriter:
+    """Appends `{"step": ..., NAME: NUMBER, ...}` lines to a file; each is on disk, whole, before `write` returns.
+
+    A number that is not finite stands there as NaN or Infinity, as Python's json writes and reads them.
+    """
+
+    def __init__(self, path: Path):
+        self._path = path
+        self._file: IO[str] | None = None
+
+    def truncate_after(self, step: int) -> None:
+        """Drops rows of later steps, and a last line that an interruption left unfinished; call before `write`.
+
+        The file is replaced whole or not at all. Raises: InputError if any other line is not such a row.
+        """
+        if not self._path.exists():
+            return
+        lines = self._path.read_text().splitlines(keepends=True)
+        if lines and not lines[-1].endswith("\n"):
+            lines.pop()
+        kept = [line for number, line in enumerate(lines, 1) if self._step_of(line, number) <= step]
+        beside = self._path.with_name(f".{self._path.name}.{os.getpid()}")
+        beside.write_text("".join(kept))
+        os.replace(beside, self._path)
+
+    def _step_of(self, line: str, number: int) -> int:
+        try:
+            return int(json.loads(line)["step"])
+        except (ValueError, TypeError, KeyError):
+            raise InputError(
+                f"{self._path}:{number}",
+                got=f"{line.strip():.60}",
+                expected='a JSON object with a "step"',
+                remedy="Remove the line, or move the file away.",
+            ) from None
+
+    def write(self, step: int, row: Mapping[str, float]) -> None:
+        """Appends one row."""
+        if self._file is None:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            self._file = self._path.open("a")
+        self._file.write(json.dumps({"step": step, **row}) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        if self._file is not None:
+            self._file.close()
+
+
+class TensorBoardWriter:
+    """Writes scalars to `WORKDIR/tensorboard`, on disk within about a second.
+
+    What an interrupted run wrote from `resume_step` on is hidden, for it comes again.
+    """
+
+    def __init__(self, workdir: Path, resume_step: int):
+        package = _package("tensorboardX", "log.tensorboard")
+        self._writer = package.SummaryWriter(
+            str(workdir / "tensorboard"),
+            purge_step=resume_step,
+            flush_secs=1,  # its own two minutes would be lost to a kill; its `flush` does not wait for the queue
+            filename_suffix=f".{resume_step}",  # its names differ only by the second, and it overwrites
+        )
+
+    def write(self, step: int, row: Mapping[str, float]) -> None:
+        for name, value in row.items():
+            self._writer.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+class WandbWriter:
+    """Logs to a run of a Weights & Biases project; a resumed working folder goes on in the same run.
+
+    Steps that an interrupted run had logged already are not logged again: wandb takes no step twice, and they would
+    bring the same numbers. Online, offline or disabled is wandb's own choice, by WANDB_MODE.
+    """
+
+    def __init__(self, project: str, workdir: Path, config: Mapping[str, Any]):
+        package = _package("wandb", "log.wandb")
+        name_file = workdir / "wandb_run"
+        if not name_file.exists():
+            name_file.write_text(uuid.uuid4().hex)
+        self._run = package.init(
+            project=project,
+            id=name_file.read_text(),
+            name=workdir.name,
+            dir=str(workdir),
+            config=dict(config),
+            resume="allow",
+        )
+
+    def write(self, step: int, row: Mapping[str, float]) -> None:
+        self._run.log(dict(row), step=step)
+
+    def close(self) -> None:
+        self._run.finish()
+
+
+def check_available(*, tensorboard: bool, wandb: str) -> None:
+    """Raises InputError if a tracker that is asked for is not installed."""
+    if tensorboard:
+        _package("tensorboardX", "log.tensorboard")
+    if wandb:
+        _package("wandb", "log.wandb")
+
+
+def _package(name: str, field: str) -> types.ModuleType:
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        raise InputError(
+            f"config.{field}",
+            got=f"{name} cannot be imported ({error})",
+            expected="it installed, or the field unset",
+            remedy="Run pip install 'dpo-jax[track]'.",
+        ) from error
+
+
+def open_trackers(
+    workdir: Path, *, tensorboard: bool, wandb: str, config: Mapping[str, Any], resume_step: int
+) -> list[Tracker]:
+    """The trackers that are asked for besides JSON lines.
+
+    Args:
+      workdir: the run's folder, which exists.
+      wandb: project; empty for none.
+      config: every field of the run, shown beside its curves.
+      resume_step: the first step that will be written; 0 for a new run.
+    Raises: InputError if a package is missing.
+    """
+    found: list[Tracker] = []
+    if tensorboard:
+        found.append(TensorBoardWriter(workdir, resume_step))
+    if wandb:
+        found.append(WandbWriter(wandb, workdir, config))
+    return found

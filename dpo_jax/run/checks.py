@@ -1,0 +1,130 @@
+"""TODO run.checks."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from jaxtyping import Int
+
+from dpo_jax import losses, sharding
+from dpo_jax.config import Config
+from dpo_jax.data.dataset import PairSet
+from dpo_jax.data.order import epoch_size, share
+from dpo_jax.models import decoder, quantized
+from dpo_jax.models.attention.choose import IMPLEMENTATIONS
+from dpo_jax.models.config import DecoderConfig
+from dpo_jax.run.choices import loss_of, optimizer_of
+from dpo_jax.types import InputError, check_choice
+
+
+def check_names(config: Config) -> None:
+    """Raises InputError for any name or option that no module knows."""
+    if loss_of(config).reference_free and config.reference.sync_steps:
+        raise InputError(
+            "config.reference.sync_steps",
+            got=f"got {config.reference.sync_steps}, and loss {config.loss.name!r} reads no reference",
+            expected="0",
+            remedy="Unset it or choose a loss that reads one.",
+        )
+    optimizer_of(config, total_steps=1)
+    decoder.check_remat(config.model.remat)
+    sharding.parse_rules(config.mesh.rules)
+    quantized.check_available(config.lora.base)
+    check_choice("config.model.attention", config.model.attention, IMPLEMENTATIONS)
+
+
+def fit(config: Config, model: DecoderConfig, lengths: Int[np.ndarray, "N _"]) -> tuple[DecoderConfig, str]:
+    """The model for sequences no longer than these, and how pairs are laid out: one of `layout.LAYOUTS`.
+
+    Args:
+      lengths: token counts of prompt and answers of every pair that will be laid out.
+    Raises: InputError if a sequence has positions that the model lacks, or if prompts are to be shared and the model
+      attends through a window, or turns by the length of a sequence, that some of these exceed.
+    """
+    longest = int((lengths[:, 0] + lengths[:, 1:].max(1)).max())
+    if model.learned_positions and longest > model.max_positions:
+        raise InputError(
+            "config.data.max_length",
+            got=f"sequences of up to {longest} tokens, and the model has learned {model.max_positions} positions",
+            expected=f"at most {model.max_positions}",
+            remedy="Lower it, or take a model with more.",
+        )
+    if config.train.router_balance and not model.experts:
+        raise InputError(
+            "config.train.router_balance",
+            got=f"got {config.train.router_balance}, and the model has no experts",
+            expected="0",
+            remedy="Leave it out.",
+        )
+    model = model.for_length(longest)
+    if config.data.layout == "shared" and model.needs_whole_sequences:
+        raise InputError(
+            "config.data.layout",
+            got=f"'shared', and the model has windows, or turns by a sequence's length, that {longest} tokens exceed",
+            expected="auto or repeated",
+            remedy="Change it, or lower data.max_length.",
+        )
+    if config.data.layout == "auto":
+        return model, "repeated" if model.needs_whole_sequences else "shared"
+    return model, config.data.layout
+
+
+def check_pairs(config: Config, pairs: PairSet, split: str) -> None:
+    """Raises InputError for what a set of pairs has and the run could only ignore."""
+    given = pairs.report["reference_given"]
+    if given and config.sft.steps:
+        raise InputError(
+            "config.sft.steps",
+            got=f"got {config.sft.steps}, and {given} pairs bring reference log-probs, of the model before those steps",
+            expected="0, or pairs without: the reference is the model after them",
+            remedy="Take the columns ref_chosen_logps and ref_rejected_logps away, or set sft.steps to 0.",
+        )
+    counts = np.bincount(pairs.source, minlength=len(pairs.names)).tolist()
+    for name, weight, count in zip(pairs.names, pairs.weights, counts, strict=True):
+        if split == "test" and weight != 1:
+            raise InputError(
+                "config.data.eval",
+                got=f"weight {weight:g} of {name}",
+                expected="no weights: an evaluation takes every pair once",
+                remedy="Leave the weight off.",
+            )
+        if count and not share(count, weight):
+            raise InputError(
+                "config.data.train",
+                got=f"weight {weight:g} of {name} leaves none of its pairs in an epoch",
+                expected="a weight that leaves at least one",
+                remedy="Raise the weight or leave the file out.",
+            )
+
+
+def check_kind(config: Config, objective: losses.Objective, pairs: PairSet, split: str) -> None:
+    """Raises InputError for pairs of a kind that the objective cannot be trained on."""
+    if pairs.kind not in objective.kinds:
+        raise InputError(
+            f"config.data.{'train' if split == 'train' else 'eval'}",
+            got=f"{pairs.kind} data, and loss {config.loss.name!r}",
+            expected=f"{' or '.join(sorted(objective.kinds))} data for it",
+            remedy="Change loss.name, or its options, or the data: docs/objectives.md says what goes with what.",
+        )
+
+
+def check_lengths(config: Config, inputs: Any) -> int:
+    """Returns the number of updates: `train.steps`, or the whole batches in `train.epochs` epochs.
+
+    Raises: InputError if an epoch has fewer pairs than a batch of any stage.
+    """
+    assert inputs.train is not None
+    size = epoch_size(inputs.train.source, inputs.train.weights)
+    batches = {"train": config.train.batch_pairs} | ({"sft": config.sft.batch_pairs} if config.sft.steps else {})
+    for section, batch_pairs in batches.items():
+        if batch_pairs > size:
+            raise InputError(
+                f"config.{section}.batch_pairs",
+                got=f"got {batch_pairs}, and an epoch has {size} pairs",
+                expected=f"at most {size}",
+                remedy="Lower it, or give more pairs.",
+            )
+    if config.train.steps is not None:
+        return config.train.steps
+    return max(1, int(config.train.epochs * size) // config.train.batch_pairs)

@@ -1,0 +1,1 @@
+"""Fixtures and cases that several test files share."""

@@ -1,0 +1,106 @@
+"""Runs of several real processes on this machine, which find one another over loopback."""
+
+import contextlib
+import os
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).parents[2]
+# Of XLA_FLAGS: machine code that is there in less than half the time, as tests compile far more than they compute.
+UNPOLISHED = "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
+
+
+class Ended(NamedTuple):
+    """How one process of a run ended."""
+
+    status: int  # negative: the signal
+    output: str
+    seconds: float  # from `ended_all`'s call on
+
+
+class Run:
+    """`dpo-jax ARGUMENTS` on each of several processes; a context manager that leaves none behind.
+
+    Args:
+      arguments: of the command line, the same for all.
+      module: another to run in place of the command, which takes the same flags for its place among the processes.
+      own: of one process besides: its number to more arguments.
+      devices: virtual ones, of all processes together.
+      folders: of each process the working directory; environment: likewise what is added to the environment.
+    """
+
+    def __init__(
+        self,
+        arguments,
+        folder,
+        *,
+        processes,
+        devices=4,
+        module="dpo_jax",
+        own=None,
+        folders=None,
+        environment=None,
+    ):
+        with socket.socket() as listener:
+            listener.bind(("127.0.0.1", 0))
+            port = listener.getsockname()[1]
+        folder.mkdir(parents=True, exist_ok=True)
+        self.outputs = [folder / f"process-{i}.txt" for i in range(processes)]
+        self.processes = []
+        for i, output in enumerate(self.outputs):
+            where = [f"--coordinator=127.0.0.1:{port}", f"--processes={processes}", f"--process={i}"]
+            chosen = f"--xla_force_host_platform_device_count={devices // processes} {UNPOLISHED}"
+            added = {"XLA_FLAGS": chosen, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
+            added |= (environment or {}).get(i, {})
+            command = [sys.executable, "-m", module, *arguments, *where, *(own or {}).get(i, [])]
+            with output.open("w") as file:
+                self.processes.append(
+                    subprocess.Popen(
+                        command,
+                        cwd=(folders or {}).get(i, ROOT),
+                        env=os.environ | added,
+                        stdout=file,
+                        stderr=subprocess.STDOUT,
+                    )
+                )
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        for process in self.processes:
+            with contextlib.suppress(ProcessLookupError):
+                process.kill()
+            process.wait()
+
+    def texts(self):
+        return [output.read_text() for output in self.outputs]
+
+    def wait_for(self, condition, *, within_s=180):
+        """Waits until `condition()`; fails if any process ends before, or it takes too long."""
+        until = time.monotonic() + within_s
+        while not condition():
+            ended = [process.poll() for process in self.processes]
+            assert all(status is None for status in ended) and time.monotonic() < until, (ended, self.texts())
+            time.sleep(0.05)
+
+    def ended_all(self, *, within_s=240):
+        """Waits for the end of all and returns how each ended."""
+        started, ended = time.monotonic(), []
+        for process, output in zip(self.processes, self.outputs, strict=True):
+            try:
+                status = process.wait(max(0.1, started + within_s - time.monotonic()))
+            except subprocess.TimeoutExpired:
+                raise AssertionError(f"still running after {within_s} s: {self.texts()}") from None
+            ended.append(Ended(status, output.read_text(), time.monotonic() - started))
+        return ended
+
+
+def arguments(command, configuration, workdir, **fields):
+    """The command line of a run of a `config.json`, with fields changed; dots written as double underscores."""
+    changes = [f"--config.{name.replace('__', '.')}={value}" for name, value in fields.items()]
+    return [command, f"--config={configuration}", f"--workdir={workdir}", *changes]

@@ -1,0 +1,75 @@
+"""What `inspect` says of sets that are not pairs."""
+
+import dataclasses
+import json
+from typing import Any
+
+import numpy as np
+import pytest
+
+from dpo_jax.data import dataset, special_tokens
+from dpo_jax.reporting import data_summary
+from tests.support.tokenizers_made import make_tokenizer
+
+TOKENIZER = make_tokenizer()
+RANKED = [
+    {"prompt": "is ", "responses": ["b", "cd", "e"], "ranks": [2, 1, 3]},
+    {"prompt": "is ", "responses": ["b", "c"], "ranks": [1, 2]},
+]
+UNPAIRED = [{"prompt": "is ", "completion": each, "label": each == "b"} for each in ("b", "cd")]
+
+
+def load(folder, rows):
+    path = folder / "data.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    limits: dict[str, Any] = {
+        "vocab_size": 1000,
+        "max_length": 64,
+        "max_prompt_length": 32,
+        "truncate_prompt": "keep_end",
+    }
+    options: dict[str, Any] = {"split": "train", "format": "auto", "on_bad_row": "error", "rankings": "whole"}
+    return dataset.load(str(path), tokenizer=TOKENIZER, cache_dir=str(folder / "cache"), **limits, **options)
+
+
+def test_example_names_the_answers_of_a_ranking_by_their_place(tmp_path):
+    found = load(tmp_path, RANKED)
+    first, second = (data_summary.example(found, TOKENIZER, i)[2:] for i in (0, 1))
+    assert [line.split() for line in first] == [
+        ["answer", "1", "(best),", "3", "tokens,", "scored:", "c|d|<eos>"],
+        ["answer", "2,", "2", "tokens,", "scored:", "b|<eos>"],
+        ["answer", "3,", "2", "tokens,", "scored:", "e|<eos>"],
+    ]
+    assert len(second) == 2
+
+
+def test_lengths_count_answers_that_are_there(tmp_path):
+    lines = data_summary.lengths(load(tmp_path, RANKED), "shared")
+    titles = [line.partition(",")[0] for line in lines if not line.startswith(" ")]
+    assert titles[1:4] == ["answer 1 (best) tokens: mean 2.5", "answer 2 tokens: mean 2.0", "answer 3 tokens: mean 2.0"]
+    lines = data_summary.lengths(load(tmp_path, UNPAIRED), "shared")
+    assert [line.partition(",")[0] for line in lines if line.startswith(("chosen", "rejected"))] == [
+        "chosen tokens: mean 2.0",
+        "rejected tokens: mean 3.0",
+    ]
+
+
+def test_lengths_of_answers_that_nobody_reads_are_left_out(tmp_path):
+    lines = data_summary.lengths(load(tmp_path, UNPAIRED).without_rejected(), "shared")
+    assert not [line for line in lines if line.startswith("rejected")]
+
+
+@pytest.mark.parametrize(("label", "side"), [(True, 1), (False, 2)])
+def test_endless_answers_are_found_on_either_side(tmp_path, label, side):
+    found = load(tmp_path, [row | {"label": label} for row in UNPAIRED])
+    assert (np.asarray(found.lengths)[:, side] > 0).all()
+
+    def lines(eos):
+        return special_tokens.unended(
+            "train", found, TOKENIZER, max_length=64, config={"eos_token_id": eos}, generation={}
+        )
+
+    assert lines(TOKENIZER.eos_token_id) == []
+    tokens = np.where(np.asarray(found.tokens) == TOKENIZER.eos_token_id, 50, found.tokens)
+    found = dataclasses.replace(found, tokens=tokens)
+    assert "2 of 2 answers looked at" in lines(TOKENIZER.eos_token_id)[0]

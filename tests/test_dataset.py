@@ -1,0 +1,505 @@
+import datetime
+import json
+import shutil
+import tracemalloc
+import types
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow
+import pyarrow.parquet
+import pytest
+from transformers import PreTrainedTokenizerFast
+from transformers.utils import chat_template_utils
+
+from dpo_jax.data import dataset, formats, tokenize
+from dpo_jax.runtime import files
+from dpo_jax.types import Encoded, InputError, Row
+from tests.support.tokenizers_made import BOS_AND_EOS, CHATML, THINKING, make_tokenizer
+
+SHARED = Path(__file__).parents[2] / "shared/data"
+HH, NEOX = SHARED / "hh_harmless_train.jsonl.gz", SHARED / "gpt_neox_20b_tokenizer.json"
+USER = {"role": "user", "content": "Is the sky blue?"}
+LIMITS = {"vocab_size": 1000, "max_length": 64, "max_prompt_length": 32, "truncate_prompt": "keep_end"}
+
+
+def plain(count, start=0) -> list[dict[str, Any]]:
+    return [{"prompt": f"Is it {i}?", "chosen": f" yes, {i}", "rejected": " no"} for i in range(start, start + count)]
+
+
+def chat(count):
+    said = [[{"role": "assistant", "content": f"{word} {i}"} for i in range(count)] for word in ("yes", "no")]
+    return [{"prompt": [USER], "chosen": [a], "rejected": [b]} for a, b in zip(*said, strict=True)]
+
+
+def write(path, rows):
+    if path.suffix == ".parquet":
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+    else:
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def load(spec, cache, *, tokenizer=None, **options):
+    defaults = {
+        **LIMITS,
+        "split": "train",
+        "format": "auto",
+        "on_bad_row": "error",
+        "rankings": "all",
+        "cache_dir": str(cache),
+    }
+    return dataset.load(spec, tokenizer=tokenizer or make_tokenizer(template=CHATML), **{**defaults, **options})
+
+
+def ids(pair):
+    return [side.tolist() for side in (pair.prompt, *pair.answers)]
+
+
+def contents(found):
+    return [ids(pair) for pair in found]
+
+
+def test_load_gives_the_pairs_of_every_source_in_order(tmp_path):
+    rows = plain(3)
+    rows[1] |= {"ref_chosen_logps": -1.5, "ref_rejected_logps": -2.5}
+    a, b = write(tmp_path / "a.jsonl", rows), write(tmp_path / "b.parquet", chat(2))
+    tokenizer = make_tokenizer(template=CHATML, adds="<bos> $A")
+    found = load(f"{a},{b}*2.5", tmp_path / "cache", tokenizer=tokenizer)
+
+    texts = [pair for row in rows for pair in formats.render(Row("", row), format="plain", tokenizer=tokenizer)]
+    texts += [pair for row in chat(2) for pair in formats.render(Row("", row), format="chat", tokenizer=tokenizer)]
+    outcomes = tokenize.encode(texts, tokenizer, **LIMITS)
+    expected = [outcome.encoded for outcome in outcomes if isinstance(outcome, tokenize.Outcome)]
+    assert len(found) == 5 and contents(found) == [ids(pair) for pair in expected]
+    assert found.lengths.tolist() == [pair.lengths for pair in expected]
+    assert [tuple(key) for key in found.keys.tolist()] == [dataset.content_key(pair) for pair in expected]
+    np.testing.assert_array_equal(found.reference, [[np.nan] * 2, [-1.5, -2.5], *[[np.nan] * 2] * 3])
+    assert found.source.tolist() == [0, 0, 0, 1, 1]
+    assert (found.names, found.weights) == ((a, b), (1.0, 2.5))
+    assert [found.place(i) for i in (1, 4)] == [f"{a}:2", f"{b}:2"]
+
+
+def test_load_reports_what_it_read_cut_and_gave(tmp_path):
+    rows = plain(3)
+    rows[0] |= {"prompt": "0123456789" * 4, "chosen": "Z" * 40}
+    rows[1] |= {"prompt": "is ", "chosen": "the", "ref_chosen_logps": -1, "ref_rejected_logps": -2}
+    path, talk = write(tmp_path / "a.jsonl", rows), write(tmp_path / "b.jsonl", chat(2))
+    found = load(f"{path},{talk}", tmp_path / "cache", tokenizer=make_tokenizer(template=THINKING))
+    digests = [source.pop("digest") for source in found.report["sources"]]
+    assert len(set(digests)) == 2
+    assert found.kind == "paired"
+    assert found.report == {
+        "rows": 5,
+        "pairs": 5,
+        "prompts_cut": 1,
+        "prompt_tokens_cut": 8,
+        "answers_cut": 1,
+        "answer_tokens_cut": 9,
+        "boundary_split": 1,
+        "reference_given": 1,
+        "dropped": [],
+        "sources": [
+            {"name": path, "weight": 1.0, "format": "plain", "rows": 3, "pairs": 3, "header_left_out": ""},
+            {"name": talk, "weight": 1.0, "format": "chat", "rows": 2, "pairs": 2, "header_left_out": "<think>\n"},
+        ],
+    }
+
+
+# Bad rows
+
+
+def with_bad_rows():
+    rows = plain(9)
+    rows[2]["chosen"] = " "
+    rows[3] = {"chosen": "a", "rejected": "b"}
+    rows[4] |= {"prompt": "0123456789" * 4, "chosen": "Z" * 40}
+    rows[5] |= {"prompt": "0123456789" * 5, "chosen": "Z" * 40}
+    rows[8]["rejected"] = rows[8]["chosen"]
+    return rows
+
+
+def test_load_skips_bad_rows_and_says_which_and_why(tmp_path):
+    path = write(tmp_path / "a.jsonl", with_bad_rows())
+    found = load(path, tmp_path / "cache", on_bad_row="skip", truncate_prompt="error")
+    assert [found.place(i) for i in range(len(found))] == [f"{path}:{number}" for number in (1, 2, 7, 8)]
+    assert contents(found) == contents(load(write(tmp_path / "b.jsonl", plain(2) + plain(2, 6)), tmp_path / "cache"))
+    assert (found.report["rows"], found.report["pairs"]) == (9, 4)
+    long = "a prompt of N tokens, in a pair longer than data.max_length N"
+    dropped = {entry["reason"]: (entry["rows"], entry["places"]) for entry in found.report["dropped"]}
+    assert dropped == {
+        long: (2, [f"{path}:5", f"{path}:6"]),
+        "'chosen' is empty": (1, [f"{path}:3"]),
+        "no 'prompt' among the columns 'chosen', 'rejected'": (1, [f"{path}:4"]),
+        "the answers are equal": (1, [f"{path}:9"]),
+    }
+    assert found.report["dropped"][0]["reason"] == long  # the commonest first
+
+
+def test_load_raises_the_first_bad_row_of_the_file_whichever_step_finds_it(tmp_path):
+    rows = with_bad_rows()
+    for start, place in ((0, 3), (4, 5)):  # found in rendering, in encoding
+        path = write(tmp_path / f"{start}.jsonl", plain(start) + rows[start:])
+        with pytest.raises(InputError) as caught:
+            load(path, tmp_path / "cache", truncate_prompt="error")
+        assert caught.value.place == f"{path}:{place}"
+    assert not any((tmp_path / "cache").iterdir())
+
+
+def test_load_names_a_few_rows_and_a_few_reasons(tmp_path):
+    rows = [{**plain(1)[0], "chosen": 1}] * 30 + [{f"column{chr(97 + i)}": 1} for i in range(25)] + plain(1)
+    found = load(write(tmp_path / "a.jsonl", rows), tmp_path / "cache", format="plain", on_bad_row="skip")
+    dropped = found.report["dropped"]
+    assert dropped[0]["rows"] == 30 and len(dropped[0]["places"]) == 5
+    assert len(dropped) == 21 and dropped[1] == {**dropped[1], "reason": "other reasons", "rows": 6}
+    assert sum(entry["rows"] for entry in dropped) == 55
+
+
+def test_load_detects_the_format_by_the_first_row_that_has_one(tmp_path):
+    path = write(tmp_path / "a.jsonl", [{"chosen": 1}, *plain(2)])
+    assert len(load(path, tmp_path / "cache", on_bad_row="skip")) == 2
+    with pytest.raises(InputError, match=r"a\.jsonl:1: no 'rejected'"):
+        load(path, tmp_path / "cache")
+    mixed = write(tmp_path / "b.jsonl", plain(1) + chat(1))
+    with pytest.raises(InputError, match=r"b\.jsonl:2: 'prompt' is a list; expected text"):
+        load(mixed, tmp_path / "cache")
+
+
+def test_load_refuses_data_without_a_usable_row(tmp_path):
+    path = write(tmp_path / "a.jsonl", [{**plain(1)[0], "chosen": ""}] * 2)
+    with pytest.raises(InputError, match="no usable row among 2; most often: 'chosen' is empty"):
+        load(path, tmp_path / "cache", on_bad_row="skip")
+    assert not any((tmp_path / "cache").iterdir())
+
+
+@pytest.mark.parametrize(("option", "value"), [("format", "sharegpt"), ("on_bad_row", "drop"), ("rankings", "first")])
+def test_load_refuses_unknown_choices_before_it_reads(tmp_path, option, value):
+    with pytest.raises(InputError, match=f"data.{option}: '{value}'; expected one of"):
+        load("none.jsonl", tmp_path, **{option: value})
+
+
+def test_load_stops_at_a_broken_line_even_if_rows_may_be_skipped(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text(json.dumps(plain(1)[0]) + "\n{\n")
+    with pytest.raises(InputError, match=r"a\.jsonl:2: broken JSON"):
+        load(str(path), tmp_path / "cache", on_bad_row="skip")
+
+
+# Rankings and unpaired examples
+
+
+def rankings(count):
+    """Of two, three, four, two... responses."""
+    return [
+        {"prompt": f"Is it {i}?", "responses": [f" {n} of {i}" for n in range(size)], "ranks": [*range(1, size + 1)]}
+        for i, size in enumerate(2 + i % 3 for i in range(count))
+    ]
+
+
+def unpaired(count):
+    return [{"prompt": f"Is it {i}?", "completion": f" yes, {i}", "label": i % 2 == 0} for i in range(count)]
+
+
+def test_load_makes_pairs_of_rankings_and_counts_rows_and_pairs(tmp_path):
+    path = write(tmp_path / "a.jsonl", rankings(4))
+    found = load(path, tmp_path / "cache")
+    assert found.kind == "paired" and found.lengths.shape == (1 + 3 + 6 + 1, 3)
+    assert [found.place(i).rpartition(":")[2] for i in range(11)] == [*"12223333334"]
+    expected = [{"prompt": "Is it 1?", "chosen": f" {a} of 1", "rejected": f" {b} of 1"} for a, b in ("01", "02", "12")]
+    assert contents(found)[1:4] == contents(load(write(tmp_path / "b.jsonl", expected), tmp_path / "cache"))
+    (source,) = found.report["sources"]
+    assert (source["rows"], source["pairs"], source["format"]) == (4, 11, "ranked")
+    assert (found.report["rows"], found.report["pairs"]) == (4, 11)
+    best = load(path, tmp_path / "cache", rankings="best")
+    assert (best.report["rows"], best.report["pairs"], best.kind) == (4, 1 + 2 + 3 + 1, "paired")
+
+
+def test_load_keeps_rankings_whole_with_a_column_for_each_answer(tmp_path):
+    tokenizer = make_tokenizer(template=CHATML)
+    rows = rankings(4)
+    found = load(write(tmp_path / "a.jsonl", rows), tmp_path / "cache", rankings="whole")
+    texts = [formats.render(Row("", row), format="ranked", tokenizer=tokenizer, rankings="whole")[0] for row in rows]
+    expected = [o.encoded for o in tokenize.encode(texts, tokenizer, **LIMITS) if isinstance(o, tokenize.Outcome)]
+    assert found.kind == "ranked" and contents(found) == [ids(pair) for pair in expected]
+    assert found.lengths.tolist() == [[*pair.lengths, *[0] * (5 - len(pair.lengths))] for pair in expected]
+    assert [tuple(key) for key in found.keys.tolist()] == [dataset.content_key(found[i]) for i in range(4)]
+    assert found.reference.shape == (4, 4) and not np.isfinite(found.reference).all(1).any()
+    assert (found.report["rows"], found.report["pairs"]) == (4, 4)
+    alike = load(write(tmp_path / "b.jsonl", rankings(2)[1:]), tmp_path / "cache", rankings="whole")
+    assert contents(alike) == [contents(found)[1]] and isinstance(alike.lengths.base, np.memmap)
+
+
+def test_rankings_of_two_are_said_to_be_rankings(tmp_path):
+    found = load(write(tmp_path / "a.jsonl", rankings(1)), tmp_path / "cache", rankings="whole")
+    assert found.kind == "ranked" and found.lengths.shape == (1, 3)
+
+
+def test_load_leaves_the_other_answer_of_unpaired_examples_empty(tmp_path):
+    found = load(write(tmp_path / "a.jsonl", unpaired(4)), tmp_path / "cache")
+    assert found.kind == "unpaired"
+    assert (found.lengths[:, 1:] > 0).tolist() == [[True, False], [False, True]] * 2
+    whole = load(write(tmp_path / "b.jsonl", plain(1)), tmp_path / "cache")[0]
+    assert found[0].chosen.tolist() == whole.chosen.tolist() and found[0].prompt.tolist() == whole.prompt.tolist()
+    assert len({*map(tuple, found.keys.tolist())}) == 4
+
+
+def test_load_reads_unpaired_examples_and_their_labels_from_csv(tmp_path):
+    path = tmp_path / "a.csv"
+    path.write_text("prompt,completion,label\nIs it 0?,yes,True\nIs it 1?,no,false\nIs it 2?,no,0\n")
+    found = load(str(path), tmp_path / "cache")
+    assert (found.lengths[:, 1] > 0).tolist() == [True, False, False]
+
+
+def test_load_drops_the_whole_row_if_one_of_its_pairs_is_bad(tmp_path):
+    rows = rankings(6)
+    rows[2]["responses"][3] = rows[2]["responses"][1] + "<eos>"  # the same tokens, once one has its EOS
+    rows[4]["responses"][0] = " "
+    path = write(tmp_path / "a.jsonl", rows)
+    found = load(path, tmp_path / "cache", on_bad_row="skip")
+    assert [source["rows"] for source in found.report["sources"]] == [6]
+    assert {found.place(i) for i in range(len(found))} == {f"{path}:{n}" for n in (1, 2, 4, 6)}
+    assert len(found) == found.report["pairs"] == 1 + 3 + 1 + 6
+    dropped = {entry["reason"]: (entry["rows"], entry["places"]) for entry in found.report["dropped"]}
+    assert dropped == {
+        "the answers are the same tokens": (1, [f"{path}:3"]),
+        "response N is empty": (1, [f"{path}:5"]),
+    }
+    with pytest.raises(InputError, match=r"a\.jsonl:3: the answers are the same tokens"):
+        load(path, tmp_path / "cache")
+
+
+def test_load_refuses_sources_of_different_kinds(tmp_path):
+    one = {
+        name: write(tmp_path / f"{name}.jsonl", rows)
+        for name, rows in (("plain", plain(2)), ("ranked", rankings(2)), ("unpaired", unpaired(2)))
+    }
+    for parts, kinds in (("plain,unpaired", "unpaired examples, after paired"), ("plain,ranked", "ranked examples")):
+        spec = ",".join(one[name] for name in parts.split(","))
+        with pytest.raises(InputError, match=kinds) as caught:
+            load(spec, tmp_path / "cache", rankings="whole")
+        assert caught.value.place == one[parts.split(",")[1]]
+    assert len(load(f"{one['plain']},{one['ranked']}", tmp_path / "cache")) == 2 + 1 + 3  # pairs, all of them
+
+
+def test_set_without_rejected_answers_has_chosen_ones_alone_and_stays_of_its_kind(tmp_path):
+    for kind, rows in (("paired", plain(3)), ("unpaired", unpaired(3)), ("ranked", rankings(3))):
+        found = load(write(tmp_path / f"{kind}.jsonl", rows), tmp_path / "cache", rankings="whole")
+        chosen = found.without_rejected()
+        assert chosen.kind == kind and chosen.reference.shape == (3, 2)
+        assert chosen.lengths.tolist() == [[*each[:2], 0] for each in found.lengths.tolist()]
+        assert contents(chosen) == [[*ids(pair)[:2], []] for pair in found]
+
+
+def test_widened_set_has_the_same_pairs_in_more_columns(tmp_path):
+    rows = plain(3)
+    rows[1] |= {"ref_chosen_logps": -1.5, "ref_rejected_logps": -2.5}
+    found = load(write(tmp_path / "a.jsonl", rows), tmp_path / "cache")
+    wide = found.widened(4)
+    assert contents(wide) == contents(found) and wide.lengths.dtype == found.lengths.dtype
+    assert wide.lengths[:, :3].tolist() == found.lengths.tolist() and not wide.lengths[:, 3:].any()
+    assert wide.reference[1].tolist() == [-1.5, -2.5, 0, 0]
+    assert np.isfinite(wide.reference).all(1).tolist() == [False, True, False]
+    assert [dataset.content_key(wide[i]) for i in range(3)] == [tuple(key) for key in found.keys.tolist()]
+    assert found.widened(2).lengths is found.lengths
+    assert wide.widened(2).lengths.shape == (3, 5)  # never narrower: answers would be lost
+
+
+def test_mismatched_set_has_the_prompts_with_answers_of_others_within_the_limit(tmp_path):
+    found = load(write(tmp_path / "a.jsonl", unpaired(6)), tmp_path / "cache")
+    other = found.mismatched(max_length=int(found.lengths[:, 0].max()) + 2)
+    assert len(other) == 6 and other.lengths[:, 1:].max() == 2
+    for i, partner in enumerate(other.partner.tolist()):
+        assert other[i].prompt.tolist() == found[i].prompt.tolist() and partner != i
+        assert other[i].chosen.tolist() == found[partner].chosen[:2].tolist()
+
+
+# The cache
+
+
+def refuse(*_, **__):
+    pytest.fail("tokenized again")
+
+
+def test_load_opens_what_an_earlier_call_wrote_wherever_the_file_lies_by_then(tmp_path, monkeypatch):
+    rows = with_bad_rows()
+    first = load(write(tmp_path / "a.jsonl", rows), tmp_path / "cache", on_bad_row="skip")
+    monkeypatch.setattr(dataset, "encode", refuse)
+    moved = write(tmp_path / "b.jsonl", rows)
+    again = load(moved, tmp_path / "cache", on_bad_row="skip")
+    assert again.digest == first.digest
+    assert contents(again) == contents(first) and again.keys.tolist() == first.keys.tolist()
+    assert again.place(0) == f"{moved}:1" and again.report["sources"][0]["name"] == moved
+    assert {entry["places"][0].rpartition(":")[0] for entry in again.report["dropped"]} == {moved}
+    assert isinstance(again.tokens, np.memmap)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"vocab_size": 999},
+        {"max_length": 65},
+        {"max_prompt_length": 31},
+        {"truncate_prompt": "keep_start"},
+        {"format": "plain"},
+        {"on_bad_row": "skip"},
+        {"rankings": "best"},
+        {"tokenizer": make_tokenizer(template=CHATML, adds="<bos> $A")},
+        {"tokenizer": make_tokenizer(template=BOS_AND_EOS)},
+        {"weight": "*2"},
+        {"rows": plain(2, 1)},
+        {"version": 10**6},
+    ],
+    ids=lambda change: next(iter(change)),
+)
+def test_digest_changes_with_everything_that_changes_the_pairs(tmp_path, monkeypatch, change):
+    change = dict(change)
+    base = load(write(tmp_path / "a.jsonl", plain(2)), tmp_path / "cache").digest
+    monkeypatch.setattr(dataset, "CACHE_VERSION", change.pop("version", dataset.CACHE_VERSION))
+    path = write(tmp_path / "a.jsonl", change.pop("rows", plain(2)))
+    assert load(path + change.pop("weight", ""), tmp_path / "cache", **change).digest != base
+
+
+def test_content_key_tells_apart_whatever_is_another_pair():
+    def key(*sides):
+        return dataset.content_key(Encoded.of(*(np.array(side, np.int32) for side in sides)))
+
+    same = [key([1, 2], [3], [4]), key([1, 2], [3], [4])]
+    others = [key([1], [2, 3], [4]), key([1, 2], [4], [3]), key([1, 2], [3], [5]), key([1, 2], [3, 4], [])]
+    others += [key([1, 2], [], [3, 4]), key([1, 2], [3], [4], [5]), key([1, 2], [3], [4], [5], [6])]
+    assert same[0] == same[1] and len({same[0], *others}) == 8
+    assert all(0 <= half < 2**64 for half in same[0])
+
+
+def test_content_key_of_a_pair_is_that_of_stores_written_before_rankings():
+    high, low = dataset.content_key(Encoded.of(*(np.array(side, np.int32) for side in ([1, 2], [3], [4]))))
+    assert f"{high:016x}{low:016x}" == "a12a209a4f3ad2c70e93afbe3638674e"
+    high, low = dataset.content_key(Encoded.of(*(np.array(side, np.int32) for side in ([1, 2], [3, 5], []))))
+    assert f"{high:016x}{low:016x}" == "dcd0da07b4312292ae8560c7c1e06e79"
+
+
+def test_content_key_does_not_depend_on_columns_that_a_set_has_for_longer_rankings():
+    two, none = Encoded.of(*(np.array([n], np.int32) for n in (1, 2, 3))), np.array([], np.int32)
+    assert dataset.content_key(two._replace(others=(none, none))) == dataset.content_key(two)
+
+
+def test_load_gives_the_same_in_chunks_of_any_size(tmp_path, monkeypatch):
+    path = write(tmp_path / "a.jsonl", with_bad_rows() + plain(4, 20))
+    whole = load(path, tmp_path / "one", on_bad_row="skip")
+    monkeypatch.setattr(dataset, "_CHUNK_ROWS", 2)
+    parts = load(path, tmp_path / "two", on_bad_row="skip")
+    assert contents(parts) == contents(whole) and parts.report == whole.report
+    for name in ("keys", "lengths", "numbers", "source", "starts"):
+        np.testing.assert_array_equal(getattr(parts, name), getattr(whole, name))
+
+
+def test_a_run_killed_on_the_way_leaves_nothing_that_is_read_later(tmp_path, monkeypatch):
+    path, cache = write(tmp_path / "a.jsonl", plain(6)), tmp_path / "cache"
+    calls = []
+
+    def killed_at_the_second_chunk(*args, **options):
+        calls.append(1)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return tokenize.encode(*args, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(dataset, "_CHUNK_ROWS", 3)
+        patch.setattr(dataset, "encode", killed_at_the_second_chunk)
+        patch.setattr(shutil, "rmtree", lambda *_, **__: None)  # a killed process cleans nothing up
+        with pytest.raises(KeyboardInterrupt):
+            load(path, cache)
+    (left,) = cache.iterdir()
+    assert left.name.startswith(".") and (left / "tokens.npy").stat().st_size > 128
+    assert len(load(path, cache)) == 6
+
+
+def test_digest_tells_tokens_apart_that_a_template_wrote_on_another_day(tmp_path, monkeypatch):
+    path, tokenizer = write(tmp_path / "a.jsonl", chat(2)), make_tokenizer(template="{{ strftime_now('%d') }}" + CHATML)
+
+    def digest(day, cache):
+        today = types.SimpleNamespace(now=lambda: datetime.datetime(2026, 1, day))
+        monkeypatch.setattr(chat_template_utils, "datetime", today)
+        return load(path, tmp_path / cache, tokenizer=tokenizer).digest
+
+    first = digest(1, "a")
+    assert digest(2, "a") == first == digest(1, "b") != digest(2, "c")
+
+
+def test_two_loads_of_the_same_data_at_once_both_succeed(tmp_path, monkeypatch):
+    path, cache = write(tmp_path / "a.jsonl", plain(3)), tmp_path / "cache"
+    others = []
+
+    def overtaken(*args, **options):
+        monkeypatch.setattr(dataset, "encode", tokenize.encode)
+        others.append(load(path, cache))
+        return tokenize.encode(*args, **options)
+
+    monkeypatch.setattr(dataset, "encode", overtaken)
+    found = load(path, cache)
+    assert contents(found) == contents(others[0]) and len(found) == 3
+    assert len([*cache.iterdir()]) == 1 and found.digest == others[0].digest
+
+
+def test_load_says_that_an_entry_is_damaged(tmp_path):
+    path, cache = write(tmp_path / "a.jsonl", plain(3)), tmp_path / "cache"
+    load(path, cache)
+    (folder,) = cache.iterdir()
+    whole = (folder / "tokens.npy").read_bytes()
+    (folder / "tokens.npy").write_bytes(whole[:-4])
+    with pytest.raises(InputError, match="damaged cache entry") as caught:
+        load(path, cache)
+    assert caught.value.place == str(folder) and "Delete" in caught.value.remedy
+
+
+def test_load_says_that_the_cache_cannot_be_written(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match="cannot be written") as caught:
+        load(write(tmp_path / "a.jsonl", plain(1)), tmp_path / "file")
+    assert "data.cache_dir" in caught.value.remedy
+
+
+def test_default_cache_follows_the_environment(tmp_path, monkeypatch):
+    path = write(tmp_path / "a.jsonl", plain(1))
+    monkeypatch.setenv("DPO_JAX_CACHE", str(tmp_path / "own"))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
+    load(path, "")
+    assert len([*(tmp_path / "own/pairs").glob("*/tokens.npy")]) == 1
+    monkeypatch.delenv("DPO_JAX_CACHE")
+    assert files.cache_folder("pairs") == tmp_path / "xdg/dpo_jax/pairs"
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    assert files.cache_folder("pairs") == Path.home() / ".cache/dpo_jax/pairs"
+
+
+def test_memory_stays_flat_as_the_data_grows(tmp_path, monkeypatch):
+    monkeypatch.setattr(dataset, "_CHUNK_ROWS", 20)
+    tokenizer = make_tokenizer()
+    load(write(tmp_path / "warm.jsonl", plain(20)), tmp_path / "cache", tokenizer=tokenizer)
+    peaks = []
+    for count in (100, 800):
+        path = write(tmp_path / f"{count}.jsonl", plain(count))
+        tracemalloc.start()
+        load(path, tmp_path / "cache", tokenizer=tokenizer)
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+    assert peaks[1] < 1.2 * peaks[0]
+
+
+@pytest.mark.skipif(not (HH.exists() and NEOX.exists()), reason="needs HH and the GPT-NeoX tokenizer in ../shared/data")
+def test_load_keeps_the_header_and_one_eos_on_every_real_pair(tmp_path):
+    end = "<|endoftext|>"
+    tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(NEOX), bos_token=end, eos_token=end, pad_token=end)
+    limits = {"vocab_size": 50304, "max_length": 512, "max_prompt_length": 256}
+    found = load(str(HH), tmp_path / "cache", tokenizer=tokenizer, on_bad_row="skip", **limits)
+    report = found.report
+    assert report["sources"][0]["format"] == "hh" and report["boundary_split"] == 0
+    assert (report["rows"], report["pairs"], report["dropped"][0]["reason"]) == (1435, 1432, "'chosen' is empty")
+    header = tokenizer("\n\nAssistant:")["input_ids"]
+    ended = 0
+    for pair in found:
+        assert pair.prompt[-len(header) :].tolist() == header
+        assert len(pair.prompt) + max(len(pair.chosen), len(pair.rejected)) <= 512
+        for answer in (pair.chosen, pair.rejected):
+            assert not (answer[:-1] == tokenizer.eos_token_id).any()
+            ended += int(answer[-1] == tokenizer.eos_token_id)
+    assert ended == 2 * len(found) - report["answers_cut"]
