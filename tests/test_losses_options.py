@@ -9,12 +9,23 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.flatten_util import ravel_pytree
-from loss_cases import BESIDE, CASES, OPTIONS, PENDING, SUMMED, TAKES, TOGGLES, VALUES, beside, random_given
 
 from dpo_jax import config, losses
 from dpo_jax.losses import LOSSES, make_loss
 from dpo_jax.losses.objective import GIVEN
 from dpo_jax.types import InputError
+from tests.support.loss_cases import (
+    BESIDE,
+    CASES,
+    OPTIONS,
+    PENDING,
+    SUMMED,
+    TAKES,
+    TOGGLES,
+    VALUES,
+    beside,
+    random_given,
+)
 
 ALL = CASES | SUMMED
 # Where gradients flow, besides the policy's log-probs; the reference's numbers, baselines and weights take none.
