@@ -11,6 +11,7 @@ is exact. Prints, for chosen and for rejected answers, nats a token and the shar
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import tempfile
 from pathlib import Path
 
@@ -19,7 +20,9 @@ from dpo_jax import flags
 from dpo_jax.hf import checkpoints
 from dpo_jax.run import inputs as run_inputs
 from dpo_jax.run import programs, state
+from dpo_jax.run.choices import objective_of
 from dpo_jax.run.evaluate import evaluate, make_summary
+from dpo_jax.run.reference_values import reference_store, score_missing
 
 SIDES = ("chosen", "rejected")
 
@@ -30,21 +33,22 @@ def divergence(workdir: Path, likely: int) -> dict[str, float]:
     start = [f"model.path={fine_tuned}", "sft.steps=0"] if fine_tuned.exists() else []
     start += ["data.train=", "loss.name=tdpo2", f"loss.kl_tokens={likely}"]  # held-out pairs alone are scored
     chosen = run_inputs.resolve_paths(flags.load(str(workdir / "config.json"), start), workdir)
-    inputs = run_inputs.load_inputs(chosen, training=False)
-    assert inputs.eval is not None, "the run has no held-out pairs"
-    built = programs.make_programs(chosen, inputs.model, inputs.lengths)
+    objective = objective_of(chosen.loss)
+    inputs = run_inputs.load_inputs(chosen, objective, training=False)
+    pairs = inputs.sets["eval"]
+    built = programs.make_programs(chosen, objective, inputs.model, inputs.lengths)
     with tempfile.TemporaryDirectory() as folder:
-        store = programs.reference_store(chosen, inputs, Path(folder), built)
+        store = reference_store(inputs, built, Path(folder) / "reference")
         assert store is not None
-        weights = state.load_params(chosen, inputs.folder, built)
-        known, _ = programs.reference_values(inputs, store, built, lambda: weights)
-    policy = state.load_params(chosen, workdir / "export", built)
+        weights = state.load_params(inputs.source, built)
+        values, _ = score_missing(inputs, store, built, lambda: weights)
+    policy = state.load_params(dataclasses.replace(inputs.source, folder=workdir / "export"), built)
     row = evaluate(
         lambda batch: built.score(policy, batch),
         make_summary(built.objective),
-        inputs.eval,
-        inputs.eval.lengths,
-        known[-1],
+        pairs,
+        pairs.lengths,
+        values["eval"],
         shape=built.score_shape,
         layout=built.layout,
     )

@@ -85,6 +85,8 @@ def load(work: Path, args: Any) -> dict[str, Any]:
     from dpo_jax.config import base, freeze
     from dpo_jax.hf import checkpoints
     from dpo_jax.run import programs, state
+    from dpo_jax.run.choices import objective_of
+    from dpo_jax.run.inputs import Source
     from dpo_jax.runtime import hosts
 
     hosts.join(f"127.0.0.1:{args.port}", args.processes, args.process)
@@ -94,11 +96,11 @@ def load(work: Path, args: Any) -> dict[str, Any]:
     chosen.model.path, chosen.model.param_dtype = args.model, args.param_dtype
     frozen, folder = freeze(chosen), Path(args.model)
     model, _ = checkpoints.read_config(folder)
-    built = programs.make_programs(frozen, model, np.array([[20, 30, 30]]))
+    built = programs.make_programs(frozen, objective_of(frozen.loss), model, np.array([[20, 30, 30]]))
     hosts.wait("ready")  # devices are there and their threads have their stacks
     common.reset_peak()
     before = common.memory("VmRSS")
-    params = state.load_params(frozen, folder, built)
+    params = state.load_params(Source(folder, None, 0), built)
     peak = common.memory("VmHWM")
     parts = [shard.data for leaf in jax.tree.leaves(params) for shard in leaf.addressable_shards]
     kept = sum(part.nbytes for part in parts)

@@ -59,10 +59,11 @@ def tokenize(work: Path, args: Any) -> dict[str, Any]:
     """Reads and stores the pairs, and nothing else."""
     from dpo_jax import config
     from dpo_jax.run import inputs
+    from dpo_jax.run.choices import objective_of
 
     chosen = config.freeze(configure(work, args))
     started = time.perf_counter()
-    inputs.load_inputs(chosen, training=True)
+    inputs.load_inputs(chosen, objective_of(chosen.loss), training=True)
     return {"seconds": time.perf_counter() - started}
 
 

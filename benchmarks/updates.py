@@ -21,6 +21,7 @@ from dpo_jax.models.config import DecoderConfig
 from dpo_jax.run import choices, programs
 from dpo_jax.run import inputs as run_inputs
 from dpo_jax.run import state as state_module
+from dpo_jax.run.reference_values import reference_store, score_missing
 from dpo_jax.runtime import xla
 from dpo_jax.steps import init_state, make_score_step, make_train_step
 from dpo_jax.types import Batch, Encoded
@@ -38,11 +39,12 @@ class Parts(NamedTuple):
 def read(chosen: Any, work: Path) -> Parts:
     """Reads the inputs of a configuration, and chooses shapes as a run does."""
     config = run_inputs.resolve_paths(freeze(chosen), work)
-    inputs = run_inputs.load_inputs(config, training=True)
-    assert inputs.train is not None and config.train.steps is not None
-    size = config.train.batch_pairs
-    pairs = [[inputs.train[i] for i in range(at * size, (at + 1) * size)] for at in range(config.train.steps)]
-    return Parts(config, inputs, programs.make_programs(config, inputs.model, inputs.lengths), pairs)
+    objective = choices.objective_of(config.loss)
+    inputs = run_inputs.load_inputs(config, objective, training=True)
+    assert config.train.steps is not None
+    train, size = inputs.sets["train"], config.train.batch_pairs
+    pairs = [[train[i] for i in range(at * size, (at + 1) * size)] for at in range(config.train.steps)]
+    return Parts(config, inputs, programs.make_programs(config, objective, inputs.model, inputs.lengths), pairs)
 
 
 def load_params(parts: Parts) -> Any:
@@ -52,16 +54,16 @@ def load_params(parts: Parts) -> Any:
     def on_device(path: str, shape: tuple[int, ...], read: Any) -> jax.Array:
         return jnp.array(read((slice(None),) * len(shape)))
 
-    return checkpoints.load_params(parts.inputs.folder, parts.inputs.model, dtype=dtype, place=on_device)
+    return checkpoints.load_params(parts.inputs.source.folder, parts.inputs.model, dtype=dtype, place=on_device)
 
 
 def reference_values(parts: Parts, work: Path) -> list[np.ndarray]:
     """Reference log-probs [P, 2] of each step's pairs."""
-    store = programs.reference_store(parts.config, parts.inputs, work, parts.programs)
+    store = reference_store(parts.inputs, parts.programs, work / "reference")
     assert store is not None
-    weights = functools.cache(lambda: state_module.load_params(parts.config, parts.inputs.folder, parts.programs))
-    known, _ = programs.reference_values(parts.inputs, store, parts.programs, weights)
-    return np.split(known[0].logps, len(parts.pairs))
+    weights = functools.cache(lambda: state_module.load_params(parts.inputs.source, parts.programs))
+    values, _ = score_missing(parts.inputs, store, parts.programs, weights)
+    return np.split(values["train"].logps, len(parts.pairs))
 
 
 def packed_batches(parts: Parts, reference: Sequence[np.ndarray] | None) -> list[Batch]:
@@ -90,9 +92,8 @@ def make_update(
         attention=parts.programs.attention,
     )
     cut = programs.crops(shape) if crops else []
-    loss = choices.loss_of(config)
-    tx, _ = choices.optimizer_of(config, total_steps=config.train.steps or 1)
-    train = make_train_step(logps_fn, loss, tx, has_aux=True, adds=True, crops=cut)
+    tx, _ = choices.optimizer_of(config.optimizer, total_steps=config.train.steps or 1)
+    train = make_train_step(logps_fn, parts.inputs.objective, tx, has_aux=True, adds=True, crops=cut)
     score = make_score_step(logps_fn, has_aux=True, crops=cut)
 
     def update(state: Any, frozen: Any, batch: Batch) -> Any:

@@ -82,14 +82,17 @@ def score_ours(work: Path, args: Any) -> dict[str, Any]:
     """Times a second reference pass of dpo_jax."""
     from dpo_jax import config
     from dpo_jax.data import layout
-    from dpo_jax.run import programs
+    from dpo_jax.run.choices import objective_of
     from dpo_jax.run.inputs import load_inputs
+    from dpo_jax.run.programs import make_programs
+    from dpo_jax.run.reference_values import reference_store, score_missing
     from dpo_jax.run.state import load_params
 
     chosen = config.freeze(common.base_config(args, work))
-    read = load_inputs(chosen, training=False)
-    built = programs.make_programs(chosen, read.model, read.lengths)
-    store = programs.reference_store(chosen, read, work, built)
+    objective = objective_of(chosen.loss)
+    read = load_inputs(chosen, objective, training=False)
+    built = make_programs(chosen, objective, read.model, read.lengths)
+    store = reference_store(read, built, work / "reference")
     assert store is not None
     positions = []
     program: Any = built.reference_scoring
@@ -99,19 +102,19 @@ def score_ours(work: Path, args: Any) -> dict[str, Any]:
         return program(params, batch)
 
     counting = built._replace(reference_scoring=counted)
-    weights = functools.cache(lambda name: load_params(chosen, read.folder, built))  # anew for each pass
+    weights = functools.cache(lambda name: load_params(read.source, built))  # anew for each pass
 
     def score(name: str) -> dict[str, Any]:
         positions.clear()
         faults, started = common.minor_faults(), time.perf_counter()
         new = store._replace(folder=work / name)
-        known, _ = programs.reference_values(read, new, counting, lambda: weights(name))
+        values, _ = score_missing(read, new, counting, lambda: weights(name))
         seconds, faults = time.perf_counter() - started, common.minor_faults() - faults
         return {
             "seconds": seconds,
             "faults": faults,
             "positions": sum(positions),
-            "logps": known[0].logps.tolist(),
+            "logps": next(iter(values.values())).logps.tolist(),
         }
 
     first = score("first")

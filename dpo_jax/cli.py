@@ -2,47 +2,105 @@
 
 from __future__ import annotations
 
-import json
+import importlib
 import os
 import sys
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from absl import flags, logging
 
-from dpo_jax import config as configs
-from dpo_jax.config import Config
-from dpo_jax.flags import define_flags, from_flags, parse_flags
 from dpo_jax.types import InputError
 
 USAGE = """\
 dpo-jax COMMAND --config=configs/NAME.py [--config.section.field=value ...] --workdir=DIR
 
-  train      all of it: reference pass, updates, evaluation, export; run again, it goes on where it stopped
+  train      everything: reference pass, updates, evaluation, export; run again, it goes on where it stopped
   reference  only the reference pass, into reference.path
   evaluate   metrics of the newest checkpoint of DIR on data.eval, as JSON
-  inspect    what the data looks like once rendered, tokenized, cut and packed; touches no device
-  plan       what a run would take on --topology=v5p:4x4x4[,slices=2] or h100:64: memory of a chip, time, cost; without
-             weights, data or that hardware. --sweep compares meshes, remat policies and microbatches,
-             --reference_in_step with holding two models. Ends with status 3 where memory does not suffice
+  inspect    the data once rendered, tokenized, truncated and packed; touches no device
+  plan       memory of a chip, time and cost of a run on --topology=v5p:4x4x4[,slices=2] or h100:64, without weights,
+             data or that hardware. --sweep compares meshes, remat policies and microbatches, --reference_in_step
+             compares with holding two models. Ends with status 3 where memory does not suffice
   export     the newest checkpoint of DIR as a Hugging Face folder, into --out (default DIR/export, or DIR/export-STEP
              while the run goes on); of a run with adapters these alone, or with --merge the model with them
              merged into it (default DIR/merged-STEP)
 
-evaluate and export read DIR/config.json where no --config is given. The fields are listed in README.md.
+evaluate and export read DIR/config.json where no --config is given. The fields are listed in docs/configuration.md.
 
 Over several processes, the same command on each: on TPU hosts, under SLURM and under Open MPI they find one another;
 elsewhere give --coordinator=HOST:PORT --processes=N --process=I. Asked to stop by SIGTERM, a run saves its state and
 exits with status 75: the same command goes on from there.
 """
 
+Define = Callable[..., Any]  # absl's flags.DEFINE_*
+
+
+class Flag(NamedTuple):
+    """A flag of one command, passed to its function under its name."""
+
+    define: Define
+    name: str
+    default: Any
+    help: str
+    limits: dict[str, int] = {}
+
+
+class Command(NamedTuple):
+    """How a command of `dpo_jax.commands`, a function of its name, is called."""
+
+    flags: tuple[Flag, ...] = ()
+    one_process: bool = False  # touches no device, and never joins other processes
+    needs_workdir: bool = True
+    reads_run: bool = False  # without --config it reads that of the run in the working folder
+
+
+COMMANDS = {
+    "train": Command(),
+    "reference": Command(),
+    "evaluate": Command(reads_run=True),
+    "inspect": Command(
+        flags=(Flag(flags.DEFINE_integer, "pairs", 3, "pairs to show", {"lower_bound": 0}),), one_process=True
+    ),
+    "plan": Command(
+        flags=(
+            Flag(flags.DEFINE_string, "topology", None, "CHIP:SHAPE[,slices=N]"),
+            Flag(flags.DEFINE_boolean, "sweep", False, "compare configurations"),
+            Flag(flags.DEFINE_boolean, "reference_in_step", False, "beside it, with the reference's weights"),
+        ),
+        one_process=True,
+        needs_workdir=False,
+    ),
+    "export": Command(
+        flags=(
+            Flag(flags.DEFINE_string, "out", None, "folder to write"),
+            Flag(flags.DEFINE_boolean, "merge", False, "merge adapters into the model"),
+        ),
+        reads_run=True,
+    ),
+}
+PROCESSES = (
+    Flag(flags.DEFINE_string, "coordinator", None, "HOST:PORT of process 0"),
+    Flag(flags.DEFINE_integer, "processes", None, "how many there are", {"lower_bound": 1}),
+    Flag(flags.DEFINE_integer, "process", None, "which this is, from 0", {"lower_bound": 0}),
+)
+
+
+class Parsed(NamedTuple):
+    """A command line that was understood."""
+
+    config: Any  # a config.Config
+    workdir: Path
+    options: dict[str, Any]  # of the command, by the flags' names
+    place: dict[str, Any]  # among other processes
+
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Runs a command and exits: 2 for bad input, said in one line; `hosts.STOPPED` if asked to stop."""
     argv = list(sys.argv if argv is None else argv)
-    # What these two warn of is as it should be: folders that are only read, and an environment without torch.
+    # Both warn of what is as it should be: folders that are only read, and an environment without torch.
     logging.set_verbosity(logging.ERROR)
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     if len(argv) < 2 or argv[1] in ("-h", "--help", "help"):
@@ -57,36 +115,78 @@ def main(argv: Sequence[str] | None = None) -> None:
                 expected=f"one of {', '.join(COMMANDS)}",
                 remedy="See dpo-jax --help.",
             )
-        if "" not in sys.path:
-            sys.path.insert(0, "")  # as `python -m` has it: a configuration may name a module beside it
-        parsed = _parse(argv[1], [argv[0], *argv[2:]])
+        find_modules_here()
+        parsed = parse(command, [argv[0], *argv[2:]])
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
-    if argv[1] in ALONE:
-        _report_errors(command, parsed)
+    if command.one_process:
+        run_alone(argv[1], parsed)
     else:
-        _together(argv[1], command, parsed)
+        run_together(argv[1], parsed)
 
 
-def _report_errors(command: Callable[..., None], parsed: tuple) -> None:
+def find_modules_here() -> None:
+    """Lets a recipe name a module beside it; the working directory comes last, so that it shadows no installed one."""
+    here = os.getcwd()
+    sys.path[:] = [entry for entry in sys.path if entry not in ("", here)] + [""]
+
+
+def parse(command: Command, argv: list[str]) -> Parsed:
+    """Parses the arguments after the command. Raises: InputError for all that cannot be used."""
+    from dpo_jax.flags import define_flags, from_flags, parse_flags
+
+    values = flags.FlagValues()
+    define_flags(argv, values)
+    flags.DEFINE_string("workdir", None, "working folder of the run", flag_values=values)
+    processes = () if command.one_process else PROCESSES
+    for flag in (*command.flags, *processes):
+        flag.define(flag.name, flag.default, flag.help, flag_values=values, **flag.limits)
+    rest = parse_flags(argv, values)[1:]
+    if rest:
+        raise InputError(
+            "command line", got=f"unexpected {rest[0]!r}", expected="only --flags", remedy="See dpo-jax --help."
+        )
+    if command.needs_workdir and not values["workdir"].value:
+        raise InputError("--workdir", got="not given", expected="a folder", remedy="Give for example --workdir=runs/1.")
+    workdir = Path(values["workdir"].value or "")
+    if values["config"].value is None and command.reads_run:
+        from dpo_jax.run.workdir import config_of
+
+        config = config_of(workdir)
+    else:
+        config = from_flags(values)
+    options, place = ({each.name: values[each.name].value for each in group} for group in (command.flags, processes))
+    return Parsed(config, workdir, options, place)
+
+
+def call(name: str, parsed: Parsed) -> None:
+    """Calls the command's function; a status that it returns ends this process."""
+    # Imported here: --help and mistyped flags answer at once.
+    status = getattr(importlib.import_module("dpo_jax.commands"), name)(parsed.config, parsed.workdir, **parsed.options)
+    if status:
+        sys.exit(status)
+
+
+def run_alone(name: str, parsed: Parsed) -> None:
+    """Runs a command in this process alone."""
     try:
-        command(*parsed)
+        call(name, parsed)
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
 
 
-def _together(name: str, command: Callable[..., None], parsed: tuple) -> None:
+def run_together(name: str, parsed: Parsed) -> None:
     """Runs a command on all processes of a run; if it fails on one, none is left waiting."""
+    from dpo_jax.config import flat
     from dpo_jax.runtime import hosts
 
-    config, workdir, values = parsed
     try:
-        hosts.join(values["coordinator"].value, values["processes"].value, values["process"].value)
-        facts = {"command": name, "workdir": str(workdir), "code": hosts.code_digest(), **configs.flat(config)}
+        hosts.join(**parsed.place)
+        facts = {"command": name, "workdir": str(parsed.workdir), "code": hosts.code_digest(), **flat(parsed.config)}
         hosts.agree("command, code and configuration", facts)
-        command(config, workdir, values)
+        call(name, parsed)
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         hosts.leave(2, str(error))
@@ -99,97 +199,3 @@ def _together(name: str, command: Callable[..., None], parsed: tuple) -> None:
             raise
         traceback.print_exc()
         hosts.leave(1, f"{type(error).__name__}: {error}")
-
-
-def _parse(command: str, argv: list[str]) -> tuple[Config, Path, flags.FlagValues]:
-    values = flags.FlagValues()
-    define_flags(argv, values)
-    flags.DEFINE_string("workdir", None, "working folder of the run", flag_values=values)
-    if command == "plan":
-        flags.DEFINE_string("topology", None, "CHIP:SHAPE[,slices=N]", flag_values=values)
-        flags.DEFINE_boolean("sweep", False, "compare configurations", flag_values=values)
-        flags.DEFINE_boolean("reference_in_step", False, "beside it, with the reference's weights", flag_values=values)
-    if command not in ALONE:
-        flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0", flag_values=values)
-        flags.DEFINE_integer("processes", None, "how many there are", lower_bound=1, flag_values=values)
-        flags.DEFINE_integer("process", None, "which this is, from 0", lower_bound=0, flag_values=values)
-    if command == "export":
-        flags.DEFINE_string("out", None, "folder to write", flag_values=values)
-        flags.DEFINE_boolean("merge", False, "merge adapters into the model", flag_values=values)
-    if command == "inspect":
-        flags.DEFINE_integer("pairs", 3, "pairs to show", lower_bound=0, flag_values=values)
-    rest = parse_flags(argv, values)[1:]
-    if rest:
-        raise InputError(
-            "command line", got=f"unexpected {rest[0]!r}", expected="only --flags", remedy="See dpo-jax --help."
-        )
-    if command == "plan":
-        return from_flags(values), Path(), values
-    if not values["workdir"].value:
-        raise InputError("--workdir", got="not given", expected="a folder", remedy="Give for example --workdir=runs/1.")
-    workdir = Path(values["workdir"].value)
-    if values["config"].value is None and command in OF_A_RUN:
-        from dpo_jax.run.workdir import read_config
-
-        return read_config(workdir), workdir, values
-    return from_flags(values), workdir, values
-
-
-# Each command imports what it needs: --help and mistyped flags answer at once, and inspect loads no jax backend.
-
-
-def _train(config: Config, workdir: Path, _: Any) -> None:
-    from dpo_jax import train
-
-    train.run(config, workdir)
-
-
-def _reference(config: Config, workdir: Path, _: Any) -> None:
-    from dpo_jax import commands
-
-    commands.score_reference(config, workdir)
-
-
-def _evaluate(config: Config, workdir: Path, _: Any) -> None:
-    from dpo_jax import commands
-    from dpo_jax.runtime import hosts
-
-    row = commands.evaluate_checkpoint(config, workdir)
-    if hosts.first():
-        print(json.dumps(row))
-
-
-def _inspect(config: Config, workdir: Path, values: Any) -> None:
-    from dpo_jax.reporting import data_summary
-
-    data_summary.show(config, workdir, pairs=values["pairs"].value)
-
-
-def _plan(config: Config, workdir: Path, values: Any) -> None:
-    if not values["topology"].value:
-        raise InputError(
-            "--topology", got="not given", expected="CHIP:SHAPE", remedy="Give for example --topology=v5p:4x4x4."
-        )
-    from dpo_jax.plan.command import run
-
-    options = {"sweeping": values["sweep"].value, "reference_in_step": values["reference_in_step"].value}
-    sys.exit(run(config, values["topology"].value, **options))
-
-
-def _export(config: Config, workdir: Path, values: Any) -> None:
-    from dpo_jax import commands
-
-    out = values["out"].value
-    commands.export_checkpoint(config, workdir, Path(out) if out else None, merge=values["merge"].value)
-
-
-COMMANDS: dict[str, Callable[[Config, Path, Any], None]] = {
-    "train": _train,
-    "reference": _reference,
-    "evaluate": _evaluate,
-    "inspect": _inspect,
-    "plan": _plan,
-    "export": _export,
-}
-OF_A_RUN = ("evaluate", "export")  # commands that a finished working folder is enough for
-ALONE = ("inspect", "plan")  # commands of one process, which touch no device

@@ -1,77 +1,110 @@
-"""TODO commands."""
+"""The commands of the command line, a function each: `NAME(config, workdir, **flags)`."""
 
 from __future__ import annotations
 
-import functools
+import json
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
-from dpo_jax import trees
 from dpo_jax.config import Config
-from dpo_jax.export import export
+from dpo_jax.export import export as export_folder
+from dpo_jax.losses import Objective
+from dpo_jax.plan.command import run as run_plan
 from dpo_jax.reporting.console import describe_data
-from dpo_jax.run import checks, choices, programs, workdir
-from dpo_jax.run import inputs as run_inputs
+from dpo_jax.reporting.data_summary import show
+from dpo_jax.run import checks, workdir
 from dpo_jax.run.checkpoints import Checkpoints
-from dpo_jax.run.evaluate import evaluate, make_summary
-from dpo_jax.run.inputs import Inputs
+from dpo_jax.run.choices import objective_of
+from dpo_jax.run.evaluate import make_summary
+from dpo_jax.run.inputs import Inputs, load_inputs, read_inputs, resolve_paths
+from dpo_jax.run.programs import Programs, make_programs
+from dpo_jax.run.reference_values import complete_store, reference_store
 from dpo_jax.run.state import abstract_params, abstract_running, load_frozen
 from dpo_jax.runtime import hosts
-from dpo_jax.train import after_sft, following_of, from_sft, reference_of
+from dpo_jax.train import after_sft, evaluate_on_eval, from_sft, order_of, run, store_folder, sync_of
+from dpo_jax.trees import join
 from dpo_jax.types import InputError
 
-# Fields that say what a checkpoint's parameters are.
+# Fields that decide what a checkpoint's parameters are.
 OF_PARAMETERS = (
     "model.path model.param_dtype train.freeze lora.rank lora.alpha lora.rank_stabilised lora.targets lora.path "
     "lora.base sft.steps"
 ).split()
 
 
+def train(config: Config, folder: Path) -> None:
+    """Trains, evaluates and exports, as `train.run`."""
+    run(config, folder)
+
+
+def reference(config: Config, folder: Path) -> None:
+    """Scores the reference into `reference.path`, as `score_reference`."""
+    score_reference(config, folder)
+
+
+def evaluate(config: Config, folder: Path) -> None:
+    """Prints metrics of the newest checkpoint on data.eval, as JSON."""
+    row = evaluate_checkpoint(config, folder)
+    if hosts.first():
+        print(json.dumps(row))
+
+
+def inspect(config: Config, folder: Path, *, pairs: int = 3) -> None:
+    """Prints what the data looks like to a model; touches no device."""
+    show(config, folder, pairs=pairs)
+
+
+def plan(config: Config, _: Path, *, topology: str, sweep: bool = False, reference_in_step: bool = False) -> int:
+    """Prints what a run would take on a topology; returns the exit status, 3 where memory does not suffice."""
+    if not topology:
+        raise InputError(
+            "--topology", got="not given", expected="CHIP:SHAPE", remedy="Give for example --topology=v5p:4x4x4."
+        )
+    return run_plan(config, topology, sweeping=sweep, reference_in_step=reference_in_step)
+
+
+def export(config: Config, folder: Path, *, out: str = "", merge: bool = False) -> None:
+    """Writes the newest checkpoint as a Hugging Face folder, as `export_checkpoint`."""
+    export_checkpoint(config, folder, Path(out) if out else None, merge=merge)
+
+
 def score_reference(config: Config, folder: Path) -> None:
-    """The reference pass alone, into `reference.path`. Raises: InputError as `run` does."""
-    given, config = config, run_inputs.resolve_paths(config, folder)
-    checks.check_names(config)
-    if choices.loss_of(config).reference_free:
+    """Makes the reference pass alone, into `reference.path`. Raises: InputError as `train.run` does."""
+    given, config = config, resolve_paths(config, folder)
+    objective = checked_objective(config)
+    if objective.reference_free:
         raise InputError(
             "config.loss.name",
             got=f"{config.loss.name!r}, which reads no reference",
             expected="a loss that does",
             remedy="Train without a reference pass.",
         )
-    inputs = run_inputs.read_inputs(config, folder, training=False)
-    describe_data(config, inputs)
-    built = programs.make_programs(config, inputs.model, inputs.lengths, selection=inputs.selection)
-    config, inputs = after_sft(given, config, inputs, folder)
+    inputs = read_inputs(config, objective, folder, training=False)
+    describe_data(inputs)
+    programs = make_programs(config, objective, inputs.model, inputs.lengths, selection=inputs.selection)
+    inputs = after_sft(given, inputs, folder)
     with hosts.listening():
-        reference_of(config, inputs, programs.reference_store(config, inputs, folder, built), built)
+        complete_store(inputs, reference_store(inputs, programs, store_folder(config, folder)), programs)
 
 
 def evaluate_checkpoint(config: Config, folder: Path) -> dict[str, float]:
-    """Metrics of the newest checkpoint in `folder` on data.eval, with the step it was saved at.
+    """Returns metrics of the newest checkpoint in `folder` on data.eval, with the step it was saved at.
 
-    Raises: InputError if there is no checkpoint or no data.eval, or as `run` does.
+    Raises: InputError if there is no checkpoint or no data.eval, or as `train.run` does.
     """
-    config, inputs, built, step, params, running = open_checkpoint(config, folder)
-    if inputs.eval is None:
+    config, inputs, programs = open_run(config, folder)
+    step, params, running = restore(inputs, programs, folder)
+    if "eval" not in inputs.sets:
         raise InputError("config.data.eval", got="empty", expected="a path or Hub id", remedy="Name the pairs.")
-    store = programs.reference_store(config, inputs, folder, built)
-    known, _ = reference_of(config, inputs, store, built)
-    if config.reference.sync_steps:
-        following = following_of(config, inputs, built, store, checks.check_lengths(config, inputs))
-        if following is not None and following.last(step):
-            known = following.stored(following.last(step))
-    row = evaluate(
-        functools.partial(built.score, params),
-        make_summary(built.objective, paired=inputs.paired),
-        inputs.eval,
-        inputs.eval.lengths,
-        known[-1] if known else None,
-        shape=built.score_shape,
-        layout=built.layout,
-        running=running,
-        mismatched=inputs.eval_mismatched,
-    )
-    return {"step": step} | row
+    store = reference_store(inputs, programs, store_folder(config, folder))
+    values, _ = complete_store(inputs, store, programs)
+    if config.reference.sync_steps and "train" in inputs.sets:
+        total = checks.updates_of(config, inputs.sets["train"])
+        sync = sync_of(config, inputs, programs, store, order_of(config, inputs), total)
+        if sync is not None and sync.last(step):
+            values = sync.stored(sync.last(step))
+    summary = make_summary(inputs.objective, paired=inputs.paired)
+    return {"step": step} | evaluate_on_eval(inputs, programs, summary, values, params, running)
 
 
 def export_checkpoint(config: Config, folder: Path, out: Path | None, *, merge: bool = False) -> None:
@@ -84,11 +117,12 @@ def export_checkpoint(config: Config, folder: Path, out: Path | None, *, merge: 
     Raises: InputError if there is no checkpoint, `out` is the place of an export that is still to come, or there are no
       adapters to merge.
     """
-    config, inputs, _, step, params, _ = open_checkpoint(config, folder)
+    config, inputs, programs = open_run(config, folder)
     if merge and inputs.selection.adapters is None:
         raise InputError(
             "--merge", got="a run without adapters", expected="one with lora.rank", remedy="Leave --merge off."
         )
+    step, params, _ = restore(inputs, programs, folder)
     final = folder / "export"
     out = out or (folder / f"merged-{step}" if merge else final if final.exists() else folder / f"export-{step}")
     if out.resolve() == final.resolve() and not final.exists():
@@ -99,27 +133,45 @@ def export_checkpoint(config: Config, folder: Path, out: Path | None, *, merge: 
             remedy="Leave --out off, or finish the run.",
         )
     rows = [row for row in workdir.read_rows(folder / "eval.jsonl") if row["step"] == step]
-    export(config, inputs, params, out, rows, step, merge=merge)
+    export_folder(config, inputs, params, out, rows, step, merge=merge)
 
 
-def open_checkpoint(config: Config, folder: Path) -> tuple[Config, Inputs, programs.Programs, int, Any, Any]:
-    """Configuration, inputs, programs, step, parameters and baselines of the newest checkpoint in `folder`.
+def checked_objective(config: Config) -> Objective:
+    """Returns the objective of a configuration whose names are checked. Raises: InputError for any that is unknown."""
+    checks.check_model_named(config)
+    objective = objective_of(config.loss)
+    checks.check_names(config, objective)
+    return objective
 
-    Raises: InputError if there is none, or the configuration names another model than the run's.
+
+class OpenRun(NamedTuple):
+    """A run whose checkpoints are read: its configuration with paths resolved, inputs and programs."""
+
+    config: Config
+    inputs: Inputs
+    programs: Programs
+
+
+def open_run(config: Config, folder: Path) -> OpenRun:
+    """Reads the inputs of the run in `folder`.
+
+    Raises: InputError if it has no checkpoint, or the configuration names another model than the run's.
     """
     workdir.check(config, folder, fields=OF_PARAMETERS)
-    config = run_inputs.resolve_paths(config, folder)
-    checks.check_names(config)
+    config = resolve_paths(config, folder)
+    objective = checked_objective(config)
+    workdir.newest_step(folder)
+    inputs = load_inputs(config, objective, training=False)
+    if config.sft.steps:
+        inputs = from_sft(inputs, folder)
+    programs = make_programs(config, objective, inputs.model, inputs.lengths, selection=inputs.selection)
+    return OpenRun(config, inputs, programs)
+
+
+def restore(inputs: Inputs, programs: Programs, folder: Path) -> tuple[int, dict, dict]:
+    """Returns step, parameters and baselines of the newest checkpoint in `folder`."""
+    step = workdir.newest_step(folder)
     checkpoints = Checkpoints(folder / "checkpoints", keep=1, read_only=True)
-    step = checkpoints.latest_step()
-    if step is None:
-        raise InputError(
-            str(folder / "checkpoints"), got="no checkpoint", expected="one of a training run", remedy="Train first."
-        )
-    config, inputs = from_sft(config, run_inputs.load_inputs(config, training=False), folder)
-    built = programs.make_programs(config, inputs.model, inputs.lengths, selection=inputs.selection)
-    trained, running = abstract_params(config, built)[0], abstract_running(built)
-    params, running = checkpoints.restore_params(step, trained, running)
+    trained, running = checkpoints.restore_params(step, abstract_params(programs)[0], abstract_running(programs))
     checkpoints.close()
-    whole = trees.join(params, load_frozen(config, inputs.folder, built))
-    return config, inputs, built, step, whole, running
+    return step, join(trained, load_frozen(inputs.source, programs)), running

@@ -20,7 +20,7 @@ import re
 import types
 import typing
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 from ml_collections import config_dict
@@ -199,7 +199,7 @@ class Config:
 # Fields that may differ when a run resumes: they change what is recorded or how work is laid out, never the
 # sequence of updates (beyond float rounding).
 RESUMABLE = (
-    "model.remat model.attention data.cache_dir train.microbatch_rows reference.path reference.microbatch_rows "
+    "prepare model.remat model.attention data.cache_dir train.microbatch_rows reference.path reference.microbatch_rows "
     "eval.every_steps checkpoint.every_steps checkpoint.keep mesh.replica mesh.fsdp mesh.tensor mesh.rules "
     "plan.architecture plan.pairs plan.prompt_tokens plan.answer_tokens log.every_steps log.tensorboard log.wandb "
     "profile.steps"
@@ -246,7 +246,6 @@ _RULES: tuple[tuple[str, Rule], ...] = (  # what the comments above say; an unse
     ("optimizer.layer_decay", _SHARE),
     ("train.freeze lora.targets", (_is_pattern, "a regular expression")),
     ("mesh.replica mesh.fsdp mesh.tensor", _AXIS),
-    ("model.path", (bool, "a Hugging Face folder or Hub id")),
     ("model.dtype", _one_of("auto", "float32", "bfloat16")),  # float16 loses most gradients of the head to underflow
     ("model.param_dtype", _one_of("float32", "bfloat16")),
     ("lora.base", _one_of("", "int8", "nf4")),
@@ -302,8 +301,35 @@ def to_json(config: Config) -> str:
     return json.dumps(dataclasses.asdict(config), indent=2) + "\n"
 
 
-def from_json(text: str, place: str) -> Config:
-    """What `to_json` wrote; fields it lacks keep their default. Raises: InputError, with `place` for the file."""
+def from_json(text: str, place: str, *, overridden: Collection[str] = ()) -> Config:
+    """Returns the configuration that `to_json` wrote, less the code that it names; missing fields have their default.
+
+    Code is named by a recipe or on the command line, never by a data file: `prepare` comes back empty, and a loss of
+    the user's own is refused.
+
+    Args:
+      overridden: dotted names of fields that the command line sets, and that may name code therefore.
+    Raises: InputError, with `place` for the file.
+    """
+    config = record_from_json(text, place)
+    if config.prepare and "prepare" not in overridden:
+        config = dataclasses.replace(config, prepare="")
+    if ":" in config.loss.name and "loss.name" not in overridden:
+        name = config.loss.name
+        raise InputError(
+            f"{place}: config.loss.name",
+            got=f"{name!r}, which names code, in a data file",
+            expected="a loss of dpo_jax.losses, or code that a recipe or the command line names",
+            remedy=f"Give the recipe with --config, or this file and --config.loss.name={name}.",
+        )
+    return config
+
+
+def record_from_json(text: str, place: str) -> Config:
+    """Returns the configuration that `to_json` wrote as it was recorded, to compare with another; never to run.
+
+    Raises: InputError, with `place` for the file.
+    """
     try:
         fields = json.loads(text)
     except json.JSONDecodeError as error:
@@ -345,6 +371,8 @@ def _refuse(problems: Problems, name: str, value: Any, expected: str) -> None:
 
 def _check_relations(config: Config, problems: Problems) -> None:
     data, mesh = config.data, config.mesh
+    if not config.model.path and not config.plan.architecture and "model.path" not in problems:
+        _refuse(problems, "model.path", "", "a Hugging Face folder or Hub id")
     if data.max_prompt_length >= data.max_length and "data.max_length" not in problems:
         expected = f"a number < config.data.max_length, which is {data.max_length}"
         _refuse(problems, "data.max_prompt_length", data.max_prompt_length, expected)

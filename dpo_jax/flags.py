@@ -1,4 +1,4 @@
-"""TODO flags."""
+"""The flags --config and --config.SECTION.FIELD: recipes and config.json files, with overrides."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import re
 import runpy
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 from absl import flags
@@ -22,7 +22,8 @@ def define_flags(argv: Sequence[str] | None = None, flag_values: flags.FlagValue
     help_text = "recipe configs/NAME.py[:ARG], or the config.json of a run"
     argv = _check_overrides(list(sys.argv if argv is None else argv), flag_values)
     config_flags.DEFINE_config_file("config", None, help_text, flag_values, sys_argv=_with_values(argv))
-    flag_values["config"].parser = _Source()  # theirs reads Python only, and answers with tracebacks
+    # That of ml_collections reads Python only, and answers with tracebacks.
+    flag_values["config"].parser = _Source(_overridden(argv))
 
 
 def parse_flags(argv: Sequence[str] | None = None, flag_values: flags.FlagValues = flags.FLAGS) -> list[str]:
@@ -64,6 +65,11 @@ def _with_values(argv: Sequence[str]) -> list[str]:
     return [arg for arg in argv if not _UNSET.fullmatch(arg)]
 
 
+def _overridden(argv: Sequence[str]) -> list[str]:
+    """Returns the dotted names of the fields that the arguments override."""
+    return [match[1] for arg in argv if (match := re.match(r"--?(?:no)?config\.([^=]*)", arg))]
+
+
 def _check_overrides(argv: list[str], flag_values: flags.FlagValues) -> list[str]:
     """The arguments, with those of flag files in place.
 
@@ -74,7 +80,7 @@ def _check_overrides(argv: list[str], flag_values: flags.FlagValues) -> list[str
         argv = flag_values.read_flags_from_files(argv, force_gnu=False)
     except flags.Error as error:
         raise InputError("--flagfile", got=str(error), expected="a readable file", remedy="Check the path.") from None
-    names = [match[1] for arg in argv if (match := re.match(r"--?(?:no)?config\.([^=]*)", arg))]
+    names = _overridden(argv)
     fields = flat(Config())
     for name in names:
         if name not in fields:
@@ -97,14 +103,21 @@ def _no_config(place: str, got: str) -> InputError:
 
 
 class _Source(flags.ArgumentParser):
-    """Reads what --config names into a locked ConfigDict."""
+    """Reads the file that --config names into a locked ConfigDict.
+
+    Args:
+      overridden: dotted names of the fields that the command line overrides.
+    """
+
+    def __init__(self, overridden: Collection[str]):
+        self._overridden = overridden
 
     def parse(self, argument: str) -> config_dict.ConfigDict:
         path, *args = argument.split(":", 1)
         if not pathlib.Path(path).is_file():
             raise _no_config(f"--config={path}", "no such file")
         if path.endswith(".json"):
-            return _thaw(from_json(pathlib.Path(path).read_text(), path))
+            return _thaw(from_json(pathlib.Path(path).read_text(), path, overridden=self._overridden))
         try:
             get_config = runpy.run_path(path).get("get_config")
             if get_config is None:

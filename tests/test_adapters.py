@@ -18,11 +18,10 @@ from dpo_jax.hf import adapters as low_rank
 from dpo_jax.hf import checkpoints, peft
 from dpo_jax.hf.families import FAMILIES
 from dpo_jax.run import checks
-from dpo_jax.run import inputs as run_inputs
 from dpo_jax.types import Encoded, InputError
 from tests.support.hf_folders import decoder_config, snapshot
 from tests.support.make_golden import JSON, write_folder
-from tests.support.runs import STEPS, make_config, make_inputs, read_rows, untimed
+from tests.support.runs import STEPS, load_inputs, make_config, make_inputs, read_rows, untimed
 
 GOLDEN = json.loads(JSON.read_text())["cases"]
 PAIRS = 4
@@ -293,7 +292,7 @@ def test_run_trains_adapters_alone_and_exports_them(finished, inputs):
     assert rows[0]["loss"] == pytest.approx(math.log(2), abs=1e-6)
     assert read_rows(finished / "eval.jsonl")[0]["eval/rewards/margins"] == 0
     assert len({row["loss"] for row in rows}) > 2
-    found = run_inputs.load_inputs(make_config(inputs, lora__rank=2), training=True)
+    found = load_inputs(make_config(inputs, lora__rank=2), training=True)
     adapters = found.selection.adapters
     assert adapters is not None and adapters.scale == 2
     exported = peft.load(finished / "export", adapters, found.model.stacks)
@@ -391,6 +390,6 @@ def test_fields_that_do_not_go_together_are_refused(inputs, tmp_path):
         with pytest.raises(InputError, match=words):
             make_config(inputs, **fields)
     with pytest.raises(InputError, match="none of them"):
-        run_inputs.load_inputs(make_config(inputs, lora__rank=2, lora__targets="nothing"), training=True)
+        load_inputs(make_config(inputs, lora__rank=2, lora__targets="nothing"), training=True)
     with pytest.raises(InputError, match="adapter_config.json"):
-        run_inputs.load_inputs(make_config(inputs, lora__path=str(inputs / "model")), training=True)
+        load_inputs(make_config(inputs, lora__path=str(inputs / "model")), training=True)

@@ -114,10 +114,12 @@ def compiled(folder, name, sizes, **fields):
     model = estimate.architecture(how)
     selection = estimate.selected(how, model)
     devices = jax.devices()[: math.prod(sizes.values())]
-    built = programs.make_programs(how, model, LENGTHS, selection=selection, devices=devices)
-    tx, _ = choices.optimizer_of(how, total_steps=6, selection=selection)
-    state, (_, frozen) = abstract_state(how, built, tx), abstract_params(how, built)
-    update = programs.make_update(how, built, tx, state)
+    built = programs.make_programs(
+        how, choices.objective_of(how.loss), model, LENGTHS, selection=selection, devices=devices
+    )
+    tx, _ = choices.optimizer_of(how.optimizer, total_steps=6, selection=selection)
+    state, (_, frozen) = abstract_state(built, tx), abstract_params(built)
+    update = programs.make_update(built, tx, state)
     # What XLA does to the program is looked at, not what LLVM does to its loops.
     quick = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
     batch = estimate.abstract_batch(built, built.update_shape, update=True)

@@ -18,11 +18,11 @@ from dpo_jax.demo import quickstart
 from dpo_jax.hf import checkpoints
 from dpo_jax.reference import scoring_pass
 from dpo_jax.run import choices, programs
-from dpo_jax.run import inputs as run_inputs
+from dpo_jax.run.inputs import Source
 from dpo_jax.run.state import abstract_state, load_params
 from tests.support import hf_folders
 from tests.support.processes import Run, arguments
-from tests.support.runs import make_config, make_inputs, read_rows
+from tests.support.runs import load_inputs, make_config, make_inputs, make_programs, read_rows
 from tests.test_layout import random_pairs, tokens_of
 
 pytestmark = pytest.mark.processes
@@ -201,8 +201,8 @@ def test_checkpoint_of_every_other_mesh_goes_on(resumed, runs, name):
 def test_tensor_axis_cuts_every_matrix(inputs):
     chosen = recipe(inputs, **PLACES["tensor 8"].fields())
     model, _ = checkpoints.read_config(inputs / "model")
-    built = programs.make_programs(chosen, model, np.array([[20, 30, 30]]))
-    params = load_params(chosen, inputs / "model", built)
+    built = programs.make_programs(chosen, choices.objective_of(chosen.loss), model, np.array([[20, 30, 30]]))
+    params = load_params(Source(inputs / "model", None, 0), built)
     for path, leaf in trees.flatten(params).items():
         held = {shard.data.size for shard in leaf.addressable_shards}
         cut = path.endswith(("kernel", "embedding")) or "/".join(path.split("/")[-2:]) in {"q/bias", "k/bias", "v/bias"}
@@ -214,14 +214,13 @@ def test_tensor_axis_cuts_every_matrix(inputs):
 def test_update_on_cpus_sums_without_the_collective_that_fails_there(inputs):
     # Wrong once in some ten thousand times, between processes: no run of a test is sure to meet it.
     chosen = recipe(inputs, **PLACES["replica 2, fsdp 2, tensor 2"].fields())
-    read = run_inputs.load_inputs(chosen, training=True)
-    assert read.train is not None
-    built = programs.make_programs(chosen, read.model, read.lengths)
-    tx, _ = choices.optimizer_of(chosen, total_steps=STEPS)
-    state = abstract_state(chosen, built, tx)
+    read = load_inputs(chosen, training=True)
+    built = make_programs(chosen, read)
+    tx, _ = choices.optimizer_of(chosen.optimizer, total_steps=STEPS)
+    state = abstract_state(built, tx)
     shape = built.update_shape
-    batch = layout.collate([read.train[i] for i in range(shape.pairs)], None, shape, layout=built.layout)
-    update = programs.make_update(chosen, built, tx, state)
+    batch = layout.collate([read.sets["train"][i] for i in range(shape.pairs)], None, shape, layout=built.layout)
+    update = programs.make_update(built, tx, state)
     text = update.compile(state, {}, sharding.put(batch, built.mesh)).as_text()
     assert " all-reduce(" in text and "reduce-scatter" not in text
 

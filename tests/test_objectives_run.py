@@ -9,13 +9,21 @@ import pyarrow.parquet as pq
 import pytest
 
 from dpo_jax import commands, train
-from dpo_jax.run import inputs as run_inputs
-from dpo_jax.run import programs, state
+from dpo_jax.run import state
 from dpo_jax.run.checkpoints import Checkpoints
 from dpo_jax.scoring import score_pairs
 from dpo_jax.types import InputError
 from tests.support import runs
-from tests.support.runs import Killed, killed_at, make_config, make_inputs, read_rows, untimed
+from tests.support.runs import (
+    Killed,
+    killed_at,
+    load_inputs,
+    make_config,
+    make_inputs,
+    make_programs,
+    read_rows,
+    untimed,
+)
 
 # What a run is given besides its loss, by what the loss reads.
 UNPAIRED, RANKED = "unpaired", "ranked"
@@ -157,13 +165,12 @@ def test_soft_reference_is_the_mixture_of_parameters(folders, tmp_path):
     fields = {"reference__sync_steps": 2, "reference__mixup_alpha": alpha, "checkpoint__keep": 9}
     config = make_config(folders["paired"], **fields)
     train.run(config, tmp_path / "run")
-    inputs = run_inputs.load_inputs(config, training=True)
-    pairs = inputs.eval
-    assert pairs is not None
-    built = programs.make_programs(config, inputs.model, inputs.lengths)
-    mixed = state.load_params(config, inputs.folder, built)
+    inputs = load_inputs(config, training=True)
+    pairs = inputs.sets["eval"]
+    built = make_programs(config, inputs)
+    mixed = state.load_params(inputs.source, built)
     checkpoints = Checkpoints(tmp_path / "run" / "checkpoints", keep=1, read_only=True)
-    like = state.abstract_params(config, built)[0], state.abstract_running(built)
+    like = state.abstract_params(built)[0], state.abstract_running(built)
     for step in (2, 4):
         policy, _ = checkpoints.restore_params(step, *like)
         mixed = jax.tree.map(lambda p, r: alpha * p + (1 - alpha) * r, policy, mixed)

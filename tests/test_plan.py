@@ -14,6 +14,7 @@ import pytest
 from dpo_jax import flags
 from dpo_jax.cost import chips, flops, roofline
 from dpo_jax.data.packing import Shape, unit_lengths
+from dpo_jax.losses import make_loss
 from dpo_jax.plan import estimate
 from dpo_jax.plan.command import DOES_NOT_FIT, SWEPT_REMAT, show, sweep, verdict
 from dpo_jax.types import InputError
@@ -309,9 +310,10 @@ def test_forward_passes_of_an_objective_are_counted(loss, updates, scored):
 
 def test_reference_that_follows_is_scored_again_for_the_pairs_to_come():
     chosen = recipe("pythia_2b8_hh", "plan.pairs=6400", "train.epochs=1", "train.batch_pairs=64")
-    assert estimate.updates(chosen) == 100 and estimate.reference_pairs(chosen) == 6400
+    sigmoid = make_loss("sigmoid", {})
+    assert estimate.updates(chosen) == 100 and estimate.reference_pairs(chosen, sigmoid) == 6400
     follows = dataclasses.replace(chosen, reference=dataclasses.replace(chosen.reference, sync_steps=30))
-    assert estimate.reference_pairs(follows) == 6400 + 64 * (30 + 30 + 10)
+    assert estimate.reference_pairs(follows, sigmoid) == 6400 + 64 * (30 + 30 + 10)
 
 
 @pytest.mark.parametrize("loss", ["kto", "tdpo2", "simpo"])

@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 
 from dpo_jax import commands, train, trees
+from dpo_jax.losses import make_loss
 from dpo_jax.models import quantized
-from dpo_jax.run import checks, programs, state
-from dpo_jax.run import inputs as run_inputs
+from dpo_jax.run import checks, state
 from dpo_jax.types import InputError
-from tests.support.runs import make_config, make_inputs, read_rows
+from tests.support.runs import load_inputs, make_config, make_inputs, make_programs, read_rows
 
 SHAPES = [(2, 128, 4, 64), (2, 4, 24, 96), (3, 5, 64, 80)]
 
@@ -77,11 +77,11 @@ def test_what_is_held_is_counted(qwix, inputs):
     sizes: dict = {}
     for kind in ("", "int8"):
         config = make_config(inputs, lora__rank=2, lora__base=kind)
-        found = run_inputs.load_inputs(config, training=True)
-        built = programs.make_programs(config, found.model, found.lengths, selection=found.selection)
-        params = state.load_params(config, inputs / "model", built)
+        found = load_inputs(config, training=True)
+        built = make_programs(config, found, selection=found.selection)
+        params = state.load_params(found.source, built)
         trained, frozen = found.selection.split(params)
-        expected = state.abstract_params(config, built)
+        expected = state.abstract_params(built)
         for ours, theirs in zip((trained, frozen), expected, strict=True):
             assert jax.tree.map(lambda x: (x.shape, x.dtype, x.sharding), ours) == jax.tree.map(
                 lambda x: (x.shape, x.dtype, x.sharding), theirs
@@ -99,4 +99,4 @@ def test_what_is_held_is_counted(qwix, inputs):
 def test_without_qwix_it_is_said_before_a_device_is_touched(monkeypatch, inputs):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(InputError, match="quantize"):
-        checks.check_names(make_config(inputs, lora__rank=2, lora__base="int8"))
+        checks.check_names(make_config(inputs, lora__rank=2, lora__base="int8"), make_loss("sigmoid", {}))

@@ -24,11 +24,10 @@ from dpo_jax.logprobs import completions
 from dpo_jax.models import decoder, rope
 from dpo_jax.models.config import DecoderConfig, LayerKind
 from dpo_jax.reporting import data_summary
-from dpo_jax.run import inputs
 from dpo_jax.run.programs import CPU_POSITIONS
 from dpo_jax.types import Encoded, Rows
 from tests.support.hf_folders import LLAMA, NEOX, save
-from tests.support.runs import read_rows, untimed
+from tests.support.runs import load_inputs, read_rows, untimed
 
 ROOT = Path(__file__).parents[1]
 DATA = ROOT.parent / "shared" / "data"
@@ -94,7 +93,7 @@ VOCABULARY = 4096  # ids are folded into it, so that float64 is affordable; a la
 
 def folded_pairs(models, family, count):
     """The first real pairs with their ids folded, and their token counts."""
-    found = inputs.load_inputs(configured(models, family=family, data__eval=""), training=True).train
+    found = load_inputs(configured(models, family=family, data__eval=""), training=True).sets["train"]
     assert found is not None
     folded = ((ids % VOCABULARY for ids in (found[i].prompt, *found[i].answers)) for i in range(count))
     return [Encoded.of(*ids) for ids in folded], found.lengths[:count]
@@ -218,11 +217,10 @@ def test_gradient_of_a_packed_batch_equals_that_of_completions_alone(models, fam
 def test_rows_are_full_and_compute_a_quarter_of_padded_batches(models, max_length, max_prompt_length):
     # At the default lengths and the recipe's, 64 pairs a step; empty rows count as computed.
     chosen = configured(models, data__max_length=max_length, data__max_prompt_length=max_prompt_length)
-    found = inputs.load_inputs(chosen, training=True)
-    assert found.train is not None
+    found = load_inputs(chosen, training=True)
     shape_of: dict[str, Any] = dict(layout="shared", pairs=64, row_length=None, rows=None, shards=1)
     shape = packing.choose_shape(found.lengths, **shape_of, target_positions=CPU_POSITIONS)
-    computed, real, padded = np.sum([*data_summary.counts(chosen, found.train, shape, "shared")], axis=0)
+    computed, real, padded = np.sum([*data_summary.counts(chosen, found.sets["train"], shape, "shared")], axis=0)
     print(f"at {max_length}/{max_prompt_length}: fill {real / computed:.4f}, of padded batches {computed / padded:.4f}")
     assert real / computed >= 0.95 and computed / padded <= 0.29
 
@@ -283,6 +281,6 @@ def test_run_killed_at_three_steps_equals_one_that_never_was(models, tmp_path):
 
 def test_loading_twice_reads_the_cache(models):
     chosen = configured(models, data__eval="")
-    first, second = (inputs.load_inputs(chosen, training=True).train for _ in range(2))
+    first, second = (load_inputs(chosen, training=True).sets["train"] for _ in range(2))
     assert isinstance(first, dataset.PairSet) and isinstance(second, dataset.PairSet)
     assert first.digest == second.digest and isinstance(second.tokens, np.memmap)

@@ -9,10 +9,11 @@ from dpo_jax import cli, train, trees
 from dpo_jax.data import dataset, special_tokens, tokenize
 from dpo_jax.hf import checkpoints, folders
 from dpo_jax.reporting import console
+from dpo_jax.run import choices
 from dpo_jax.run import inputs as run_inputs
 from dpo_jax.types import InputError
 from tests.support.hf_folders import LLAMA, NEOX, edit_config, edit_weights, load, save
-from tests.support.runs import make_config
+from tests.support.runs import load_inputs, make_config
 from tests.support.tokenizers_made import BOS_AND_EOS, CHATML, THINKING, make_tokenizer
 
 TOKENS = len(make_tokenizer())  # <bos>, <eos>, <|im_start|> and <|im_end|> are 0 to 3
@@ -39,7 +40,7 @@ def write(folder, rows, tokenizer, *, vocab_size=TOKENS, generation=None, family
 
 
 def warnings(*args, **options):
-    return list(run_inputs.load_inputs(write(*args, **options), training=True).warnings)
+    return list(load_inputs(write(*args, **options), training=True).warnings)
 
 
 def grown(*tokens, **options):
@@ -63,7 +64,7 @@ def test_tokens_without_an_embedding_that_only_a_template_writes_are_refused(tmp
     template = CHATML.replace("<|im_start|>", "<x>").replace("<|im_end|>", "<y>")
     config = write(tmp_path, CHAT, grown("<x>", "<y>", template=template))
     with pytest.raises(InputError) as caught:
-        run_inputs.load_inputs(config, training=True)
+        load_inputs(config, training=True)
     assert caught.value.place == f"{tmp_path / 'train.jsonl'}:1"
     assert caught.value.got == f"uses '<x>' (id {TOKENS}), '<y>' (id {TOKENS + 1})"
     assert "resize_token_embeddings" in caught.value.remedy and "tokenizer.path" in caught.value.remedy
@@ -87,7 +88,7 @@ def test_resized_embeddings_that_config_json_does_not_tell_of_are_refused(tmp_pa
     names = EMBEDDINGS[family["model_type"]]
     edit_weights(tmp_path / "model", lambda tensors: resize(tensors, rows, names))
     with pytest.raises(InputError) as caught:
-        run_inputs.read_inputs(config, tmp_path, training=True)
+        run_inputs.read_inputs(config, choices.objective_of(config.loss), tmp_path, training=True)
     assert caught.value.place == f"{tmp_path / 'model' / 'config.json'}: vocab_size"
     assert caught.value.got == f"got {TOKENS}, and {names[0]} is [{rows}, 16], {names[1]} is [{rows}, 16]"
     assert f"Set it to {rows} there" in caught.value.remedy
@@ -99,13 +100,13 @@ def test_embeddings_of_which_one_was_resized_are_refused_as_misshapen(tmp_path):
     config = write(tmp_path, PLAIN, make_tokenizer())
     edit_weights(tmp_path / "model", lambda tensors: resize(tensors, TOKENS + 3, ["lm_head.weight"]))
     with pytest.raises(InputError, match=rf"lm_head.weight is \[{TOKENS + 3}, 16\], not \[{TOKENS}, 16\]"):
-        run_inputs.read_inputs(config, tmp_path, training=True)
+        run_inputs.read_inputs(config, choices.objective_of(config.loss), tmp_path, training=True)
 
 
 def test_weights_are_checked_before_any_program_is_made(tmp_path, monkeypatch):
     config = write(tmp_path, PLAIN, make_tokenizer())
     edit_weights(tmp_path / "model", lambda tensors: tensors.pop("model.norm.weight"))
-    monkeypatch.setattr(train.programs, "make_programs", lambda *_, **__: pytest.fail("touched a device"))
+    monkeypatch.setattr(train, "make_programs", lambda *_, **__: pytest.fail("touched a device"))
     with pytest.raises(InputError, match="missing model.norm.weight"):
         train.run(config, tmp_path / "run")
 
@@ -117,10 +118,9 @@ def test_weights_are_checked_before_any_program_is_made(tmp_path, monkeypatch):
 def test_a_pad_token_changes_no_token_of_a_pair(tmp_path, pad):
     tokenizer = make_tokenizer(pad=pad)
     assert (tokenizer.pad_token_id is None) == (pad is None)
-    found = run_inputs.load_inputs(write(tmp_path, PLAIN, tokenizer, vocab_size=TOKENS + 1), training=True).train
-    without = run_inputs.load_inputs(write(tmp_path, PLAIN, make_tokenizer(), vocab_size=TOKENS + 1), training=True)
-    assert found is not None and without.train is not None
-    assert found.keys.tolist() == without.train.keys.tolist()  # digests of the ids
+    found = load_inputs(write(tmp_path, PLAIN, tokenizer, vocab_size=TOKENS + 1), training=True).sets["train"]
+    without = load_inputs(write(tmp_path, PLAIN, make_tokenizer(), vocab_size=TOKENS + 1), training=True)
+    assert found.keys.tolist() == without.sets["train"].keys.tolist()  # digests of the ids
 
 
 # Special tokens that the model's files name
@@ -179,8 +179,8 @@ def test_eos_at_which_generation_does_not_stop_is_a_warning(config, generation, 
 
 def test_plain_text_ends_in_the_tokenizers_eos_whatever_the_model_names(tmp_path):
     config = write(tmp_path, PLAIN, make_tokenizer(), generation={"eos_token_id": [2, 3]}, eos_token_id=2)
-    found = run_inputs.load_inputs(config, training=True)
-    assert found.train is not None and {int(found.train[i].chosen[-1]) for i in range(4)} == {1}
+    found = load_inputs(config, training=True)
+    assert {int(found.sets["train"][i].chosen[-1]) for i in range(4)} == {1}
     assert len(found.warnings) == 1 and "eos_token_id in generation_config.json" in found.warnings[0]
 
 
@@ -231,9 +231,9 @@ def test_answers_that_were_cut_are_not_said_to_be_endless(tmp_path):
 
 def test_a_run_and_inspect_say_each_warning(tmp_path, capsys):
     config = write(tmp_path, PLAIN, grown("<x>"), bos_token_id=2, eos_token_id=2)
-    inputs = run_inputs.load_inputs(config, training=True)
+    inputs = load_inputs(config, training=True)
     assert len(inputs.warnings) == 3
-    console.describe_data(config, inputs)
+    console.describe_data(inputs)
     said = [f"warning: {line}" for line in inputs.warnings]
     assert [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning")] == said
     (tmp_path / "recipe.py").write_text("from dpo_jax.config import base as get_config\n")
@@ -248,7 +248,7 @@ def test_a_run_and_inspect_say_each_warning(tmp_path, capsys):
 
 def test_chat_without_a_template_is_refused_before_any_program_is_made(tmp_path, monkeypatch):
     config = write(tmp_path, CHAT, make_tokenizer())
-    monkeypatch.setattr(train.programs, "make_programs", lambda *_, **__: pytest.fail("touched a device"))
+    monkeypatch.setattr(train, "make_programs", lambda *_, **__: pytest.fail("touched a device"))
     with pytest.raises(InputError, match=r"train\.jsonl:1: chat messages, and a tokenizer without a chat template"):
         train.run(config, tmp_path / "run")
 
@@ -260,7 +260,7 @@ def test_named_templates_are_read_and_exported_along(tmp_path):
     checkpoints.export(trees.nest(load(tmp_path / "model")), base=tmp_path / "model", out=tmp_path / "out")
     loaded, exported = (tokenize.load_tokenizer(str(tmp_path / name)) for name in ("model", "out"))
     assert loaded.chat_template == {"default": CHATML, "tools": THINKING} == exported.chat_template
-    found = run_inputs.load_inputs(config, training=True).train
+    found = load_inputs(config, training=True).sets["train"]
     assert found is not None and str(loaded.decode(found[0].prompt)).endswith("<|im_start|>assistant\n")
 
 
@@ -270,4 +270,4 @@ def test_model_without_a_tokenizer_is_refused(tmp_path):
     for name in folders.tokenizer_files(tmp_path / "model"):
         (tmp_path / "model" / name).unlink()
     with pytest.raises(InputError, match="model: no tokenizer files; .*set tokenizer.path"):
-        run_inputs.load_inputs(config, training=True)
+        load_inputs(config, training=True)

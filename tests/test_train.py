@@ -13,8 +13,7 @@ import transformers
 
 from dpo_jax import commands, train, trees
 from dpo_jax.hf import checkpoints
-from dpo_jax.run import inputs as run_inputs
-from dpo_jax.run import programs
+from dpo_jax.run import update_batches
 from dpo_jax.types import InputError
 from tests.support.hf_folders import edit_weights
 from tests.support.runs import (
@@ -23,6 +22,7 @@ from tests.support.runs import (
     TRAIN_PAIRS,
     Killed,
     killed_at,
+    load_inputs,
     make_config,
     make_inputs,
     read_rows,
@@ -105,8 +105,10 @@ def test_policy_is_the_reference_at_step_zero_in_bfloat16_too(inputs, tmp_path):
 def test_batches_are_made_in_another_thread_and_programs_are_kept(inputs, tmp_path, monkeypatch):
     # The cache folder of the whole test session, so another run in it may have left its programs there already.
     made = []
-    real = train.make_batch
-    monkeypatch.setattr(train, "make_batch", lambda *a, **k: made.append(threading.current_thread()) or real(*a, **k))
+    real = update_batches.make_batch
+    monkeypatch.setattr(
+        update_batches, "make_batch", lambda *a, **k: made.append(threading.current_thread()) or real(*a, **k)
+    )
     train.run(make_config(inputs, train__steps=3, data__eval=""), tmp_path / "run")
     assert len(made) == 3 and all(thread is not threading.main_thread() for thread in made)
     rows = read_rows(tmp_path / "run" / "metrics.jsonl")
@@ -168,13 +170,12 @@ def test_model_with_a_padded_vocabulary_trains_and_keeps_its_shape(finished, inp
     assert len(new) > tokens
     np.testing.assert_array_equal(new[tokens:], old[tokens:])  # no text reads them
     assert (new[:tokens] != old[:tokens]).any()
-    assert run_inputs.load_inputs(make_config(inputs), training=True).warnings == ()
+    assert load_inputs(make_config(inputs), training=True).warnings == ()
 
 
 def test_softmax_of_padded_rows_has_parity_with_transformers(finished, inputs):
     torch = pytest.importorskip("torch")
-    found = run_inputs.load_inputs(make_config(inputs), training=True).eval
-    assert found is not None
+    found = load_inputs(make_config(inputs), training=True).sets["eval"]
     tokens = len(transformers.AutoTokenizer.from_pretrained(inputs / "model"))
     model = transformers.AutoModelForCausalLM.from_pretrained(inputs / "model")
     sums, without = [], []
@@ -251,13 +252,13 @@ def test_second_run_on_the_same_data_makes_no_reference_pass(finished, inputs, t
         inputs, reference__path=str(finished / "reference"), optimizer__learning_rate=1e-3, data__eval=""
     )
     forwards = []
-    real = programs.make_programs
+    real = train.make_programs
 
     def counting(*args, **options):
         built = real(*args, **options)
         return built._replace(scoring=lambda *args: forwards.append(1))
 
-    monkeypatch.setattr(programs, "make_programs", counting)
+    monkeypatch.setattr(train, "make_programs", counting)
     train.run(config, tmp_path / "run")
     assert forwards == [] and f"{TRAIN_PAIRS} were in" in capsys.readouterr().err
 

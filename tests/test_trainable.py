@@ -12,11 +12,10 @@ from safetensors.numpy import load_file
 from dpo_jax import optim, steps, train, trees
 from dpo_jax.hf import checkpoints
 from dpo_jax.hf.families import FAMILIES
-from dpo_jax.run import inputs as run_inputs
 from dpo_jax.run import trainable
 from dpo_jax.types import InputError
 from tests.support.hf_folders import CONFIGS, NEOX, decoder_config, random_leaves
-from tests.support.runs import make_config, make_inputs, read_rows
+from tests.support.runs import load_inputs, make_config, make_inputs, read_rows
 
 FREEZE = r"embed_tokens|layers\.0\.|layers\.\d\.mlp\.up_proj"
 
@@ -114,7 +113,7 @@ def test_run_leaves_frozen_tensors_as_they_were(tmp_path):
     inputs = make_inputs(tmp_path / "inputs")
     config = make_config(inputs, train__freeze=FREEZE, model__param_dtype="bfloat16", export__dtype="bfloat16")
     model = inputs / "model"
-    found = run_inputs.load_inputs(config, training=True)
+    found = load_inputs(config, training=True)
     checkpoints.export(
         checkpoints.load_params(model, found.model, dtype="bfloat16"),
         base=model,

@@ -157,6 +157,11 @@ class Objective:
         return self.names <= REFERENCE_FREE
 
     @property
+    def answers_read(self) -> str:
+        """Which answers it reads: "all", or "chosen" where every loss reads chosen answers only."""
+        return "chosen" if self.names <= LIKELIHOOD else "all"
+
+    @property
     def lead(self) -> Term | None:
         """The first loss that compares answers, whose rewards are reported."""
         return next((term for term in self.terms if options_of(term.loss).get("beta") is not None), None)

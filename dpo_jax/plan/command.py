@@ -24,6 +24,7 @@ from dpo_jax.plan.estimate import (
     updates,
 )
 from dpo_jax.run import checks, programs
+from dpo_jax.run.choices import objective_of
 from dpo_jax.runtime.terminal import say
 from dpo_jax.types import InputError
 
@@ -145,7 +146,8 @@ def without_compiling(config: Config, topology: Topology) -> tuple:
     """What tells one of a sweep's programs from another: mesh, shape and remat policy."""
     platform = "tpu" if topology.chip.dimensions else "gpu"
     lengths = drawn_lengths(config)
-    built = programs.without_devices(config, architecture(config), lengths, topology.count, platform=platform)
+    model, objective = architecture(config), objective_of(config.loss)
+    built = programs.without_devices(config, objective, model, lengths, topology.count, platform=platform)
     return tuple(built.mesh.shape.values()), built.update_shape, config.model.remat
 
 
@@ -165,7 +167,7 @@ def run(config: Config, topology: str, *, sweeping: bool = False, reference_in_s
 
     Raises: InputError for whatever cannot be planned.
     """
-    checks.check_names(config)
+    checks.check_names(config, objective_of(config.loss))
     where = parse_topology(topology)
     jax.config.update("jax_platforms", "cpu")  # whatever there is stays free
     jax.config.update("jax_enable_compilation_cache", False)  # which cannot read what is for devices that are not there

@@ -32,6 +32,7 @@ from dpo_jax.data import packing
 from dpo_jax.data.batches import ReferenceValues, TokenValues, make_batch
 from dpo_jax.hf import folders
 from dpo_jax.hf.families import family
+from dpo_jax.losses import Objective
 from dpo_jax.models.config import DecoderConfig
 from dpo_jax.run import choices, programs
 from dpo_jax.run.programs import Programs
@@ -92,6 +93,7 @@ class Estimate(NamedTuple):
     attention: str
     parameters: int
     training: int  # of those
+    reference_pairs: int  # that the reference scores in the run
     parts: dict[str, Part]
 
     @property
@@ -120,7 +122,7 @@ class Estimate(NamedTuple):
     @property
     def run_seconds(self) -> float:
         """The least time of the reference pass, with all that is scored again where it follows, and of all updates."""
-        scoring = reference_pairs(self.config) / self.pairs_per_s("scoring") if "scoring" in self.parts else 0.0
+        scoring = self.reference_pairs / self.pairs_per_s("scoring") if "scoring" in self.parts else 0.0
         return scoring + updates(self.config) * max(self.seconds("update").values())
 
 
@@ -212,12 +214,12 @@ def updates(config: Config) -> int:
     return config.train.steps or max(1, int(config.train.epochs * config.plan.pairs) // config.train.batch_pairs)
 
 
-def reference_pairs(config: Config) -> int:
+def reference_pairs(config: Config, objective: Objective) -> int:
     """Pairs that the reference scores in the run, if its data are as many as `plan` says."""
     pairs, total, every = config.plan.pairs, updates(config), config.reference.sync_steps
     starts = range(every, total, every) if every else ()
     scored = pairs + sum(min(pairs, min(every, total - start) * config.train.batch_pairs) for start in starts)
-    return scored * (2 if "kl" in choices.loss_of(config).needs else 1)  # each prompt with another's answers
+    return scored * (2 if "kl" in objective.needs else 1)  # each prompt with another's answers
 
 
 def estimate(config: Config, topology: Topology, *, reference_in_step: bool = False) -> Estimate:
@@ -229,7 +231,7 @@ def estimate(config: Config, topology: Topology, *, reference_in_step: bool = Fa
     Raises: InputError for a mesh, rules or shapes that do not fit, without libtpu, or with `reference_in_step` for an
       objective that reads no reference, or more of it than its log-probs.
     """
-    objective = choices.loss_of(config)
+    objective = choices.objective_of(config.loss)
     if reference_in_step and (
         objective.reference_free or objective.reference_tokens is not None or "kl" in objective.needs
     ):
@@ -243,30 +245,43 @@ def estimate(config: Config, topology: Topology, *, reference_in_step: bool = Fa
     selection = selected(config, model)
     compiles = bool(topology.chip.dimensions)
     if compiles:
-        built = programs.make_programs(config, model, lengths, selection=selection, devices=devices_of(topology))
+        built = programs.make_programs(
+            config, objective, model, lengths, selection=selection, devices=devices_of(topology)
+        )
     else:
-        built = programs.without_devices(config, model, lengths, topology.count, platform="gpu", selection=selection)
-    tx, _ = choices.optimizer_of(config, total_steps=updates(config), selection=selection)
-    state, (_, frozen) = abstract_state(config, built, tx), abstract_params(config, built)
-    update = programs.make_update(config, built, tx, state) if compiles else None
+        built = programs.without_devices(
+            config, objective, model, lengths, topology.count, platform="gpu", selection=selection
+        )
+    tx, _ = choices.optimizer_of(config.optimizer, total_steps=updates(config), selection=selection)
+    state, (_, frozen) = abstract_state(built, tx), abstract_params(built)
+    update = programs.make_update(built, tx, state) if compiles else None
     calls: dict[str, tuple[packing.Shape, Any, tuple]] = {
         "update": (built.update_shape, update, (state, frozen)),
         "scoring": (built.score_shape, built.reference_scoring, (trees.join(state.params, frozen),)),
     }
     if reference_in_step:
         reference = as_type(trees.join(state.params, frozen), built.dtype)
-        update = with_reference(config, built, tx, state) if compiles else None
+        update = with_reference(built, tx, state) if compiles else None
         calls["update"] = built.update_shape, update, (state, frozen, reference)
     if reference_in_step or built.objective.reference_free:
         del calls["scoring"]
-    parts = {name: part_of(config, topology, built, lengths, name, *call) for name, call in calls.items()}
+    parts = {name: part_of(topology, built, lengths, name, *call) for name, call in calls.items()}
     training, still = selection.counts(model)
-    return Estimate(config, topology, dict(built.mesh.shape), built.attention, training + still, training, parts)
+    return Estimate(
+        config=config,
+        topology=topology,
+        mesh=dict(built.mesh.shape),
+        attention=built.attention,
+        parameters=training + still,
+        training=training,
+        reference_pairs=reference_pairs(config, objective),
+        parts=parts,
+    )
 
 
-def with_reference(config: Config, built: Programs, tx: Any, state: Any) -> xla.Compiled:
+def with_reference(built: Programs, tx: Any, state: Any) -> xla.Compiled:
     """The update(state, frozen, reference, batch) that scores with the reference's parameters first."""
-    step, logps_fn = programs.update_step(config, built, tx)
+    step, logps_fn = programs.update_step(built, tx)
     score = steps.make_score_step(logps_fn, has_aux=True, crops=programs.crops(built.update_shape))
 
     def update(state: Any, frozen: Any, reference: Any, batch: Any) -> Any:
@@ -276,7 +291,6 @@ def with_reference(config: Config, built: Programs, tx: Any, state: Any) -> xla.
 
 
 def part_of(
-    config: Config,
     topology: Topology,
     built: Programs,
     lengths: np.ndarray,
@@ -316,7 +330,7 @@ def part_of(
         topology.chip,
         sizes=dict(built.mesh.shape),
         itemsize=itemsize,
-        remat=config.model.remat,
+        remat=built.remat,
         state=trained + optimizer,
         gradients=gradients,
         weights=gathered,
@@ -332,7 +346,7 @@ def part_of(
             here,
             tensor=built.mesh.shape["tensor"],
             itemsize=itemsize,
-            remat=config.model.remat if update else "",
+            remat=built.remat if update else "",
         )
         rest += roofline.weight_bytes(built.model, gathered, itemsize=itemsize, trained=training if update else 0)
         return Part(shape, work, Memory(weights, optimizer, gradients, int(rest)), cost, [])

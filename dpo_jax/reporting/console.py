@@ -9,18 +9,15 @@ import jax
 import numpy as np
 
 from dpo_jax import sharding, trees
-from dpo_jax.config import Config
 from dpo_jax.run.inputs import Inputs
 from dpo_jax.run.programs import Programs
 from dpo_jax.runtime import hosts
 from dpo_jax.runtime.terminal import say
 
 
-def describe_data(config: Config, inputs: Inputs) -> None:
+def describe_data(inputs: Inputs) -> None:
     """One line for each set of pairs: how many, how long, what was cut or dropped. And what may not be as meant."""
-    for name, pairs in (("train", inputs.train), ("eval", inputs.eval)):
-        if pairs is None:
-            continue
+    for name, pairs in inputs.sets.items():
         longest = int((pairs.lengths[:, 0] + pairs.lengths[:, 1:].max(1)).max())
         say(f"{name}: {len(pairs):,} pairs, {pairs.lengths.sum():,} tokens, longest {longest}; {cuts(pairs.report)}")
         if longest > inputs.model.max_positions:
@@ -40,7 +37,7 @@ def cuts(report: Mapping[str, Any]) -> str:
     return f"{counts}; {dropped or 'no row dropped'}"
 
 
-def describe_run(config: Config, programs: Programs, params: Any, frozen: Any, start: int, total: int) -> None:
+def describe_run(programs: Programs, params: Any, frozen: Any, start: int, total: int) -> None:
     """The run's size: parameters, those that train and those that do not, mesh, shapes, steps."""
     sizes = programs.selection.counts(programs.model)
     those = f", of which {sizes[0]:,} train" if sizes[1] else ""
@@ -50,7 +47,7 @@ def describe_run(config: Config, programs: Programs, params: Any, frozen: Any, s
     processes = f" of {hosts.count()} processes" if hosts.count() > 1 else ""
     held = sharding.bytes_per_device((params, frozen))
     say(
-        f"model: {sum(sizes):,} parameters{those}, {config.model.param_dtype}, computing in "
+        f"model: {sum(sizes):,} parameters{those}, {programs.param_dtype}, computing in "
         f"{np.dtype(programs.dtype).name} on {mesh} {jax.devices()[0].platform}{processes}, {held:,} bytes a device"
     )
     for path, size in sharding.whole_everywhere(trees.join(params, frozen)).items():

@@ -13,8 +13,8 @@ from dpo_jax.data.dataset import PairSet
 from dpo_jax.data.order import epoch_size, make_order
 from dpo_jax.data.packing import Shape, choose_shape, plan, unit_lengths
 from dpo_jax.run import checks
-from dpo_jax.run import inputs as run_inputs
-from dpo_jax.run.inputs import Inputs
+from dpo_jax.run.choices import objective_of
+from dpo_jax.run.inputs import Inputs, load_inputs, prepare, resolve_paths
 from dpo_jax.run.programs import ACCELERATOR_POSITIONS, CPU_POSITIONS
 
 BAR, BINS, SAMPLED_STEPS = 40, 8, 64
@@ -23,14 +23,14 @@ PADDED_PAIRS = 8  # pairs in the padded batches that packing is compared with
 
 def show(config: Config, folder: Path, *, pairs: int) -> None:
     """Prints `pairs` examples of each set, cuts, drops and lengths, what may not be as meant, and how full rows are."""
-    config = run_inputs.resolve_paths(config, folder)
-    checks.check_names(config)
-    run_inputs.prepare(config, folder)
-    inputs = run_inputs.load_inputs(config, training=False)
+    config = resolve_paths(config, folder)
+    checks.check_model_named(config)
+    objective = objective_of(config.loss)
+    checks.check_names(config, objective)
+    prepare(config.prepare, folder)
+    inputs = load_inputs(config, objective, training=False)
     _, layout_name = checks.fit(config, inputs.model, inputs.lengths)
-    for name, found in (("train", inputs.train), ("eval", inputs.eval)):
-        if found is None:
-            continue
+    for name, found in inputs.sets.items():
         for section in (
             [f"=== {name}: {len(found):,} pairs of {found.report['rows']:,} rows"],
             *(example(found, inputs.tokenizer, i) for i in range(min(pairs, len(found)))),
@@ -40,7 +40,7 @@ def show(config: Config, folder: Path, *, pairs: int) -> None:
             print("\n".join(section), end="\n\n")
     for warning in inputs.warnings:
         print(f"warning: {warning}", end="\n\n")
-    if inputs.train is not None:
+    if "train" in inputs.sets:
         print("\n".join(packing(config, inputs, layout_name)))
 
 
@@ -113,8 +113,8 @@ def histogram(values: np.ndarray) -> list[str]:
 
 def packing(config: Config, inputs: Inputs, name: str) -> list[str]:
     """How full the rows of the first epoch are, and what padding instead would compute."""
-    assert inputs.train is not None
-    checks.check_lengths(config, inputs)
+    train = inputs.sets["train"]
+    checks.updates_of(config, train)
     found = [f"=== rows of {config.train.batch_pairs} pairs a step, prompt {name}, empty rows counted"]
     for backend, target in (("a CPU", CPU_POSITIONS), ("an accelerator", ACCELERATOR_POSITIONS)):
         shape = choose_shape(
@@ -126,7 +126,7 @@ def packing(config: Config, inputs: Inputs, name: str) -> list[str]:
             shards=1,
             target_positions=target,
         )
-        computed, real, padded = np.sum([*counts(config, inputs.train, shape, name)], axis=0)
+        computed, real, padded = np.sum([*counts(config, train, shape, name)], axis=0)
         found.append(
             f"on one device, {backend}: {shape.rows} rows of {shape.row_length} at a time, {computed:,} positions, "
             f"{real / computed:.3f} of them real"

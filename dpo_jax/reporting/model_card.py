@@ -10,7 +10,6 @@ import dpo_jax
 from dpo_jax.config import Config
 from dpo_jax.hf.adapters import Adapters, module_of
 from dpo_jax.losses import Objective, options_of
-from dpo_jax.run import choices
 
 OBJECTIVES = {  # what each loss is called, and the arXiv id of its paper
     "sigmoid": ("Direct Preference Optimization", "2305.18290"),
@@ -42,6 +41,7 @@ OBJECTIVES = {  # what each loss is called, and the arXiv id of its paper
 
 def model_card(
     config: Config,
+    objective: Objective,
     base: str,
     *,
     data: Mapping[str, tuple[str, int]],
@@ -68,7 +68,7 @@ def model_card(
     head = ["---", f"library_name: {library}", "pipeline_tag: text-generation", "tags:", "- dpo_jax"]
     head += [f"base_model: {json.dumps(base)}"] if hub else []
     rows = {
-        "objective": f"{config.loss.name}, {_words(options_of(choices.loss_of(config)))}".rstrip(", "),
+        "objective": f"{config.loss.name}, {_words(options_of(objective))}".rstrip(", "),
         **{f"{split} data": f"{_names(spec)}: {pairs:,} pairs" for split, (spec, pairs) in data.items()},
         "updates": f"{steps} of {config.train.batch_pairs} pairs",
         **_what_trained(config, adapters, merged),
@@ -83,7 +83,7 @@ def model_card(
         rows["first"] = f"supervised fine-tuning on the chosen answers, {_words(vars(config.sft))}"
     table = [f"| {key} | {value} |" for key, value in rows.items()]
     text = [*head, "---", "", f"# {name}, after {config.loss.name}", ""]
-    text += [f"`{name}` trained by {_objective(choices.loss_of(config))} with dpo_jax {dpo_jax.__version__}.", ""]
+    text += [f"`{name}` trained by {_objective(objective)} with dpo_jax {dpo_jax.__version__}.", ""]
     text += ["| setting | value |", "|---|---|", *table]
     scores = [f"| {key} | {value:.6g} |" for key, value in final.items() if key.startswith("eval/")]
     if scores:

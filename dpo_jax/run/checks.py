@@ -1,41 +1,51 @@
-"""TODO run.checks."""
+"""Checks of a configuration against what its names stand for, the model and the data, before a device is touched."""
 
 from __future__ import annotations
-
-from typing import Any
 
 import numpy as np
 from jaxtyping import Int
 
-from dpo_jax import losses, sharding
+from dpo_jax import sharding
 from dpo_jax.config import Config
 from dpo_jax.data.dataset import PairSet
 from dpo_jax.data.order import epoch_size, share
+from dpo_jax.losses import Objective
 from dpo_jax.models import decoder, quantized
 from dpo_jax.models.attention.choose import IMPLEMENTATIONS
 from dpo_jax.models.config import DecoderConfig
-from dpo_jax.run.choices import loss_of, optimizer_of
+from dpo_jax.run.choices import optimizer_of
 from dpo_jax.types import InputError, check_choice
 
 
-def check_names(config: Config) -> None:
-    """Raises InputError for any name or option that no module knows."""
-    if loss_of(config).reference_free and config.reference.sync_steps:
+def check_names(config: Config, objective: Objective) -> None:
+    """Raises InputError for any name or option that no module knows, or that the objective has no use for."""
+    if objective.reference_free and config.reference.sync_steps:
         raise InputError(
             "config.reference.sync_steps",
             got=f"got {config.reference.sync_steps}, and loss {config.loss.name!r} reads no reference",
             expected="0",
             remedy="Unset it or choose a loss that reads one.",
         )
-    optimizer_of(config, total_steps=1)
+    optimizer_of(config.optimizer, total_steps=1)
     decoder.check_remat(config.model.remat)
     sharding.parse_rules(config.mesh.rules)
     quantized.check_available(config.lora.base)
     check_choice("config.model.attention", config.model.attention, IMPLEMENTATIONS)
 
 
+def check_model_named(config: Config) -> None:
+    """Raises InputError for a run without `model.path`, which only `plan` can do without."""
+    if not config.model.path:
+        raise InputError(
+            "config.model.path",
+            got="empty",
+            expected="a Hugging Face folder or Hub id",
+            remedy="Change it in the recipe or give --config.model.path=VALUE.",
+        )
+
+
 def fit(config: Config, model: DecoderConfig, lengths: Int[np.ndarray, "N _"]) -> tuple[DecoderConfig, str]:
-    """The model for sequences no longer than these, and how pairs are laid out: one of `layout.LAYOUTS`.
+    """Returns the model for sequences no longer than these, and the layout of pairs, one of `layout.LAYOUTS`.
 
     Args:
       lengths: token counts of prompt and answers of every pair that will be laid out.
@@ -70,52 +80,51 @@ def fit(config: Config, model: DecoderConfig, lengths: Int[np.ndarray, "N _"]) -
     return model, config.data.layout
 
 
-def check_pairs(config: Config, pairs: PairSet, split: str) -> None:
-    """Raises InputError for what a set of pairs has and the run could only ignore."""
+def check_pairs(pairs: PairSet, name: str, *, sft_steps: int) -> None:
+    """Raises InputError for what the set of pairs of that name has and the run could only ignore."""
     given = pairs.report["reference_given"]
-    if given and config.sft.steps:
+    if given and sft_steps:
         raise InputError(
             "config.sft.steps",
-            got=f"got {config.sft.steps}, and {given} pairs bring reference log-probs, of the model before those steps",
+            got=f"got {sft_steps}, and {given} pairs bring reference log-probs, of the model before those steps",
             expected="0, or pairs without: the reference is the model after them",
             remedy="Take the columns ref_chosen_logps and ref_rejected_logps away, or set sft.steps to 0.",
         )
     counts = np.bincount(pairs.source, minlength=len(pairs.names)).tolist()
-    for name, weight, count in zip(pairs.names, pairs.weights, counts, strict=True):
-        if split == "test" and weight != 1:
+    for source, weight, count in zip(pairs.names, pairs.weights, counts, strict=True):
+        if name == "eval" and weight != 1:
             raise InputError(
                 "config.data.eval",
-                got=f"weight {weight:g} of {name}",
+                got=f"weight {weight:g} of {source}",
                 expected="no weights: an evaluation takes every pair once",
                 remedy="Leave the weight off.",
             )
         if count and not share(count, weight):
             raise InputError(
                 "config.data.train",
-                got=f"weight {weight:g} of {name} leaves none of its pairs in an epoch",
+                got=f"weight {weight:g} of {source} leaves none of its pairs in an epoch",
                 expected="a weight that leaves at least one",
                 remedy="Raise the weight or leave the file out.",
             )
 
 
-def check_kind(config: Config, objective: losses.Objective, pairs: PairSet, split: str) -> None:
-    """Raises InputError for pairs of a kind that the objective cannot be trained on."""
+def check_kind(pairs: PairSet, name: str, objective: Objective, loss: str) -> None:
+    """Raises InputError for pairs of a kind that the objective, configured as `loss`, cannot be trained on."""
     if pairs.kind not in objective.kinds:
         raise InputError(
-            f"config.data.{'train' if split == 'train' else 'eval'}",
-            got=f"{pairs.kind} data, and loss {config.loss.name!r}",
+            f"config.data.{name}",
+            got=f"{pairs.kind} data, and loss {loss!r}",
             expected=f"{' or '.join(sorted(objective.kinds))} data for it",
             remedy="Change loss.name, or its options, or the data: docs/objectives.md says what goes with what.",
         )
 
 
-def check_lengths(config: Config, inputs: Any) -> int:
-    """Returns the number of updates: `train.steps`, or the whole batches in `train.epochs` epochs.
+def updates_of(config: Config, pairs: PairSet) -> int:
+    """Returns the number of updates on these pairs: `train.steps`, or the whole batches in `train.epochs` epochs.
 
     Raises: InputError if an epoch has fewer pairs than a batch of any stage.
     """
-    assert inputs.train is not None
-    size = epoch_size(inputs.train.source, inputs.train.weights)
+    size = epoch_size(pairs.source, pairs.weights)
     batches = {"train": config.train.batch_pairs} | ({"sft": config.sft.batch_pairs} if config.sft.steps else {})
     for section, batch_pairs in batches.items():
         if batch_pairs > size:

@@ -1,4 +1,4 @@
-"""What a run reads before it touches a device: recipe inputs, tokenizer, architecture and tokenized pairs."""
+"""Inputs of a run, read before a device is touched: tokenizer, architecture, pairs, place of the initial weights."""
 
 from __future__ import annotations
 
@@ -14,13 +14,32 @@ from dpo_jax.data.dataset import PairSet, load
 from dpo_jax.data.mismatched import MismatchedPairs
 from dpo_jax.data.special_tokens import disagreements, unended
 from dpo_jax.data.tokenize import identity, load_tokenizer
-from dpo_jax.hf import checkpoints, folders, peft
+from dpo_jax.hf import folders, peft
+from dpo_jax.hf.checkpoints import check_tokenizer, check_weights, family_table, read_config, resolve
+from dpo_jax.losses import Objective
 from dpo_jax.models.config import DecoderConfig
 from dpo_jax.run.checks import check_kind, check_pairs, fit
-from dpo_jax.run.choices import loss_of, selection_of
+from dpo_jax.run.choices import selection_of
 from dpo_jax.run.trainable import Selection
 from dpo_jax.runtime import hosts
 from dpo_jax.types import InputError
+
+SETS = {"train": "train", "eval": "test"}  # names of the sets of pairs, and the split that each reads by default
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """Place of the initial weights, which are the reference's too."""
+
+    folder: Path  # Hugging Face folder of the model
+    adapters: Path | None  # PEFT folder that adapters start from; None: drawn from `seed`
+    seed: int
+
+    def adapters_digest(self, selection: Selection) -> dict[str, str]:
+        """Returns the digest of the initial adapters by name; empty where they start without effect or are absent."""
+        if self.adapters is None or selection.adapters is None:
+            return {}
+        return {"adapters": peft.digest(self.adapters, selection.adapters)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,42 +48,36 @@ class Inputs:
 
     name: str  # the model as the configuration names it: a folder or a Hub id
     base: Path  # its folder
-    folder: Path  # the one whose weights it starts from, the same unless a stage came before
+    source: Source  # of the initial weights, from `base` unless a stage of fine-tuning came before
     tokenizer_folder: Path
-    model: DecoderConfig
     tokenizer: Any
-    train: PairSet | None
-    eval: PairSet | None
-    selection: Selection  # what trains
-    train_mismatched: MismatchedPairs | None = None  # prompts with answers of others, where the objective asks for them
-    eval_mismatched: MismatchedPairs | None = None
-    warnings: tuple[str, ...] = ()  # a line each: what does not fit between tokenizer, model and pairs, if not meant so
-
-    @property
-    def sets(self) -> list[PairSet]:
-        """The sets of pairs that there are."""
-        return [pairs for pairs in (self.train, self.eval) if pairs is not None]
-
-    @property
-    def mismatched(self) -> list[MismatchedPairs]:
-        """Those of each set of pairs, in the same order; none if the objective does not ask."""
-        return [pairs for pairs in (self.train_mismatched, self.eval_mismatched) if pairs is not None]
+    model: DecoderConfig
+    objective: Objective
+    selection: Selection  # which parameters train
+    sets: dict[str, PairSet]  # "train", "eval": those that the configuration names
+    mismatched: dict[str, MismatchedPairs]  # by the same names: prompts with other answers, if the objective reads any
+    data_rules: dict[str, Any]  # settings that decide a pair's tokens, as the reference store's identity has them
+    warnings: tuple[str, ...] = ()  # a line each: disagreements between tokenizer, model and pairs
 
     @property
     def paired(self) -> bool:
-        """Whether pairs have both their answers."""
-        return all(pairs.kind != "unpaired" for pairs in self.sets)
+        """Whether every pair has both its answers."""
+        return all(pairs.kind != "unpaired" for pairs in self.sets.values())
 
     @property
     def digests(self) -> dict[str, str | None]:
-        """Of each set of pairs, what tells it from any other; None where there is none."""
-        sets = {"train": self.train, "eval": self.eval}
-        return {name: None if pairs is None else pairs.digest for name, pairs in sets.items()}
+        """Digest of each set of pairs, equal for equal sets; None for a set that is not named."""
+        return {name: self.sets[name].digest if name in self.sets else None for name in SETS}
 
     @property
     def lengths(self) -> np.ndarray:
-        """Token counts [N, 1 + K] of everything that is laid out."""
-        return np.concatenate([pairs.lengths for pairs in [*self.sets, *self.mismatched]])
+        """Token counts [N, 1 + K] of prompt and answers of everything that is laid out."""
+        return np.concatenate([pairs.lengths for pairs in [*self.sets.values(), *self.mismatched.values()]])
+
+    def starting_from(self, exported: Path) -> Inputs:
+        """Returns these inputs with initial weights, or initial adapters, from an earlier stage's export."""
+        place = {"folder": exported} if self.selection.adapters is None else {"adapters": exported}
+        return dataclasses.replace(self, source=dataclasses.replace(self.source, **place))
 
 
 def resolve_paths(config: Config, workdir: Path) -> Config:
@@ -89,70 +102,100 @@ def resolve_paths(config: Config, workdir: Path) -> Config:
     return fill(config)
 
 
-def prepare(config: Config, workdir: Path) -> None:
-    """Calls the recipe's own `prepare`, if it names one."""
-    if not config.prepare:
+def prepare(name: str, workdir: Path) -> None:
+    """Calls the recipe's own `prepare`, "module:function", with the working folder; does nothing for an empty name."""
+    if not name:
         return
-    module, _, function = config.prepare.partition(":")
+    module, _, function = name.partition(":")
     try:
         make = getattr(importlib.import_module(module), function)
     except (ImportError, AttributeError) as error:
         raise InputError(
             "config.prepare",
-            got=f"{config.prepare!r} cannot be imported ({error})",
+            got=f"{name!r} cannot be imported ({error})",
             expected="module:function",
             remedy="Correct it, or leave it empty.",
         ) from error
     make(workdir)
 
 
-def read_inputs(config: Config, workdir: Path, *, training: bool) -> Inputs:
-    """What `load_inputs` returns, once the recipe has made its own inputs, if it does.
+def read_inputs(config: Config, objective: Objective, workdir: Path, *, training: bool) -> Inputs:
+    """Lets the recipe make its own inputs, then reads and checks them as `load_inputs` does.
 
-    Of several processes the first goes first, so that what it prepares and tokenizes is there for the others.
+    Of several processes the first goes first: the others find what it prepared and tokenized.
+
     Raises: InputError as `load_inputs`, if the weights are not those of config.json (their names and shapes), or if
       processes read different models or data.
     """
     with hosts.first_alone("inputs") as alone:
         if alone:
-            prepare(config, workdir)
-        found = load_inputs(config, training=training)
-    checkpoints.check_weights(found.base, found.model)
-    facts = {"model": dataclasses.asdict(found.model), "tokenizer": identity(found.tokenizer), **found.digests}
-    facts |= start_of_adapters(config, found)
-    hosts.agree("data and model", facts)
-    return found
+            prepare(config.prepare, workdir)
+        inputs = load_inputs(config, objective, training=training)
+    check_weights(inputs.base, inputs.model)
+    facts = {"model": dataclasses.asdict(inputs.model), "tokenizer": identity(inputs.tokenizer), **inputs.digests}
+    hosts.agree("data and model", facts | inputs.source.adapters_digest(inputs.selection))
+    return inputs
 
 
-def load_inputs(config: Config, *, training: bool) -> Inputs:
-    """Reads and checks everything that needs no device; without rejected answers where the loss compares none.
+def load_inputs(config: Config, objective: Objective, *, training: bool) -> Inputs:
+    """Reads and checks everything that needs no device; without rejected answers where the objective reads none.
 
     Args:
       config: with its paths resolved.
       training: whether there must be pairs to train on.
     """
-    folder = checkpoints.resolve(config.model.path)
-    model, hf_config = checkpoints.read_config(folder)
-    generation = folder / folders.GENERATION
+    base = resolve(config.model.path)
+    model, hf_config = read_config(base)
+    generation = base / folders.GENERATION
     files = {"config": hf_config, "generation": folders.read_json(generation) if generation.is_file() else {}}
-    tokenizer_folder = checkpoints.resolve(config.tokenizer.path) if config.tokenizer.path else folder
-    checkpoints.check_tokenizer(tokenizer_folder)  # transformers would make an empty one by the model's type
+    tokenizer_folder = resolve(config.tokenizer.path) if config.tokenizer.path else base
+    check_tokenizer(tokenizer_folder)  # transformers would make an empty one by the model's type
     tokenizer = load_tokenizer(str(tokenizer_folder))
     if training and not config.data.train:
         raise InputError(
             "config.data.train", got="is empty", expected="a path or Hub id", remedy="Name the training pairs."
         )
+    sets = read_sets(config, objective, tokenizer, model.vocab_size)
+    max_length = config.data.max_length
+    mismatched = {name: pairs.mismatched(max_length) for name, pairs in sets.items() if "kl" in objective.needs}
+    warnings = disagreements(tokenizer, vocab_size=model.vocab_size, **files)
+    for name, pairs in sets.items():
+        warnings += unended(name, pairs, tokenizer, max_length=max_length, **files)
+    rules = ("format", "max_length", "max_prompt_length", "truncate_prompt")
+    inputs = Inputs(
+        name=config.model.path,
+        base=base,
+        source=Source(base, resolve(config.lora.path) if config.lora.path else None, config.seed),
+        tokenizer_folder=tokenizer_folder,
+        tokenizer=tokenizer,
+        model=model,
+        objective=objective,
+        selection=selection_of(config, family_table(base, model)[0], model),
+        sets=sets,
+        mismatched=mismatched,
+        data_rules={name: getattr(config.data, name) for name in rules},
+        warnings=tuple(warnings),
+    )
+    fit(config, model, inputs.lengths)
+    return inputs
 
-    def pairs(spec: str, split: str) -> PairSet | None:
+
+def read_sets(config: Config, objective: Objective, tokenizer: Any, vocab_size: int) -> dict[str, PairSet]:
+    """Reads the sets of pairs that the configuration names, all as wide as the one with the longest rankings.
+
+    Raises: InputError if there is none, or one that the objective or the run cannot use.
+    """
+    data, sets = config.data, {}
+    for name, split in SETS.items():
+        spec = getattr(data, name)
         if not spec:
-            return None
-        data = config.data
-        found = load(
+            continue
+        pairs = load(
             spec,
             split=split,
             format=data.format,
             tokenizer=tokenizer,
-            vocab_size=model.vocab_size,
+            vocab_size=vocab_size,
             max_length=data.max_length,
             max_prompt_length=data.max_prompt_length,
             truncate_prompt=data.truncate_prompt,
@@ -160,69 +203,15 @@ def load_inputs(config: Config, *, training: bool) -> Inputs:
             rankings="whole" if "plackett_luce" in objective.names else data.rankings,
             cache_dir=data.cache_dir,
         )
-        check_pairs(config, found, split)
-        check_kind(config, objective, found, split)
-        return found.without_rejected() if objective.beta is None else found
-
-    objective = loss_of(config)
-    sets = {"train": pairs(config.data.train, "train"), "eval": pairs(config.data.eval, "test")}
-    answers = max((each.lengths.shape[1] - 1 for each in sets.values() if each is not None), default=2)
-    sets = {name: None if each is None else each.widened(answers) for name, each in sets.items()}
-    asked = sets if "kl" in objective.needs else {}
-    room = config.data.max_length
-    mismatched = {name: each.mismatched(room) for name, each in asked.items() if each is not None}
-    warnings = disagreements(tokenizer, vocab_size=model.vocab_size, **files)
-    for name, each in sets.items():
-        if each is not None:
-            warnings += unended(name, each, tokenizer, max_length=config.data.max_length, **files)
-    found = Inputs(
-        name=config.model.path,
-        base=folder,
-        folder=folder,
-        tokenizer_folder=tokenizer_folder,
-        model=model,
-        tokenizer=tokenizer,
-        **sets,
-        train_mismatched=mismatched.get("train"),
-        eval_mismatched=mismatched.get("eval"),
-        selection=selection_of(config, checkpoints.family_table(folder, model)[0], model),
-        warnings=tuple(warnings),
-    )
-    if not found.sets:
+        check_pairs(pairs, name, sft_steps=config.sft.steps)
+        check_kind(pairs, name, objective, config.loss.name)
+        sets[name] = pairs.without_rejected() if objective.answers_read == "chosen" else pairs
+    if not sets:
         raise InputError(
             "config.data",
             got="neither train nor eval names a file",
             expected="at least one of them",
             remedy="Name the pairs.",
         )
-    fit(config, model, found.lengths)
-    return found
-
-
-def start_of_adapters(config: Config, inputs: Inputs) -> dict[str, str]:
-    """The digest of the adapters in `lora.path`; nothing without such, for others have no effect at their start."""
-    adapters = inputs.selection.adapters if config.lora.path else None
-    return {} if adapters is None else {"adapters": peft.digest(checkpoints.resolve(config.lora.path), adapters)}
-
-
-def reference_identity(
-    config: Config, inputs: Inputs, *, layout: str, dtype: str, attention: str, platform: str
-) -> dict[str, Any]:
-    """All that decides a pair's stored log-probs besides its own token ids."""
-    data = config.data
-    return {
-        **start_of_adapters(config, inputs),
-        **({} if (tokens := loss_of(config).reference_tokens) is None else {"tokens": tokens}),
-        **({"base": config.lora.base} if config.lora.base else {}),
-        "weights": checkpoints.digest(inputs.folder, mine=hosts.mine, gather=hosts.merged("weights")),
-        **identity(inputs.tokenizer),
-        "format": data.format,
-        "max_length": data.max_length,
-        "max_prompt_length": data.max_prompt_length,
-        "truncate_prompt": data.truncate_prompt,
-        "layout": layout,
-        "dtype": dtype,
-        "param_dtype": config.model.param_dtype,
-        "attention": attention,
-        "platform": platform,
-    }
+    answers = max(pairs.lengths.shape[1] - 1 for pairs in sets.values())
+    return {name: pairs.widened(answers) for name, pairs in sets.items()}

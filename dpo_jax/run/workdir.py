@@ -28,7 +28,7 @@ def check(config: Config, workdir: Path, *, fields: Sequence[str] | None = None)
         raise InputError(str(workdir), got="is a file", expected="a folder, or nothing yet", remedy="Name another.")
     if not path.exists():
         return
-    changes = configs.changed(read_config(workdir), config, fields)
+    changes = configs.changed(configs.record_from_json(*_recorded(workdir)), config, fields)
     if changes:
         raise InputError(
             str(path),
@@ -85,14 +85,22 @@ def check_shared(folder: Path, *, within_s: float = 20.0) -> None:
         )
 
 
-def read_config(workdir: Path) -> Config:
-    """The configuration that the run in this folder began with. Raises: InputError if there is no run."""
+def config_of(workdir: Path) -> Config:
+    """Returns the configuration of the run in this folder, without the code that it names.
+
+    Raises: InputError if there is no run, or as `config.from_json`.
+    """
+    return configs.from_json(*_recorded(workdir))
+
+
+def _recorded(workdir: Path) -> tuple[str, str]:
+    """Returns text and place of the run's config.json. Raises: InputError if there is no run."""
     path = workdir / "config.json"
     if not path.exists():
         raise InputError(
             str(workdir), got="no config.json", expected="the working folder of a run", remedy="Check --workdir."
         )
-    return configs.from_json(path.read_text(), str(path))
+    return path.read_text(), str(path)
 
 
 def check_data(digests: Mapping[str, str | None], workdir: Path) -> int | None:
@@ -113,6 +121,18 @@ def check_data(digests: Mapping[str, str | None], workdir: Path) -> int | None:
                 expected=f"those of digest {made_with[split]}, with which the checkpoint at step {step} was made",
                 remedy="Restore the data, or give another --workdir.",
             )
+    return step
+
+
+def newest_step(workdir: Path) -> int:
+    """Returns the updates in the newest checkpoint. Raises: InputError if there is none."""
+    checkpoints = Checkpoints(workdir / "checkpoints", keep=1, read_only=True)
+    step = checkpoints.latest_step()
+    checkpoints.close()
+    if step is None:
+        raise InputError(
+            str(workdir / "checkpoints"), got="no checkpoint", expected="one of a training run", remedy="Train first."
+        )
     return step
 
 

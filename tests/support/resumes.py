@@ -10,7 +10,6 @@ import traceback
 from pathlib import Path
 
 from dpo_jax import config, train
-from dpo_jax.run import programs
 from dpo_jax.runtime import hosts
 
 
@@ -24,9 +23,9 @@ def main():
     parser.add_argument("--process", type=int)
     args = parser.parse_args()
     hosts.join(args.coordinator, args.processes, args.process)
-    make, made = programs.make_update, []
+    make, made = train.make_update, []
     # One program for all runs, which are alike: to trace it again takes longer than what is asked here.
-    programs.make_update = lambda *given, **how: made[0] if made else made.append(make(*given, **how)) or made[0]
+    train.make_update = lambda *given, **how: made[0] if made else made.append(make(*given, **how)) or made[0]
     try:
         chosen = config.from_json(args.config.read_text(), str(args.config))
         for workdir in args.workdirs:

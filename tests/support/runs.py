@@ -4,8 +4,9 @@ import contextlib
 import itertools
 import json
 
-from dpo_jax import config, train
+from dpo_jax import config
 from dpo_jax.demo import quickstart
+from dpo_jax.run import choices, inputs, programs, update_batches
 from tests.support import hf_folders
 
 TRAIN_PAIRS, EVAL_PAIRS, STEPS = 40, 12, 6
@@ -42,6 +43,16 @@ def make_config(folder, **fields):
     return config.freeze(chosen)
 
 
+def load_inputs(config, *, training=True):
+    """Inputs of a run, as `run.inputs.load_inputs` reads them."""
+    return inputs.load_inputs(config, choices.objective_of(config.loss), training=training)
+
+
+def make_programs(config, read, **options):
+    """Programs of a run with these inputs."""
+    return programs.make_programs(config, read.objective, read.model, read.lengths, **options)
+
+
 def read_rows(path):
     return [json.loads(line) for line in path.read_text().splitlines()]
 
@@ -61,7 +72,7 @@ class Killed(BaseException):
 @contextlib.contextmanager
 def killed_at(step, monkeypatch):
     """Runs inside are killed when they make the batch of the `step`-th update that they make."""
-    steps, real = itertools.count(), train.make_batch
+    steps, real = itertools.count(), update_batches.make_batch
 
     def make_batch(*args, **kwargs):
         if next(steps) == step:
@@ -69,7 +80,7 @@ def killed_at(step, monkeypatch):
         return real(*args, **kwargs)
 
     with monkeypatch.context() as patch:
-        patch.setattr(train, "make_batch", make_batch)
+        patch.setattr(update_batches, "make_batch", make_batch)
         yield
 
 

@@ -1,0 +1,82 @@
+"""The training loop: a state, batches, an update, and what happens between updates.
+
+It knows nothing of models, pairs or files. Supervised fine-tuning and preference optimization run on it alike.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from typing import Protocol, TypeVar, runtime_checkable
+
+from dpo_jax.runtime import hosts
+
+State = TypeVar("State")
+Prepared = TypeVar("Prepared", contravariant=True)
+Metrics = TypeVar("Metrics", contravariant=True)
+
+
+@dataclasses.dataclass(frozen=True)
+class Schedule:
+    """Updates that a run makes, and how often it evaluates and saves between them."""
+
+    start: int  # updates made before
+    total: int  # updates made at the end
+    evaluate_every: int = 0  # updates between evaluations; 0: only before the first update and after the last
+    save_every: int = 500  # updates between checkpoints; the last is always saved
+
+    def evaluates(self, done: int) -> bool:
+        """Whether an evaluation is due once so many updates are done."""
+        return done in (0, self.total) or bool(self.evaluate_every and done % self.evaluate_every == 0)
+
+    def saves(self, done: int) -> bool:
+        """Whether a checkpoint is due once so many updates are done."""
+        return done == self.total or done % self.save_every == 0
+
+
+@runtime_checkable
+class Between(Protocol[State, Prepared, Metrics]):
+    """What a run does between updates; `done` counts the updates made so far."""
+
+    def evaluate(self, done: int, state: State) -> None:
+        """Evaluates the state."""
+
+    def save(self, done: int, state: State) -> None:
+        """Saves the state; returns when it may be changed."""
+
+    def before(self, done: int, state: State) -> None:
+        """Comes right before the next update."""
+
+    def after(self, done: int, prepared: Prepared, metrics: Metrics, waited_s: float) -> None:
+        """Comes right after an update was dispatched, with its metrics and the seconds waited for its batch."""
+
+
+def run_loop(
+    state: State,
+    schedule: Schedule,
+    batches: Iterator[tuple[Prepared, float]],
+    update: Callable[[State, Prepared], tuple[State, Metrics]],
+    between: Between[State, Prepared, Metrics],
+) -> State:
+    """Makes the updates of a schedule and returns the last state.
+
+    Args:
+      state: after `schedule.start` updates.
+      batches: what each update needs, in order, with the seconds waited for it.
+      update: takes a state and what it needs to the next state and metrics.
+    Raises: hosts.Stopped, once the state is saved, if the run was asked to stop.
+    """
+    for done in range(schedule.start, schedule.total):
+        if schedule.evaluates(done):
+            between.evaluate(done, state)
+        if hosts.asked_to_stop():
+            between.save(done, state)
+            raise hosts.Stopped(f"asked to stop, and saved at step {done} of {schedule.total}")
+        between.before(done, state)
+        prepared, waited_s = next(batches)
+        state, metrics = update(state, prepared)
+        between.after(done + 1, prepared, metrics, waited_s)
+        if schedule.saves(done + 1):
+            between.save(done + 1, state)
+    between.evaluate(schedule.total, state)
+    return state

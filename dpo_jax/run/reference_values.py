@@ -1,0 +1,127 @@
+"""Reference log-probs of a run's pairs: their store, its identity, and the pass that completes it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from jaxtyping import Int
+
+from dpo_jax.data.batches import PairSubset, ReferenceValues
+from dpo_jax.data.tokenize import identity
+from dpo_jax.hf import checkpoints
+from dpo_jax.reference import scoring_pass
+from dpo_jax.reference.store import check_identity
+from dpo_jax.run.inputs import Inputs
+from dpo_jax.run.programs import Programs
+from dpo_jax.run.state import load_params
+from dpo_jax.runtime import hosts
+from dpo_jax.runtime.terminal import Counter, say
+
+
+class Store(NamedTuple):
+    """A folder of reference log-probs, and all that decides them besides the pairs."""
+
+    folder: Path
+    identity: dict[str, Any]
+
+
+def reference_store(inputs: Inputs, programs: Programs, folder: Path) -> Store | None:
+    """Returns the run's store of reference log-probs, in `folder`; None for an objective that reads none.
+
+    Reads all weights, for their digest. Raises: InputError if the folder holds a store of another identity.
+    """
+    objective = inputs.objective
+    if objective.reference_free:
+        return None
+    tokens = objective.reference_tokens
+    parts = {
+        **inputs.source.adapters_digest(inputs.selection),
+        **({} if tokens is None else {"tokens": tokens}),
+        **({"base": programs.quantize} if programs.quantize else {}),
+        "weights": checkpoints.digest(inputs.source.folder, mine=hosts.mine, gather=hosts.merged("weights")),
+        **identity(inputs.tokenizer),
+        **inputs.data_rules,
+        "answers": objective.answers_read,
+        "layout": programs.layout,
+        "dtype": np.dtype(programs.dtype).name,
+        "param_dtype": programs.param_dtype,
+        "attention": programs.attention,
+        "platform": scoring_pass.platform(),
+    }
+    check_identity(folder, parts)
+    return Store(folder, parts)
+
+
+def complete_store(
+    inputs: Inputs, store: Store | None, programs: Programs
+) -> tuple[dict[str, ReferenceValues], Any | None]:
+    """Scores what the store lacks; returns the reference log-probs of each set of pairs, none if the objective reads
+    none, and the weights if they had to be loaded."""
+    if store is None:
+        return {}, None
+    started = time.perf_counter()
+    loaded: list[Any] = []
+
+    def weights() -> Any:
+        if not loaded:
+            loaded.append(load_params(inputs.source, programs))
+        return loaded[0]
+
+    with Counter("reference pass", unit="pairs") as counter:
+        values, done = score_missing(inputs, store, programs, weights, counter.update)
+    speed = f", {done.scored / (time.perf_counter() - started):.1f} pairs/s in all" if done.scored else ""
+    say(
+        f"reference: {done.given} pairs came with values, {done.stored} were in "
+        f"{store.folder}, {done.scored} scored in {done.forward_passes} forward passes{speed}"
+    )
+    return values, loaded[0] if loaded else None
+
+
+def score_missing(
+    inputs: Inputs,
+    store: Store,
+    programs: Programs,
+    params: Callable[[], Any],
+    report: Callable[[int, int], None] = lambda done, total: None,
+    *,
+    only: Mapping[str, Int[np.ndarray, "n"]] | None = None,
+) -> tuple[dict[str, ReferenceValues], scoring_pass.Pass]:
+    """Returns reference log-probs of each set of pairs, scored now only where neither data nor store have them.
+
+    Args:
+      params: returns the reference's parameters; called only where something has to be scored.
+      report: told the pairs scored and to score.
+      only: indices of the pairs that are needed, by set; None: all, and values that came with the data are used.
+    Raises: InputError if the store holds values of another identity.
+    """
+    indices = only or {name: np.arange(len(pairs)) for name, pairs in inputs.sets.items()}
+    whole: dict[str, Any] = dict(inputs.sets) | {f"{name}/mismatched": x for name, x in inputs.mismatched.items()}
+    sets: dict[str, Any] = whole
+    if only is not None:
+        sets = {name: PairSubset(pairs, indices[name.partition("/")[0]]) for name, pairs in whole.items()}
+    tokens = programs.objective.reference_tokens
+    done = scoring_pass.run_pass(
+        *store,
+        [(pairs, pairs.lengths, pairs.keys, pairs.reference) for pairs in sets.values()],
+        lambda batch: programs.score_reference(params(), batch),
+        shape=programs.score_shape,
+        layout=programs.layout,
+        report=report,
+        tokens=tokens,
+    )
+    logps = dict(zip(sets, done.values, strict=True))
+    by_token = {} if done.tokens is None else dict(zip(sets, done.tokens, strict=True))
+    values = {}
+    for name, pairs in inputs.sets.items():
+        place = np.full(len(pairs), -1)
+        place[indices[name]] = np.arange(len(indices[name]))
+        each = by_token.get(name)
+        sums = {} if each is None else {"shared_logps": each.shared_logps()}
+        values[name] = ReferenceValues(
+            place, logps[name], sums, each if tokens else None, logps.get(f"{name}/mismatched")
+        )
+    return values, done
