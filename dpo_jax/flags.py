@@ -13,7 +13,8 @@ from typing import Any
 from absl import flags
 from ml_collections import config_dict, config_flags
 
-from dpo_jax.config import Config, _kinds, _thaw, _unknown, flat, freeze, from_json
+from dpo_jax.config import Config, _kinds, _thaw, _unknown, flat, freeze, from_json, record_from_json
+from dpo_jax.runtime.terminal import say
 from dpo_jax.types import InputError
 
 
@@ -117,7 +118,13 @@ class _Source(flags.ArgumentParser):
         if not pathlib.Path(path).is_file():
             raise _no_config(f"--config={path}", "no such file")
         if path.endswith(".json"):
-            return _thaw(from_json(pathlib.Path(path).read_text(), path, overridden=self._overridden))
+            text = pathlib.Path(path).read_text()
+            config, prepare = from_json(text, path, overridden=self._overridden), record_from_json(text, path).prepare
+            if prepare and not config.prepare:
+                say(
+                    f"note: {prepare}, which {pathlib.Path(path).name} names, is not called; --config.prepare={prepare} would"
+                )
+            return _thaw(config)
         try:
             get_config = runpy.run_path(path).get("get_config")
             if get_config is None:

@@ -1,5 +1,6 @@
 """The command line: results on standard output, one line of error and status 2, nothing half-written."""
 
+import importlib.machinery
 import json
 import re
 import subprocess
@@ -9,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from dpo_jax import cli
-from tests.support.runs import EVAL_PAIRS, make_inputs
+from dpo_jax.config import to_json
+from tests.support.runs import EVAL_PAIRS, make_config, make_inputs
 
 RECIPE = """
 from dpo_jax.config import base
@@ -105,6 +107,56 @@ def test_recipe_may_name_a_module_in_the_folder_it_is_called_from(inputs, tmp_pa
     monkeypatch.setattr(sys, "path", [entry for entry in sys.path if entry])
     run("inspect", *arguments(inputs, "--config.prepare=own_inputs:make", "--workdir=run"))
     assert (tmp_path / "run" / "made").exists()
+
+
+def test_the_folder_it_is_called_from_shadows_no_installed_module(tmp_path, monkeypatch):
+    (tmp_path / "inspect.py").write_text("raise RuntimeError('the module of the standard library was meant')")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", ["", str(tmp_path), *sys.path])
+    cli.find_modules_here()
+    assert sys.path[-1] == "" and not {"", str(tmp_path)} & set(sys.path[:-1])
+    assert importlib.machinery.PathFinder.find_spec("inspect").origin != str(tmp_path / "inspect.py")
+
+
+@pytest.fixture
+def recorded(inputs, tmp_path):
+    """A config.json that names code."""
+
+    def write(**fields):
+        config = make_config(inputs, **{"data__eval": "", "train__steps": 1} | fields)
+        (tmp_path / "config.json").write_text(to_json(config))
+        return f"--config={tmp_path / 'config.json'}"
+
+    return write
+
+
+def test_code_that_a_config_json_names_is_not_called(recorded, tmp_path, capsys):
+    keep = tmp_path / "run" / "keep"
+    keep.mkdir(parents=True)
+    named = recorded(prepare="shutil:rmtree")
+    run("inspect", named, f"--workdir={tmp_path / 'run'}", "--pairs=0")
+    assert keep.exists() and "shutil:rmtree, which config.json names, is not called" in capsys.readouterr().err
+    run("inspect", named, "--config.prepare=shutil:rmtree", f"--workdir={tmp_path / 'run'}", "--pairs=0")
+    assert not keep.exists()  # named on the command line it is
+
+
+def test_loss_of_ones_own_is_named_by_a_recipe_or_on_the_command_line(recorded, tmp_path, capsys):
+    own = "tests.support.own_losses:margin"
+    named = recorded(loss__name=own)
+    error = fails(capsys, "inspect", named, f"--workdir={tmp_path / 'run'}", "--pairs=0")
+    assert "names code, in a data file" in error and f"--config.loss.name={own}" in error
+    run("inspect", named, f"--config.loss.name={own}", f"--workdir={tmp_path / 'run'}", "--pairs=0")
+
+
+def test_plan_needs_no_model_path_where_it_has_an_architecture(tmp_path, capsys):
+    recipe = tmp_path / "recipe.py"
+    recipe.write_text("from dpo_jax.config import base\n\n\ndef get_config():\n    return base()\n")
+    architecture = Path(__file__).parents[1] / "configs" / "architectures" / "pythia_2b8.json"
+    argv = ["plan", f"--config={recipe}", f"--config.plan.architecture={architecture}", "--topology=h100:8"]
+    run(*argv)
+    assert capsys.readouterr().out.splitlines()[-1].startswith("fits:")
+    error = fails(capsys, "train", *argv[1:3], f"--workdir={tmp_path / 'run'}")
+    assert "config.model.path: empty" in error
 
 
 def test_module_is_the_same_program():

@@ -87,6 +87,15 @@ def test_run_writes_what_a_workdir_holds(finished):
     assert all(set(row) == expected and row["eval/pairs"] == EVAL_PAIRS for row in evaluations)
 
 
+def test_a_run_moves_nothing_between_host_and_devices_that_it_does_not_ask_for(inputs, tmp_path):
+    jax.config.update("jax_transfer_guard", "disallow")  # in every thread
+    try:
+        train.run(make_config(inputs, eval__every_steps=2, train__steps=3), tmp_path / "run")
+    finally:
+        jax.config.update("jax_transfer_guard", "allow")
+    assert [row["step"] for row in read_rows(tmp_path / "run" / "metrics.jsonl")] == [0, 1, 2]
+
+
 def test_policy_is_the_reference_at_step_zero(finished):
     first = read_rows(finished / "metrics.jsonl")[0]
     assert first["loss"] == pytest.approx(np.log(2), abs=1e-5) and abs(first["rewards/margins"]) < 1e-5
