@@ -93,7 +93,7 @@ def make_update(
     )
     cut = programs.crops(shape) if crops else []
     tx, _ = choices.optimizer_of(config.optimizer, total_steps=config.train.steps or 1)
-    train = make_train_step(logps_fn, parts.inputs.objective, tx, has_aux=True, adds=True, crops=cut)
+    train = make_train_step(logps_fn, parts.inputs.objective, tx, has_aux=True, in_place=True, crops=cut)
     score = make_score_step(logps_fn, has_aux=True, crops=cut)
 
     def update(state: Any, frozen: Any, batch: Batch) -> Any:

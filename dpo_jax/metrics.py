@@ -1,4 +1,4 @@
-"""What is reported of a set of scored pairs, under the names that preference trainers share."""
+"""Metrics of a set of scored pairs, under the names that preference trainers share."""
 
 from __future__ import annotations
 
@@ -16,41 +16,45 @@ def pair_metrics(
     token_sums: dict[str, Float[Array, "P K"]] | None = None,
     paired: bool = True,
 ) -> dict[str, Float[Array, ""]]:
-    """Means over the present pairs, every one a global numerator over a global denominator.
+    """Computes means over the present pairs, each a global numerator over a global denominator.
 
-    rewards = beta (policy - reference), in nats; accuracy counts margins strictly > 0, so it is 0 where policy and
-    reference agree. logps are summed over an answer and averaged over answers, in nats. Of a ranking, the best answer
-    is the chosen one, and margins and accuracies are of every two answers.
+    rewards = beta (policy - reference), in nats. Accuracy counts margins strictly > 0, so it is 0 where policy and
+    reference agree. logps are summed over an answer and averaged over answers, in nats. In a ranking the best answer is
+    the chosen one, all others are rejected, and margins and accuracies are over every two answers.
 
     Args:
-      losses: one per pair, masked here, after the nonlinearity.
-      rewards: None: the loss compares no answers, and neither rewards nor anything of the rejected ones is reported.
-      lengths: scored tokens of each answer; 0 for one that is not there.
+      losses: one for each pair, masked here, after the nonlinearity.
+      rewards: None if the loss compares no answers: then neither rewards nor metrics of rejected answers are reported.
+      lengths: scored tokens of each answer; 0 for a missing one.
+      present: False for padding.
       token_sums: quantities summed over an answer's tokens, reported as means over all tokens of that side.
-      paired: whether every pair has two answers; without, the margin is that of the means, and there is no accuracy.
+      paired: whether every pair has two answers. If not, the margin is the difference of the mean rewards, and no
+        accuracy is reported.
+    Returns: loss, rewards/{chosen,rejected,margins,accuracies}, logps/{chosen,rejected} and NAME/{chosen,rejected} for
+      each of `token_sums`.
     """
-    there = (lengths > 0) & present[:, None]
+    scored = (lengths > 0) & present[:, None]
     sides = {"chosen": slice(0, 1), "rejected": slice(1, None)}
     if rewards is None:
         del sides["rejected"]
-    found = {"loss": _mean(losses, present)}
+    metrics = {"loss": _mean(losses, present)}
     if rewards is not None:
-        of_sides = {name: _mean(rewards[:, side], there[:, side]) for name, side in sides.items()}
-        found |= {f"rewards/{name}": value for name, value in of_sides.items()}
+        mean_rewards = {name: _mean(rewards[:, side], scored[:, side]) for name, side in sides.items()}
+        metrics |= {f"rewards/{name}": value for name, value in mean_rewards.items()}
         if paired:
             better, worse = jnp.triu_indices(rewards.shape[1], 1)
-            margins, both = rewards[:, better] - rewards[:, worse], there[:, better] & there[:, worse]
-            found["rewards/margins"] = _mean(margins, both)
-            found["rewards/accuracies"] = _mean((margins > 0).astype(policy.dtype), both)
+            margins, both = rewards[:, better] - rewards[:, worse], scored[:, better] & scored[:, worse]
+            metrics["rewards/margins"] = _mean(margins, both)
+            metrics["rewards/accuracies"] = _mean((margins > 0).astype(policy.dtype), both)
         else:
-            found["rewards/margins"] = of_sides["chosen"] - of_sides["rejected"]
+            metrics["rewards/margins"] = mean_rewards["chosen"] - mean_rewards["rejected"]
     for name, side in sides.items():
-        found[f"logps/{name}"] = _mean(policy[:, side], there[:, side])
-        tokens = jnp.maximum(jnp.where(there, lengths, 0)[:, side].sum(), 1)
+        metrics[f"logps/{name}"] = _mean(policy[:, side], scored[:, side])
+        tokens = jnp.maximum(jnp.where(scored, lengths, 0)[:, side].sum(), 1)
         for quantity, sums in (token_sums or {}).items():
-            found[f"{quantity}/{name}"] = jnp.where(there, sums, 0)[:, side].sum() / tokens
-    return found
+            metrics[f"{quantity}/{name}"] = jnp.where(scored, sums, 0)[:, side].sum() / tokens
+    return metrics
 
 
-def _mean(values, there):
-    return jnp.where(there, values, 0).sum() / jnp.maximum(there.sum(), 1)
+def _mean(values, mask):
+    return jnp.where(mask, values, 0).sum() / jnp.maximum(mask.sum(), 1)

@@ -1,6 +1,6 @@
-"""The optimizer and the learning rate of a run, with the conventions of PyTorch and transformers.
+"""Optimizers and learning-rate schedules by name, with the conventions of PyTorch and transformers.
 
-Same numbers, same curve: a loss laid over one from TRL differs by float rounding, step by step.
+Step by step, a loss curve differs from TRL's by float rounding only.
 """
 
 from __future__ import annotations
@@ -8,34 +8,38 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable
+from types import ModuleType
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
+from jaxtyping import Array, ArrayLike, PyTree
 
 from dpo_jax.types import InputError, check_choice
 
-Schedule = Callable[[Any], jax.Array]
+Schedule = Callable[[ArrayLike], Array]  # the update, counted from 0 -> learning rate, on the device
+HostSchedule = Callable[[int], float]  # the same without a device
 
-# Decay after warm-up, as a factor of the peak, of the fraction of the remaining updates that are done, in [0, 1].
-DECAYS: dict[str, Callable[[jax.Array], jax.Array]] = {
-    "constant": jnp.ones_like,
-    "linear": lambda done: 1 - done,
-    "cosine": lambda done: 0.5 * (1 + jnp.cos(math.pi * done)),
+# Decay after warm-up, as a factor of the peak: (numpy or jax.numpy, fraction of the remaining updates done, in [0, 1]).
+DECAYS: dict[str, Callable[[ModuleType, Any], Any]] = {
+    "constant": lambda xp, done: xp.ones_like(done),
+    "linear": lambda xp, done: 1 - done,
+    "cosine": lambda xp, done: 0.5 * (1 + xp.cos(math.pi * done)),
 }
 
 DEFAULTS = {"b1": 0.9, "b2": 0.999, "eps": 1e-8}  # as in `config.Optimizer`, which a test compares
 
-NOT_DECAYED = ("scale", "bias")  # names of leaves; blocks are stacked on a layer axis, so ndim cannot tell
+NOT_DECAYED = ("scale", "bias")  # names of leaves; the number of axes cannot tell, for blocks are stacked on one more
 
 
 def _adafactor() -> optax.GradientTransformation:
-    """Shazeer and Stern 2018 without momentum; steps are relative to the size of each (stacked) parameter."""
+    """Adafactor without momentum (Shazeer and Stern 2018); steps are relative to the RMS of each (stacked) leaf."""
     return optax.chain(optax.scale_by_factored_rms(), optax.clip_by_block_rms(1.0), optax.scale_by_param_block_rms())
 
 
-# Each with the options it takes, and what optax calls them.
+# {name: (optax transformation, {option: its name in optax})}.
 OPTIMIZERS: dict[str, tuple[Callable[..., optax.GradientTransformation], dict[str, str]]] = {
     "adamw": (optax.scale_by_adam, {"b1": "b1", "b2": "b2", "eps": "eps"}),
     "adafactor": (_adafactor, {}),
@@ -58,12 +62,12 @@ def make_optimizer(
     b2: float,
     eps: float,
     total_steps: int,
-    paced: Callable[[Any], Any] | None = None,
-) -> tuple[optax.GradientTransformation, Schedule]:
-    """Clipping, the named optimizer, decoupled weight decay and the learning rate, in this order.
+    scale_updates: Callable[[PyTree], PyTree] | None = None,
+) -> tuple[optax.GradientTransformation, HostSchedule]:
+    """Chains clipping, the named optimizer, decoupled weight decay and the learning rate, in this order.
 
-    Whatever the parameters' type, gradients, moments and updates are float32. `b2` keeps its default of 0.999 for
-    every optimizer; the customary value is 0.99 for rmsprop (PyTorch's alpha) and for lion.
+    Gradients, moments and updates are float32, whatever the type of the parameters. `b2` keeps its default of 0.999
+    for every optimizer; the customary value is 0.99 for rmsprop (PyTorch's alpha) and for lion.
 
     Args:
       name: one of OPTIMIZERS.
@@ -75,15 +79,16 @@ def make_optimizer(
         the 1e-6 it adds to the norm; 0: never.
       b1, b2, eps: see the comments in `config.Optimizer`.
       total_steps: updates in the run, where the schedule ends.
-      paced: takes updates to those that are made, in proportion, for parameters with learning rates of their own.
-    Returns: the optax transformation, and the learning rate as a function of the update, counted from 0.
+      scale_updates: multiplies updates by the learning-rate multipliers of their parameters.
+    Returns: the optax transformation, and the learning rate as a function of the update, counted from 0. That function
+      computes on the host: it is for logs, and uses no device.
     Raises: InputError for an unknown name, or for an option that the optimizer does not have and that is not at
       its default.
     """
     check_choice("config.optimizer.name", name, OPTIMIZERS)
     transform, options = OPTIMIZERS[name]
-    given = {"b1": b1, "b2": b2, "eps": eps}
-    for option, value in given.items():
+    values = {"b1": b1, "b2": b2, "eps": eps}
+    for option, value in values.items():
         if option not in options and value != DEFAULTS[option]:
             raise InputError(
                 f"config.optimizer.{option}",
@@ -91,49 +96,66 @@ def make_optimizer(
                 expected=f"the default {DEFAULTS[option]}",
                 remedy=f"Leave it out, or choose an optimizer that has {option}.",
             )
-    rate = make_schedule(schedule, learning_rate, warmup_steps=warmup_steps, total_steps=total_steps)
+    of_schedule = {"warmup_steps": warmup_steps, "total_steps": total_steps}
     parts = [
         optax.clip_by_global_norm(clip_norm) if clip_norm else optax.identity(),
-        transform(**{theirs: given[ours] for ours, theirs in options.items()}),
+        transform(**{theirs: values[ours] for ours, theirs in options.items()}),
         optax.add_decayed_weights(weight_decay, mask=decayed) if weight_decay else optax.identity(),
-        optax.scale_by_learning_rate(rate),
-        optax.stateless(lambda updates, _: paced(updates)) if paced is not None else optax.identity(),
+        optax.scale_by_learning_rate(make_schedule(schedule, learning_rate, **of_schedule)),
+        optax.stateless(lambda updates, _: scale_updates(updates)) if scale_updates else optax.identity(),
     ]
-    return _in_float32(optax.chain(*parts)), rate
+    return _in_float32(optax.chain(*parts)), make_host_schedule(schedule, learning_rate, **of_schedule)
 
 
 def make_schedule(name: str, peak: float, *, warmup_steps: int, total_steps: int) -> Schedule:
-    """Learning rate of update t, from 0: peak * t / warmup_steps, then peak * DECAYS[name] down to total_steps.
+    """Returns the learning rate of update t, counted from 0, as a JAX function.
 
-    So the first update of a warm-up has rate 0, and the last of all is one step short of 0.
+    peak * t / warmup_steps, then peak * DECAYS[name], which reaches its end at total_steps. So the first update of a
+    warm-up has rate 0, and the last update of all is one step short of the end.
 
     Raises: InputError for an unknown name.
     Source: transformers.optimization.get_{constant,linear,cosine}_schedule_with_warmup.
     """
-    check_choice("config.optimizer.schedule", name, DECAYS)
+    rate = _schedule(name, peak, warmup_steps, total_steps)
+    return lambda step: rate(jnp, jnp.asarray(step, jnp.float32))
 
-    def rate(step: Any) -> jax.Array:
-        step = jnp.asarray(step, jnp.float32)
-        done = jnp.clip((step - warmup_steps) / max(1, total_steps - warmup_steps), 0, 1)
-        return peak * jnp.where(step < warmup_steps, step / max(1, warmup_steps), DECAYS[name](done))
+
+def make_host_schedule(name: str, peak: float, *, warmup_steps: int, total_steps: int) -> HostSchedule:
+    """Returns `make_schedule` computed in numpy, so that a log of the learning rate needs no device.
+
+    The float32 value is the compiled schedule's, but for the cosine itself, whose last bit differs between libraries.
+    """
+    rate = _schedule(name, peak, warmup_steps, total_steps)
+    return lambda step: float(rate(np, np.float32(step)))
+
+
+def _schedule(name: str, peak: float, warmup_steps: int, total_steps: int) -> Callable[[ModuleType, Any], Any]:
+    check_choice("config.optimizer.schedule", name, DECAYS)
+    # XLA multiplies by the inverse where it is to divide by a constant: written so, it is the same everywhere.
+    per_warmup_step = np.float32(1) / np.float32(max(1, warmup_steps))
+    per_decay_step = np.float32(1) / np.float32(max(1, total_steps - warmup_steps))
+
+    def rate(xp: ModuleType, step: Any) -> Any:
+        done = xp.clip((step - warmup_steps) * per_decay_step, 0, 1)
+        return peak * xp.where(step < warmup_steps, step * per_warmup_step, DECAYS[name](xp, done))
 
     return rate
 
 
-def decayed(params: Any) -> Any:
-    """True for the leaves that weight decay applies to: matrices, not the scales of norms and not biases."""
+def decayed(params: PyTree) -> PyTree:
+    """Marks with True the leaves that weight decay applies to: matrices, not the scales of norms and not biases."""
     return jax.tree_util.tree_map_with_path(
         lambda path, _: jax.tree_util.keystr(path[-1:], simple=True) not in NOT_DECAYED, params
     )
 
 
 def _in_float32(tx: optax.GradientTransformation) -> optax.GradientTransformation:
-    """The same on float32 copies: bfloat16 moments lose most updates, for 1 + 1e-3 is 1 there."""
+    """Runs `tx` on float32 copies: bfloat16 moments lose most updates, for 1 + 1e-3 is 1 there."""
 
-    def init(params: Any) -> Any:
+    def init(params: PyTree) -> PyTree:
         return tx.init(optax.tree.cast(params, jnp.float32))
 
-    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+    def update(updates: PyTree, state: PyTree, params: PyTree = None) -> tuple[PyTree, PyTree]:
         return tx.update(optax.tree.cast(updates, jnp.float32), state, optax.tree.cast(params, jnp.float32))
 
     return optax.GradientTransformation(init, update)

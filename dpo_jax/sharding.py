@@ -1,35 +1,35 @@
-"""The device mesh, and which axis of which array lies across which of its axes.
+"""The device mesh, and sharding specs of parameters and batches by rules.
 
-Axes: `replica` (data parallel across slices), `fsdp` (rows and parameters), `tensor` (heads, MLP width, vocabulary).
-One device is a mesh of one.
+Mesh axes: `replica` (data parallel across slices), `fsdp` (rows and parameters), `tensor` (heads, MLP width,
+vocabulary). One device is a mesh of one.
 """
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
 
 import jax
 import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
+from jaxtyping import PyTree
 
-from dpo_jax.trees import path_name
+from dpo_jax import aliases, trees
 from dpo_jax.types import Batch, InputError
 
 AXES = ("replica", "fsdp", "tensor")
 ROW_AXES = ("replica", "fsdp")
-LARGE = 2**20  # bytes of an array from which lying whole on every device is worth a remark
+LARGE = 2**20  # bytes from which a replicated array is reported
 
-AnyMesh = Mesh | AbstractMesh  # an abstract one has sizes and no devices
-Rules = tuple[tuple[str, P], ...]  # pattern of a leaf's path, and where such leaves lie
+AnyMesh = Mesh | AbstractMesh  # an abstract mesh has sizes and no devices
+Rules = tuple[tuple[str, P], ...]  # (pattern of a leaf's path, sharding spec of such leaves)
 
-# First match wins; leaves of the optimizer state end in the same paths and so match the same rules. An axis that
-# does not divide a dimension is left out. Every family's parameters have these paths (`models.config`); a kernel
-# that is held in few bits has its codes and scales below its own.
+# The first match wins. Leaves of the optimizer state end in the paths of their parameters and match the same rules. A
+# mesh axis that does not divide a dimension is dropped. Parameters of every family have these paths
+# (`models.config`); a quantized kernel has its codes and scales below its own path.
 RULES: Rules = (
     (r"(embed|head)/embedding$", P("tensor", "fsdp")),
     (r"attention/[qkv]/kernel(/|$)", P(None, "fsdp", "tensor", None)),
@@ -38,7 +38,7 @@ RULES: Rules = (
     (r"mlp/(gate|up)/kernel(/|$)", P(None, "fsdp", "tensor")),
     (r"mlp/(gate|up)/bias$", P(None, "tensor")),
     (r"mlp/down/kernel(/|$)", P(None, "tensor", "fsdp")),
-    # Adapters' sides of a width that `tensor` cuts lie as the kernels' do; the others are too small to gather.
+    # A factor of an adapter is sharded over `tensor` as its kernel is; the other factor is small, and replicated.
     (r"attention/[qkv]/lora_b$", P(None, None, "tensor", None)),
     (r"attention/o/lora_a$", P(None, "tensor", None, None)),
     (r"mlp/(gate|up)/lora_b$", P(None, None, "tensor")),
@@ -51,9 +51,10 @@ RULES: Rules = (
 
 
 def parse_rules(text: str) -> Rules:
-    """RULES, after those of `mesh.rules`: "mlp/down/kernel$=-,fsdp,tensor;bias$=-,tensor", "-" for no axis.
+    """Parses `mesh.rules`, such as "mlp/down/kernel$=-,fsdp,tensor;bias$=-,tensor" ("-" for no axis).
 
-    Raises: InputError for what is no pattern, no axis, or names an axis twice.
+    Returns: these rules, then RULES.
+    Raises: InputError for an invalid pattern, an unknown axis, or an axis that is named twice.
     """
     rules: list[tuple[str, P]] = []
     for each in filter(None, (part.strip() for part in text.split(";"))):
@@ -76,12 +77,12 @@ def parse_rules(text: str) -> Rules:
 
 
 def mesh_shape(sizes: Sequence[int], devices: int) -> tuple[int, ...]:
-    """Mesh axis sizes with a -1 filled in, checked against the number of devices.
+    """Fills in a mesh axis size of -1 from the number of devices.
 
     Raises: InputError if they do not multiply to `devices`.
     """
-    known = math.prod(size for size in sizes if size != -1)
-    filled = tuple(devices // known if size == -1 else size for size in sizes)
+    fixed = math.prod(size for size in sizes if size != -1)
+    filled = tuple(devices // fixed if size == -1 else size for size in sizes)
     if math.prod(filled) != devices:
         raise InputError(
             "config.mesh",
@@ -92,11 +93,10 @@ def mesh_shape(sizes: Sequence[int], devices: int) -> tuple[int, ...]:
     return filled
 
 
-def make_mesh(replica: int, fsdp: int, tensor: int, devices: Sequence[Any] | None = None) -> Mesh:
-    """The mesh over `devices`, by default all, in an order in which neighbors on an axis are near one another.
+def make_mesh(replica: int, fsdp: int, tensor: int, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """Builds the mesh over `devices`, by default all, ordered so that neighbors on an axis are physically close.
 
-    Of several TPU slices, whose devices reach one another over the data center's network only, `replica` crosses from
-    slice to slice and no other axis does.
+    TPU slices are joined by the data center's network only: `replica` spans them, and no other axis does.
 
     Raises: InputError if the sizes do not fit the number of devices or of slices.
     """
@@ -110,7 +110,7 @@ def make_mesh(replica: int, fsdp: int, tensor: int, devices: Sequence[Any] | Non
             "config.mesh.replica",
             got=f"{shape[0]} on {slices} slices",
             expected=f"a multiple of {slices}",
-            remedy="Only this axis crosses from slice to slice.",
+            remedy="Change it: only this axis spans slices.",
         )
     else:
         within, across = (shape[0] // slices, *shape[1:]), (slices, 1, 1)
@@ -118,36 +118,39 @@ def make_mesh(replica: int, fsdp: int, tensor: int, devices: Sequence[Any] | Non
     return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * 3)
 
 
-def slice_of(device: Any) -> int:
-    """Which of several TPU slices a device is in."""
+def slice_of(device: jax.Device) -> int:
+    """The index of a device's TPU slice; 0 if there is only one."""
     return getattr(device, "slice_index", 0)  # topologies of one slice have none
 
 
 def row_shards(mesh: AnyMesh) -> int:
-    """How many devices the rows of a microbatch are spread over."""
+    """The number of shards that the rows of a microbatch are split into."""
     return math.prod(mesh.shape[axis] for axis in ROW_AXES)
 
 
 def shards_here(mesh: Mesh) -> tuple[int, ...]:
-    """Of those, the ones whose rows devices of this process hold."""
+    """The row shards that devices of this process hold, in [0, row_shards)."""
     by_shard = mesh.devices.reshape(row_shards(mesh), -1)
     this = jax.process_index()
     return tuple(i for i, devices in enumerate(by_shard) if any(device.process_index == this for device in devices))
 
 
-def shardings(mesh: AnyMesh, tree: Any, rules: Rules = RULES) -> Any:
-    """A NamedSharding for every array (or its shape) of a tree of parameters or of a training state."""
+def shardings(mesh: AnyMesh, tree: PyTree, rules: Rules = RULES) -> PyTree:
+    """Returns a NamedSharding for every array, or shape, in a tree of parameters or a training state."""
 
-    def place(path: Any, leaf: Any) -> NamedSharding:
-        return NamedSharding(mesh, partition(path_name(path), leaf.shape, mesh.shape, rules))
+    def place(path, leaf) -> NamedSharding:
+        return NamedSharding(mesh, partition(trees.path_name(path), leaf.shape, mesh.shape, rules))
 
     return jax.tree_util.tree_map_with_path(place, tree)
 
 
-def partition(name: str, shape: Sequence[int], axis_sizes: Any, rules: Rules = RULES) -> P:
-    """The PartitionSpec of the first rule that matches `name`, less the axes that do not divide `shape`."""
+def partition(name: str, shape: Sequence[int], axis_sizes: Mapping[str, int], rules: Rules = RULES) -> P:
+    """Returns the spec of the first rule that matches the path `name`, without axes that do not divide `shape`.
+
+    An array whose number of dimensions is not the rule's is replicated.
+    """
     spec = next(spec for pattern, spec in rules if re.search(pattern, name))
-    if len(spec) != len(shape):  # such as the factored moments of adafactor
+    if len(spec) != len(shape):  # for example the factored moments of adafactor
         return P()
     fits = [
         axis if axis is not None and size % axis_sizes[axis] == 0 else None
@@ -156,48 +159,60 @@ def partition(name: str, shape: Sequence[int], axis_sizes: Any, rules: Rules = R
     return P(*fits)
 
 
-def whole_everywhere(tree: Any) -> dict[str, int]:
-    """Path and bytes of every placed array of at least LARGE bytes that each of several devices holds whole."""
-    found = {}
+def large_replicated(tree: PyTree) -> dict[str, int]:
+    """Returns {path: bytes} of the placed arrays of at least LARGE bytes that are replicated on several devices."""
+    sizes = {}
     for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]:
         size = math.prod(leaf.shape) * leaf.dtype.itemsize
         if size >= LARGE and len(leaf.sharding.device_set) > 1 and leaf.sharding.is_fully_replicated:
-            found[path_name(path)] = size
-    return found
+            sizes[trees.path_name(path)] = size
+    return sizes
 
 
-def divides(axis: str, mesh: Mesh, *sizes: int) -> str | None:
-    """The axis if it divides all the sizes, else None."""
+def divides(axis: str, mesh: AnyMesh, *sizes: int) -> str | None:
+    """Returns the axis if it divides all the sizes, else None."""
     return axis if all(size % mesh.shape[axis] == 0 for size in sizes) else None
 
 
 def sum_scattered(mesh: Mesh, x: jax.Array, axis: str, side: int) -> jax.Array:
-    """Within a shard_map: this device's part, along dimension `side`, of the sum of `x` over an axis of the mesh."""
+    """Reduce-scatters `x` over a mesh axis, within a shard_map: this device's part, along dimension `side`, of the sum.
+
+    On CPUs it sums everything and slices: the reduce-scatter between processes on CPUs gives wrong numbers now and
+    then, see https://github.com/jax-ml/jax/issues/40830.
+    """
     if mesh.devices.flat[0].platform != "cpu":
         return jax.lax.psum_scatter(x, axis, scatter_dimension=side, tiled=True)
-    # Between processes, that of CPUs gives wrong numbers now and then: github.com/jax-ml/jax/issues/40830.
     size = x.shape[side] // mesh.shape[axis]
     return jax.lax.dynamic_slice_in_dim(jax.lax.psum(x, axis), jax.lax.axis_index(axis) * size, size, side)
 
 
-def everywhere(mesh: Mesh) -> NamedSharding:
-    """A copy on every device."""
+def replicated(mesh: AnyMesh) -> NamedSharding:
+    """Returns the sharding of an array that every device holds in full."""
     return NamedSharding(mesh, P())
 
 
-def batch_shardings(mesh: Mesh, batch: Batch) -> Batch:
-    """Rows across `replica` and `fsdp`; what is one number a pair on every device."""
-    rows = jax.tree.map(lambda _: NamedSharding(mesh, P(None, ROW_AXES)), batch.rows)
-    return jax.tree.map(lambda _: everywhere(mesh), batch)._replace(rows=rows)
+def batch_shardings(mesh: AnyMesh, batch: Batch) -> Batch:
+    """Returns a NamedSharding for every array of a batch, and of a batch within it.
+
+    Rows [A, R, ...] are sharded over `replica` and `fsdp` along R; everything else is replicated.
+    """
+
+    def place(name, value):
+        if isinstance(value, Batch):
+            return batch_shardings(mesh, value)
+        spec = P(None, ROW_AXES) if name == "rows" else P()
+        return jax.tree.map(lambda _: NamedSharding(mesh, spec), value)
+
+    return Batch(*(place(*field) for field in batch._asdict().items()))
 
 
 def put(batch: Batch, mesh: Mesh) -> Batch:
-    """Moves a batch of host arrays onto the mesh; of rows, each process the ones that its devices hold."""
+    """Moves a batch of host arrays onto the mesh; each process copies only the rows that its devices hold."""
     places = batch_shardings(mesh, batch)
     if jax.process_count() == 1:
         return jax.device_put(batch, places)
 
-    def share(array: Any, place: NamedSharding) -> jax.Array:
+    def share(array, place: NamedSharding) -> jax.Array:
         array = np.asarray(array)
         return jax.make_array_from_callback(array.shape, place, lambda index: array[index])
 
@@ -207,12 +222,15 @@ def put(batch: Batch, mesh: Mesh) -> Batch:
 def from_parts(
     shape: Sequence[int], place: NamedSharding, read: Callable[[tuple[slice, ...]], np.ndarray]
 ) -> jax.Array:
-    """An array of which this process reads what its devices hold: each part once, and one after another.
+    """Creates a sharded array by reading the shards of this process's devices, each once, one at a time.
 
-    jax.make_array_from_callback has the parts of all devices in the host's memory before it moves the first, and reads
-    what several of them hold once for each.
+    jax.make_array_from_callback would hold the shards of all devices in host memory at once, and read a replicated
+    shard once for each device.
+
+    Args:
+      read: returns the array at an index, as numpy.
     """
-    parts: dict[tuple[Any, ...], tuple[tuple[slice, ...], list[Any]]] = {}
+    parts: dict[tuple, tuple[tuple[slice, ...], list[jax.Device]]] = {}
     for device, index in place.addressable_devices_indices_map(tuple(shape)).items():
         assert index is not None
         parts.setdefault(tuple((each.start, each.stop) for each in index), (index, []))[1].append(device)
@@ -223,11 +241,21 @@ def from_parts(
     return jax.make_array_from_single_device_arrays(tuple(shape), place, arrays)
 
 
-def bytes_per_device(tree: Any, gathered: str = "") -> int:
-    """Bytes of a placed tree that one device holds, or would if what lies across the axis `gathered` did not."""
+def bytes_per_device(tree: PyTree, gathered: str = "") -> int:
+    """Returns the bytes of a placed tree on one device, as placed or with the mesh axis `gathered` all-gathered."""
 
-    def size(leaf: Any) -> int:
+    def size(leaf) -> int:
         times = leaf.sharding.mesh.shape[gathered] if gathered and gathered in leaf.sharding.spec else 1
         return times * math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
 
     return sum(map(size, jax.tree.leaves(tree)))
+
+
+__getattr__ = aliases.forward(
+    __name__,
+    {
+        "path_name": "dpo_jax.trees.path_name",
+        "everywhere": "dpo_jax.sharding.replicated",
+        "whole_everywhere": "dpo_jax.sharding.large_replicated",
+    },
+)

@@ -1,39 +1,54 @@
 """The update step and the scoring step: pure functions, not jitted; the caller jits, shards and donates.
 
-All they know of a model is `logps_fn(params, rows) -> [P, 2]`, so any model that can score a batch fits; all they know
-of an objective are its arguments.
+All they know of a model is `logps_fn(params, rows) -> [P, K]`, so any model that can score a batch fits; all they know
+of an objective is its parameters.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import warnings
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, PyTree
 
-from dpo_jax import accumulate, losses
-from dpo_jax.accumulate import Crop, each_microbatch, mask_absent
+from dpo_jax import accumulate, aliases, losses
+from dpo_jax.accumulate import each_microbatch, mask_absent
 from dpo_jax.metrics import pair_metrics
 from dpo_jax.types import Batch, InputError
 
-LogpsFn = Callable[..., Any]  # (params, rows), see make_train_step
+LogpsFn = Callable[..., PyTree]  # (params, rows) -> [P, K], see make_train_step
 
 
 class TrainState(NamedTuple):
-    """Everything an update changes."""
+    """Everything that an update changes."""
 
     step: Int[Array, ""]  # updates made
-    params: Any
-    opt_state: Any
-    running: Any  # what the objective carries from update to update, see `losses.start_of`
+    params: PyTree
+    opt_state: PyTree
+    running: PyTree  # baselines of the objective, kept from update to update, see `losses.start_of`
 
 
-def init_state(params: Any, tx: optax.GradientTransformation, loss_fn: losses.Loss | None = None) -> TrainState:
-    """The state before the first update. Of objectives, only those of `losses.make_loss` carry anything on."""
+class Scores(NamedTuple):
+    """Log-probs of answers under policy and reference, all that a loss may compare. In nats."""
+
+    logps: Float[Array, "P K"]  # policy, summed over answer tokens
+    sums: Mapping[str, Float[Array, "P K"]]  # {aux name: further sums over answer tokens, policy}
+    reference: Float[Array, "P K"]
+    lengths: Int[Array, "P K"]  # scored tokens; 0: missing
+    present: Bool[Array, "P"]  # False: padding
+    reference_sums: Mapping[str, Float[Array, "P K"]] = MappingProxyType({})  # those of `sums` the reference has too
+
+
+def init_state(params: PyTree, tx: optax.GradientTransformation, loss_fn: losses.Loss | None = None) -> TrainState:
+    """Creates the state before the first update.
+
+    `loss_fn` is needed where the objective keeps baselines, which only those of `losses.make_loss` do.
+    """
     return TrainState(jnp.zeros((), jnp.int32), params, tx.init(params), losses.start_of(loss_fn) if loss_fn else {})
 
 
@@ -43,90 +58,69 @@ def make_train_step(
     tx: optax.GradientTransformation,
     *,
     has_aux: bool = False,
-    adds: bool = False,
-    crops: Sequence[Crop] = (),
+    in_place: bool = False,
+    crops: Sequence[accumulate.Crop] = (),
     penalties: Mapping[str, float] = MappingProxyType({}),
-    wanted: Callable[[Any], Any] = lambda grads: grads,
+    mask_gradients: Callable[[PyTree], PyTree] = lambda grads: grads,
     paired: bool = True,
+    seed: int = 0,
+    report_gap: bool = False,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, Array]]]:
     """Builds `step(state, batch) -> (state, metrics)`.
 
-    The gradient is that of the mean loss over all pairs of the batch, whatever microbatches they came in: each
-    microbatch adds its pairs' losses over the number of pairs in the batch, into float32 accumulators. Only the
-    `batch.count` microbatches in use are computed. A loss that sees the whole batch at once (it names `present`, or
-    carries a baseline) is given all of it: where there are several microbatches, they are scored without gradient
-    first, which costs a forward pass more, and the loss's slopes are then taken back through one after the other.
+    The gradient is that of the mean loss over all pairs of the batch, however they are split into microbatches: each
+    microbatch adds its pairs' losses, divided by the number of pairs in the batch, into float32 accumulators. Only the
+    `batch.count` microbatches in use are computed. A loss that reads the whole batch (it has a parameter `present`, or
+    a baseline) sees all of it: with several microbatches, all are scored without gradient first, at the cost of one
+    more forward pass, and the loss's derivatives are then propagated back through one microbatch after the other.
 
     Args:
-      logps_fn: `(params, rows) -> [P, K]`, log-probs in nats of every pair of the batch that `rows`, one
-        microbatch of `batch.rows`, holds, and finite values for the others.
-      loss_fn: `(policy, reference, *, lengths, ...) -> [P]`, of `losses.make_loss` or like those of `losses.LOSSES`:
-        what it names of `losses.GIVEN` it is given.
-      tx: the optimizer; it sees float32 gradients.
-      has_aux: `logps_fn` returns `(logps, {name: [P, K] sums over answer tokens})`, reported as means over tokens.
-      adds: `logps_fn` takes the sums of gradients so far as a third argument and returns `(what it would, sums)`, see
-        `gradients`; otherwise each microbatch's gradient is made and then added.
-      crops: functions of a microbatch's rows; `batch.crop` says which is applied to each. Every one is compiled.
-      penalties: weights of means over answer tokens that are made smaller besides, by their names in `has_aux`; they
-        are no part of the reported loss.
-      wanted: takes gradients to those that count, for where parts of a leaf do not train.
-      paired: whether the pairs have both answers, see `pair_metrics`.
-    Returns: the step. Its metrics describe the parameters that enter it: those of `pair_metrics`, `grad_norm`, the
+      logps_fn: `(params, rows) -> [P, K]`: log-probs in nats of the batch's pairs that are in `rows`, one microbatch
+        of `batch.rows`, and any finite value for the other pairs.
+      loss_fn: `(policy, reference, *, lengths, ...) -> [P]`, from `losses.make_loss` or like those of `losses.LOSSES`.
+        Each of its parameters that is named in `losses.objective.GIVEN` is passed as a keyword.
+      tx: the optimizer; it receives float32 gradients.
+      has_aux: `logps_fn` returns `(logps, {name: [P, K] sums over answer tokens})`; reported as means over tokens.
+      in_place: `logps_fn` accumulates gradients itself: it takes the running sums as a third argument and returns
+        `(result, sums)`, see `accumulate`. Otherwise each microbatch's gradient is computed and then added.
+      crops: functions of a microbatch's rows; `batch.crop` says which is applied to each. Each is compiled.
+      penalties: {aux name: weight}; weight x mean over answer tokens is added to the objective, not to the reported
+        loss.
+      mask_gradients: sets the gradients of frozen parts of a leaf to 0.
+      paired: whether every pair has both answers, see `pair_metrics`.
+      seed: of the rounding of bfloat16 parameters, see `apply_updates`.
+      report_gap: adds "gap" [P] to the metrics: for each pair, the largest |policy - reference| of its answers, in
+        nats; 0 for padding. Before the first update it should be 0 to float rounding.
+    Returns: the step. Its metrics describe the parameters before the update: those of `pair_metrics`, `grad_norm`, the
       global norm before any clipping, and `kl` or `baseline/NAME` where the loss reads them.
     """
-    needs = losses.needs_of(loss_fn)
-    carried = losses.start_of(loss_fn).keys()
+    needs, baselines = losses.needs_of(loss_fn), losses.start_of(loss_fn).keys()
     score_step = make_score_step(logps_fn, has_aux=has_aux, crops=crops)
+    score_into = _scoring_into_sums(logps_fn, has_aux=has_aux, in_place=in_place)
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Array]]:
-        if carried != state.running.keys():
-            raise InputError(
-                "state.running",
-                got=f"baselines of {', '.join(state.running) or 'no loss'}",
-                expected=f"those of {', '.join(carried) or 'none'}",
-                remedy="Give the loss to init_state.",
-            )
+        _check_baselines(state.running, baselines)
         present = batch.present.any(0)
         pairs = jnp.maximum(present.sum(), 1)
         tokens = jnp.maximum(jnp.where(present[:, None], batch.lengths, 0).sum(), 1)
-        kl = None
-        if "kl" in needs:
-            mismatched = batch.mismatched
-            scored = score_step(state.params, mismatched)[0]
-            there = mismatched.present.any(0)
-            kl = losses.estimate_kl(scored, mismatched.reference, mismatched.lengths, there)
+        kl = _mismatched_kl(score_step, state.params, batch.mismatched) if "kl" in needs else None
 
-        def judged(found):
-            return judge(
-                loss_fn,
-                found,
-                state.running,
-                batch.reference,
-                batch.lengths,
-                present,
-                reference_sums=batch.reference_sums,
-                kl=kl,
-            )
+        def scores_of(logps_and_aux) -> Scores:
+            compared = batch.reference, batch.lengths, present, batch.reference_sums or {}
+            return Scores(*logps_and_aux, *compared)
 
-        def mean_loss(found, here):
+        def mean_loss(logps_and_aux, here):
             # Masked after the loss: a masked margin of 0 would still count as log 2.
-            return jnp.where(here, judged(found)[0], 0).sum() / pairs
+            each, _ = pair_losses(loss_fn, scores_of(logps_and_aux), state.running, kl=kl)
+            return jnp.where(here, each, 0).sum() / pairs
 
         slopes = None
         if scores_first(loss_fn, len(batch.present)):
             slopes = jax.grad(mean_loss)(score_step(state.params, batch), present)
 
-        def score(rows, sums):
-            if adds:
-                found, sums = logps_fn(state.params, rows, sums)
-            else:
-                params, sums = accumulate.collect(state.params, sums)
-                found = logps_fn(params, rows)
-            return found if has_aux else (found, {}), sums
-
         def add_gradient(rows, here, sums):
             def microbatch_loss(sums):
-                (logps, aux), sums = score(rows, sums)
+                (logps, aux), sums = score_into(state.params, rows, sums)
                 if slopes is None:
                     loss = mean_loss((logps, aux), here)
                 else:
@@ -139,80 +133,109 @@ def make_train_step(
             (loss, _), pull, scored = jax.vjp(microbatch_loss, sums, has_aux=True)
             return *pull((jnp.ones_like(loss), sums)), scored, None
 
-        grads, found, _ = each_microbatch(add_gradient, accumulate.zeros(state.params), batch, crops)
-        grads = wanted(grads)
+        grads, scored, _ = each_microbatch(add_gradient, accumulate.zeros(state.params), batch, crops)
+        grads = mask_gradients(grads)
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
-        params = apply_updates(state.params, updates, state.step)
-        each, running = judged(found)
-        metrics = summarize(loss_fn, each, found, batch.reference, batch.lengths, present, paired=paired)
+        params = apply_updates(state.params, updates, state.step, seed=seed)
+        scores = scores_of(scored)
+        each, running = pair_losses(loss_fn, scores, state.running, kl=kl)
+        metrics = loss_metrics(loss_fn, each, scores, paired=paired)
         metrics |= {"grad_norm": optax.tree.norm(grads)} | ({} if kl is None else {"kl": kl})
         metrics |= {f"baseline/{name}": baseline["value"] for name, baseline in running.items()}
+        metrics |= {"gap": largest_gaps(scores)} if report_gap else {}
         return TrainState(state.step + 1, params, opt_state, running), metrics
 
     return step
 
 
+def _check_baselines(running: Mapping[str, PyTree], expected: Iterable[str]) -> None:
+    if running.keys() != expected:
+        raise InputError(
+            "state.running",
+            got=f"baselines of {', '.join(running) or 'no loss'}",
+            expected=f"those of {', '.join(expected) or 'none'}",
+            remedy="Give the loss to init_state.",
+        )
+
+
+def _scoring_into_sums(logps_fn: LogpsFn, *, has_aux: bool, in_place: bool) -> Callable[..., PyTree]:
+    """Returns `score(params, rows, sums) -> ((logps, aux), sums)`, whose gradient with respect to the parameters is
+    added to `sums`, by `logps_fn` itself if it accumulates in place."""
+
+    def score(params, rows, sums):
+        if in_place:
+            scored, sums = logps_fn(params, rows, sums)
+        else:
+            params, sums = accumulate.collect(params, sums)
+            scored = logps_fn(params, rows)
+        return scored if has_aux else (scored, {}), sums
+
+    return score
+
+
+def _mismatched_kl(score_step: Callable[..., PyTree], params: PyTree, mismatched: Batch) -> Float[Array, ""]:
+    logps, _ = score_step(params, mismatched)
+    return losses.estimate_kl(logps, mismatched.reference, mismatched.lengths, mismatched.present.any(0))
+
+
 def scores_first(loss_fn: losses.Loss, microbatches: int) -> bool:
-    """Whether an update whose batches have room for so many microbatches scores all of them before it differentiates
-    any: the loss sees the whole batch at once."""
+    """Whether an update scores the whole batch without gradient before it differentiates any microbatch.
+
+    It does if the loss reads the whole batch at once and the batch has room for several microbatches.
+    """
     return microbatches > 1 and bool(losses.needs_of(loss_fn) & {"present", "running"})
 
 
-def judge(
+def pair_losses(
     loss_fn: losses.Loss,
-    found: tuple[Array, dict[str, Array]],
-    running: Any,
-    reference: Float[Array, "P K"],
-    lengths: Int[Array, "P K"],
-    present: Bool[Array, "P"],
+    scores: Scores,
+    running: PyTree,
     *,
-    reference_sums: Mapping[str, Array] | None = None,
     kl: Array | None = None,
-    follows: bool = True,
-) -> tuple[Float[Array, "P"], Any]:
-    """Losses of scored pairs, the loss given whatever it needs, and what it carries on.
+    update_baselines: bool = True,
+) -> tuple[Float[Array, "P"], PyTree]:
+    """Returns the loss of each pair, not averaged, and the objective's baselines.
 
     Args:
-      found: log-probs of the pairs under the policy, and further sums over their answers.
-      reference_sums: of the latter, those that the reference has as well.
-      kl: of `losses.estimate_kl`.
-      follows: whether baselines take these pairs in, before the loss reads them.
+      running: the baselines so far.
+      kl: from `losses.estimate_kl`, in nats, for a loss that reads it.
+      update_baselines: whether baselines include these pairs, before the loss reads them.
     """
-    logps, aux = found
-    if follows and isinstance(loss_fn, losses.Objective):
-        running = loss_fn.follow(running, logps, reference, lengths=lengths, present=present)
-    stored = {f"reference_{name}": sums for name, sums in (reference_sums or {}).items()}
-    known = {"present": present, "kl": kl, "running": running, **stored, **aux}
-    given = {name: known[name] for name in losses.needs_of(loss_fn)}
-    return loss_fn(logps, reference, lengths=lengths, **given), running
+    if update_baselines and isinstance(loss_fn, losses.Objective):
+        compared = scores.logps, scores.reference
+        running = loss_fn.follow(running, *compared, lengths=scores.lengths, present=scores.present)
+    stored = {f"reference_{name}": sums for name, sums in scores.reference_sums.items()}
+    available = {"present": scores.present, "kl": kl, "running": running, **stored, **scores.sums}
+    extra = {name: available[name] for name in losses.needs_of(loss_fn)}
+    return loss_fn(scores.logps, scores.reference, lengths=scores.lengths, **extra), running
 
 
-def summarize(
-    loss_fn: losses.Loss,
-    each: Float[Array, "P"],
-    found: tuple[Array, dict[str, Array]],
-    reference: Float[Array, "P K"],
-    lengths: Int[Array, "P K"],
-    present: Any,
-    *,
-    paired: bool,
-) -> dict[str, Array]:
-    """`pair_metrics` of scored pairs and their losses, by the rewards that the loss implies."""
-    logps, aux = found
-    rewards = losses.rewards_of(loss_fn, logps, reference, lengths)
-    sums = {name: values for name, values in aux.items() if name != "shared_logps"}  # no mean over all tokens
-    return pair_metrics(each, logps, rewards, lengths, present, token_sums=sums, paired=paired)
+def loss_metrics(
+    loss_fn: losses.Loss, each: Float[Array, "P"], scores: Scores, *, paired: bool
+) -> dict[str, Float[Array, ""]]:
+    """Computes `pair_metrics` of pairs and their losses `each`, with the rewards that the loss implies."""
+    rewards = losses.rewards_of(loss_fn, scores.logps, scores.reference, scores.lengths)
+    sums = {name: values for name, values in scores.sums.items() if name != "shared_logps"}  # no mean over all tokens
+    return pair_metrics(each, scores.logps, rewards, scores.lengths, scores.present, token_sums=sums, paired=paired)
 
 
-def apply_updates(params: Any, updates: Any, step: Int[Array, ""]) -> Any:
-    """The parameters plus their updates, bfloat16 ones rounded up or down at random, in proportion to what is cut off.
+def largest_gaps(scores: Scores) -> Float[Array, "P"]:
+    """The largest |policy - reference| of each pair's answers, in nats and float32; 0 for padding."""
+    answers = (scores.lengths > 0) & scores.present[:, None]
+    gaps = jnp.abs(scores.logps.astype(jnp.float32) - scores.reference)
+    return jnp.where(answers, gaps, 0).max(1)
 
-    Rounded to nearest, an update below half a spacing (2^-9 of a parameter) would vanish, and with the learning rates
-    of preference training nearly all of them would. At random they add up: the expected sum is exact. The draw is a
-    function of `step`, so that a resumed run repeats it.
+
+def apply_updates(params: PyTree, updates: PyTree, step: Int[Array, ""], *, seed: int = 0) -> PyTree:
+    """Adds updates to parameters, with stochastic rounding of bfloat16 ones.
+
+    A bfloat16 parameter is rounded up or down at random, in proportion to the remainder. Rounded to nearest, an update
+    below half a spacing (2^-9 of a parameter) would vanish, and with the learning rates of preference training nearly
+    all of them would. Stochastic rounding makes the expected sum exact. The draw is a function of `seed` and `step`,
+    so that a resumed run repeats it.
     """
     leaves, tree = jax.tree.flatten(params)
-    keys = jax.random.split(jax.random.fold_in(jax.random.key(0), step), len(leaves))
+    keys = jax.random.split(jax.random.fold_in(jax.random.key(seed), step), len(leaves))
     changes = tree.flatten_up_to(updates)
     return tree.unflatten([_add(*each) for each in zip(leaves, changes, keys, strict=True)])
 
@@ -227,21 +250,40 @@ def _add(param, update, key):
 
 
 def make_score_step(
-    logps_fn: LogpsFn, *, has_aux: bool = False, crops: Sequence[Crop] = ()
-) -> Callable[[Any, Batch], tuple[Array, dict]]:
-    """Builds `score(params, batch) -> (logps [P, K], aux)`: the same scoring as in the update, forward only.
+    logps_fn: LogpsFn, *, has_aux: bool = False, crops: Sequence[accumulate.Crop] = ()
+) -> Callable[[PyTree, Batch], tuple[Array, dict[str, PyTree]]]:
+    """Builds `score(params, batch) -> (logps [P, K], aux)`: the scoring of the update, without gradient.
 
-    Where the aux of `logps_fn` has "tokens", arrays [R, T, ...] of entries, so has this one, as [A, R, T, ...], with 0
-    in place of what was not computed.
+    `aux["tokens"]` of `logps_fn`, arrays [R, T, ...] with one entry for each scored token, is stacked to
+    [A, R, T, ...], 0 where nothing was computed.
     """
 
-    def score(params: Any, batch: Batch) -> tuple[Float[Array, "P K"], dict[str, Any]]:
-        def one(rows, here, _):
+    def score(params: PyTree, batch: Batch) -> tuple[Float[Array, "P K"], dict[str, PyTree]]:
+        def score_rows(rows, present, _):
             logps, aux = logps_fn(params, rows) if has_aux else (logps_fn(params, rows), {})
             sums = {name: values for name, values in aux.items() if name != "tokens"}
-            return None, mask_absent(here, (logps, sums)), {name: aux[name] for name in aux.keys() - sums.keys()}
+            return None, mask_absent(present, (logps, sums)), {name: aux[name] for name in aux.keys() - sums.keys()}
 
-        _, (logps, sums), entries = each_microbatch(one, None, batch, crops)
+        _, (logps, sums), entries = each_microbatch(score_rows, None, batch, crops)
         return logps, sums | entries
 
     return score
+
+
+# Old names, which keep the parameters that they had.
+
+
+def judge(loss_fn, found, running, *compared, reference_sums=None, kl=None, follows=True):
+    """Deprecated: use `pair_losses`."""
+    warnings.warn("dpo_jax.steps.judge is now pair_losses", DeprecationWarning, stacklevel=2)
+    scores = Scores(*found, *compared, reference_sums or {})
+    return pair_losses(loss_fn, scores, running, kl=kl, update_baselines=follows)
+
+
+def summarize(loss_fn, each, found, *compared, paired):
+    """Deprecated: use `loss_metrics`."""
+    warnings.warn("dpo_jax.steps.summarize is now loss_metrics", DeprecationWarning, stacklevel=2)
+    return loss_metrics(loss_fn, each, Scores(*found, *compared), paired=paired)
+
+
+__getattr__ = aliases.forward(__name__, {"Crop": "dpo_jax.accumulate.Crop", "summarise": "dpo_jax.steps.summarize"})

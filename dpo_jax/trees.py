@@ -1,4 +1,4 @@
-"""TODO trees."""
+"""Nested dicts of parameters: flattened to paths, nested again, joined."""
 
 from __future__ import annotations
 
@@ -6,20 +6,20 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 
-def join(tree: Any, other: Any) -> dict[str, Any]:
-    """The leaves of two nested dicts that have none in common."""
-    both = {name: join(tree[name], other[name]) for name in tree.keys() & other.keys()}
-    return {**tree, **other, **both}
+def join(tree: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, Any]:
+    """Merges two nested dicts that share no leaf."""
+    shared = {name: join(tree[name], other[name]) for name in tree.keys() & other.keys()}
+    return {**tree, **other, **shared}
 
 
-def path_name(path: Iterable[Any]) -> str:
-    """A leaf's path in a tree, as in blocks/mlp/up/kernel."""
+def path_name(path: Iterable[object]) -> str:
+    """Formats a leaf's key path, as `jax.tree_util.tree_flatten_with_path` returns it: "blocks/mlp/up/kernel"."""
     return "/".join(str(getattr(part, "key", getattr(part, "name", getattr(part, "idx", part)))) for part in path)
 
 
-def nest(leaves: Mapping[str, Any]) -> dict:
-    """{"a/b": x} as {"a": {"b": x}}."""
-    tree: dict = {}
+def nest(leaves: Mapping[str, Any]) -> dict[str, Any]:
+    """Nests leaves by their paths: {"a/b": x} becomes {"a": {"b": x}}."""
+    tree: dict[str, Any] = {}
     for path, leaf in leaves.items():
         *parents, last = path.split("/")
         node = tree
@@ -29,8 +29,8 @@ def nest(leaves: Mapping[str, Any]) -> dict:
     return tree
 
 
-def flatten(tree: Mapping, prefix: str = "") -> dict[str, Any]:
-    """{"a": {"b": x}} as {"a/b": x}."""
+def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Flattens nested dicts to leaves by path: {"a": {"b": x}} becomes {"a/b": x}."""
     leaves: dict[str, Any] = {}
     for name, value in tree.items():
         leaves |= flatten(value, f"{prefix}{name}/") if isinstance(value, Mapping) else {f"{prefix}{name}": value}

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, TypeAlias, runtime_checkable
 
 import numpy as np
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, PyTree
+
+AnyArray: TypeAlias = Any  # numpy, JAX, or the shape of one; this module does not import jax
 
 
 class InputError(ValueError):
-    """Something a user gave cannot be used: says where, what was there, what belongs there, and what to do."""
+    """Input from a user that cannot be used: the place, what was found there, what was expected, and the remedy."""
 
     def __init__(self, place: str, *, got: str, expected: str, remedy: str):
         self.place, self.got, self.expected, self.remedy = place, got, expected, remedy
@@ -19,7 +21,7 @@ class InputError(ValueError):
 
 
 def check_choice(place: str, value: str, valid: Iterable[str]) -> None:
-    """Raises InputError unless `value`, which stands at `place`, is one of the valid names."""
+    """Raises InputError unless `value`, found at `place`, is one of the valid names."""
     names = list(valid)
     if value not in names:
         raise InputError(
@@ -28,7 +30,7 @@ def check_choice(place: str, value: str, valid: Iterable[str]) -> None:
 
 
 class Row(NamedTuple):
-    """One record as it stands in a source; `place` names it in errors, such as `prefs.jsonl:17`."""
+    """A record as read from a source; `place` names it in errors, such as `prefs.jsonl:17`."""
 
     place: str
     fields: dict[str, Any]
@@ -36,18 +38,18 @@ class Row(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Pair:
-    """A preference as text: `prompt + chosen` and `prompt + rejected` are what a model reads.
+    """A preference as text: a model reads `prompt + chosen` and `prompt + rejected`.
 
-    Of an unpaired example one answer is empty, the one that there is not. A ranking has further answers, best first.
+    An unpaired example has one answer; the other is empty. A ranking has more than two, best first.
     """
 
-    place: str  # where it came from, for errors
+    place: str  # the source and row, for errors
     prompt: str
     chosen: str
     rejected: str
     others: tuple[str, ...] = ()  # of a ranking: the answers after the second best, in order
-    templated: bool = False  # a chat template wrote it: special tokens are in the text, none are added
-    reference: tuple[float, float] | None = None  # log-probs given with the data, in nats: chosen, rejected
+    templated: bool = False  # written by a chat template: special tokens are in the text, none are added
+    reference: tuple[float, float] | None = None  # reference log-probs from the data, in nats: chosen, rejected
 
     @property
     def answers(self) -> tuple[str, ...]:
@@ -56,7 +58,7 @@ class Pair:
 
 
 class Encoded(NamedTuple):
-    """A preference as token ids, boundary decided, truncated, EOS in place. An answer without ids is not there."""
+    """A preference as token ids, truncated and with EOS. A missing answer has no ids."""
 
     prompt: Int[np.ndarray, "prompt_tokens"]
     chosen: Int[np.ndarray, "chosen_tokens"]
@@ -65,7 +67,7 @@ class Encoded(NamedTuple):
 
     @classmethod
     def of(cls, prompt: np.ndarray, *answers: np.ndarray) -> Encoded:
-        """A prompt with all its answers, two and more."""
+        """Builds the record of a prompt and its two or more answers, best first."""
         chosen, rejected, *others = answers
         return cls(prompt, chosen, rejected, tuple(others))
 
@@ -76,15 +78,15 @@ class Encoded(NamedTuple):
 
     @property
     def lengths(self) -> list[int]:
-        """Tokens of the prompt and of each answer."""
+        """Token counts of the prompt and of each answer."""
         return [len(ids) for ids in (self.prompt, *self.answers)]
 
 
 class AnswerTokens(NamedTuple):
-    """What a model says of each of an answer's n tokens, in nats, and of the C likeliest in its place, those first."""
+    """Log-probs under one model of an answer's n tokens, and of the C likeliest tokens in each place. In nats."""
 
     logps: Float[np.ndarray, "n"]
-    likely: Int[np.ndarray, "n C"]
+    likely: Int[np.ndarray, "n C"]  # token ids, the likeliest first
     likely_logps: Float[np.ndarray, "n C"]
 
 
@@ -98,37 +100,34 @@ class Pairs(Protocol):
 
 
 class Rows(NamedTuple):
-    """Packed token rows and where in them completion tokens are scored. Leading axes may be added (microbatches).
+    """Packed token rows, and where in them answer tokens are scored. Microbatches are stacked on a leading axis A.
 
-    `key_start` and `key_end` bound the keys each position may attend: [key_start, key_end), never empty.
-    `source` is the index whose hidden state predicts `target`; `slot` is K * pair + side (side 0 chosen, 1
-    rejected; K is 2, or the most answers of a ranking), with `pair` counted within the batch; unused entries have
-    slot -1. `likely` and `likely_logps` are the reference's C likeliest tokens at each entry and their log-probs in
-    nats, where an objective reads them.
+    R rows of S positions each have room for T scored tokens.
     """
 
-    tokens: Int[Any, "*micro R S"]
-    positions: Int[Any, "*micro R S"]
-    key_start: Int[Any, "*micro R S"]
-    key_end: Int[Any, "*micro R S"]
-    source: Int[Any, "*micro R T"]
-    target: Int[Any, "*micro R T"]
-    slot: Int[Any, "*micro R T"]
-    likely: Int[Any, "*micro R T C"] | None = None
-    likely_logps: Float[Any, "*micro R T C"] | None = None
+    tokens: Int[AnyArray, "*micro R S"]
+    positions: Int[AnyArray, "*micro R S"]  # within the sequence, for position encodings; never the index in the row
+    key_start: Int[AnyArray, "*micro R S"]  # each position attends to the keys [key_start, key_end), never none
+    key_end: Int[AnyArray, "*micro R S"]
+    source: Int[AnyArray, "*micro R T"]  # index in the row whose hidden state predicts `target`
+    target: Int[AnyArray, "*micro R T"]  # token ids
+    # K * pair + side: the pair within the batch, and its answer (0 chosen, 1 rejected; K is 2, or the most answers of a
+    # ranking). Unused entries have -1.
+    slot: Int[AnyArray, "*micro R T"]
+    likely: Int[AnyArray, "*micro R T C"] | None = (
+        None  # the reference's C likeliest tokens, if the objective reads them
+    )
+    likely_logps: Float[AnyArray, "*micro R T C"] | None = None  # their reference log-probs, in nats
 
 
 class Batch(NamedTuple):
-    """One update's pairs: `count` of the `A` microbatches are in use, and every pair lies whole in one of them.
+    """The P pairs of one update, split into A microbatches; all answers of a pair are in the same microbatch."""
 
-    `rows` may be any pytree whose leaves have the leading axis A; only the scoring function looks inside.
-    """
-
-    rows: Any
-    count: Int[Any, ""]
-    present: Bool[Any, "A P"]  # which pairs a microbatch holds; a pair in none of them is padding
-    reference: Float[Any, "P K"]  # stored reference log-probs in nats; 0 where there are none
-    lengths: Int[Any, "P K"]  # scored tokens of each completion; 0 for one that is not there, and for padding pairs
-    crop: Int[Any, "A"] | None = None  # which of the step's crops each microbatch is cut to; None: none is
-    reference_sums: Any = None  # {name: [P, K]}: further sums over answers under the reference, if the objective asks
-    mismatched: Any = None  # a Batch of prompts with answers of others, scored without gradient, if the objective asks
+    rows: PyTree  # usually Rows; any tree of arrays [A, ...] that the scoring function reads
+    count: Int[AnyArray, ""]  # microbatches in use, the first ones
+    present: Bool[AnyArray, "A P"]  # which pairs a microbatch holds; a pair in none of them is padding
+    reference: Float[AnyArray, "P K"]  # reference log-probs in nats, summed over answer tokens; 0 without a reference
+    lengths: Int[AnyArray, "P K"]  # scored tokens of each answer; 0 for a missing one, and for padding
+    crop: Int[AnyArray, "A"] | None = None  # index of the crop applied to each microbatch; None: not cropped
+    reference_sums: dict[str, AnyArray] | None = None  # {name: [P, K]}, further sums under the reference, in nats
+    mismatched: Batch | None = None  # the same prompts with answers to others, scored without gradient, to estimate KL

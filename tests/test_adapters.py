@@ -96,7 +96,9 @@ def update(config, adapters, params, frozen, batch, mesh=None):
         def bound(params, rows, sums):
             return logps_fn(params, rows, sums, frozen=frozen)
 
-        return steps.make_train_step(bound, losses.make_loss("sigmoid", {}), tx, has_aux=True, adds=True)(state, batch)
+        return steps.make_train_step(bound, losses.make_loss("sigmoid", {}), tx, has_aux=True, in_place=True)(
+            state, batch
+        )
 
     state, metrics = jax.jit(step)(state, frozen, batch)
     return jax.tree.map(lambda new, old: np.asarray(old) - np.asarray(new), state.params, params), metrics

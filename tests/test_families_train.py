@@ -46,7 +46,7 @@ def update(config, params, batch, *, mesh=None, penalties=None):
     tx = optax.sgd(1.0)
     logps_fn = parallel.make_logps_fn(config, pairs=PAIRS, dtype=jnp.float32, mesh=mesh)
     step = steps.make_train_step(
-        logps_fn, losses.make_loss("sigmoid", {}), tx, has_aux=True, adds=True, penalties=penalties or {}
+        logps_fn, losses.make_loss("sigmoid", {}), tx, has_aux=True, in_place=True, penalties=penalties or {}
     )
     state = steps.init_state(params, tx)
     if mesh is not None:

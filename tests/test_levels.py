@@ -9,7 +9,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 
 LEVELS = (
-    "__init__ types trees",
+    "__init__ types trees aliases",
     "runtime accumulate metrics logprobs losses",
     "sharding models data optim config",
     "hf flags",

@@ -135,6 +135,32 @@ def test_schedules_equal_their_formulas():
     assert set(after) == set(optim.DECAYS)
 
 
+SCHEDULES = [(1e-2, 3, 10), (5e-7, 150, 1000), (1e-6, 0, 777), (3e-5, 20, 10), (1e-4, 7, 1501)]
+
+
+@pytest.mark.parametrize("name", optim.DECAYS)
+@pytest.mark.parametrize("peak, warmup, total", SCHEDULES)
+def test_logged_learning_rate_is_that_of_the_compiled_schedule(name, peak, warmup, total):
+    options = {"warmup_steps": warmup, "total_steps": total}
+    device = jax.jit(jax.vmap(optim.make_schedule(name, peak, **options)))
+    host = optim.make_host_schedule(name, peak, **options)
+    expected, found = device(jnp.arange(total + 2)), [host(t) for t in range(total + 2)]
+    # A cosine has another last bit in XLA than in numpy, in a factor of at most the peak.
+    atol = np.spacing(np.float32(peak)) if name == "cosine" else 0.0
+    np.testing.assert_allclose(np.array(found, np.float32), expected, rtol=0, atol=atol)
+    assert np.array_equal(found, np.array(found, np.float32)), "float32 values"
+
+
+@pytest.mark.parametrize("name", optim.DECAYS)
+def test_logged_learning_rate_uses_no_device(name):
+    _, rate = make(schedule=name, warmup_steps=WARMUP)
+    arrays = len(jax.live_arrays())
+    with jax.transfer_guard("disallow_explicit"):
+        rates = [rate(t) for t in range(TOTAL)]
+    assert {type(each) for each in rates} == {float}
+    assert len(jax.live_arrays()) == arrays
+
+
 def test_lion_equals_its_formula(problem):
     params, grads = problem
     tx, _ = make(name="lion", b1=0.9, b2=0.99, weight_decay=0.1)

@@ -9,7 +9,7 @@ from dpo_jax import sharding, steps
 from dpo_jax.models import decoder
 from dpo_jax.models.config import DecoderConfig
 from dpo_jax.optim import make_optimizer
-from dpo_jax.types import InputError
+from dpo_jax.types import Batch, InputError
 
 CONFIG = DecoderConfig(
     vocab_size=64,
@@ -42,7 +42,7 @@ def test_mesh_that_does_not_cover_the_devices_is_refused(sizes):
         sharding.mesh_shape(sizes, 8)
 
 
-def test_every_matrix_and_its_moments_are_cut_and_no_norm_is():
+def test_every_matrix_and_its_moments_are_sharded_and_no_norm_is():
     mesh = sharding.make_mesh(1, 4, 2)
     tx, _ = make_optimizer(
         name="adamw",
@@ -94,17 +94,43 @@ def test_rule_that_is_none_is_refused(text):
         sharding.parse_rules(text)
 
 
-def test_large_array_that_lies_whole_on_every_device_is_named():
+def test_large_replicated_array_is_named():
     mesh = sharding.make_mesh(1, 8, 1)
-    whole, cut = sharding.everywhere(mesh), jax.sharding.NamedSharding(mesh, P("fsdp"))
+    whole, cut = sharding.replicated(mesh), jax.sharding.NamedSharding(mesh, P("fsdp"))
     shape = lambda rows, place: jax.ShapeDtypeStruct((rows, 1024), np.float32, sharding=place)
     tree = {"a": {"large": shape(256, whole), "small": shape(255, whole)}, "cut": shape(256, cut)}
-    assert sharding.whole_everywhere(tree) == {"a/large": 2**20}
+    assert sharding.large_replicated(tree) == {"a/large": 2**20}
     alone = jax.sharding.NamedSharding(jax.make_mesh((1,), ("x",), devices=jax.devices()[:1]), P())
-    assert sharding.whole_everywhere({"a": shape(256, alone)}) == {}
+    assert sharding.large_replicated({"a": shape(256, alone)}) == {}
 
 
 def test_every_row_shard_of_one_process_is_here():
     for sizes in ((1, 8, 1), (2, 2, 2), (1, 1, 8)):
         mesh = sharding.make_mesh(*sizes)
         assert sharding.shards_here(mesh) == tuple(range(sharding.row_shards(mesh)))
+
+
+def batch_of_rows(first, mismatched=None):
+    return Batch(
+        rows={"tokens": first + np.arange(2 * 8 * 4).reshape(2, 8, 4)},
+        count=np.int32(2),
+        present=np.ones((2, 3), bool),
+        reference=np.zeros((3, 2), np.float32),
+        lengths=np.ones((3, 2), np.int32),
+        reference_sums={"shared_logps": np.ones((3, 2), np.float32)},
+        mismatched=mismatched,
+    )
+
+
+@pytest.mark.parametrize("sizes", [(1, 8, 1), (2, 2, 2)])
+def test_rows_of_a_batch_within_a_batch_are_sharded_as_rows(sizes):
+    mesh = sharding.make_mesh(*sizes)
+    batch = batch_of_rows(0, mismatched=batch_of_rows(1000, mismatched=batch_of_rows(2000)))
+    placed, by_rows = sharding.put(batch, mesh), P(None, ("replica", "fsdp"))
+    jax.tree.map(np.testing.assert_array_equal, placed, batch)
+    for each in (placed, placed.mismatched, placed.mismatched.mismatched):
+        rows = each.rows["tokens"]
+        assert rows.sharding.spec == by_rows
+        assert rows.addressable_shards[0].data.shape == (2, 8 // sharding.row_shards(mesh), 4)
+        flat = jax.tree.leaves(each._replace(rows=None, mismatched=None))
+        assert len(flat) == 5 and all(array.sharding.is_fully_replicated for array in flat)

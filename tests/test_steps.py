@@ -40,10 +40,10 @@ def make_batch(pairs, rows, *, total=PAIRS, layout_name="shared"):
     return layout.collate(pairs, reference, shape, layout=layout_name)
 
 
-def make_step(loss="sigmoid", tx=None, total=PAIRS, mesh=None, config=CONFIG, adds=True, crops=(), **options):
+def make_step(loss="sigmoid", tx=None, total=PAIRS, mesh=None, config=CONFIG, in_place=True, crops=(), **options):
     logps_fn = parallel.make_logps_fn(config, pairs=total, dtype=jnp.float32, mesh=mesh)
     loss_fn = losses.make_loss(loss, options)
-    return steps.make_train_step(logps_fn, loss_fn, tx or optax.sgd(0.1), has_aux=True, adds=adds, crops=crops)
+    return steps.make_train_step(logps_fn, loss_fn, tx or optax.sgd(0.1), has_aux=True, in_place=in_place, crops=crops)
 
 
 def update(batch, loss="sigmoid", total=PAIRS, **options):
@@ -88,7 +88,7 @@ def test_layout_changes_nothing(whole):
 
 @pytest.mark.parametrize("loss", ["sigmoid", SLOW_SFT])
 def test_gradients_added_in_place_equal_those_added_afterwards(whole, loss):
-    assert_same_update(update(make_batch(random_pairs(), 2), loss, adds=False), whole(loss))
+    assert_same_update(update(make_batch(random_pairs(), 2), loss, in_place=False), whole(loss))
 
 
 @pytest.mark.slow
@@ -96,7 +96,10 @@ def test_tied_embeddings_get_the_gradients_of_both_their_uses():
     tied = dataclasses.replace(CONFIG, tie_embeddings=True)
     weights = {name: leaf for name, leaf in params().items() if name != "head"}
     batch, tx = make_batch(random_pairs(), 2), optax.sgd(0.1)
-    found = [jax.jit(make_step(config=tied, adds=adds))(steps.init_state(weights, tx), batch) for adds in (True, False)]
+    found = [
+        jax.jit(make_step(config=tied, in_place=in_place))(steps.init_state(weights, tx), batch)
+        for in_place in (True, False)
+    ]
     assert_same_update(*((state.params, metrics) for state, metrics in found))
 
 
@@ -238,6 +241,50 @@ def test_small_updates_of_bfloat16_parameters_add_up():
     np.testing.assert_allclose(moved["x"], -0.4, rtol=1e-5)
     again, other = (add(params, updates, jnp.int32(step))["w"] for step in (0, 1))
     assert jnp.array_equal(again, add(params, updates, jnp.int32(0))["w"]) and not jnp.array_equal(again, other)
+
+
+def test_rounding_depends_on_the_seed_of_the_step():
+    table, tx = jnp.full((4000,), 1.0, jnp.bfloat16), optax.sgd(1.0)
+    batch = Batch(
+        rows=np.zeros((1, 1), np.int32),
+        count=np.int32(1),
+        present=np.ones((1, 1), bool),
+        reference=np.zeros((1, 2), np.float32),
+        lengths=np.ones((1, 2), np.int32),
+    )
+    # A gradient of less than a spacing for every entry, so that each is rounded up or down.
+    logps_fn = lambda table, rows: table.astype(jnp.float32).sum() * jnp.array([[2.0**-10, 0.0]])
+
+    def moved(**seed):
+        step = steps.make_train_step(logps_fn, losses.make_loss("sigmoid", {"beta": 1.0}), tx, **seed)
+        return jax.jit(step)(steps.init_state(table, tx), batch)[0].params
+
+    assert 0 < (moved() != table).sum() < len(table)
+    assert jnp.array_equal(moved(), moved(seed=0))
+    assert jnp.array_equal(moved(seed=1), moved(seed=1)) and not jnp.array_equal(moved(seed=1), moved(seed=0))
+
+
+def test_reported_gap_is_the_largest_of_each_pairs_answers():
+    policy = np.array([[-1.0, -2.0, 0.0], [-3.0, -4.0, -5.0], [-6.0, -7.0, -8.0]], np.float32)
+    off = np.array([[0.5, -0.25, 9.0], [0.0, 0.125, -2.0], [7.0, 7.0, 7.0]], np.float32)
+    batch = Batch(
+        rows=np.zeros((2, 1), np.int32),
+        count=np.int32(2),
+        present=np.array([[True, False, False], [False, True, False]]),  # the last pair is padding
+        reference=policy - off,
+        lengths=np.array([[3, 2, 0], [1, 1, 1], [0, 0, 0]], np.int32),  # the first has two answers
+    )
+    tx, loss_fn = optax.sgd(0.1), losses.make_loss("plackett_luce", {})
+    logps_fn = lambda scale, rows: scale * policy
+    state, found = steps.init_state(jnp.ones(()), tx), {}
+    for report_gap in (False, True):
+        step = steps.make_train_step(logps_fn, loss_fn, tx, report_gap=report_gap)
+        found[report_gap] = jax.jit(step)(state, batch)
+    gap = found[True][1].pop("gap")
+    assert gap.dtype == jnp.float32
+    np.testing.assert_array_equal(gap, [0.5, 2.0, 0.0])
+    # Nothing else changes.
+    jax.tree.map(np.testing.assert_array_equal, found[True], found[False])
 
 
 def test_bfloat16_sums_that_need_no_rounding_are_exact_and_infinities_stay():

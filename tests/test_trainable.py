@@ -83,7 +83,9 @@ def test_rates_by_layer_have_parity_with_torch_parameter_groups():
     fields: dict[str, Any] = dict(
         weight_decay=0.3, clip_norm=1.0, b1=0.9, b2=0.999, eps=1e-8, warmup_steps=0, total_steps=9
     )
-    tx, _ = optim.make_optimizer(name="adamw", learning_rate=1e-2, schedule="constant", paced=found.paced, **fields)
+    tx, _ = optim.make_optimizer(
+        name="adamw", learning_rate=1e-2, schedule="constant", scale_updates=found.paced, **fields
+    )
     state, rng = steps.init_state(trained, tx), np.random.default_rng(0)
     for _ in range(4):
         grads = jax.tree.map(lambda leaf: rng.normal(size=leaf.shape).astype(np.float32), trained)

@@ -50,7 +50,7 @@ def describe_run(programs: Programs, params: Any, frozen: Any, start: int, total
         f"model: {sum(sizes):,} parameters{those}, {programs.param_dtype}, computing in "
         f"{np.dtype(programs.dtype).name} on {mesh} {jax.devices()[0].platform}{processes}, {held:,} bytes a device"
     )
-    for path, size in sharding.whole_everywhere(trees.join(params, frozen)).items():
+    for path, size in sharding.large_replicated(trees.join(params, frozen)).items():
         say(f"warning: {path}, {size:,} bytes, lies whole on every device; mesh.rules can cut it")
     say(
         f"steps {start} to {total} of {shape.pairs} pairs, packed into rows of {shape.row_length} positions, "

@@ -26,7 +26,7 @@ def optimizer_of(optimizer: Optimizer, *, total_steps: int, selection: Selection
     """Returns the configured optimizer and its learning-rate schedule over `total_steps` updates."""
     options = {name: value for name, value in dataclasses.asdict(optimizer).items() if name != "layer_decay"}
     paced = selection.paced if selection.rates else None
-    return optim.make_optimizer(**options, total_steps=total_steps, paced=paced)
+    return optim.make_optimizer(**options, total_steps=total_steps, scale_updates=paced)
 
 
 def selection_of(config: Config, table: Sequence[Tensor], model: DecoderConfig) -> Selection:

@@ -16,7 +16,7 @@ from dpo_jax import losses
 from dpo_jax.data.batches import ReferenceValues
 from dpo_jax.data.packing import Shape
 from dpo_jax.scoring import score_pairs
-from dpo_jax.steps import judge, summarize
+from dpo_jax.steps import Scores, loss_metrics, pair_losses
 from dpo_jax.types import Batch, Pairs
 
 
@@ -36,9 +36,9 @@ def make_summary(loss_fn: losses.Loss, *, paired: bool = True) -> Callable[..., 
         if mismatched is not None:
             logps, under_reference, counts = mismatched
             kl = losses.estimate_kl(logps, under_reference, counts, present)
-        told: dict[str, Any] = {"reference_sums": reference_sums, "kl": kl, "follows": False}
-        each, _ = judge(loss_fn, found, running, reference, lengths, present, **told)
-        metrics = summarize(loss_fn, each, found, reference, lengths, present, paired=paired)
+        scores = Scores(*found, reference, lengths, present, reference_sums)
+        each, _ = pair_losses(loss_fn, scores, running, kl=kl, update_baselines=False)
+        metrics = loss_metrics(loss_fn, each, scores, paired=paired)
         return metrics | ({} if kl is None else {"kl": kl})
 
     return summary

@@ -94,7 +94,7 @@ def make_programs(
 
     def compiled(name: str, **outputs: Any) -> Compiled:
         step = make_score_step(logps_of(programs, shape, **outputs), has_aux=True, crops=crops(shape))
-        jitted = jax.jit(step, out_shardings=sharding.everywhere(mesh), compiler_options=COMPILER_OPTIONS)
+        jitted = jax.jit(step, out_shardings=sharding.replicated(mesh), compiler_options=COMPILER_OPTIONS)
         return Compiled(name, jitted, programs.watch)
 
     score = compiled("scoring", sums=objective.sums)
@@ -195,10 +195,10 @@ def update_step(programs: Programs, tx: Any, *, paired: bool = True) -> tuple[An
             programs.objective,
             tx,
             has_aux=True,
-            adds=True,
+            in_place=True,
             crops=crops(shape),
             penalties={"router_balance": balance} if balance else {},
-            wanted=programs.selection.wanted,
+            mask_gradients=programs.selection.wanted,
             paired=paired,
         )
         return step(state, batch)
@@ -228,6 +228,6 @@ def logps_of(programs: Programs, shape: packing.Shape, **outputs: Any) -> Callab
 
 def jit_update(name: str, step: Any, programs: Programs, state: TrainState) -> Compiled:
     """Returns a function of a state, and more, to a state and metrics, jitted as an update is."""
-    places = jax.tree.map(lambda x: x.sharding, state), sharding.everywhere(programs.mesh)
+    places = jax.tree.map(lambda x: x.sharding, state), sharding.replicated(programs.mesh)
     jitted = jax.jit(step, donate_argnums=0, out_shardings=places, compiler_options=COMPILER_OPTIONS)
     return Compiled(name, jitted, programs.watch)
