@@ -17,10 +17,24 @@ CHIP = {chip.name: chip for chip in chips.CHIPS}
         ("TPU v5 lite", "v5e"),
         ("TPU v5", "v5p"),
         ("TPU v6 lite", "v6e"),
+        ("TPU v5p", "v5p"),
         ("NVIDIA A100-SXM4-80GB", "a100"),
+        ("NVIDIA A100-SXM4-40GB", "a100-40gb"),
+        ("NVIDIA A100 80GB PCIe", "a100-pcie"),
+        ("NVIDIA A100-PCIE-40GB", "a100-pcie-40gb"),
         ("NVIDIA H100 80GB HBM3", "h100"),
+        ("NVIDIA H100 PCIe", "h100-pcie"),
+        ("NVIDIA H100 NVL", "h100-nvl"),
         ("NVIDIA H200", "h200"),
+        ("NVIDIA H200 NVL", "h200-nvl"),
         ("NVIDIA B200", "b200"),
+        # Other parts, whose names contain one of those above.
+        ("NVIDIA GH200 480GB", None),
+        ("NVIDIA GB200", None),
+        ("NVIDIA B200A", None),
+        ("NVIDIA A100-SXM-64GB", None),
+        ("NVIDIA A100-SXM4-40GB MIG 1g.5gb", None),
+        ("TPU v4 lite", None),
         ("cpu", None),
         ("TPU v3", None),
     ],
@@ -28,6 +42,29 @@ CHIP = {chip.name: chip for chip in chips.CHIPS}
 def test_chip_is_known_by_the_kind_of_device(kind, name):
     chip = chips.chip_of(kind)
     assert (chip.name if chip else None) == name
+
+
+def test_no_two_chips_share_a_name_or_a_kind():
+    names, kinds = [c.name for c in chips.CHIPS], [kind for c in chips.CHIPS for kind in c.kinds]
+    assert len(set(names)) == len(names) and len(set(kinds)) == len(kinds)
+
+
+@pytest.mark.parametrize(
+    ("kind", "flops", "gib", "hbm_bytes_per_s"),
+    [
+        ("NVIDIA A100-SXM4-40GB", 312e12, 40, 1555e9),
+        ("NVIDIA A100 80GB PCIe", 312e12, 80, 1935e9),
+        ("NVIDIA A100-PCIE-40GB", 312e12, 40, 1555e9),
+        ("NVIDIA H100 80GB HBM3", 989e12, 80, 3350e9),
+        ("NVIDIA H100 PCIe", 756e12, 80, 2000e9),
+        ("NVIDIA H100 NVL", 835e12, 94, 3900e9),
+        ("NVIDIA H200 NVL", 835e12, 141, 4800e9),
+    ],
+)
+def test_a_part_has_the_figures_of_its_own_data_sheet(kind, flops, gib, hbm_bytes_per_s):
+    chip = chips.chip_of(kind)
+    assert chip is not None
+    assert (chip.flops, chip.hbm_bytes, chip.hbm_bytes_per_s) == (flops, gib * chips.GIB, hbm_bytes_per_s)
 
 
 @pytest.mark.parametrize("chip", chips.CHIPS, ids=lambda chip: chip.name)
@@ -46,6 +83,8 @@ def test_every_chip_names_its_source_and_has_all_its_figures(chip):
         ("v6e", 800e9),
         ("a100", 600e9),
         ("h100", 900e9),
+        ("h100-pcie", 600e9),  # an NVLink bridge to one neighbor
+        ("h100-nvl", 600e9),
         ("h200", 900e9),
         ("b200", 1.8e12),
     ],
@@ -89,6 +128,8 @@ def test_topology_is_a_chip_and_the_shape_of_a_slice():
     assert chips.parse_topology("v5p:4x4x8") == (CHIP["v5p"], (4, 4, 8))
     assert chips.parse_topology("v5e:16x16") == (CHIP["v5e"], (16, 16))
     assert chips.parse_topology("h100:64") == (CHIP["h100"], (64,))
+    assert CHIP["h100"] == chips.chip_of("NVIDIA H100 80GB HBM3"), "the SXM part"
+    assert chips.parse_topology("h100-pcie:8") == (CHIP["h100-pcie"], (8,))
 
 
 @pytest.mark.parametrize(

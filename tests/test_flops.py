@@ -81,6 +81,8 @@ def test_padding_costs_nothing_and_a_repeated_prompt_its_tokens():
     ("kind", "dtype", "peak"),
     [
         ("NVIDIA H100 80GB HBM3", "bfloat16", 989e12),
+        ("NVIDIA H100 PCIe", "bfloat16", 756e12),
+        ("NVIDIA GH200 480GB", "bfloat16", None),
         ("TPU v5 lite", "bfloat16", 197e12),
         ("TPU v5p", "bfloat16", 459e12),
         ("TPU v6 lite", "bfloat16", 918e12),

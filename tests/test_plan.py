@@ -82,21 +82,26 @@ def test_work_and_flops_of_an_update_in_closed_form():
 def test_network_bytes_of_a_gpu_mesh_in_closed_form():
     model = estimate.architecture(recipe("llama3_8b"))
     work = roofline.Work(8, 2.0, 4096.0, 4000.0, 800.0, 1.0, 1.0, 1.0, 1.0, 0.0)
-    options: dict[str, Any] = dict(per_host=8, itemsize=2, weights=1e9, trained=1e9, backward=True)
-    one_host = roofline.network_bytes(model, work, sizes=dict(replica=1, fsdp=8, tensor=1), **options)
+    held = roofline.ChipBytes(weights=1e9, trained=1e9)
+
+    def sent(**sizes):
+        return roofline.network_bytes(model, work, roofline.Execution(sizes, 2), held, per_host=8, backward=True)
+
+    one_host = sent(replica=1, fsdp=8, tensor=1)
     # Two microbatches: weights twice in two bytes, gradients once in four.
     assert one_host.within == pytest.approx(2 * (2e9 + 2e9) * 7 / 8) and one_host.across == 0
-    two_hosts = roofline.network_bytes(model, work, sizes=dict(replica=1, fsdp=16, tensor=1), **options)
+    two_hosts = sent(replica=1, fsdp=16, tensor=1)
     assert two_hosts.across == pytest.approx(2 * (2e9 + 2e9) / 2 / 8)
-    whole = roofline.network_bytes(model, work, sizes=dict(replica=1, fsdp=1, tensor=8), **options)
+    whole = sent(replica=1, fsdp=1, tensor=8)
     assert whole.within == pytest.approx(2 * 4096 * 4096 * 2 * 32 * 2 * 2 * 7 / 8)
 
 
 def test_gradients_of_what_trains_alone_are_scattered_and_held():
     model = estimate.architecture(recipe("llama3_8b"))
     work = roofline.Work(8, 2.0, 4096.0, 4000.0, 800.0, 1.0, 1.0, 1.0, 1.0, 0.0)
-    options: dict[str, Any] = dict(sizes=dict(replica=2, fsdp=8, tensor=1), per_host=8, itemsize=2, backward=True)
-    some = roofline.network_bytes(model, work, weights=1e9, trained=1e8, **options)
+    execution = roofline.Execution(dict(replica=2, fsdp=8, tensor=1), itemsize=2)
+    held = roofline.ChipBytes(weights=1e9, trained=1e8)
+    some = roofline.network_bytes(model, work, execution, held, per_host=8, backward=True)
     # Two microbatches: weights twice in two bytes, a tenth's gradients once in four; those then over the two replicas.
     assert some.within == pytest.approx(2 * (2e9 + 2e8) * 7 / 8) and some.across == pytest.approx(2 * 2e8 / 8 / 2)
     mixed = dataclasses.replace(model, experts=8, experts_per_token=2)

@@ -1,6 +1,6 @@
-"""What an accelerator chip can do at most: one table, from makers' public pages, for shares of peak and for plans.
+"""Peak rates of accelerator chips from their makers' public pages, for shares of peak and for plans.
 
-A chip is one JAX device here. Rates are of one direction: what a chip can send while it receives as much.
+A chip is one JAX device. Rates of links are of one direction: a chip can send that much while it receives as much.
 """
 
 from __future__ import annotations
@@ -8,64 +8,77 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Sequence
-from typing import Any
 
 GIB = 2**30
 
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-    """One generation. TPUs lie in a torus, two links to a dimension; GPUs of a host hang on a switch."""
+    """One generation of TPU, or one part of GPU.
+
+    TPUs of a slice form a torus with two links for each dimension. GPUs of a board are joined by NVLink switches. GPUs
+    that are PCIe cards are joined by NVLink bridges in groups, and to all others by PCIe and the network.
+    """
 
     name: str  # as in topologies of libtpu: `v5p` in `v5p:4x4x4`
-    kinds: tuple[str, ...]  # parts of a `device_kind` that mean it
+    kinds: tuple[str, ...]  # each `device_kind` that JAX reports for it, in full
     flops: float  # dense bfloat16 operations a second
-    hbm_bytes: int  # that a program can use: of TPUs what libtpu 0.0.52 itself says, of GPUs the data sheet's
+    hbm_bytes: int  # usable by a program: for TPUs as libtpu 0.0.52 reports it, for GPUs as in the data sheet
     hbm_bytes_per_s: float
     link_bytes_per_s: float  # of one ICI or NVLink link, one way
-    links: int  # of a chip: twice the dimensions of the torus, or all to the switch
-    chips_per_host: int
-    dcn_bytes_per_s: float  # of a host, one way: all its network cards
+    links: int  # ICI or NVLink links of a chip: twice the dimensions of the torus, or all to the switch or the bridge
+    chips_per_host: int  # chips of a TPU host, or GPUs that NVLink joins: 8 of a board, 2 or 4 of bridged cards
+    dcn_bytes_per_s: float  # of all network adapters of these chips, one way
     source: tuple[str, ...]
-    dimensions: int = 0  # of the torus; 0: a switch
-    wrap: int = 0  # what an axis must be a multiple of to close, see `wraps`
-    slice_chips: int = 0  # the most that one slice has
-    options: tuple[tuple[str, Any], ...] = ()  # that `get_topology_desc` needs besides
+    dimensions: int = 0  # of the torus; 0: a switch or a bridge
+    wrap: int = 0  # the multiple that an axis' size must be to form a ring, see `wraps`
+    slice_chips: int = 0  # chips of the largest slice; 0: no slices
+    options: tuple[tuple[str, str], ...] = ()  # further ones for `get_topology_desc`
 
     def wraps(self, shape: Sequence[int]) -> tuple[bool, ...]:
-        """Which axes of a slice close to rings; the others are lines.
+        """For each axis of a slice, whether its links close to a ring; otherwise it is a line.
 
-        Slices of whole cubes, 4x4x4, close in three dimensions; where there are two, an axis as long as the pod does.
+        Three-dimensional slices made of whole 4x4x4 cubes have rings in all dimensions. In two-dimensional ones, an
+        axis as long as the pod is a ring.
         """
         closed = [size % self.wrap == 0 for size in shape]
         return tuple(closed if self.dimensions == 2 else [all(closed)] * len(closed))
 
     def ring_bytes_per_s(self, spans: Sequence[int] = (), shape: Sequence[int] = ()) -> float:
-        """What a chip sends at most in a collective of a group of `spans` chips a dimension, in a slice of `shape`.
+        """The rate at which a chip sends in a collective, with all dimensions in use at once.
 
-        All dimensions are used at once. Round a closed axis a chip sends both ways; of a line or of a part of an axis
-        the ends send one way, and all others wait for them. A GPU sends on all its links.
+        Around a ring a chip sends both ways. The ends of a line, or of a part of a ring, send one way only, and all
+        others wait for them. A GPU sends on all its links.
+
+        Args:
+          spans: chips of the collective's group along each dimension.
+          shape: chips of the slice along each dimension.
         """
         if not self.dimensions:
             return self.links * self.link_bytes_per_s
         rings = [closed and span == size for closed, span, size in zip(self.wraps(shape), spans, shape, strict=True)]
         return self.link_bytes_per_s * sum(1 + ring for ring, span in zip(rings, spans, strict=True) if span > 1)
 
-    def topology_options(self, shape: Sequence[int]) -> dict[str, Any]:
-        """Of TPUs, keywords of `get_topology_desc` for a slice: one device a chip, and the links that it has.
+    def topology_options(self, shape: Sequence[int]) -> dict[str, object]:
+        """Keywords of `get_topology_desc` for a TPU slice: one device for each chip, and the links that it has.
 
-        Left to itself, libtpu compiles for a slice without closed axes, and so with other collectives.
+        By default libtpu compiles for a slice without rings, and therefore with other collectives.
         """
         wrap = (*self.wraps(shape), False)[:3]
-        bounds = (min(2, shape[0]), min(2, shape[1]), 1)  # chips of a host: 2x2x1, but for a single chip
+        bounds = (min(2, shape[0]), min(2, shape[1]), 1)  # chips of a host: 2x2x1, or fewer in a smaller slice
         return {"wrap": wrap, "chips_per_host_bounds": bounds, **dict(self.options)}
 
 
 CLOUD = "https://docs.cloud.google.com/tpu/docs/"
 DGX = "https://docs.nvidia.com/dgx/"
+NVIDIA = "https://www.nvidia.com/en-us/data-center/"
+HOPPER = "https://resources.nvidia.com/en-us-tensor-core/gtc22-whitepaper-hopper"
+# Servers of eight PCIe cards, NVIDIA's "2-8-5": one network adapter for two cards.
+CARDS = "https://docs.nvidia.com/ai-enterprise/reference-architecture/latest/compute-node-hardware.html"
 
-# Pages give ICI of a chip in both directions together: 1200 GB/s of v5p are 6 links of 100 GB/s each way. GPUs are of
-# the SXM boards in the maker's 8-GPU system, whose pages give sparse rates and NVLink both ways: halved here.
+# Google's pages give the ICI of a chip in both directions together: 1200 GB/s of v5p are 6 links of 100 GB/s each way.
+# NVIDIA's pages give sparse rates and NVLink in both directions: halved here. An NVLink bridge of 600 GB/s is 12 links
+# of 25 GB/s each way, all to one neighbor.
 CHIPS = (
     Chip(
         name="v4",
@@ -85,7 +98,7 @@ CHIPS = (
         dimensions=3,
         wrap=4,
         slice_chips=4096,
-        options=(("chip_config_name", "megacore"),),  # or else each of its two cores is a device
+        options=(("chip_config_name", "megacore"),),  # otherwise each of its two cores is a device
     ),
     Chip(
         name="v5e",
@@ -134,7 +147,7 @@ CHIPS = (
     ),
     Chip(
         name="a100",
-        kinds=("A100",),
+        kinds=("NVIDIA A100-SXM4-80GB",),
         flops=312e12,
         hbm_bytes=80 * GIB,
         hbm_bytes_per_s=2039e9,
@@ -142,11 +155,47 @@ CHIPS = (
         links=12,
         chips_per_host=8,
         dcn_bytes_per_s=200e9,  # 8 x 200 Gbps
-        source=("https://www.nvidia.com/en-us/data-center/a100/", DGX + "dgxa100-user-guide/"),
+        source=(NVIDIA + "a100/", DGX + "dgxa100-user-guide/"),
+    ),
+    Chip(
+        name="a100-40gb",
+        kinds=("NVIDIA A100-SXM4-40GB",),
+        flops=312e12,
+        hbm_bytes=40 * GIB,
+        hbm_bytes_per_s=1555e9,
+        link_bytes_per_s=25e9,
+        links=12,
+        chips_per_host=8,
+        dcn_bytes_per_s=200e9,  # 8 x 200 Gbps
+        source=(NVIDIA + "a100/", DGX + "dgxa100-user-guide/"),
+    ),
+    Chip(
+        name="a100-pcie",
+        kinds=("NVIDIA A100 80GB PCIe",),
+        flops=312e12,
+        hbm_bytes=80 * GIB,
+        hbm_bytes_per_s=1935e9,
+        link_bytes_per_s=25e9,
+        links=12,
+        chips_per_host=2,
+        dcn_bytes_per_s=25e9,  # 200 Gbps
+        source=(NVIDIA + "a100/", CARDS),
+    ),
+    Chip(
+        name="a100-pcie-40gb",
+        kinds=("NVIDIA A100-PCIE-40GB",),
+        flops=312e12,
+        hbm_bytes=40 * GIB,
+        hbm_bytes_per_s=1555e9,
+        link_bytes_per_s=25e9,
+        links=12,
+        chips_per_host=2,
+        dcn_bytes_per_s=25e9,  # 200 Gbps
+        source=(NVIDIA + "a100/", CARDS),
     ),
     Chip(
         name="h100",
-        kinds=("H100",),
+        kinds=("NVIDIA H100 80GB HBM3",),
         flops=989e12,
         hbm_bytes=80 * GIB,
         hbm_bytes_per_s=3350e9,
@@ -154,11 +203,35 @@ CHIPS = (
         links=18,
         chips_per_host=8,
         dcn_bytes_per_s=400e9,  # 8 x 400 Gbps
-        source=("https://www.nvidia.com/en-us/data-center/h100/", DGX + "dgxh100-user-guide/"),
+        source=(NVIDIA + "h100/", DGX + "dgxh100-user-guide/"),
+    ),
+    Chip(
+        name="h100-pcie",
+        kinds=("NVIDIA H100 PCIe",),
+        flops=756e12,
+        hbm_bytes=80 * GIB,
+        hbm_bytes_per_s=2000e9,
+        link_bytes_per_s=25e9,
+        links=12,
+        chips_per_host=2,
+        dcn_bytes_per_s=50e9,  # 400 Gbps
+        source=(NVIDIA + "h100/", HOPPER, CARDS),
+    ),
+    Chip(
+        name="h100-nvl",
+        kinds=("NVIDIA H100 NVL",),
+        flops=835e12,
+        hbm_bytes=94 * GIB,
+        hbm_bytes_per_s=3900e9,
+        link_bytes_per_s=25e9,
+        links=12,
+        chips_per_host=2,
+        dcn_bytes_per_s=50e9,  # 400 Gbps
+        source=(NVIDIA + "h100/", CARDS),
     ),
     Chip(
         name="h200",
-        kinds=("H200",),
+        kinds=("NVIDIA H200",),
         flops=989e12,
         hbm_bytes=141 * GIB,
         hbm_bytes_per_s=4800e9,
@@ -166,11 +239,23 @@ CHIPS = (
         links=18,
         chips_per_host=8,
         dcn_bytes_per_s=400e9,  # 8 x 400 Gbps
-        source=("https://www.nvidia.com/en-us/data-center/h200/", DGX + "dgxh100-user-guide/"),
+        source=(NVIDIA + "h200/", DGX + "dgxh100-user-guide/"),
+    ),
+    Chip(
+        name="h200-nvl",
+        kinds=("NVIDIA H200 NVL",),
+        flops=835e12,
+        hbm_bytes=141 * GIB,
+        hbm_bytes_per_s=4800e9,
+        link_bytes_per_s=25e9,
+        links=18,
+        chips_per_host=4,
+        dcn_bytes_per_s=100e9,  # 2 x 400 Gbps
+        source=(NVIDIA + "h200/", CARDS),
     ),
     Chip(
         name="b200",
-        kinds=("B200",),
+        kinds=("NVIDIA B200",),
         flops=2250e12,
         hbm_bytes=180 * GIB,
         hbm_bytes_per_s=8000e9,
@@ -178,22 +263,25 @@ CHIPS = (
         links=18,
         chips_per_host=8,
         dcn_bytes_per_s=400e9,  # 8 x 400 Gbps
-        source=("https://www.nvidia.com/en-us/data-center/dgx-b200/", DGX + "dgxb200-user-guide/"),
+        source=(NVIDIA + "dgx-b200/", DGX + "dgxb200-user-guide/"),
     ),
 )
 
 
 def chip_of(device_kind: str) -> Chip | None:
-    """The chip that JAX calls so; None where it is not in the table."""
-    return next((chip for chip in CHIPS if any(kind in device_kind for kind in chip.kinds)), None)
+    """Returns the chip of a JAX `device_kind`; None where the table does not list exactly this kind.
+
+    Names of other parts are too alike to guess: GH200 contains H200, and a share of an A100 (MIG) starts as an A100.
+    """
+    return next((chip for chip in CHIPS if device_kind in chip.kinds), None)
 
 
 def parse_topology(name: str) -> tuple[Chip, tuple[int, ...]]:
-    """The chip and the shape of one slice, such as `v5p:4x4x4`, as libtpu names it; GPUs are counted, as in `h100:64`.
+    """Parses the chip and the shape of one TPU slice, such as `v5p:4x4x4`, or a number of GPUs, such as `h100:64`.
 
-    libtpu itself takes shapes that are not built, such as `v5e:4x4x4`.
+    Stricter than libtpu, which accepts shapes that do not exist, such as `v5e:4x4x4`.
 
-    Raises: ValueError for an unknown chip, or a shape that its torus does not have.
+    Raises: ValueError for an unknown chip, or a shape that its torus cannot have.
     """
     generation, _, text = name.partition(":")
     chip = next((chip for chip in CHIPS if chip.name == generation), None)
@@ -202,10 +290,10 @@ def parse_topology(name: str) -> tuple[Chip, tuple[int, ...]]:
         shape = tuple(map(int, sizes))
         if not chip.slice_chips or math.prod(shape) <= chip.slice_chips:
             return chip, shape
-    known = ", ".join(
+    valid = ", ".join(
         f"{c.name}:{'x'.join('XYZ'[: c.dimensions])} of at most {c.slice_chips} chips"
         if c.dimensions
         else f"{c.name}:N"
         for c in CHIPS
     )
-    raise ValueError(f"topology: got {name!r}; expected {known}. Name one of these, such as v5p:4x4x4.")
+    raise ValueError(f"topology: got {name!r}; expected {valid}. Name one of these, such as v5p:4x4x4.")

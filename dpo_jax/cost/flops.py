@@ -1,9 +1,9 @@
-"""How much arithmetic a step needs, counted from its pairs and not from the shapes they were padded to.
+"""Floating-point operations that a step needs, counted from its pairs, without padding.
 
 A product of [m, k] and [k, n] is 2mkn operations. The forward pass multiplies every real token by every block matrix,
-every visible (query, key) pair by a head's width twice, and every scored token by the vocabulary matrix; the backward
-pass takes twice that, once for the gradient of what a matrix multiplies and once for that of the matrix, if it trains.
-What is computed a second time to save memory does not count, nor do norms and softmax.
+every visible (query, key) pair by a head's width twice, and every scored token by the vocabulary matrix. The backward
+pass takes twice that: once for the gradient of a product's input, once for that of its matrix, if the matrix trains.
+Recomputation to save memory does not count, nor do norms and softmax.
 Source: Chowdhery et al. 2022 (PaLM), appendix B, where attention is counted as if every token saw all others.
 """
 
@@ -24,48 +24,48 @@ from dpo_jax.models.config import DecoderConfig
 
 
 class Shares(NamedTuple):
-    """What trains of the matrices, and what adapters add to them."""
+    """Shares of the matrices' operations that belong to trained parameters, and the operations of adapters."""
 
-    blocks: float = 1.0  # of the operations of the blocks' matrices, the share of those that train
-    head: float = 1.0  # the same of the vocabulary's
-    adapters: float = 0.0  # operations of all adapters, which do train, on a token, forward
+    blocks: float = 1.0  # trained share of the operations of the block matrices, in [0, 1]
+    head: float = 1.0  # trained share of the vocabulary matrix, in [0, 1]
+    adapters: float = 0.0  # operations of all adapters for one token, forward; adapters always train
 
 
-WHOLE = Shares()  # all that there is trains
+WHOLE = Shares()  # full training, without adapters
 
 
 def shares_of(config: DecoderConfig, shapes: Mapping[str, tuple[int, ...]], trained: Callable[[str], float]) -> Shares:
-    """The shares of a model.
+    """Computes the shares of a model.
 
-    Maps that the checkpoint stores as one have one A, counted once, though it is multiplied beside each of them.
+    Kernels that the checkpoint stores as one tensor share one factor A of their adapter; it is counted once, although
+    it is multiplied once for each of them.
 
     Args:
-      shapes: of all leaves, by path, adapters among them.
-      trained: of a leaf's path, the share of it that trains.
+      shapes: shapes of all leaves by path, adapters included.
+      trained: maps a leaf's path to the share of it that trains, in [0, 1].
     """
-    every = blocks = adapters = 0.0
+    total = blocks = adapters = 0.0
     for path, shape in shapes.items():
         size = math.prod(shape)
         if is_factor(path):
             adapters += 2 * size
         elif path.startswith("blocks/") and path.endswith("/kernel"):
             if "/experts/" in path and "/router/" not in path:
-                size *= config.experts_per_token / config.experts  # a token meets these alone
-            every += size
+                size *= config.experts_per_token / config.experts  # a token passes through these only
+            total += size
             blocks += size * trained(path)
     head = trained("embed/embedding" if config.tie_embeddings else "head/embedding")
-    return Shares(blocks / every, float(head), adapters)
+    return Shares(blocks / total, float(head), adapters)
 
 
 def train_flops(config: DecoderConfig, lengths: Int[np.ndarray, "P _"], layout: str, shares: Shares = WHOLE) -> float:
-    """Operations of one update on these pairs, from their token counts of prompt and answers."""
-    return 3 * forward_flops(config, lengths, layout, shares) - unmade_flops(
-        config, *tokens_of(lengths, layout), shares
-    )
+    """Operations of one update on pairs with these token counts of prompt and answers."""
+    frozen = frozen_flops(config, *tokens_of(lengths, layout), shares)
+    return 3 * forward_flops(config, lengths, layout, shares) - frozen
 
 
 def forward_flops(config: DecoderConfig, lengths: Int[np.ndarray, "P _"], layout: str, shares: Shares = WHOLE) -> float:
-    """Operations of scoring these pairs once."""
+    """Operations of one forward pass over pairs with these token counts of prompt and answers."""
     windows = collections.Counter(config.windows)
     seen = sum(count * visible_pairs(lengths, layout, window) for window, count in windows.items())
     products = product_flops(config, *tokens_of(lengths, layout), shares)
@@ -73,30 +73,30 @@ def forward_flops(config: DecoderConfig, lengths: Int[np.ndarray, "P _"], layout
 
 
 def tokens_of(lengths: Int[np.ndarray, "P _"], layout: str) -> tuple[int, int]:
-    """How many tokens pairs have that go through the blocks, and how many are scored."""
+    """Counts the tokens of pairs that pass through the blocks, and those that are scored."""
     lengths = np.asarray(lengths, np.int64)
     return int(unit_lengths(lengths, layout).sum()), int(lengths[:, 1:].sum())
 
 
 def product_flops(config: DecoderConfig, tokens: int, scored: int, shares: Shares = WHOLE) -> float:
-    """Operations of all matrices on so many tokens, and of the vocabulary's on so many scored ones."""
+    """Operations of the block matrices on `tokens` tokens and of the vocabulary matrix on `scored` tokens, forward."""
     c = config
     attention_width = c.head_dim * (c.heads + c.kv_heads) * 2  # q and o; k and v
     block = c.width * (attention_width + c.active_width * (3 if c.gated else 2) + c.experts)
     return 2.0 * (c.layers * block * tokens + c.vocab_size * c.width * scored) + shares.adapters * tokens
 
 
-def unmade_flops(config: DecoderConfig, tokens: int, scored: int, shares: Shares) -> float:
-    """What an update of so many tokens spares: the gradients of matrices that do not train."""
+def frozen_flops(config: DecoderConfig, tokens: int, scored: int, shares: Shares) -> float:
+    """Operations that an update on these tokens does without: the gradients of frozen matrices."""
     blocks, head = product_flops(config, tokens, 0), product_flops(config, 0, scored)
     return (1 - shares.blocks) * blocks + (1 - shares.head) * head
 
 
 def visible_pairs(lengths: Int[np.ndarray, "P _"], layout: str, window: int | None = None) -> int:
-    """(query, key) pairs that attention has to do with: each answer's token sees the prompt and its answer so far.
+    """Counts the (query, key) pairs of attention: each answer token sees the prompt and its answer so far.
 
     Args:
-      window: the most keys that a token sees; prompts are then repeated.
+      window: the attention window, in keys, for which the layout must repeat prompts; None: full causal.
     """
     prompt, *answers = np.asarray(lengths, np.int64).T
     if window is not None:
@@ -105,11 +105,11 @@ def visible_pairs(lengths: Int[np.ndarray, "P _"], layout: str, window: int | No
         inside = np.minimum(tokens, window)
         return int((inside * (inside + 1) // 2 + (tokens - inside) * window).sum())
     triangle = prompt * (prompt + 1) // 2
-    rest = [np.maximum(answer - 1, 0) for answer in answers]  # the last token is not fed back
-    return int((prompt_copies(lengths, layout) * triangle + sum(n * prompt + n * (n + 1) // 2 for n in rest)).sum())
+    inputs = [np.maximum(answer - 1, 0) for answer in answers]  # the last token is no input
+    return int((prompt_copies(lengths, layout) * triangle + sum(n * prompt + n * (n + 1) // 2 for n in inputs)).sum())
 
 
 def peak_flops(device_kind: str, dtype: str) -> float | None:
-    """The most operations a second that one device is said to do; None where that is not known."""
+    """Returns the peak rate of a device from its data sheet, in operations a second; None if it is not known."""
     chip = chip_of(device_kind) if dtype == "bfloat16" else None
     return chip.flops if chip is not None else None

@@ -323,19 +323,9 @@ def part_of(
     gathered, training = (
         sharding.bytes_per_device(placed(built, tree), gathered="fsdp") for tree in (used, selection.split(used)[0])
     )
-    count = functools.partial(
-        roofline.counted,
-        built.model,
-        work,
-        topology.chip,
-        sizes=dict(built.mesh.shape),
-        itemsize=itemsize,
-        remat=built.remat,
-        state=trained + optimizer,
-        gradients=gradients,
-        weights=gathered,
-        trained=training,
-    )
+    execution = roofline.Execution(dict(built.mesh.shape), itemsize, built.remat)
+    held_bytes = roofline.ChipBytes(gathered, training, trained + optimizer, gradients)
+    count = functools.partial(roofline.counted, built.model, work, topology.chip, execution, held_bytes)
     cost = count(update=update)
     for _ in range(forward_passes(built, shape, len(held) > 2) if update else 0):
         cost = cost.plus(count(update=False))
