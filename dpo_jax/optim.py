@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import math
+import operator
 from collections.abc import Callable
 from types import ModuleType
 from typing import Any
@@ -117,7 +118,7 @@ def make_schedule(name: str, peak: float, *, warmup_steps: int, total_steps: int
     Source: transformers.optimization.get_{constant,linear,cosine}_schedule_with_warmup.
     """
     rate = _schedule(name, peak, warmup_steps, total_steps)
-    return lambda step: rate(jnp, jnp.asarray(step, jnp.float32))
+    return lambda step: rate(jnp, jnp.asarray(step, jnp.float32), operator.truediv)
 
 
 def make_host_schedule(name: str, peak: float, *, warmup_steps: int, total_steps: int) -> HostSchedule:
@@ -126,18 +127,18 @@ def make_host_schedule(name: str, peak: float, *, warmup_steps: int, total_steps
     The float32 value is the compiled schedule's, but for the cosine itself, whose last bit differs between libraries.
     """
     rate = _schedule(name, peak, warmup_steps, total_steps)
-    return lambda step: float(rate(np, np.float32(step)))
+    # XLA compiles a division by a constant to a multiplication by its float32 inverse.
+    divide = lambda x, divisor: x * (np.float32(1) / np.float32(divisor))
+    return lambda step: float(rate(np, np.float32(step), divide))
 
 
-def _schedule(name: str, peak: float, warmup_steps: int, total_steps: int) -> Callable[[ModuleType, Any], Any]:
+def _schedule(name: str, peak: float, warmup_steps: int, total_steps: int) -> Callable[..., Any]:
+    """Returns `rate(xp, step, divide)`, the schedule over numpy or jax.numpy, for a float32 step."""
     check_choice("config.optimizer.schedule", name, DECAYS)
-    # XLA multiplies by the inverse where it is to divide by a constant: written so, it is the same everywhere.
-    per_warmup_step = np.float32(1) / np.float32(max(1, warmup_steps))
-    per_decay_step = np.float32(1) / np.float32(max(1, total_steps - warmup_steps))
 
-    def rate(xp: ModuleType, step: Any) -> Any:
-        done = xp.clip((step - warmup_steps) * per_decay_step, 0, 1)
-        return peak * xp.where(step < warmup_steps, step * per_warmup_step, DECAYS[name](xp, done))
+    def rate(xp: ModuleType, step, divide):
+        done = xp.clip(divide(step - warmup_steps, max(1, total_steps - warmup_steps)), 0, 1)
+        return peak * xp.where(step < warmup_steps, divide(step, max(1, warmup_steps)), DECAYS[name](xp, done))
 
     return rate
 
