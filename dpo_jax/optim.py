@@ -128,8 +128,7 @@ def make_host_schedule(name: str, peak: float, *, warmup_steps: int, total_steps
     """
     rate = _schedule(name, peak, warmup_steps, total_steps)
     # XLA compiles a division by a constant to a multiplication by its float32 inverse.
-    divide = lambda x, divisor: x * (np.float32(1) / np.float32(divisor))
-    return lambda step: float(rate(np, np.float32(step), divide))
+    return lambda step: float(rate(np, np.float32(step), lambda x, n: x * (np.float32(1) / np.float32(n))))
 
 
 def _schedule(name: str, peak: float, warmup_steps: int, total_steps: int) -> Callable[..., Any]:

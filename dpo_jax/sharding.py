@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -93,7 +94,7 @@ def mesh_shape(sizes: Sequence[int], devices: int) -> tuple[int, ...]:
     return filled
 
 
-def make_mesh(replica: int, fsdp: int, tensor: int, devices: Sequence[jax.Device] | None = None) -> Mesh:
+def make_mesh(replica: int, fsdp: int, tensor: int, devices: Sequence[Any] | None = None) -> Mesh:
     """Builds the mesh over `devices`, by default all, ordered so that neighbors on an axis are physically close.
 
     TPU slices are joined by the data center's network only: `replica` spans them, and no other axis does.
@@ -118,7 +119,7 @@ def make_mesh(replica: int, fsdp: int, tensor: int, devices: Sequence[jax.Device
     return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * 3)
 
 
-def slice_of(device: jax.Device) -> int:
+def slice_of(device: Any) -> int:
     """The index of a device's TPU slice; 0 if there is only one."""
     return getattr(device, "slice_index", 0)  # topologies of one slice have none
 
@@ -203,7 +204,7 @@ def batch_shardings(mesh: AnyMesh, batch: Batch) -> Batch:
         spec = P(None, ROW_AXES) if name == "rows" else P()
         return jax.tree.map(lambda _: NamedSharding(mesh, spec), value)
 
-    return Batch(*(place(*field) for field in batch._asdict().items()))
+    return batch._replace(**{name: place(name, value) for name, value in batch._asdict().items()})
 
 
 def put(batch: Batch, mesh: Mesh) -> Batch:
@@ -230,7 +231,7 @@ def from_parts(
     Args:
       read: returns the array at an index, as numpy.
     """
-    parts: dict[tuple, tuple[tuple[slice, ...], list[jax.Device]]] = {}
+    parts: dict[tuple, tuple[tuple[slice, ...], list[Any]]] = {}
     for device, index in place.addressable_devices_indices_map(tuple(shape)).items():
         assert index is not None
         parts.setdefault(tuple((each.start, each.stop) for each in index), (index, []))[1].append(device)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import MappingProxyType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -105,13 +105,13 @@ def make_train_step(
         tokens = jnp.maximum(jnp.where(present[:, None], batch.lengths, 0).sum(), 1)
         kl = _mismatched_kl(score_step, state.params, batch.mismatched) if "kl" in needs else None
 
-        def scores_of(logps_and_aux) -> Scores:
-            compared = batch.reference, batch.lengths, present, batch.reference_sums or {}
-            return Scores(*logps_and_aux, *compared)
+        def scores_of(scored) -> Scores:
+            logps, aux = scored
+            return Scores(logps, aux, batch.reference, batch.lengths, present, batch.reference_sums or {})
 
-        def mean_loss(logps_and_aux, here):
+        def mean_loss(scored, here):
             # Masked after the loss: a masked margin of 0 would still count as log 2.
-            each, _ = pair_losses(loss_fn, scores_of(logps_and_aux), state.running, kl=kl)
+            each, _ = pair_losses(loss_fn, scores_of(scored), state.running, kl=kl)
             return jnp.where(here, each, 0).sum() / pairs
 
         slopes = None
@@ -173,7 +173,8 @@ def _scoring_into_sums(logps_fn: LogpsFn, *, has_aux: bool, in_place: bool) -> C
     return score
 
 
-def _mismatched_kl(score_step: Callable[..., PyTree], params: PyTree, mismatched: Batch) -> Float[Array, ""]:
+def _mismatched_kl(score_step: Callable[..., PyTree], params: PyTree, mismatched: Batch | None) -> Float[Array, ""]:
+    assert mismatched is not None
     logps, _ = score_step(params, mismatched)
     return losses.estimate_kl(logps, mismatched.reference, mismatched.lengths, mismatched.present.any(0))
 
@@ -264,7 +265,8 @@ def make_score_step(
             sums = {name: values for name, values in aux.items() if name != "tokens"}
             return None, mask_absent(present, (logps, sums)), {name: aux[name] for name in aux.keys() - sums.keys()}
 
-        _, (logps, sums), entries = each_microbatch(score_rows, None, batch, crops)
+        totals: tuple[Any, Any, Any] = each_microbatch(score_rows, None, batch, crops)
+        _, (logps, sums), entries = totals
         return logps, sums | entries
 
     return score
@@ -276,14 +278,16 @@ def make_score_step(
 def judge(loss_fn, found, running, *compared, reference_sums=None, kl=None, follows=True):
     """Deprecated: use `pair_losses`."""
     warnings.warn("dpo_jax.steps.judge is now pair_losses", DeprecationWarning, stacklevel=2)
-    scores = Scores(*found, *compared, reference_sums or {})
+    logps, sums = found
+    scores = Scores(logps, sums, *compared, reference_sums=reference_sums or {})
     return pair_losses(loss_fn, scores, running, kl=kl, update_baselines=follows)
 
 
 def summarize(loss_fn, each, found, *compared, paired):
     """Deprecated: use `loss_metrics`."""
     warnings.warn("dpo_jax.steps.summarize is now loss_metrics", DeprecationWarning, stacklevel=2)
-    return loss_metrics(loss_fn, each, Scores(*found, *compared), paired=paired)
+    logps, sums = found
+    return loss_metrics(loss_fn, each, Scores(logps, sums, *compared), paired=paired)
 
 
 __getattr__ = aliases.forward(__name__, {"Crop": "dpo_jax.accumulate.Crop", "summarise": "dpo_jax.steps.summarize"})

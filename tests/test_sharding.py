@@ -128,7 +128,9 @@ def test_rows_of_a_batch_within_a_batch_are_sharded_as_rows(sizes):
     batch = batch_of_rows(0, mismatched=batch_of_rows(1000, mismatched=batch_of_rows(2000)))
     placed, by_rows = sharding.put(batch, mesh), P(None, ("replica", "fsdp"))
     jax.tree.map(np.testing.assert_array_equal, placed, batch)
-    for each in (placed, placed.mismatched, placed.mismatched.mismatched):
+    batches = [placed, placed.mismatched, placed.mismatched and placed.mismatched.mismatched]
+    for each in batches:
+        assert each is not None
         rows = each.rows["tokens"]
         assert rows.sharding.spec == by_rows
         assert rows.addressable_shards[0].data.shape == (2, 8 // sharding.row_shards(mesh), 4)

@@ -36,7 +36,8 @@ def make_summary(loss_fn: losses.Loss, *, paired: bool = True) -> Callable[..., 
         if mismatched is not None:
             logps, under_reference, counts = mismatched
             kl = losses.estimate_kl(logps, under_reference, counts, present)
-        scores = Scores(*found, reference, lengths, present, reference_sums)
+        logps, sums = found
+        scores = Scores(logps, sums, reference, lengths, present, reference_sums)
         each, _ = pair_losses(loss_fn, scores, running, kl=kl, update_baselines=False)
         metrics = loss_metrics(loss_fn, each, scores, paired=paired)
         return metrics | ({} if kl is None else {"kl": kl})
