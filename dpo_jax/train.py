@@ -305,7 +305,7 @@ class Between:
             )
         row = {
             "epoch": step * self.programs.update_shape.pairs / self._epoch_pairs,
-            "learning_rate": float(self.learning_rate(step)),
+            "learning_rate": self.learning_rate(step),
             **prepared.counts,
         }
         shown = {name: value for name, value in metrics.items() if name != "gap"}

@@ -200,6 +200,8 @@ def update_step(programs: Programs, tx: Any, *, paired: bool = True) -> tuple[An
             penalties={"router_balance": balance} if balance else {},
             mask_gradients=programs.selection.wanted,
             paired=paired,
+            seed=programs.seed,
+            report_gap=not programs.objective.reference_free,
         )
         return step(state, batch)
 
