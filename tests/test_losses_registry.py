@@ -28,14 +28,14 @@ def test_entry_is_complete(name):
     assert entry.name == name == entry.function.__name__ and LOSSES[name] is entry.function
     assert getattr(losses, name) is entry.function
     assert entry.title and (len(entry.paper) == 10 or name == "sft")
-    assert entry.paper in inspect.getdoc(entry.function)
+    assert entry.paper in (inspect.getdoc(entry.function) or "")
     assert "paired" in entry.kinds and entry.answers_read in ("all", "chosen")
     assert entry.ranges.keys() <= entry.options.keys()
 
 
 @pytest.mark.parametrize("name", REGISTRY)
 def test_docstring_has_every_parameter_and_an_example(name):
-    text = inspect.getdoc(LOSSES[name])
+    text = inspect.getdoc(LOSSES[name]) or ""
     arguments = text.partition("Args:\n")[2].partition("Returns:")[0]
     documented = [line.partition(":")[0].strip() for line in arguments.splitlines() if line.startswith("  ")]
     names = {each for line in documented for each in line.split(", ")}

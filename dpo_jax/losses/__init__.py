@@ -77,7 +77,9 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> object:  # names that were respelled
+def __getattr__(name: str) -> object:  # losses that are not imported above, and names that were respelled
+    if name in LOSSES:
+        return LOSSES[name]
     if name != "desensitised":
         raise AttributeError(f"module 'dpo_jax.losses' has no attribute {name!r}")
     warnings.warn("dpo_jax.losses.desensitised is now dpo_jax.losses.desensitized", DeprecationWarning, stacklevel=2)

@@ -12,6 +12,7 @@ import dataclasses
 import inspect
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
+from typing import Any
 
 from jaxtyping import Array
 
@@ -82,7 +83,7 @@ class Choice:
 
     names: tuple[str, ...]
 
-    def holds(self, value: object) -> bool:
+    def holds(self, value: Value) -> bool:
         """Returns whether `value` is one of the names."""
         return value in self.names
 
@@ -137,11 +138,11 @@ class Option:
             return text + valid
         return f"{text}{valid}; unset: {usual}" + (f" ({others})" if others else "")
 
-    def refusal(self, value: object) -> str | None:
+    def refusal(self, value: Any) -> str | None:
         """Returns what was expected if `value` is not valid, else None."""
         if self.type is bool:
             return None if isinstance(value, bool) else "true or false"
-        return None if self.valid is None or self.valid.holds(value) else self.valid.expected  # type: ignore[arg-type]
+        return None if self.valid is None or self.valid.holds(value) else self.valid.expected
 
 
 def as_text(value: Value) -> str:
