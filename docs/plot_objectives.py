@@ -1,10 +1,10 @@
-"""Draws every objective and its slope into docs/objectives.svg; matplotlib comes with the `bench` extra.
+"""Draws every loss and its slope into docs/objectives.svg; matplotlib comes with the `bench` extra.
 
     python -m docs.plot_objectives [--out=docs/objectives.svg]
 
-Each panel is one loss at its defaults, for one pair: the loss against the margin, and the slope that training gets,
-taken along the line on which the panel's pairs lie. What carries no gradient is held, so a slope need not be that of
-the drawn curve (beta_dpo). Where the two answers are not pushed alike, both pushes are drawn too.
+Each panel is one loss with its defaults, for one pair: the loss against the margin, and the slope that training uses,
+along the line on which the panel's pairs are. Inputs without gradient are constant for the slope, so it need not be
+that of the drawn curve (beta_dpo). Where the slopes of the two answers differ, both are drawn too.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array
 
 from dpo_jax.losses import LOSSES, f_scores, options_of
 from dpo_jax.losses.modifiers import DIVERGENCES
@@ -36,34 +37,34 @@ STYLE: Any = {
 }
 
 
-def apart(h: Any) -> Any:
-    """Log-probs of a pair whose log-ratios are a = h/2 and b = -h/2, the reference 0."""
+def apart(h: Array) -> Array:
+    """Returns log-probs of a pair whose log-ratios are a = h/2 and b = -h/2, the reference 0."""
     return jnp.stack([h / 2, -h / 2])[None]
 
 
 class Panel(NamedTuple):
-    """A loss, and where on a line its pairs lie."""
+    """A loss, and the line on which its pairs are."""
 
     loss: str
-    note: str = ""  # of what the panel shows besides the defaults
+    note: str = ""  # what the panel shows besides the defaults
     reach: float = 20.0  # the margin goes from -reach to reach, in nats
-    place: Callable[[Any], Any] = apart  # of the margin, log-probs of the policy [1, K]
+    place: Callable[[Array], Array] = apart  # from a margin to log-probs of the policy [1, K]
     lengths: tuple[int, ...] = (1, 1)
-    given: Mapping[str, Any] = MappingProxyType({})
+    given: Mapping[str, Array | float] = MappingProxyType({})
     per_token: bool = False  # whether the margin is one of log-probs per token
 
 
 def panel_of_likelihood(loss: str, note: str = "") -> Panel:
-    """Of a loss that reads the policy's own log-probs: both answers of -2 nats a token where the margin is 0."""
+    """Returns a panel for a loss that reads the policy's own log-probs: -2 nats a token where the margin is 0."""
     return Panel(loss, note, place=lambda h: apart(h) - 2.0 * TOKENS, lengths=(TOKENS, TOKENS))
 
 
-def three(h: Any) -> Any:
-    """A ranking of three answers, the second halfway."""
+def three(h: Array) -> Array:
+    """Returns log-probs of a ranking of three answers, the second halfway."""
     return jnp.stack([h / 2, jnp.zeros_like(h), -h / 2])[None]
 
 
-PANELS = (
+_PANELS = (
     Panel("sigmoid"),
     Panel("sigmoid", "label_smoothing 0.1", given={"label_smoothing": 0.1}),
     Panel("robust", "label_smoothing 0.1"),
@@ -90,6 +91,8 @@ PANELS = (
     Panel("orpo", reach=3.0, place=lambda h: apart(h) - 2.0, per_token=True),
     panel_of_likelihood("sft"),
 )
+# A loss that has no panel above is drawn as it is by default.
+PANELS = (*_PANELS, *(Panel(name) for name in LOSSES if name not in {panel.loss for panel in _PANELS}))
 
 
 class Curves(NamedTuple):
@@ -102,13 +105,13 @@ class Curves(NamedTuple):
 
 
 def curves_of(panel: Panel) -> Curves:
-    """Evaluates a panel, one pair at a time: for a loss of batches, each is a batch of its own."""
+    """Evaluates a panel, one pair at a time: a loss that reads the whole batch gets batches of one pair."""
     loss_fn, lengths = LOSSES[panel.loss], jnp.array([panel.lengths])
 
-    def loss(policy: Any) -> Any:
+    def loss(policy: Array) -> Array:
         return loss_fn(policy, jnp.zeros_like(policy), lengths=lengths, **panel.given)[0]
 
-    def one(h: Any) -> Any:
+    def one(h: Array) -> tuple[Array, Array, Array]:
         policy, direction = jax.jvp(panel.place, (h,), (jnp.ones_like(h),))
         grads = jax.grad(loss)(policy)
         return loss(policy), (grads * direction).sum(), jnp.stack([grads[0, 0], -grads[0, -1]])
@@ -118,7 +121,7 @@ def curves_of(panel: Panel) -> Curves:
 
 
 def title_of(panel: Panel) -> str:
-    """The loss, its beta, and what else was chosen."""
+    """Returns the loss, its beta, and the panel's note."""
     beta = options_of(LOSSES[panel.loss]).get("beta")
     return (
         f"{panel.loss}" + (f", beta {beta:g}" if beta is not None else "") + (f"\n{panel.note}" if panel.note else "\n")
@@ -127,9 +130,6 @@ def title_of(panel: Panel) -> str:
 
 def draw(pyplot: Any, out: Path) -> None:
     """Draws all panels, and the scores of the f-divergences, into the SVG file `out`."""
-    left_out = LOSSES.keys() - {panel.loss for panel in PANELS}
-    if left_out:
-        raise SystemExit(f"no panel for {', '.join(sorted(left_out))}: add them to PANELS")
     rows = -(-(len(PANELS) + 2) // COLUMNS)
     size = (2.75 * COLUMNS, 2.05 * rows + 0.6)
     figure, axes = pyplot.subplots(rows, COLUMNS, figsize=size, layout="constrained")
@@ -152,7 +152,7 @@ def draw(pyplot: Any, out: Path) -> None:
 
 
 def draw_panel(panel: Panel, axis: Any) -> None:
-    """One loss on the left axis, its slopes on the right one."""
+    """Draws a loss on the left axis and its slopes on the right one."""
     curves = curves_of(panel)
     axis.set_title(title_of(panel), linespacing=1.1)
     axis.set_xlabel("h per token, nats" if panel.per_token else "h, nats", labelpad=1)
@@ -174,11 +174,11 @@ def draw_panel(panel: Panel, axis: Any) -> None:
 
 
 def draw_scores(scores: Any, slopes: Any) -> None:
-    """The f-divergences' scores of a log-ratio, and how fast they grow."""
+    """Draws the f-divergences' scores of a log-ratio, and their slopes."""
     ratios = jnp.linspace(-4.0, 4.0, POINTS)
     for name, style in zip(DIVERGENCES, ("-", "--", "-.", ":"), strict=True):
 
-        def score(x: Any, name: str = name) -> Any:
+        def score(x: Array, name: str = name) -> Array:
             return f_scores(x[None, None], divergence=name)[0, 0]
 
         scores.plot(ratios, jax.vmap(score)(ratios), linestyle=style, label=name.removesuffix("_divergence"))
@@ -197,7 +197,7 @@ def draw_scores(scores: Any, slopes: Any) -> None:
 
 
 def main() -> None:
-    """Draws; without matplotlib it says what to install."""
+    """Draws the figure. Raises: SystemExit without matplotlib."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=OUT)
     out = parser.parse_args().out

@@ -21,11 +21,14 @@ import types
 import typing
 import warnings
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from ml_collections import config_dict
 
+from dpo_jax.losses.registry import OPTIONS
 from dpo_jax.types import InputError
+
+_Section = TypeVar("_Section")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,26 +61,22 @@ class Data:
     cache_dir: str = ""  # tokenized data; empty: a folder in the user's cache
 
 
+def _with_options(section: type[_Section]) -> type[_Section]:
+    """Adds a field for every option of every loss, unset by default, in the order of `losses.registry.OPTIONS`."""
+    for name, option in OPTIONS.items():
+        section.__annotations__[name] = option.type | None
+        setattr(section, name, None)
+    return section
+
+
 @dataclasses.dataclass(frozen=True)
-class Loss:  # an unset field has the loss's own default, see docs/objectives.md
+@_with_options
+class Loss:  # an unset option has the loss's own default, see docs/objectives.md
     name: str = "sigmoid"  # one of those in docs/objectives.md, several as "sigmoid*0.8,sft*0.2", or "module:function"
-    beta: float | None = None  # inverse temperature, > 0; unset: 0.1 for most losses
-    label_smoothing: float | None = None  # assumed rate of flipped labels, [0, 0.5); unset: 0 for most
-    average: bool | None = None  # ipo: per-token log-ratios (unset: true) or summed ones
-    tau: float | None = None  # discopop: temperature of its blend, (0, 1]; unset: 0.05
-    penalty: float | None = None  # dpo_positive: of chosen answers that become less likely, >= 0; unset: 50
-    gamma: float | None = None  # simpo: margin to reach, >= 0; unset: 1
-    kl_weight: float | None = None  # tdpo2: weight of the divergences' difference, >= 0; unset: 0.5
-    kl_tokens: int | None = None  # tdpo1, tdpo2: likely tokens whose reference log-probs are kept, >= 1; unset: 32
-    sensitivity: float | None = None  # beta_dpo: of beta to the batch's margins, >= 0; unset: 0.6
-    desirable_weight: float | None = None  # kto: of desirable answers, > 0; unset: 1
-    undesirable_weight: float | None = None  # kto: of undesirable ones, > 0; unset: 1
-    divergence: str | None = None  # reverse_kl (unset) | forward_kl | js_divergence | alpha_divergence
-    divergence_alpha: float | None = None  # alpha_divergence: between reverse KL and forward KL, (0, 1); unset: 0.5
-    ld_alpha: float | None = None  # LD-DPO: weight of tokens beyond the shorter answer's length, [0, 1]; unset: 1
-    wpo: bool | None = None  # WPO: weigh pairs by how likely the policy would write them; unset: false
-    nll_weight: float | None = None  # RPO: of the chosen answer's negative log-likelihood, >= 0; unset: 0; cpo, orpo: 1
-    nll_average: bool | None = None  # that per token (unset: true) or summed
+
+    if TYPE_CHECKING:
+
+        def __getattr__(self, option: str) -> Any: ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -234,14 +233,9 @@ _RULES: tuple[tuple[str, Rule], ...] = (  # what the comments above say; an unse
     ("reference.microbatch_rows checkpoint.every_steps checkpoint.keep log.every_steps", _within(1)),
     ("plan.pairs plan.prompt_tokens plan.answer_tokens", _within(1)),
     ("data.max_length data.row_length", _within(2)),
-    ("loss.beta lora.alpha train.epochs sft.learning_rate optimizer.learning_rate optimizer.eps", _POSITIVE),
-    ("loss.label_smoothing", _within(0, 0.5)),
-    ("loss.penalty loss.gamma loss.kl_weight loss.sensitivity loss.nll_weight reference.sync_steps", _within(0)),
-    ("loss.desirable_weight loss.undesirable_weight", _POSITIVE),
-    ("loss.tau reference.mixup_alpha", _SHARE),
-    ("loss.divergence_alpha", (lambda value: 0 < value < 1, "a number in (0, 1)")),
-    ("loss.ld_alpha", (lambda value: 0 <= value <= 1, "a number in [0, 1]")),
-    ("loss.kl_tokens", _within(1)),
+    ("lora.alpha train.epochs sft.learning_rate optimizer.learning_rate optimizer.eps", _POSITIVE),
+    ("reference.sync_steps", _within(0)),
+    ("reference.mixup_alpha", _SHARE),
     ("optimizer.b1 optimizer.b2", _within(0, 1)),
     ("optimizer.layer_decay", _SHARE),
     ("train.freeze lora.targets", (_is_pattern, "a regular expression")),
@@ -257,6 +251,7 @@ _RULES: tuple[tuple[str, Rule], ...] = (  # what the comments above say; an unse
     ("prepare", (re.compile(r"([\w.]+:\w+)?").fullmatch, "'module:function', or nothing")),
 )
 RULES: dict[str, Rule] = {name: rule for names, rule in _RULES for name in names.split()}
+RULES |= {f"loss.{name}": (each.valid.holds, each.valid.expected) for name, each in OPTIONS.items() if each.valid}
 Problems = dict[str, tuple[str, str, str]]  # dotted name of a field: got, expected, remedy
 _WORDS = {int: "an integer", float: "a number", bool: "true or false", str: "text"}
 

@@ -1,10 +1,10 @@
-"""A loss of one's own: DPO as a focal loss, which leaves pairs alone that the policy already gets right.
+"""A loss of your own: DPO as a focal loss, in which pairs that the policy already ranks correctly count less.
 
     dpo-jax train --config=configs/quickstart.py --config.loss.name=examples.own_loss:focal --workdir=runs/focal
 
-Run from the repository's root, for `examples.own_loss` is imported from where the command runs. Options are
-the fields of `config.loss` that the function names: here `--config.loss.beta` and `--config.loss.gamma`. It combines as
-the losses of dpo_jax do, for instance `--config.loss.name="examples.own_loss:focal*0.8,sft*0.2"`.
+Run it from the repository's root, because `examples.own_loss` is imported from where the command runs. Its options are
+the fields of `config.loss` that are parameters of the function: here `--config.loss.beta` and `--config.loss.gamma`. It
+adds up with other losses, as in `--config.loss.name="examples.own_loss:focal*0.8,sft*0.2"`.
 """
 
 import jax
@@ -20,16 +20,21 @@ def focal(
     beta: float = 0.1,
     gamma: float = 1.0,
 ) -> Float[Array, "P"]:
-    """-sg((1 - p)^gamma) log p with p = S(beta h): the further p is from 1, the more a pair counts.
+    """Focal preference loss: the further p is from 1, the more a pair counts.
+
+    -sg((1 - p)^gamma) log p, with p = S(beta h), h the margin and sg(.) without gradient
 
     Args:
       policy, reference: log-probs summed over answer tokens, in nats; column 0 chosen, 1 rejected.
-      lengths: scored tokens of each answer; not read here, and given to every loss.
+      lengths: scored tokens of each answer; not read, but passed to every loss.
       beta: inverse temperature, > 0.
-      gamma: how much less a pair counts that is right, >= 0; 0 is `sigmoid`.
-    Returns: one loss per pair, not averaged: a training step leaves padding out and takes the mean.
-    Source: Lin et al. 2017 (1708.02002), Eq. 4, with p of DPO. The weight is held constant here, so that only its size
-      and not its slope trains.
+      gamma: how much less a pair counts that is ranked correctly, >= 0; 0 gives `sigmoid`.
+    Returns: losses [P], not averaged: a training step leaves out padding and takes the mean.
+    Source: Lin et al. 2017 (1708.02002), Eq. 4, with the p of DPO. Unlike there, the weight carries no gradient.
+
+    >>> policy, reference = jnp.array([[-10.0, -14.0]]), jnp.array([[-11.0, -12.0]])
+    >>> print(f"{focal(policy, reference, lengths=jnp.array([[2, 4]]))[0]:.4f}")
+    0.2359
     """
     ratios = policy - jax.lax.stop_gradient(reference)
     margin = beta * (ratios[:, 0] - ratios[:, 1])

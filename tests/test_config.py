@@ -11,6 +11,7 @@ from absl import flags
 
 from dpo_jax import config
 from dpo_jax.flags import define_flags, from_flags, load, parse_flags
+from dpo_jax.losses.registry import OPTIONS
 from dpo_jax.types import InputError
 
 RECIPE = """
@@ -51,7 +52,24 @@ def test_every_field_has_a_trailing_comment_and_nothing_else_is_a_field():
         declared = [field.name for field in dataclasses.fields(getattr(config, name))]
         documented = re.findall(r"^    (\w+): \S.* = \S.*  # \S.*$", body, re.MULTILINE)
         documented += re.findall(r"^    (\w+): (?:[A-Z]\w+) = [A-Z]\w+\(\)$", body, re.MULTILINE)  # sections
+        documented += [each for each, option in OPTIONS.items() if name == "Loss" and option.help]
         assert sorted(documented) == sorted(declared), name
+
+
+def test_options_of_losses_are_optional_fields_in_a_fixed_order():
+    """The order and the types are those of every config.json written so far; new options may stand between them."""
+    numbers = "beta label_smoothing tau penalty gamma kl_weight sensitivity desirable_weight undesirable_weight"
+    types = dict.fromkeys([*numbers.split(), "divergence_alpha", "ld_alpha", "nll_weight"], float)
+    types |= dict.fromkeys(["average", "wpo", "nll_average"], bool) | {"kl_tokens": int, "divergence": str}
+    order = "beta label_smoothing average tau penalty gamma kl_weight kl_tokens sensitivity desirable_weight "
+    order += "undesirable_weight divergence divergence_alpha ld_alpha wpo nll_weight nll_average"
+    name, *options = dataclasses.fields(config.Loss)
+    assert (name.name, name.default) == ("name", "sigmoid")
+    assert [option.name for option in options if option.name in types] == order.split()
+    assert {option.name: option.type for option in options}.items() >= {
+        each: types[each] | None for each in types
+    }.items()
+    assert all(option.default is None for option in options)
 
 
 def test_rules_and_resumable_name_fields_that_exist():
@@ -103,6 +121,7 @@ BAD = [
     ("loss.sensitivity", -0.1, "a number >= 0"),
     ("loss.desirable_weight", 0.0, "a number > 0"),
     ("loss.undesirable_weight", -1.0, "a number > 0"),
+    ("loss.divergence", "kl", "'reverse_kl', 'forward_kl'"),
     ("loss.divergence_alpha", 0.0, "a number in (0, 1)"),
     ("loss.divergence_alpha", 1.0, "a number in (0, 1)"),
     ("loss.ld_alpha", -0.1, "a number in [0, 1]"),

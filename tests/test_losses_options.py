@@ -12,7 +12,7 @@ from jax.flatten_util import ravel_pytree
 
 from dpo_jax import config, losses
 from dpo_jax.losses import LOSSES, make_loss
-from dpo_jax.losses.objective import GIVEN
+from dpo_jax.losses.registry import GIVEN
 from dpo_jax.types import InputError
 from tests.support.loss_cases import (
     BESIDE,
@@ -41,8 +41,14 @@ def x64():
     jax.config.update("jax_enable_x64", False)
 
 
+@functools.cache
+def objective_of(case):
+    """Makes the objective of a case once for all tests."""
+    return make_loss(*ALL[case])
+
+
 def random_inputs(objective, answers=2):
-    """Of four pairs: log-probs, lengths and what the objective needs, away from every kink."""
+    """Returns log-probs, lengths and the objective's further inputs for four pairs, away from every kink."""
     rng = np.random.default_rng(1)
     policy, reference = (-rng.uniform(1.0, 4.0, (4, answers)) for _ in range(2))
     lengths = rng.integers(1, 6, (4, answers))
@@ -54,9 +60,8 @@ def random_inputs(objective, answers=2):
 
 def held(name, options, policy, reference, lengths, given):
     """The objective with all that carries no gradient computed once, from these inputs, and then left as it is."""
-    objective = make_loss(name, options)
     if "," in name or not (options.get("wpo") or name == "beta_dpo"):
-        return objective
+        return make_loss(name, options)
     weights = np.ones(4)
     if options.get("wpo"):
         each = (policy - given["log_collision"]) / lengths
@@ -90,7 +95,7 @@ def held(name, options, policy, reference, lengths, given):
 @pytest.mark.parametrize("case", ALL)
 def test_gradient_equals_finite_differences_and_is_zero_elsewhere(x64, case):
     name, options = ALL[case]
-    objective = make_loss(name, options)
+    objective = objective_of(case)
     policy, reference, lengths, given = random_inputs(objective, 4 if name == "plackett_luce" else 2)
     flows = {each: value for each, value in given.items() if each in TRAINED}
     still = {each: value for each, value in given.items() if each not in TRAINED and each != "present"}
@@ -120,9 +125,7 @@ def test_gradient_equals_finite_differences_and_is_zero_elsewhere(x64, case):
 
 
 def test_cases_read_everything_that_a_step_gives():
-    assert frozenset().union(*(make_loss(name, options).needs for name, options in ALL.values())) == set(GIVEN) - {
-        "baseline"
-    }
+    assert frozenset().union(*(objective_of(case).needs for case in ALL)) == set(GIVEN) - {"baseline"}
 
 
 # --- extremes --------------------------------------------------------------------------------------------------------
@@ -133,8 +136,7 @@ NINE = np.array(list(itertools.product([-1e4, 0, 1e4], repeat=2)))
 @pytest.mark.parametrize("case", ALL)
 def test_extreme_log_ratios_stay_finite(case):
     # All nine combinations of log-ratios, of log-probs of either sign and of ones of 0, -1e4 and -2e4.
-    name, options = ALL[case]
-    objective = make_loss(name, options)
+    objective = objective_of(case)
     reference = jnp.repeat(jnp.array([[0.0, 0.0], [-1e4, -1e4]]), 9, axis=0)
     policy = jnp.concatenate([NINE, NINE]) + reference
     known = random_given(objective.needs, 18) | {
@@ -159,7 +161,7 @@ def test_extreme_answers_of_a_ranking_stay_finite():
     every = np.array(list(itertools.product([-1e4, 0, 1e4], repeat=4)), np.float32)
     lengths = jnp.asarray(np.random.default_rng(0).integers(0, 2, every.shape))
     fn = lambda policy: objective(policy, jnp.zeros_like(policy), lengths=lengths).sum()
-    value, grad = jax.value_and_grad(fn)(jnp.asarray(every))
+    value, grad = jax.jit(jax.value_and_grad(fn))(jnp.asarray(every))  # op by op, the scan compiles many programs
     assert np.isfinite(value) and np.isfinite(grad).all()
 
 

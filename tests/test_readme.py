@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 
 from dpo_jax import cli, config
+from dpo_jax.losses.registry import OPTIONS
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -37,6 +38,9 @@ def test_table_of_fields_is_that_of_the_configuration():
             value = ast.unparse(field.value) if field.value else ""
             words = {"''": "empty", "None": "unset", "True": "true", "False": "false"}
             yield f"| `{prefix}{field.target.id}` | {words.get(value, value.strip(chr(39)))} | {comment} |"
+        if name == "Loss":
+            for option in OPTIONS.values():
+                yield f"| `{prefix}{option.name}` | {option.default} | {option.help.replace('|', '/')} |"
 
     expected = list(rows("Config"))
     assert len(expected) == len(config.flat(config.Config()))

@@ -1,26 +1,18 @@
 """Preference objectives: pure functions of log-probabilities, one loss per pair.
 
-Every loss is called as `loss(policy, reference, *, lengths, **options)` with log-probabilities [P, 2] summed over
-answer tokens, in nats, column 0 chosen and column 1 rejected, and returns [P], not averaged. In their formulas a and b
-are the log-ratios (policy less reference) of the chosen and the rejected answer, and h = a - b. What a loss reads
-besides, such as `present`, `kl` or `sequence_kl`, are arguments of their own, which a training step gives to every loss
-that names them. `make_loss` combines losses, weights and modifiers into an `Objective`, called in the same way.
+Every loss is called as `loss(policy, reference, *, lengths, **options)`. `policy` and `reference` are log-probs [P, 2]
+summed over answer tokens, in nats, column 0 chosen and column 1 rejected. It returns [P], not averaged. In formulas, a
+and b are the log-ratios (policy less reference) of the chosen and the rejected answer, h = a - b is the margin, S the
+sigmoid, n_w and n_l are the answers' tokens. A loss that reads more, such as `present`, `kl` or `sequence_kl`, names it
+as a parameter, and a training step passes it. `make_loss` combines losses, weights and modifiers into an `Objective`,
+which is called in the same way. `registry` lists all losses; examples/own_loss.py is one of one's own.
 """
+
+import warnings
 
 from dpo_jax.losses.batchwise import aot, aot_unpaired, bco_pair, beta_dpo, estimate_kl, kto
 from dpo_jax.losses.modifiers import desensitized, f_scores, wpo_weights
-from dpo_jax.losses.objective import (
-    LOSSES,
-    REFERENCE_FREE,
-    SUMS,
-    Loss,
-    Objective,
-    make_loss,
-    needs_of,
-    options_of,
-    rewards_of,
-    start_of,
-)
+from dpo_jax.losses.objective import Objective, make_loss, needs_of, options_of, rewards_of, start_of
 from dpo_jax.losses.pairwise import (
     apo_down,
     apo_zero,
@@ -39,10 +31,13 @@ from dpo_jax.losses.pairwise import (
     tdpo2,
 )
 from dpo_jax.losses.reference_free import cpo, orpo, sft, simpo
+from dpo_jax.losses.registry import GIVEN, LOSSES, REFERENCE_FREE, REGISTRY, SUMS, Loss
 
 __all__ = [
+    "GIVEN",
     "LOSSES",
     "REFERENCE_FREE",
+    "REGISTRY",
     "SUMS",
     "Loss",
     "Objective",
@@ -80,3 +75,10 @@ __all__ = [
     "tdpo2",
     "wpo_weights",
 ]
+
+
+def __getattr__(name: str) -> object:  # names that were respelled
+    if name != "desensitised":
+        raise AttributeError(f"module 'dpo_jax.losses' has no attribute {name!r}")
+    warnings.warn("dpo_jax.losses.desensitised is now dpo_jax.losses.desensitized", DeprecationWarning, stacklevel=2)
+    return desensitized

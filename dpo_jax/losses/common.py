@@ -1,6 +1,9 @@
-"""What losses are made of: log-ratios, checks of options, and the pieces that several of them share."""
+"""Pieces that several losses share: log-ratios, smoothed logistic losses, and the ranges of options."""
 
 from __future__ import annotations
+
+import dataclasses
+import math
 
 import jax
 import jax.numpy as jnp
@@ -9,43 +12,75 @@ from jaxtyping import Array, Float, Int
 from dpo_jax.types import InputError
 
 
-def log_ratios(policy: Float[Array, "P K"], reference: Float[Array, "P K"]) -> tuple[Array, Array]:
-    """a and b, the log-ratios [P] of chosen and rejected answers; no gradient flows into the reference."""
+def log_ratios(
+    policy: Float[Array, "P K"], reference: Float[Array, "P K"]
+) -> tuple[Float[Array, "P"], Float[Array, "P"]]:
+    """Returns a and b, the log-ratios [P] of the first two answers; no gradient flows into the reference."""
     ratios = policy - jax.lax.stop_gradient(reference)
     return ratios[:, 0], ratios[:, 1]
 
 
 def token_counts(lengths: Int[Array, "P K"], like: Array) -> Float[Array, "P K"]:
-    """Scored tokens of each answer, 1 where there are none, to divide by."""
+    """Returns the scored tokens of each answer as divisors, in the dtype of `like`; 1 where there are none."""
     return jnp.maximum(lengths, 1).astype(like.dtype)
 
 
 def smoothed(z: Float[Array, "P"], label_smoothing: float) -> Float[Array, "P"]:
-    """-(1-e) log S(z) - e log S(-z)."""
+    """Returns -(1-e) log S(z) - e log S(-z), with e the label smoothing and S the sigmoid."""
     return -(1 - label_smoothing) * jax.nn.log_sigmoid(z) - label_smoothing * jax.nn.log_sigmoid(-z)
 
 
 def nll(policy: Float[Array, "P K"], lengths: Int[Array, "P K"], average: bool) -> Float[Array, "P"]:
-    """Negative log-likelihood of chosen answers, in nats a token or, not averaged, in nats."""
+    """Returns the negative log-likelihood of the chosen answers: in nats per token, or summed if not `average`."""
     return -policy[:, 0] / (token_counts(lengths, policy)[:, 0] if average else 1)
 
 
-def of_answers_there(losses: Float[Array, "P K"], lengths: Int[Array, "P K"]) -> Float[Array, "P K"]:
-    """Zero for answers that are not there."""
+def zero_where_missing(losses: Float[Array, "P K"], lengths: Int[Array, "P K"]) -> Float[Array, "P K"]:
+    """Returns `losses` with 0 in place of answers of length 0, which are missing."""
     return jnp.where(lengths > 0, losses, 0)
 
 
-def check(option: str, value: float, ok: bool, expected: str) -> None:
-    """Raises InputError for the value of an option that is out of range."""
-    if not ok:
-        raise InputError(f"config.loss.{option}", got=f"got {value}", expected=expected, remedy="Change it.")
+# --- ranges of options -----------------------------------------------------------------------------------------------
 
 
-def check_beta(beta: float) -> None:
-    """Raises InputError unless beta is above 0."""
-    check("beta", beta, beta > 0, "a number > 0")
+@dataclasses.dataclass(frozen=True)
+class Range:
+    """An interval of numbers. An end is part of it unless it is open; nan is in none."""
+
+    low: float
+    high: float = math.inf
+    low_open: bool = False
+    high_open: bool = False
+
+    def holds(self, value: float) -> bool:
+        """Returns whether `value` is in the interval; infinity never is."""
+        above = self.low < value if self.low_open else self.low <= value
+        return above and (value < self.high if self.high_open else value <= self.high) and value < math.inf
+
+    def __str__(self) -> str:
+        """Returns the interval as documentation writes it: "> 0", ">= 1", "(0, 1]"."""
+        if self.high == math.inf:
+            return f"{'>' if self.low_open else '>='} {self.low:g}"
+        left, right = "(" if self.low_open else "[", ")" if self.high_open else "]"
+        return f"{left}{self.low:g}, {self.high:g}{right}"
+
+    @property
+    def expected(self) -> str:
+        """Completes "expected ..." in an error."""
+        return f"a number {'' if self.high == math.inf else 'in '}{self}"
 
 
-def check_smoothing(label_smoothing: float) -> None:
-    """Raises InputError unless the rate of flipped labels is in [0, 0.5)."""
-    check("label_smoothing", label_smoothing, 0 <= label_smoothing < 0.5, "a number in [0, 0.5)")
+POSITIVE = Range(0, low_open=True)
+NOT_NEGATIVE = Range(0)
+AT_LEAST_ONE = Range(1)
+FRACTION = Range(0, 1)
+INNER_FRACTION = Range(0, 1, low_open=True, high_open=True)
+SHARE = Range(0, 1, low_open=True)
+FLIP_RATE = Range(0, 0.5, high_open=True)
+POSITIVE_FLIP_RATE = Range(0, 0.5, low_open=True, high_open=True)
+
+
+def check(option: str, value: float, valid: Range) -> None:
+    """Raises InputError unless the value of the option is in the range."""
+    if not valid.holds(value):
+        raise InputError(f"config.loss.{option}", got=f"got {value}", expected=valid.expected, remedy="Change it.")

@@ -1,4 +1,4 @@
-"""Losses of a pair's two log-ratios."""
+"""Losses that are functions of a pair's two log-ratios."""
 
 from __future__ import annotations
 
@@ -7,13 +7,16 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from dpo_jax.losses.common import (
+    FLIP_RATE,
+    NOT_NEGATIVE,
+    POSITIVE,
+    POSITIVE_FLIP_RATE,
+    SHARE,
     check,
-    check_beta,
-    check_smoothing,
     log_ratios,
-    of_answers_there,
     smoothed,
     token_counts,
+    zero_where_missing,
 )
 
 Logps = Float[Array, "P 2"]
@@ -29,23 +32,26 @@ def sigmoid(
     beta: float = 0.1,
     label_smoothing: float = 0.0,
 ) -> Losses:
-    """Logistic preference loss, the DPO objective; with smoothing, conservative DPO.
+    """Logistic preference loss: DPO, and with label smoothing conservative DPO.
 
-    -(1-e) log S(beta h) - e log S(-beta h), with S the sigmoid.
+    -(1-e) log S(beta h) - e log S(-beta h)
 
     Args:
+      policy, reference: log-probs of whole answers, in nats; column 0 chosen, column 1 rejected. No gradient flows
+        into `reference`.
+      lengths: not read; every loss takes it.
       beta: inverse temperature, > 0; larger stays nearer the reference.
       label_smoothing: e, the assumed rate of flipped labels, in [0, 0.5).
-    Returns: losses; log 2 where policy equals reference. No gradient flows into `reference`.
+    Returns: losses [P]; log 2 where policy equals reference.
     Raises: InputError if an option is out of range.
     Source: Rafailov et al. 2023 (2305.18290), Eq. 7; smoothing: Mitchell 2023 (cDPO), Eq. 3.
 
-    >>> zeros = jnp.zeros((1, 2))
-    >>> print(sigmoid(zeros, zeros).round(6))
-    [0.693147]
+    >>> policy, reference = jnp.array([[-10.0, -14.0]]), jnp.array([[-11.0, -12.0]])
+    >>> print(f"{sigmoid(policy, reference, beta=0.1)[0]:.4f}")
+    0.5544
     """
-    check_beta(beta)
-    check_smoothing(label_smoothing)
+    check("beta", beta, POSITIVE)
+    check("label_smoothing", label_smoothing, FLIP_RATE)
     a, b = log_ratios(policy, reference)
     return smoothed(beta * (a - b), label_smoothing)
 
@@ -58,49 +64,75 @@ def robust(
     beta: float = 0.1,
     label_smoothing: float = 0.1,
 ) -> Losses:
-    """Logistic loss whose mean over flipped labels is that of DPO over the true ones.
+    """Logistic preference loss for flipped labels: its mean over the flips is DPO's loss of the true labels.
 
-    [-(1-e) log S(beta h) + e log S(-beta h)] / (1 - 2e).
+    [-(1-e) log S(beta h) + e log S(-beta h)] / (1 - 2e)
 
     Args:
+      policy, reference: log-probs of whole answers, in nats; column 0 chosen, column 1 rejected. No gradient flows
+        into `reference`.
+      lengths: not read; every loss takes it.
       beta: inverse temperature, > 0.
-      label_smoothing: e, the rate of flipped labels, in [0, 0.5); 0 is `sigmoid`.
-    Returns: losses, below 0 for some margins; log 2 where policy equals reference.
+      label_smoothing: e, the known rate of flipped labels, in [0, 0.5); 0 gives `sigmoid`.
+    Returns: losses [P], below 0 for large margins; log 2 where policy equals reference.
     Raises: InputError if an option is out of range.
     Source: Chowdhury et al. 2024 (2403.00409).
+
+    >>> policy, reference = jnp.array([[-10.0, -14.0]]), jnp.array([[-11.0, -12.0]])
+    >>> print(f"{robust(policy, reference)[0]:.4f}")
+    0.5169
     """
-    check_beta(beta)
-    check_smoothing(label_smoothing)
+    check("beta", beta, POSITIVE)
+    check("label_smoothing", label_smoothing, FLIP_RATE)
     a, b = log_ratios(policy, reference)
     return smoothed(beta * (a - b), -label_smoothing / (1 - 2 * label_smoothing))
 
 
 def hinge(policy: Logps, reference: Logps, *, lengths: Lengths | None = None, beta: float = 0.1) -> Losses:
-    """Hinge preference loss, max(0, 1 - beta h).
+    """Hinge preference loss: a pair whose margin has reached 1/beta no longer trains.
+
+    max(0, 1 - beta h)
 
     Args:
-      beta: slope, the reciprocal of the margin gamma in SLiC, > 0.
-    Returns: losses; 1 where policy equals reference.
+      policy, reference: log-probs of whole answers, in nats; column 0 chosen, column 1 rejected. No gradient flows
+        into `reference`.
+      lengths: not read; every loss takes it.
+      beta: slope, > 0; the reciprocal of the margin gamma in SLiC.
+    Returns: losses [P]; 1 where policy equals reference.
     Raises: InputError if beta is out of range.
     Source: Zhao et al. 2023 (2305.10425), Eq. 7, on log-ratios as in Liu et al. 2023 (2309.06657).
+
+    >>> policy, reference = jnp.array([[-10.0, -14.0]]), jnp.array([[-11.0, -12.0]])
+    >>> print(f"{hinge(policy, reference)[0]:.4f}")
+    0.7000
     """
-    check_beta(beta)
+    check("beta", beta, POSITIVE)
     a, b = log_ratios(policy, reference)
     return jax.nn.relu(1 - beta * (a - b))
 
 
 def ipo(policy: Logps, reference: Logps, *, lengths: Lengths, beta: float = 0.1, average: bool = True) -> Losses:
-    """Squared preference loss, (a/n_w - b/n_l - 1/(2 beta))^2, or without the divisions by the answers' lengths.
+    """Squared preference loss: brings the margin to 1/(2 beta) and no further (IPO).
+
+    (a/n_w - b/n_l - 1/(2 beta))^2, or (a - b - 1/(2 beta))^2 where `average` is false
 
     Args:
-      lengths: scored tokens n_w, n_l of each answer; 0 only for padding pairs.
+      policy, reference: log-probs of whole answers, in nats; column 0 chosen, column 1 rejected. No gradient flows
+        into `reference`.
+      lengths: scored tokens n_w, n_l of each answer; 0 only in padding pairs.
       beta: the paper's tau, > 0.
-      average: log-ratios per token (as peers train it) or summed (as the paper writes it).
-    Returns: losses; 1/(4 beta^2) where policy equals reference.
+      average: log-ratios per token, as other trainers have it, or summed, as the paper has it.
+    Returns: losses [P]; 1/(4 beta^2) where policy equals reference.
     Raises: InputError if beta is out of range.
     Source: Azar et al. 2023 (2310.12036), Eq. 17.
+
+    >>> policy, reference = jnp.array([[-10.0, -14.0]]), jnp.array([[-11.0, -12.0]])
+    >>> print(f"{ipo(policy, reference, lengths=jnp.array([[2, 4]]))[0]:.4f}")
+    16.0000
+    >>> print(f"{ipo(policy, reference, lengths=jnp.array([[2, 4]]), average=False)[0]:.4f}")
+    4.0000
     """
-    check_beta(beta)
+    check("beta", beta, POSITIVE)
     a, b = log_ratios(policy, reference)
     if average:
         tokens = token_counts(lengths, policy)
@@ -116,18 +148,26 @@ def sigmoid_norm(
     beta: float = 5.0,
     label_smoothing: float = 0.0,
 ) -> Losses:
-    """Logistic preference loss on log-ratios per token, -log S(beta (a/n_w - b/n_l)).
+    """Logistic preference loss on log-ratios per token, so that long answers have no larger say.
+
+    -log S(beta (a/n_w - b/n_l)), smoothed as in `sigmoid`
 
     Args:
-      lengths: scored tokens n_w, n_l of each answer.
+      policy, reference: log-probs of whole answers, in nats; column 0 chosen, column 1 rejected. No gradient flows
+        into `reference`.
+      lengths: scored tokens n_w, n_l of each answer; 0 only in padding pairs.
       beta: inverse temperature, > 0; larger than for sums, by about the length of an answer.
-      label_smoothing: as of `sigmoid`.
-    Returns: losses; log 2 where policy equals reference.
+      label_smoothing: the assumed rate of flipped labels, in [0, 0.5).
+    Returns: losses [P]; log 2 where policy equals reference.
     Raises: InputError if an option is out of range.
     Source: Lambert et al. 2024 (Tulu 3, 2411.15124).
+
+    >>> policy, reference = jnp.array([[-10.0, -14.0]]), jnp.array([[-11.0, -12.0]])
+    >>> print(f"{sigmoid_norm(policy, reference, lengths=jnp.array([[2, 4]]))[0]:.4f}")
+    0.0067
     """
-    check_beta(beta)
-    check_smoothing(label_smoothing)
+    check("beta", beta, POSITIVE)
+    check("label_smoothing", label_smoothing, FLIP_RATE)
     a, b = log_ratios(policy, reference)
     tokens = token_counts(lengths, policy)
     return smoothed(beta * (a / tokens[:, 0] - b / tokens[:, 1]), label_smoothing)
@@ -141,20 +181,27 @@ def exo_pair(
     beta: float = 0.1,
     label_smoothing: float = 1e-3,
 ) -> Losses:
-    """Reverse KL divergence between the policy's preference and the smoothed label.
+    """Reverse KL divergence between the policy's preference and the smoothed label (EXO).
 
-    S(beta h) [log S(beta h) - log(1-e)] + S(-beta h) [log S(-beta h) - log e].
+    S(beta h) [log S(beta h) - log(1-e)] + S(-beta h) [log S(-beta h) - log e]
 
     Args:
+      policy, reference: log-probs of whole answers, in nats; column 0 chosen, column 1 rejected. No gradient flows
+        into `reference`.
+      lengths: not read; every loss takes it.
       beta: inverse temperature, > 0.
-      label_smoothing: e, in (0, 0.5).
-    Returns: losses, >= 0.
+      label_smoothing: e, the assumed rate of flipped labels, in (0, 0.5).
+    Returns: losses [P], >= 0.
     Raises: InputError if an option is out of range.
-    Source: Ji et al. 2024 (EXO, 2402.00856), Eq. 16.
+    Source: Ji et al. 2024 (2402.00856), Eq. 16.
+
+    >>> policy, reference = jnp.array([[-10.0, -14.0]]), jnp.array([[-11.0, -12.0]])
+    >>> print(f"{exo_pair(policy, reference)[0]:.4f}")
+    2.2582
     """
-    check_beta(beta)
+    check("beta", beta, POSITIVE)
     e = label_smoothing
-    check("label_smoothing", e, 0 < e < 0.5, "a number in (0, 0.5)")
+    check("label_smoothing", e, POSITIVE_FLIP_RATE)
     a, b = log_ratios(policy, reference)
     z = beta * (a - b)
     chosen = jax.nn.sigmoid(z) * (jax.nn.log_sigmoid(z) - jnp.log1p(-e))
@@ -162,17 +209,24 @@ def exo_pair(
 
 
 def nca_pair(policy: Logps, reference: Logps, *, lengths: Lengths | None = None, beta: float = 0.1) -> Losses:
-    """Noise contrastive alignment: raises the chosen answer's own reward and not only its lead.
+    """Noise contrastive alignment: raises the chosen answer's own reward, not only its margin.
 
-    -log S(beta a) - log S(-beta a) / 2 - log S(-beta b) / 2.
+    -log S(beta a) - log S(-beta a) / 2 - log S(-beta b) / 2
 
     Args:
+      policy, reference: log-probs of whole answers, in nats; column 0 chosen, column 1 rejected. No gradient flows
+        into `reference`.
+      lengths: not read; every loss takes it.
       beta: inverse temperature, > 0.
-    Returns: losses; 2 log 2 where policy equals reference.
+    Returns: losses [P]; 2 log 2 where policy equals reference.
     Raises: InputError if beta is out of range.
     Source: Chen et al. 2024 (2402.05369), with two answers.
+
+    >>> policy, reference = jnp.array([[-10.0, -14.0]]), jnp.array([[-11.0, -12.0]])
+    >>> print(f"{nca_pair(policy, reference)[0]:.4f}")
+    1.3157
     """
-    check_beta(beta)
+    check("beta", beta, POSITIVE)
     a, b = log_ratios(policy, reference)
     chosen, rejected = beta * a, beta * b
     against = jax.nn.log_sigmoid(-chosen) + jax.nn.log_sigmoid(-rejected)
@@ -180,49 +234,73 @@ def nca_pair(policy: Logps, reference: Logps, *, lengths: Lengths | None = None,
 
 
 def sppo_hard(policy: Logps, reference: Logps, *, lengths: Lengths | None = None, beta: float = 1e-3) -> Losses:
-    """Self-play preference optimization with win rates of 1 and 0, (a - 1/(2 beta))^2 + (b + 1/(2 beta))^2.
+    """Self-play preference optimization with win rates of 1 and 0.
+
+    (a - 1/(2 beta))^2 + (b + 1/(2 beta))^2
 
     Args:
+      policy, reference: log-probs of whole answers, in nats; column 0 chosen, column 1 rejected. No gradient flows
+        into `reference`.
+      lengths: not read; every loss takes it.
       beta: the reciprocal of the paper's eta, > 0.
-    Returns: losses; 1/(2 beta^2) where policy equals reference.
+    Returns: losses [P]; 1/(2 beta^2) where policy equals reference.
     Raises: InputError if beta is out of range.
     Source: Wu et al. 2024 (2405.00675), Eq. 4.7.
+
+    >>> policy, reference = jnp.array([[-10.0, -14.0]]), jnp.array([[-11.0, -12.0]])
+    >>> print(f"{sppo_hard(policy, reference, beta=0.1)[0]:.4f}")
+    25.0000
     """
-    check_beta(beta)
+    check("beta", beta, POSITIVE)
     a, b = log_ratios(policy, reference)
     return jnp.square(a - 1 / (2 * beta)) + jnp.square(b + 1 / (2 * beta))
 
 
 def apo_zero(policy: Logps, reference: Logps, *, lengths: Lengths, beta: float = 0.1) -> Losses:
-    """Anchored preference loss that makes chosen answers likelier and rejected ones less so.
+    """Anchored preference loss that makes chosen answers likelier and rejected ones less likely.
 
-    1 - S(beta a) + S(beta b); of an unpaired example the term of its one answer.
+    1 - S(beta a) + S(beta b); an unpaired example has the term of its one answer
 
     Args:
-      lengths: scored tokens of each answer; 0 for one that is not there.
+      policy, reference: log-probs of whole answers, in nats; column 0 chosen, column 1 rejected. No gradient flows
+        into `reference`.
+      lengths: scored tokens of each answer; 0 for a missing one.
       beta: inverse temperature, > 0.
-    Returns: losses, in (0, 2); 1 where policy equals reference.
+    Returns: losses [P], in (0, 2); 1 where policy equals reference.
     Raises: InputError if beta is out of range.
     Source: D'Oosterlinck et al. 2024 (2408.06266), Eq. 7.
+
+    >>> policy, reference = jnp.array([[-10.0, -14.0]]), jnp.array([[-11.0, -12.0]])
+    >>> print(f"{apo_zero(policy, reference, lengths=jnp.array([[2, 4]]))[0]:.4f}")
+    0.9252
+    >>> print(f"{apo_zero(policy, reference, lengths=jnp.array([[2, 0]]))[0]:.4f}")  # the rejected answer is missing
+    0.4750
     """
-    check_beta(beta)
+    check("beta", beta, POSITIVE)
     a, b = log_ratios(policy, reference)
     sides = jnp.stack([jax.nn.sigmoid(-beta * a), jax.nn.sigmoid(beta * b)], axis=1)
-    return of_answers_there(sides, lengths).sum(1)
+    return zero_where_missing(sides, lengths).sum(1)
 
 
 def apo_down(policy: Logps, reference: Logps, *, lengths: Lengths | None = None, beta: float = 0.1) -> Losses:
     """Anchored preference loss that makes both answers less likely, the rejected one more so.
 
-    S(beta a) + 1 - S(beta h): for answers that are all worse than the policy's own.
+    S(beta a) + 1 - S(beta h), for answers that are all worse than the policy's own
 
     Args:
+      policy, reference: log-probs of whole answers, in nats; column 0 chosen, column 1 rejected. No gradient flows
+        into `reference`.
+      lengths: not read; every loss takes it.
       beta: inverse temperature, > 0.
-    Returns: losses, in (0, 2); 1 where policy equals reference.
+    Returns: losses [P], in (0, 2); 1 where policy equals reference.
     Raises: InputError if beta is out of range.
     Source: D'Oosterlinck et al. 2024 (2408.06266), Eq. 8.
+
+    >>> policy, reference = jnp.array([[-10.0, -14.0]]), jnp.array([[-11.0, -12.0]])
+    >>> print(f"{apo_down(policy, reference)[0]:.4f}")
+    0.9505
     """
-    check_beta(beta)
+    check("beta", beta, POSITIVE)
     a, b = log_ratios(policy, reference)
     return jax.nn.sigmoid(beta * a) + jax.nn.sigmoid(-beta * (a - b))
 
@@ -235,19 +313,26 @@ def discopop(
     beta: float = 0.1,
     tau: float = 0.05,
 ) -> Losses:
-    """The loss that a language model discovered: logistic and exponential ones, blended by the margin.
+    """Logistic and exponential losses blended by the margin; the blend was found by a language model (DiscoPOP).
 
-    (1-m)(-log S(beta h)) + m exp(-beta h), with m = S(beta h / tau).
+    (1-m)(-log S(beta h)) + m exp(-beta h), with m = S(beta h / tau)
 
     Args:
+      policy, reference: log-probs of whole answers, in nats; column 0 chosen, column 1 rejected. No gradient flows
+        into `reference`.
+      lengths: not read; every loss takes it.
       beta: inverse temperature, > 0.
-      tau: temperature of the blend, in (0, 1]: above 1 the exponential would win where margins are far below 0.
-    Returns: losses; (log 2 + 1) / 2 where policy equals reference.
+      tau: temperature of the blend, in (0, 1]; above 1 the exponential would win where margins are far below 0.
+    Returns: losses [P]; (log 2 + 1) / 2 where policy equals reference.
     Raises: InputError if an option is out of range.
     Source: Lu et al. 2024 (2406.08414), Eq. 5.
+
+    >>> policy, reference = jnp.array([[-10.0, -14.0]]), jnp.array([[-11.0, -12.0]])
+    >>> print(f"{discopop(policy, reference)[0]:.4f}")
+    0.7404
     """
-    check_beta(beta)
-    check("tau", tau, 0 < tau <= 1, "a number in (0, 1]")
+    check("beta", beta, POSITIVE)
+    check("tau", tau, SHARE)
     a, b = log_ratios(policy, reference)
     z = beta * (a - b)
     # m exp(-z) as one exponential: the factors alone overflow where z is far below 0.
@@ -264,17 +349,24 @@ def dpo_positive(
 ) -> Losses:
     """Logistic preference loss that penalizes chosen answers which become less likely (DPOP).
 
-    -log S(beta (h - lambda max(0, -a))).
+    -log S(beta (h - lambda max(0, -a)))
 
     Args:
+      policy, reference: log-probs of whole answers, in nats; column 0 chosen, column 1 rejected. No gradient flows
+        into `reference`.
+      lengths: not read; every loss takes it.
       beta: inverse temperature, > 0.
-      penalty: lambda, >= 0; 0 is `sigmoid`.
-    Returns: losses; log 2 where policy equals reference.
+      penalty: lambda, >= 0; 0 gives `sigmoid`.
+    Returns: losses [P]; log 2 where policy equals reference.
     Raises: InputError if an option is out of range.
     Source: Pal et al. 2024 (2402.13228), Eq. 3.
+
+    >>> policy, reference = jnp.array([[-11.1, -14.0]]), jnp.array([[-11.0, -12.0]])
+    >>> print(f"{dpo_positive(policy, reference)[0]:.4f}")  # the penalty: 50 * 0.1 nats
+    0.8601
     """
-    check_beta(beta)
-    check("penalty", penalty, penalty >= 0, "a number >= 0")
+    check("beta", beta, POSITIVE)
+    check("penalty", penalty, NOT_NEGATIVE)
     a, b = log_ratios(policy, reference)
     return -jax.nn.log_sigmoid(beta * (a - b - penalty * jax.nn.relu(-a)))
 
@@ -289,16 +381,23 @@ def tdpo1(
 ) -> Losses:
     """Token-level DPO: the margin less the difference of the answers' sequential KL divergences.
 
-    -log S(beta (h - (D_l - D_w))), with D = sum_t KL(reference || policy) of the next token along an answer.
+    -log S(beta (h - (D_l - D_w))), with D = sum_t KL(reference || policy) of the next token along an answer
 
     Args:
-      sequence_kl: D of each answer, in nats, with gradient; column 0 chosen, 1 rejected.
+      policy, reference: log-probs of whole answers, in nats; column 0 chosen, column 1 rejected. No gradient flows
+        into `reference`.
+      lengths: not read; every loss takes it.
+      sequence_kl: D of each answer, in nats, with gradient; column 0 chosen, column 1 rejected.
       beta: inverse temperature, > 0.
-    Returns: losses; log 2 where policy equals reference.
+    Returns: losses [P]; log 2 where policy equals reference.
     Raises: InputError if beta is out of range.
     Source: Zeng et al. 2024 (2404.11999).
+
+    >>> policy, reference = jnp.array([[-10.0, -14.0]]), jnp.array([[-11.0, -12.0]])
+    >>> print(f"{tdpo1(policy, reference, sequence_kl=jnp.array([[1.0, 2.0]]))[0]:.4f}")
+    0.5981
     """
-    check_beta(beta)
+    check("beta", beta, POSITIVE)
     a, b = log_ratios(policy, reference)
     return -jax.nn.log_sigmoid(beta * (a - b - (sequence_kl[:, 1] - sequence_kl[:, 0])))
 
@@ -312,23 +411,30 @@ def tdpo2(
     beta: float = 0.1,
     kl_weight: float = 0.5,
 ) -> Losses:
-    """Token-level DPO that draws only rejected answers' divergence down to the chosen ones'.
+    """Token-level DPO that lowers the rejected answers' divergence to that of the chosen ones, not the reverse.
 
-    -log S(beta (h - alpha (D_l - sg(D_w)))), with D as in `tdpo1` and sg(.) without gradient.
+    -log S(beta (h - alpha (D_l - sg(D_w)))), with D as in `tdpo1` and sg(.) without gradient
 
     Args:
-      sequence_kl: D of each answer, in nats, with gradient; column 0 chosen, 1 rejected.
+      policy, reference: log-probs of whole answers, in nats; column 0 chosen, column 1 rejected. No gradient flows
+        into `reference`.
+      lengths: not read; every loss takes it.
+      sequence_kl: D of each answer, in nats, with gradient; column 0 chosen, column 1 rejected.
       beta: inverse temperature, > 0.
-      kl_weight: alpha, >= 0; 0 is `sigmoid`.
-    Returns: losses; log 2 where policy equals reference.
+      kl_weight: alpha, >= 0; 0 gives `sigmoid`.
+    Returns: losses [P]; log 2 where policy equals reference.
     Raises: InputError if an option is out of range.
     Source: Zeng et al. 2024 (2404.11999).
+
+    >>> policy, reference = jnp.array([[-10.0, -14.0]]), jnp.array([[-11.0, -12.0]])
+    >>> print(f"{tdpo2(policy, reference, sequence_kl=jnp.array([[1.0, 2.0]]))[0]:.4f}")
+    0.5759
     """
-    check_beta(beta)
-    check("kl_weight", kl_weight, kl_weight >= 0, "a number >= 0")
+    check("beta", beta, POSITIVE)
+    check("kl_weight", kl_weight, NOT_NEGATIVE)
     a, b = log_ratios(policy, reference)
-    ahead = sequence_kl[:, 1] - jax.lax.stop_gradient(sequence_kl[:, 0])
-    return -jax.nn.log_sigmoid(beta * (a - b - kl_weight * ahead))
+    excess = sequence_kl[:, 1] - jax.lax.stop_gradient(sequence_kl[:, 0])
+    return -jax.nn.log_sigmoid(beta * (a - b - kl_weight * excess))
 
 
 def plackett_luce(
@@ -338,22 +444,27 @@ def plackett_luce(
     lengths: Int[Array, "P K"],
     beta: float = 0.1,
 ) -> Losses:
-    """Negative log-likelihood of a whole ranking; of two answers, `sigmoid`.
+    """Negative log-likelihood of a whole ranking; with two answers it is `sigmoid`.
 
-    -sum_k log( exp(beta r_k) / sum_{j >= k} exp(beta r_j) ), with r_k the log-ratio of the k-th best answer.
+    -sum_k log( exp(beta r_k) / sum_{j >= k} exp(beta r_j) ), with r_k the log-ratio of the k-th best answer
 
     Args:
-      policy, reference: column k holds the k-th best answer.
-      lengths: scored tokens of each answer; 0 for one that is not there.
+      policy, reference: log-probs of whole answers, in nats; column k holds the k-th best answer. No gradient flows
+        into `reference`.
+      lengths: scored tokens of each answer; 0 for a missing one.
       beta: inverse temperature, > 0.
-    Returns: losses; log K! where policy equals reference.
+    Returns: losses [P]; log K! where policy equals reference.
     Raises: InputError if beta is out of range.
     Source: Rafailov et al. 2023 (2305.18290), appendix A.3.
+
+    >>> zeros = jnp.zeros((1, 3))
+    >>> print(f"{plackett_luce(zeros, zeros, lengths=jnp.array([[2, 4, 3]]))[0]:.4f}")
+    1.7918
     """
-    check_beta(beta)
-    there = lengths > 0
+    check("beta", beta, POSITIVE)
+    exists = lengths > 0
     rewards = beta * (policy - jax.lax.stop_gradient(reference))
     low = jnp.finfo(rewards.dtype).min
-    # From the last answer on: the log of the sum over those that are no better.
-    ahead = jax.lax.associative_scan(jnp.logaddexp, jnp.where(there, rewards, low), reverse=True, axis=1)
-    return jnp.where(there, ahead - rewards, 0).sum(1)
+    # Column k: the log of the sum of exp(reward) over answer k and all that are ranked below it.
+    log_sums = jax.lax.associative_scan(jnp.logaddexp, jnp.where(exists, rewards, low), reverse=True, axis=1)
+    return jnp.where(exists, log_sums - rewards, 0).sum(1)

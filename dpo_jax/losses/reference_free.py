@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from dpo_jax.losses.common import check, check_beta, check_smoothing, nll, smoothed, token_counts
+from dpo_jax.losses.common import FLIP_RATE, NOT_NEGATIVE, POSITIVE, check, nll, smoothed, token_counts
 
 Logps = Float[Array, "P 2"]
 Lengths = Int[Array, "P 2"]
@@ -22,23 +22,27 @@ def simpo(
     gamma: float = 1.0,
     label_smoothing: float = 0.0,
 ) -> Losses:
-    """Logistic loss on log-probabilities per token, with a margin to reach: SimPO.
+    """Logistic loss on log-probs per token, with a margin to reach (SimPO).
 
-    -log S(beta (logp_w / n_w - logp_l / n_l) - gamma).
+    -log S(beta (logp_w / n_w - logp_l / n_l) - gamma), smoothed as in `sigmoid`
 
     Args:
+      policy: log-probs of whole answers, in nats; column 0 chosen, column 1 rejected.
       reference: not read.
-      lengths: scored tokens n_w, n_l of each answer.
+      lengths: scored tokens n_w, n_l of each answer; 0 only in padding pairs.
       beta: inverse temperature, > 0.
       gamma: the margin, >= 0.
-      label_smoothing: as of `sigmoid`.
-    Returns: losses.
+      label_smoothing: the assumed rate of flipped labels, in [0, 0.5).
+    Returns: losses [P].
     Raises: InputError if an option is out of range.
     Source: Meng et al. 2024 (2405.14734), Eq. 6.
+
+    >>> print(f"{simpo(jnp.array([[-10.0, -30.0]]), lengths=jnp.array([[10, 20]]))[0]:.4f}")
+    0.6931
     """
-    check_beta(beta)
-    check("gamma", gamma, gamma >= 0, "a number >= 0")
-    check_smoothing(label_smoothing)
+    check("beta", beta, POSITIVE)
+    check("gamma", gamma, NOT_NEGATIVE)
+    check("label_smoothing", label_smoothing, FLIP_RATE)
     each = policy / token_counts(lengths, policy)
     return smoothed(beta * (each[:, 0] - each[:, 1]) - gamma, label_smoothing)
 
@@ -53,24 +57,28 @@ def cpo(
     nll_weight: float = 1.0,
     nll_average: bool = True,
 ) -> Losses:
-    """Contrastive preference optimization: DPO under a uniform reference, held to the chosen answers.
+    """Contrastive preference optimization: DPO under a uniform reference, plus the chosen answers' likelihood.
 
-    -log S(beta (logp_w - logp_l)) - alpha logp_w / n_w.
+    -log S(beta (logp_w - logp_l)) - alpha logp_w / n_w, the first term smoothed as in `sigmoid`
 
     Args:
+      policy: log-probs of whole answers, in nats; column 0 chosen, column 1 rejected.
       reference: not read.
-      lengths: scored tokens of each answer.
+      lengths: scored tokens n_w, n_l of each answer; 0 only in padding pairs.
       beta: inverse temperature, > 0.
-      label_smoothing: as of `sigmoid`.
+      label_smoothing: the assumed rate of flipped labels, in [0, 0.5).
       nll_weight: alpha, >= 0.
-      nll_average: the second term per token (as peers train it) or summed (as the paper writes it).
-    Returns: losses.
+      nll_average: the second term per token, as other trainers have it, or summed, as the paper has it.
+    Returns: losses [P].
     Raises: InputError if an option is out of range.
     Source: Xu et al. 2024 (2401.08417).
+
+    >>> print(f"{cpo(jnp.array([[-10.0, -30.0]]), lengths=jnp.array([[10, 20]]))[0]:.4f}")
+    1.1269
     """
-    check_beta(beta)
-    check_smoothing(label_smoothing)
-    check("nll_weight", nll_weight, nll_weight >= 0, "a number >= 0")
+    check("beta", beta, POSITIVE)
+    check("label_smoothing", label_smoothing, FLIP_RATE)
+    check("nll_weight", nll_weight, NOT_NEGATIVE)
     return smoothed(beta * (policy[:, 0] - policy[:, 1]), label_smoothing) + nll_weight * nll(
         policy, lengths, nll_average
     )
@@ -86,19 +94,23 @@ def orpo(
 ) -> Losses:
     """Odds-ratio preference optimization: likelihood of the chosen answer, and the odds against the rejected one.
 
-    -alpha logp_w / n_w - beta log S(log odds_w - log odds_l), with odds = p / (1 - p) of p = exp(logp / n).
+    -alpha logp_w / n_w - beta log S(log odds_w - log odds_l), with odds = p / (1 - p) of p = exp(logp / n)
 
     Args:
+      policy: log-probs of whole answers, in nats; column 0 chosen, column 1 rejected.
       reference: not read.
-      lengths: scored tokens of each answer.
+      lengths: scored tokens n_w, n_l of each answer; 0 only in padding pairs.
       beta: the paper's lambda, > 0: the weight of the odds ratio.
       nll_weight: alpha, >= 0; 1 in the paper.
-    Returns: losses.
+    Returns: losses [P].
     Raises: InputError if an option is out of range.
     Source: Hong et al. 2024 (2403.07691).
+
+    >>> print(f"{orpo(jnp.array([[-10.0, -30.0]]), lengths=jnp.array([[10, 20]]))[0]:.4f}")
+    1.0401
     """
-    check_beta(beta)
-    check("nll_weight", nll_weight, nll_weight >= 0, "a number >= 0")
+    check("beta", beta, POSITIVE)
+    check("nll_weight", nll_weight, NOT_NEGATIVE)
     # A probability of 1 has no odds.
     each = jnp.minimum(policy / token_counts(lengths, policy), -jnp.finfo(policy.dtype).eps)
     odds = each - jnp.log(-jnp.expm1(each))
@@ -108,15 +120,19 @@ def orpo(
 def sft(
     policy: Float[Array, "P K"], reference: Float[Array, "P K"] | None = None, *, lengths: Int[Array, "P K"]
 ) -> Losses:
-    """Negative log-likelihood of the chosen answers, the stage before preference training.
+    """Negative log-likelihood of the chosen answers: supervised fine-tuning.
 
-    -logp_w * P / sum(n_w), so that the mean over the P pairs is the mean over the tokens of chosen answers.
+    -logp_w * P / sum(n_w), so that the mean over the P pairs is the mean over the tokens of chosen answers
 
     Args:
-      reference: not read; the loss is reference-free.
-      lengths: scored tokens of each answer of the whole batch; 0 for padding pairs.
-    Returns: losses in nats per token.
+      policy: log-probs of whole answers, in nats; column 0 chosen. The others are not read.
+      reference: not read.
+      lengths: scored tokens of each answer of the whole batch; 0 in padding pairs.
+    Returns: losses [P], in nats per token.
+
+    >>> print(sft(jnp.array([[-10.0, -30.0], [-2.0, -5.0]]), lengths=jnp.array([[10, 20], [2, 5]])).round(4))
+    [1.6667 0.3333]
     """
     tokens = lengths[:, 0].astype(policy.dtype)
-    pairs = jnp.sum((lengths > 0).any(1))  # those without a chosen answer too: the mean is over all
+    pairs = jnp.sum((lengths > 0).any(1))  # pairs without a chosen answer count too: the mean is over all of them
     return -policy[:, 0] * pairs / jnp.maximum(jnp.sum(tokens), 1)

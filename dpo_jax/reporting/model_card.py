@@ -11,33 +11,6 @@ from dpo_jax.config import Config
 from dpo_jax.hf.adapters import Adapters, module_of
 from dpo_jax.losses import Objective, options_of
 
-OBJECTIVES = {  # what each loss is called, and the arXiv id of its paper
-    "sigmoid": ("Direct Preference Optimization", "2305.18290"),
-    "robust": ("robust DPO", "2403.00409"),
-    "hinge": ("a hinge loss on preferences", "2309.06657"),
-    "ipo": ("Identity Preference Optimization", "2310.12036"),
-    "sigmoid_norm": ("length-normalized DPO", "2411.15124"),
-    "exo_pair": ("Efficient Exact Optimization", "2402.00856"),
-    "nca_pair": ("Noise Contrastive Alignment", "2402.05369"),
-    "sppo_hard": ("Self-Play Preference Optimization", "2405.00675"),
-    "apo_zero": ("Anchored Preference Optimization (zero)", "2408.06266"),
-    "apo_down": ("Anchored Preference Optimization (down)", "2408.06266"),
-    "discopop": ("DiscoPOP", "2406.08414"),
-    "dpo_positive": ("DPO-Positive", "2402.13228"),
-    "tdpo1": ("Token-level DPO (TDPO1)", "2404.11999"),
-    "tdpo2": ("Token-level DPO (TDPO2)", "2404.11999"),
-    "plackett_luce": ("DPO on whole rankings (Plackett-Luce)", "2305.18290"),
-    "bco_pair": ("Binary Classifier Optimization", "2404.04656"),
-    "beta_dpo": ("beta-DPO", "2407.08639"),
-    "aot": ("Alignment via Optimal Transport", "2406.05882"),
-    "aot_unpaired": ("Alignment via Optimal Transport (unpaired)", "2406.05882"),
-    "kto": ("Kahneman-Tversky Optimization", "2402.01306"),
-    "simpo": ("SimPO", "2405.14734"),
-    "cpo": ("Contrastive Preference Optimization", "2401.08417"),
-    "orpo": ("Odds Ratio Preference Optimization", "2403.07691"),
-    "sft": ("supervised fine-tuning on the chosen answers", ""),
-}
-
 
 def model_card(
     config: Config,
@@ -50,16 +23,17 @@ def model_card(
     adapters: Adapters | None = None,
     merged: bool = False,
 ) -> str:
-    """Markdown with a YAML head: base model, objective, data, settings and the last evaluation.
+    """Returns Markdown with a YAML head: base model, objective, data, settings and the last evaluation.
 
     Args:
-      base: the model that training started from, a Hub id or a folder; of a folder only the name is given, since
-        its path says nothing elsewhere.
-      data: of each split, the files or data sets it was read from and its number of pairs.
-      steps: updates made.
-      final: the row of the last evaluation; empty where there was none.
-      adapters: that trained, and nothing else.
-      merged: whether they are merged into the model; otherwise they are all that there is.
+      objective: what `config.loss` makes.
+      base: the model that training started from, a Hub id or a folder. Of a folder only the name is shown, since its
+        path means nothing elsewhere.
+      data: for each split, the files or data sets it was read from and its number of pairs.
+      steps: number of updates.
+      final: metrics of the last evaluation; empty if there was none.
+      adapters: the adapters that trained; None if all parameters did.
+      merged: whether the adapters are merged into the model; otherwise the folder holds the adapters alone.
     """
     folder = Path(base).expanduser()
     hub = not folder.exists()
@@ -68,11 +42,11 @@ def model_card(
     head = ["---", f"library_name: {library}", "pipeline_tag: text-generation", "tags:", "- dpo_jax"]
     head += [f"base_model: {json.dumps(base)}"] if hub else []
     rows = {
-        "objective": f"{config.loss.name}, {_words(options_of(objective))}".rstrip(", "),
+        "objective": f"{config.loss.name}, {_listed(options_of(objective))}".rstrip(", "),
         **{f"{split} data": f"{_names(spec)}: {pairs:,} pairs" for split, (spec, pairs) in data.items()},
         "updates": f"{steps} of {config.train.batch_pairs} pairs",
-        **_what_trained(config, adapters, merged),
-        "optimizer": _words({k: v for k, v in vars(config.optimizer).items()}),
+        **_trained(config, adapters, merged),
+        "optimizer": _listed(vars(config.optimizer)),
         "lengths": f"{config.data.max_length} tokens at most, of them the prompt {config.data.max_prompt_length}",
         "seed": str(config.seed),
     }
@@ -80,7 +54,7 @@ def model_card(
         every, alpha = config.reference.sync_steps, config.reference.mixup_alpha
         rows["reference"] = f"after every {every} updates {alpha:g} of the policy and {1 - alpha:g} of itself"
     if config.sft.steps:
-        rows["first"] = f"supervised fine-tuning on the chosen answers, {_words(vars(config.sft))}"
+        rows["first"] = f"supervised fine-tuning on the chosen answers, {_listed(vars(config.sft))}"
     table = [f"| {key} | {value} |" for key, value in rows.items()]
     text = [*head, "---", "", f"# {name}, after {config.loss.name}", ""]
     text += [f"`{name}` trained by {_objective(objective)} with dpo_jax {dpo_jax.__version__}.", ""]
@@ -92,34 +66,37 @@ def model_card(
 
 
 def _objective(objective: Objective) -> str:
-    """What its losses are called, with their papers."""
-    known = [OBJECTIVES.get(term.name, (f"`{term.name}`", "")) for term in objective.terms]
-    return ", ".join(f"[{title}](https://arxiv.org/abs/{paper})" if paper else title for title, paper in known)
+    """Returns the titles of its losses, linked to their papers."""
+    entries = [term.entry for term in objective.terms]
+    return ", ".join(
+        f"[{each.title}](https://arxiv.org/abs/{each.paper})" if each.paper else each.title for each in entries
+    )
 
 
-def _what_trained(config: Config, adapters: Adapters | None, merged: bool) -> dict[str, str]:
-    """A row for adapters or for frozen tensors, if there are any."""
+def _trained(config: Config, adapters: Adapters | None, merged: bool) -> dict[str, str]:
+    """Returns the table's row for adapters or for frozen tensors; empty if there are none."""
     if adapters is not None:
         modules = sorted({module_of(each).rpartition("{layer}.")[2] for each in adapters.tensors})
         held = f", on a model in {config.lora.base}" if config.lora.base else ""
-        words = f"rank {adapters.rank}, scale {adapters.scale:g}, beside {', '.join(modules)}{held}"
-        return {"adapters, merged" if merged else "adapters": words}
+        description = f"rank {adapters.rank}, scale {adapters.scale:g}, beside {', '.join(modules)}{held}"
+        return {"adapters, merged" if merged else "adapters": description}
     pattern = config.train.freeze.replace("|", "\\|")  # or it would end the cell
     return {"frozen": f"tensors of a name with `{pattern}`"} if pattern else {}
 
 
-def _words(options: Mapping[str, object]) -> str:
+def _listed(options: Mapping[str, object]) -> str:
+    """Returns "name value, name value"."""
     return ", ".join(
         f"{key} {value:g}" if isinstance(value, float) else f"{key} {value}" for key, value in options.items()
     )
 
 
 def _names(spec: str) -> str:
-    """A data specification with the names of files and folders in place of their paths."""
+    """Returns a data specification with names of files and folders in place of their paths."""
 
     def name(part: str) -> str:
         path, star, weight = part.strip().partition("*")
-        found = Path(path).expanduser()
-        return (found.resolve().name if found.exists() else path) + star + weight
+        folder = Path(path).expanduser()
+        return (folder.resolve().name if folder.exists() else path) + star + weight
 
     return ", ".join(map(name, spec.split(",")))
