@@ -93,7 +93,7 @@ SECTIONS = {
     "tokenizer": "The tokenizer and its chat template.",
     "data": "Where preferences come from and how they are tokenized and packed into rows.",
     "loss": "The training objective. [objectives.md](objectives.md) says which loss to choose, with formulas. "
-    "An option that is unset has the default of the chosen loss. An option that the chosen loss does not have is an error.",
+    "An option that is unset has the default of the chosen loss. An option that this loss does not have is an error.",
     "train": "Batch size and length of training.",
     "lora": "Low-rank adapters (LoRA) on a frozen model.",
     "sft": "Supervised fine-tuning on the chosen answers, as a first stage. Its result is the reference and the "
