@@ -5,7 +5,8 @@
         --config.data.train=Anthropic/hh-rlhf:train --config.data.eval=Anthropic/hh-rlhf:test
 
 The paper fine-tunes on the chosen answers first. Set `--config.sft.steps`, or use a `model.path` that is already
-fine-tuned. For local files in any supported form: `--config.data.train=train.jsonl.gz --config.data.eval=eval.jsonl.gz`.
+fine-tuned. For local files in any supported form:
+`--config.data.train=train.jsonl.gz --config.data.eval=eval.jsonl.gz`.
 """
 
 from dpo_jax.config import base

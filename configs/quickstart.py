@@ -2,7 +2,7 @@
 
     dpo-jax train --config=configs/quickstart.py --workdir=runs/quickstart
 
-dpo_jax/demo/quickstart.py generates pairs of answers of a help desk with a known reward, a tokenizer, and a random Llama
+dpo_jax/demo/quickstart.py generates pairs of help-desk answers with a known reward, a tokenizer, and a random Llama
 with 1.7M parameters. The run fine-tunes this model on the chosen answers, scores the reference, trains one epoch of
 DPO, evaluates on held-out requests, and exports. No accelerator is needed. Expect a held-out accuracy of about 0.975
 and a loss of 0.07 to 0.08 (0.9775 and 0.069 with seed 0, 0.975 and 0.081 with seed 1).

@@ -22,7 +22,7 @@ from jaxtyping import Array, Float, Int
 
 from dpo_jax.losses import make_loss
 
-UP, DOWN, END, WORDS = 10, 11, 12, 13  # tokens after the ten digits, and the size of the vocabulary
+UP, DOWN, END, VOCABULARY = 10, 11, 12, 13  # the tokens after the ten digits, and how many tokens there are
 WIDTH, LENGTH, BATCH, EPOCHS = 32, 7, 50, 6
 
 loss_fn = make_loss("ipo", {"beta": 0.5})  # or dpo_jax.losses.ipo, which takes beta at each call
@@ -37,14 +37,12 @@ class Pairs(NamedTuple):
 
 class Model(nnx.Module):
     def __init__(self, rngs: nnx.Rngs):
-        self.embed = nnx.Embed(WORDS, WIDTH, rngs=rngs)
+        self.embed = nnx.Embed(VOCABULARY, WIDTH, rngs=rngs)
         self.cells = nnx.RNN(nnx.GRUCell(WIDTH, WIDTH, rngs=rngs))
-        self.head = nnx.Linear(WIDTH, WORDS, rngs=rngs)
+        self.head = nnx.Linear(WIDTH, VOCABULARY, rngs=rngs)
 
     def __call__(self, tokens: Int[Array, "N S"]) -> Float[Array, "N S V"]:
-        states: Any = self.cells(
-            self.embed(tokens)
-        )  # the type is wider because nnx.RNN can return the last carry as well
+        states: Any = self.cells(self.embed(tokens))  # Any: nnx.RNN can return the last carry as well
         return self.head(states)
 
 
@@ -86,8 +84,8 @@ def step(model: Model, optimizer: nnx.Optimizer, pairs: Pairs, reference: Float[
 
 def accuracy(model: Model, pairs: Pairs) -> float:
     """Share of pairs whose chosen answer is more likely than the rejected one."""
-    found = nnx.jit(logps)(model, pairs)
-    return float((found[:, 0] > found[:, 1]).mean())
+    scores = nnx.jit(logps)(model, pairs)
+    return float((scores[:, 0] > scores[:, 1]).mean())
 
 
 def main() -> tuple[list[float], float, float]:
