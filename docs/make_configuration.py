@@ -48,8 +48,8 @@ A run is described by one configuration. It is built in three steps, each overri
    field whose default is *unset*.
 
 A run writes its complete configuration into `config.json` in the working folder. `--config=RUN/config.json` starts the
-same run again. Code is never run because a `config.json` names it: `prepare`, and a `loss.name` of the form
-`module:function`, are taken from a recipe or from a flag only, so give such a field again as a flag.
+same run again. Code is never run because a `config.json` names it. From such a file, `prepare` is ignored and a
+`loss.name` of the form `module:function` is refused. Name the recipe instead, or set the field again with a flag.
 
 All fields are checked before any device is used. An unknown field, a value of the wrong type or a value out of range
 stops the run with an error that names the field and the allowed values. Text fields may contain `{workdir}`, which is
