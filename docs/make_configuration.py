@@ -148,6 +148,7 @@ def fields_of(section: type, prefix: str = "") -> Iterator[Field]:
         if not description:
             raise SystemExit(f"{SOURCE}: {name} has neither a trailing comment nor metadata['help']")
         allowed = config.RULES[name][1] if name in config.RULES else ""
+        allowed = allowed.removeprefix("a number ").removeprefix("one of ")
         resume = "may change" if name in config.RESUMABLE else "fixed"
         description = description.replace(" | ", " / ")
         yield Field(name, type_of(field), default_of(value), allowed, resume, description)

@@ -50,14 +50,14 @@ class Data:
     train: str = ""  # path or Hub id (owner/name:split), or several: "a.jsonl,b.parquet*0.5"; required to train
     eval: str = ""  # held-out pairs, in the same form but without weights; empty: no evaluation
     format: str = "auto"  # auto | plain | chat | hh | ranked | unpaired; auto: from each source's first rows
-    rankings: str = "all"  # all | best: pairs made from a ranking: every two answers, or the best with each other one
+    rankings: str = "all"  # pairs made from a ranking; all: every two answers; best: the best with each other answer
     shuffle: bool = True  # true: a new order each epoch, drawn from seed; false: file order
     max_length: int = 1024  # tokens of prompt and answer together, >= 2; longer sequences are truncated
     max_prompt_length: int = 512  # tokens of the prompt, >= 1 and < data.max_length; longer prompts are truncated
-    truncate_prompt: str = "keep_end"  # keep_end | keep_start: the end of a long prompt that is kept; error: refuse it
-    on_bad_row: str = "error"  # error: stop at an unusable row | skip: drop it, count it and report it
-    layout: str = "auto"  # shared: one prompt per pair | repeated: one per answer | auto: shared if the model allows
-    row_length: int | None = None  # positions in a packed row, >= 2; unset: chosen from the lengths of the pairs
+    truncate_prompt: str = "keep_end"  # keep_end | keep_start: which end of a long prompt is kept; error: refuse it
+    on_bad_row: str = "error"  # error: stop at an unusable row; skip: drop it, count it and report it
+    layout: str = "auto"  # shared: one prompt per pair; repeated: one per answer; auto: shared if the model allows
+    row_length: int | None = None  # positions in a packed row, a multiple of 8; unset: from the pairs' lengths
     cache_dir: str = ""  # folder of tokenized data; empty: DPO_JAX_CACHE, or the user's cache folder
 
 
@@ -84,7 +84,7 @@ class Train:
     batch_pairs: int = 64  # pairs in every update (the global batch size), >= 1
     epochs: float = 1.0  # passes over the training pairs, > 0; not used if train.steps is set
     steps: int | None = None  # number of updates, >= 1; unset: from train.epochs
-    microbatch_rows: int | None = None  # rows in one forward-backward pass, >= 1; unset: chosen from data and backend
+    microbatch_rows: int | None = None  # rows per microbatch, a multiple of replica x fsdp; unset: from data and device
     router_balance: float = 0.0  # weight of the load-balancing loss of a mixture of experts, >= 0; 0: none
     freeze: str = ""  # regex, searched in the checkpoint's tensor names: matching tensors are frozen; empty: none
 
@@ -124,7 +124,7 @@ class Optimizer:
 @dataclasses.dataclass(frozen=True)
 class Reference:
     path: str = ""  # folder of stored reference log-probs; empty: WORKDIR/reference
-    microbatch_rows: int | None = None  # packed rows in one forward pass, >= 1; unset: several times those of training
+    microbatch_rows: int | None = None  # rows per microbatch, a multiple of replica x fsdp; unset: from data and device
     sync_steps: int = 0  # TR-DPO: updates between two syncs of the reference with the policy, >= 0; 0: never
     mixup_alpha: float = 1.0  # TR-DPO: weight of the policy in the new reference, in (0, 1]; 1: a copy of it
 
