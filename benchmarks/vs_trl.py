@@ -131,12 +131,9 @@ def score_answers_only() -> None:
     utils._use_triton = lambda device: True
 
 
-def make_trainer(work: Path, args: Any, settings: dict[str, Any], callbacks: list[Any] | None = None) -> Any:
-    """Returns a DPOTrainer that records times and counts; at TRL's defaults but for batches, steps and `settings`."""
-    import datasets
+def recorded_trainer() -> Any:
+    """Returns TRL's DPOTrainer as a class that takes pairs in order and records losses, times and counts."""
     import torch
-    import transformers
-    from trl.trainer.dpo_config import DPOConfig
     from trl.trainer.dpo_trainer import DPOTrainer
 
     class Recorded(DPOTrainer):
@@ -171,13 +168,23 @@ def make_trainer(work: Path, args: Any, settings: dict[str, Any], callbacks: lis
             self.scored.append((time.perf_counter(), common.minor_faults(), self.counts["reference"]))
             return found
 
+    return Recorded
+
+
+def make_trainer(work: Path, args: Any, settings: dict[str, Any], callbacks: list[Any] | None = None) -> Any:
+    """Returns a DPOTrainer that records times and counts; at TRL's defaults but for batches, steps and `settings`."""
+    import datasets
+    import torch
+    import transformers
+    from trl.trainer.dpo_config import DPOConfig
+
     settings = dict(settings)
     model: Any = transformers.AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32)
     if args.adapter:
         import peft
 
         model = peft.PeftModel.from_pretrained(model, args.adapter, is_trainable=True)
-    trainer = Recorded(
+    trainer = recorded_trainer()(
         model=model,
         args=DPOConfig(
             output_dir=str(work / "trl"),
