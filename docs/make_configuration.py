@@ -2,9 +2,9 @@
 
     python -m docs.make_configuration [--out=docs/configuration.md]
 
-Names, types and defaults come from the dataclasses. A field's description is `metadata["help"]` where the field has
-it, and the trailing comment of its line otherwise. Allowed values come from `config.RULES`, and fields that may change
-when a run resumes from `config.RESUMABLE`. tests/test_readme.py fails if the file is stale.
+Names, types and defaults come from the dataclasses. A field's description is the trailing comment of its line, and
+the help text in `losses.registry.OPTIONS` for options of losses. Allowed values come from `config.RULES`, and fields
+that may change when a run resumes from `config.RESUMABLE`. tests/test_readme.py fails if the file is stale.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from dpo_jax import config
+from dpo_jax.losses.registry import OPTIONS
 
 OUT = Path(__file__).with_name("configuration.md")
 SOURCE = Path(config.__file__)
@@ -139,18 +140,19 @@ def comments_of(section: type) -> dict[str, str]:
 
 def fields_of(section: type, prefix: str = "") -> Iterator[Field]:
     """The fields of a dataclass that are no sections themselves. Raises: SystemExit for one without a description."""
-    comments, defaults = comments_of(section), section()
+    descriptions, defaults = comments_of(section), section()
+    if section is config.Loss:
+        descriptions |= {name: option.help for name, option in OPTIONS.items()}
     for field in dataclasses.fields(section):
         value, name = getattr(defaults, field.name), f"{prefix}{field.name}"
         if dataclasses.is_dataclass(value):
             continue
-        description = field.metadata.get("help") or comments.get(field.name)
-        if not description:
-            raise SystemExit(f"{SOURCE}: {name} has neither a trailing comment nor metadata['help']")
+        if field.name not in descriptions:
+            raise SystemExit(f"{SOURCE}: {name} has no trailing comment")
         allowed = config.RULES[name][1] if name in config.RULES else ""
         allowed = allowed.removeprefix("a number ").removeprefix("one of ")
         resume = "may change" if name in config.RESUMABLE else "fixed"
-        description = description.replace(" | ", " / ")
+        description = descriptions[field.name].replace(" | ", " / ")
         yield Field(name, type_of(field), default_of(value), allowed, resume, description)
 
 

@@ -44,6 +44,8 @@ def test_reference_of_fields_is_that_of_the_configuration():
                 prefix = "" if node.name == "Config" else f"{sections[node.name]}."
                 comment = source.splitlines()[field.lineno - 1].split("  # ", 1)[1]
                 assert rows[f"{prefix}{ast.unparse(field.target)}"].endswith(f" | {comment.replace(' | ', ' / ')} |")
+    for name, option in OPTIONS.items():
+        assert rows[f"loss.{name}"].endswith(f" | {option.help.replace(' | ', ' / ')} |")
 
 
 def documented_order():
