@@ -1,7 +1,7 @@
-"""What the benchmarks share: sides in fresh processes, their memory and page faults, tables, plots, models and pairs.
+"""Shared parts of the benchmarks: running a side in a fresh process, memory, page faults, tables, plots, models, pairs.
 
-It imports nothing but the standard library and numpy until a function needs more, so that a side can run in another
-trainer's environment.
+The module imports only the standard library and numpy. Functions import what else they need, so that a side can run in
+the environment of another trainer.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 ROOT = Path(__file__).resolve().parent.parent
-WARM_UP = 2  # steps of each run left out of its speed: compilation, allocator, page cache
-# With glibc's defaults, large temporaries go back to the system each time, and page faults bring them in again.
+WARM_UP = 2  # first steps of each run, left out of its speed: compilation, allocator, page cache
+# With glibc's defaults, large temporaries are returned to the system each time, and page faults bring them back.
 TUNED = {"MALLOC_MMAP_THRESHOLD_": str(2**33), "MALLOC_TRIM_THRESHOLD_": str(2**33)}
 ALLOCATORS: dict[str, dict[str, str]] = {"default": {}, "tuned": TUNED}
 SHAPES = {
@@ -61,22 +61,22 @@ SHAPES = {
 }
 
 
-# --- sides in processes of their own ------------------------------------------------------------------------------
+# --- sides in separate processes ----------------------------------------------------------------------------------
 
 
 def in_fresh_process(
     function: str, work: Path, args: Mapping[str, Any], *, python: str = sys.executable, allocator: str = "default"
 ) -> dict[str, Any]:
-    """Calls `function(work, args)` in a process of its own, so that its memory and page faults are its own.
+    """Calls `function(work, args)` in a separate process, so that its memory and page faults are measured alone.
 
-    Caches lie in `work`, so that nothing is compiled, tokenized or scored by an earlier run.
+    Caches are in `work`, so that no compiled program, tokenized data or score of an earlier run is reused.
 
     Args:
-      function: "module:function"; it takes `args` as a namespace and returns a dict that JSON can hold.
+      function: "module:function"; it receives `args` as a namespace and returns a dict that JSON can represent.
       work: a folder that does not exist yet.
       allocator: one of ALLOCATORS.
-    Returns: what the function returned, with "peak_bytes" of the whole process unless it says so itself; or
-      {"failed": why} if the process did not end well.
+    Returns: the dict that the function returned, with "peak_bytes" of the whole process unless it contains that; or
+      {"failed": reason} if the process failed.
     """
     work.mkdir(parents=True)
     (work / "args.json").write_text(json.dumps(dict(args)))
@@ -91,7 +91,7 @@ def in_fresh_process(
 
 
 def answer() -> None:
-    """The other end of `in_fresh_process`."""
+    """Runs in the process that `in_fresh_process` starts: calls the function and writes its result."""
     (module, _, name), work = sys.argv[1].partition(":"), Path(sys.argv[2])
     args = types.SimpleNamespace(**json.loads((work / "args.json").read_text()))
     found = getattr(importlib.import_module(module), name)(work, args)
@@ -99,9 +99,9 @@ def answer() -> None:
 
 
 def memory(field: str) -> int:
-    """Bytes of this process by a name of Linux's /proc/self/status: VmRSS, RssAnon, VmHWM (the most VmRSS was).
+    """Bytes of this process in a field of Linux's /proc/self/status: VmRSS, RssAnon, VmHWM (the peak of VmRSS).
 
-    The `ru_maxrss` of a child starts at what its parent held when it was started; this does not.
+    Unlike `ru_maxrss`, which a child process inherits from its parent, VmHWM starts anew in each process.
     """
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith(field + ":"):
@@ -110,18 +110,18 @@ def memory(field: str) -> int:
 
 
 def reset_peak() -> None:
-    """Gives freed memory back to the system, and has VmHWM start again at what is held now."""
+    """Returns freed memory to the system and resets VmHWM to the present resident memory."""
     ctypes.CDLL(None).malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")
 
 
 def minor_faults() -> int:
-    """Page faults of this process so far that needed no disk, all threads together."""
+    """Page faults of this process so far that needed no disk access, of all threads."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 
 
 class Sample(NamedTuple):
-    """This process when a file had got `rows` rows."""
+    """Measurements of this process at the moment when a file had `rows` rows."""
 
     rows: int
     minor_faults: int
@@ -131,7 +131,7 @@ class Sample(NamedTuple):
 
 @contextlib.contextmanager
 def watch(path: Path, *, every_s: float = 0.01) -> Iterator[list[Sample]]:
-    """Samples this process whenever the file `path` has got more rows; the list grows while the body runs."""
+    """Samples this process whenever the file `path` grows; yields a list that grows while the body runs."""
     found: list[Sample] = []
     ended = threading.Event()
 
@@ -153,14 +153,14 @@ def watch(path: Path, *, every_s: float = 0.01) -> Iterator[list[Sample]]:
 
 
 def faults_per_step(samples: Sequence[Sample]) -> float | None:
-    """Minor page faults a row from the last of the warm-up on; None if too few rows were seen."""
+    """Minor page faults per row after the warm-up; None if there are too few rows."""
     measured = [sample for sample in samples if sample.rows >= WARM_UP]
     if not measured or measured[-1].rows == measured[0].rows:
         return None
     return (measured[-1].minor_faults - measured[0].minor_faults) / (measured[-1].rows - measured[0].rows)
 
 
-# --- what is made of the numbers ----------------------------------------------------------------------------------
+# --- summaries and plots -------------------------------------------------------------------------------------------
 
 
 def median_time(rounds: Sequence[Mapping[str, Any]]) -> float:
@@ -175,12 +175,12 @@ def median_of(rounds: Sequence[Mapping[str, Any]], name: str) -> float | None:
 
 
 def worked(rounds: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-    """The rounds that ended well."""
+    """The rounds that did not fail."""
     return [one for one in rounds if "failed" not in one]
 
 
 def ratio(one: float | None, other: float | None) -> float | None:
-    """`one / other`, None where either is missing or the latter 0."""
+    """`one / other`; None if either is missing or `other` is 0."""
     return None if one is None or not other else one / other
 
 
@@ -197,7 +197,7 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
 
 
 def shown(value: Any) -> str:
-    """A number with four significant digits or, if whole, all of them; text as it is."""
+    """Text of a value: four significant digits of a float, all digits of an integer."""
     if value is None:
         return "-"
     if isinstance(value, float):
@@ -211,7 +211,7 @@ def mib(value: float | None) -> float | None:
 
 
 def write_results(out: Path, options: argparse.Namespace, found: Mapping[str, Any]) -> None:
-    """Writes `out`/result.json: what was found, with what options, on which machine, with which packages."""
+    """Writes `out`/result.json: results, options, machine and versions of packages."""
     machine = {"machine": platform.machine(), "system": platform.platform(), "cores": len(os.sched_getaffinity(0))}
     versions = {"python": platform.python_version()}
     for name in ("dpo-jax", "jax", "torch", "trl", "transformers", "google-tunix"):
@@ -222,7 +222,7 @@ def write_results(out: Path, options: argparse.Namespace, found: Mapping[str, An
 
 
 def plot_bars(out: Path, panels: Mapping[str, Mapping[str, float | None]]) -> None:
-    """Draws a panel of bars for each title, with a bar for each label, into the PNG `out`."""
+    """Draws one panel of bars for each title, with one bar for each label, into the PNG file `out`."""
     pyplot = load_pyplot()
     if pyplot is None:
         return
@@ -242,7 +242,7 @@ def plot_bars(out: Path, panels: Mapping[str, Mapping[str, float | None]]) -> No
 
 
 def plot_lines(out: Path, panels: Mapping[str, Mapping[str, tuple[Sequence[float], Sequence[float]]]], x: str) -> None:
-    """Draws a panel of lines for each title, with a line (xs, ys) for each label, into the PNG `out`."""
+    """Draws one panel for each title, with one line (xs, ys) for each label, into the PNG file `out`."""
     pyplot = load_pyplot()
     if pyplot is None:
         return
@@ -260,7 +260,7 @@ def plot_lines(out: Path, panels: Mapping[str, Mapping[str, tuple[Sequence[float
 
 
 def load_pyplot() -> Any:
-    """matplotlib's pyplot for files; None, and a line that says so, where it is not installed."""
+    """Returns matplotlib's pyplot with a backend for files; None, with a printed line, if it is not installed."""
     try:
         import matplotlib
     except ImportError:
@@ -270,25 +270,25 @@ def load_pyplot() -> Any:
     return importlib.import_module("matplotlib.pyplot")
 
 
-# --- what goes in -------------------------------------------------------------------------------------------------
+# --- inputs -------------------------------------------------------------------------------------------------------
 
 
 def make_parser(doc: str | None, *, out: str, shape: str = "llama") -> argparse.ArgumentParser:
-    """A parser with the options that every benchmark takes."""
+    """Returns a parser with the options that all benchmarks share."""
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", required=True, help="preferences in any form that dpo_jax reads")
-    parser.add_argument("--tokenizer", default="", help="folder of the tokenizer; needed without --model")
-    parser.add_argument("--model", default="", help="checkpoint folder; empty: a random one of --shape")
+    parser.add_argument("--tokenizer", default="", help="folder of the tokenizer; required without --model")
+    parser.add_argument("--model", default="", help="checkpoint folder; empty: a random checkpoint of --shape")
     parser.add_argument("--shape", choices=SHAPES, default=shape)
     parser.add_argument("--out", default=out, help="folder of the results; must not exist")
     return parser
 
 
 def prepare(args: argparse.Namespace, **fields: Any) -> Path:
-    """Makes the output folder and, without --model, a random checkpoint in it; returns the folder.
+    """Creates the output folder and, without --model, a random checkpoint in it; returns the folder.
 
     Args:
-      fields: of the checkpoint's configuration, besides those of --shape.
+      fields: fields of the checkpoint's config.json in addition to those of --shape.
     """
     if not args.model and not args.tokenizer:
         sys.exit("--tokenizer is needed to make a checkpoint; or give one as --model")
@@ -303,7 +303,7 @@ def prepare(args: argparse.Namespace, **fields: Any) -> Path:
 
 
 def make_model(folder: Path, shape: dict[str, Any], tokenizer: Path) -> None:
-    """A random checkpoint of a shape, written by transformers, with the tokenizer beside it."""
+    """Writes a random checkpoint with transformers, and the tokenizer into the same folder."""
     import torch
     import transformers
 
@@ -325,13 +325,13 @@ class Kept(NamedTuple):
 
 
 def read_pairs(source: str, tokenizer: Path) -> Iterator[Kept]:
-    """The pairs of a source in order, none of them cut; rows that cannot be used are left out."""
+    """Yields the pairs of a source in order and without truncation; skips rows that cannot be used."""
     from dpo_jax.data import formats, sources
     from dpo_jax.data.tokenize import encode, load_tokenizer
     from dpo_jax.types import InputError
 
     loaded = load_tokenizer(str(tokenizer))
-    most = 10**6  # tokens, so that nothing is cut
+    most = 10**6  # tokens, so that nothing is truncated
     whole = functools.partial(encode, max_length=most, max_prompt_length=most - 1, truncate_prompt="keep_end")
     for row in sources.read(source, split="train")[0].rows:
         try:
@@ -346,7 +346,7 @@ def read_pairs(source: str, tokenizer: Path) -> Iterator[Kept]:
 def select_pairs(
     source: str, tokenizer: Path, *, count: int, max_prompt: int = 10**6, max_answer: int = 10**6, max_length: int
 ) -> list[Kept]:
-    """The first pairs of a source whose prompt, answers, and both together, have at most so many tokens."""
+    """Returns the first pairs of a source with prompts, answers and sequences of at most these numbers of tokens."""
     kept: list[Kept] = []
     for pair in read_pairs(source, tokenizer):
         prompt, *answers = map(len, pair.ids)
@@ -365,9 +365,9 @@ def write_rows(rows: Sequence[Mapping[str, Any]], out: Path) -> None:
 
 
 def write_pairs(source: str, out: Path, tokenizer: Path, *, count: int, max_length: int) -> int:
-    """Writes `count` pairs of the source that need no cutting, as explicit text columns that every trainer reads.
+    """Writes `count` pairs of the source that need no truncation, as text columns that every trainer reads.
 
-    Where the source has fewer, they come again in the same order. Returns: how many of them are distinct.
+    If the source has fewer, they are repeated in the same order. Returns: the number of distinct pairs.
     """
     kept = select_pairs(source, tokenizer, count=count, max_length=max_length)
     write_rows([kept[i % len(kept)].row for i in range(count)], out)
@@ -375,7 +375,7 @@ def write_pairs(source: str, out: Path, tokenizer: Path, *, count: int, max_leng
 
 
 def base_config(args: Any, work: Path) -> Any:
-    """The ConfigDict of a float32 run of dpo_jax on `args.pairs_file`, in file order, nothing of it cut."""
+    """ConfigDict of a float32 run of dpo_jax on `args.pairs_file`, in file order and without truncation."""
     from dpo_jax.config import base
 
     chosen = base()
@@ -393,7 +393,7 @@ def base_config(args: Any, work: Path) -> Any:
 
 
 def train_ours(work: Path, chosen: Any) -> dict[str, Any]:
-    """Trains with dpo_jax in `work`; returns losses, step times, positions and tokens of every step, page faults."""
+    """Trains with dpo_jax in `work`; returns losses, step times, positions and tokens per step, and page faults."""
     from dpo_jax import train
     from dpo_jax.config import freeze
 

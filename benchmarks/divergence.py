@@ -1,11 +1,11 @@
-"""How much of the divergence along answers is seen by the C likeliest tokens that a reference store keeps.
+"""Measures how much of the KL divergence along answers the C likeliest tokens in a reference store account for.
 
     python -m benchmarks.divergence --workdir=runs/quickstart
 
-Takes the policy that a finished run has exported and the reference that it was trained against, and evaluates `tdpo2`
-on the run's held-out pairs with `loss.kl_tokens` at each of --tokens and at the whole vocabulary, where the divergence
-is exact. Prints, for chosen and for rejected answers, nats a token and the share of the exact ones; writes them to
---out as JSON.
+Uses the policy that a finished run exported and the reference it was trained against. Evaluates `tdpo2` on the held-out
+pairs of the run, with `loss.kl_tokens` at each of --tokens and at the size of the vocabulary, where the divergence is
+exact. Prints nats per token and the share of the exact value, for chosen and for rejected answers. Writes them to --out
+as JSON.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ SIDES = ("chosen", "rejected")
 
 
 def divergence(workdir: Path, likely: int) -> dict[str, float]:
-    """Nats a token along chosen and rejected answers, over so many likely tokens."""
+    """Divergence in nats per token along chosen and rejected answers, from the `likely` likeliest tokens."""
     fine_tuned = workdir / "sft" / "export"
     start = [f"model.path={fine_tuned}", "sft.steps=0"] if fine_tuned.exists() else []
-    start += ["data.train=", "loss.name=tdpo2", f"loss.kl_tokens={likely}"]  # held-out pairs alone are scored
+    start += ["data.train=", "loss.name=tdpo2", f"loss.kl_tokens={likely}"]  # only held-out pairs are scored
     chosen = run_inputs.resolve_paths(flags.load(str(workdir / "config.json"), start), workdir)
     objective = objective_of(chosen.loss)
     inputs = run_inputs.load_inputs(chosen, objective, training=False)
@@ -57,7 +57,7 @@ def divergence(workdir: Path, likely: int) -> dict[str, float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--workdir", required=True, help="of a finished run")
+    parser.add_argument("--workdir", required=True, help="working folder of a finished run")
     parser.add_argument("--tokens", default="1,4,8,32,128", help="numbers of likely tokens")
     parser.add_argument("--out", default="runs/divergence", help="folder of the results; must not exist")
     args = parser.parse_args()

@@ -1,19 +1,21 @@
-"""Attention over packed rows on a GPU: this package's Triton kernels beside plain XLA and cuDNN.
+"""Compares attention over packed rows on a GPU: the Triton kernels of dpo_jax, plain XLA, and cuDNN.
 
-    python benchmarks/gpu_attention.py --json=attention.json
-    python benchmarks/gpu_attention.py --sweep --head_dims=128 --lengths=4096   # which tiles are fastest here
+    python -m benchmarks.gpu_attention --json=attention.json
+    python -m benchmarks.gpu_attention --sweep --head_dims=128 --lengths=4096   # finds the fastest tiles of this GPU
 
-Rows are packed with pairs as long as those of Anthropic's HH, drawn at random. Sides run in turn, --rounds times:
+Rows are packed with random pairs whose lengths are distributed like those of Anthropic's HH. Sides run in turn,
+--rounds times:
 
-    triton         the kernels of dpo_jax.models.triton
-    xla            the plain path of dpo_jax.models.attention
-    cudnn_mask     jax.nn.dot_product_attention by cuDNN, with the same visibility as a dense mask
-    cudnn_causal   the same over whole rows, causal: more pairs of tokens, but no mask to read
-    triton_causal  the kernels on the bounds of whole causal rows
+    triton         the kernels of dpo_jax.models.attention.triton
+    xla            the plain implementation, dpo_jax.models.attention.blockwise
+    cudnn_mask     jax.nn.dot_product_attention with cuDNN, and the same visibility as a dense mask
+    cudnn_causal   cuDNN with causal attention over whole rows: more pairs of tokens, but no mask to read
+    triton_causal  the Triton kernels with causal attention over whole rows
 
-Times are medians of the forward pass, and of the forward and backward pass. TFLOP/s count pairs of tokens that see one
-another: 4 d an attention head forward, 14 d with the backward pass. Errors are the largest of one row and one group of
-heads against dense float32 attention, as a share of its largest value. Prints a table, ratios, and JSON.
+Times are medians of the forward pass, and of the forward and backward pass together. TFLOP/s count pairs of tokens of
+which one sees the other: 4 d operations per head in the forward pass, 14 d with the backward pass. The error is the
+largest deviation from dense float32 attention in one row and one group of heads, relative to its largest value. Prints
+a table, ratios and JSON.
 """
 
 from __future__ import annotations
@@ -38,14 +40,14 @@ from dpo_jax.models.attention import triton
 from dpo_jax.models.attention.choose import make_attention
 from dpo_jax.types import Encoded
 
-BASE = "triton"  # ratios are times as a multiple of this side's
+BASE = "triton"  # ratios are times relative to this side
 
 
 def packed_bounds(rows: int, length: int, *, scale: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Bounds [rows, length] of rows full of pairs: medians of 110 prompt and 45 answer tokens, times `scale`."""
+    """Bounds [rows, length] of rows filled with pairs: medians of 110 prompt and 45 answer tokens, times `scale`."""
     rng = np.random.default_rng(seed)
     key_start = np.tile(np.arange(length, dtype=np.int32), (rows, 1))
-    key_end = key_start + 1  # what no pair takes sees itself, as in training
+    key_end = key_start + 1  # padding sees itself, as in training
     for row in range(rows):
         at = 0
         while True:
@@ -60,7 +62,7 @@ def packed_bounds(rows: int, length: int, *, scale: float, seed: int) -> tuple[n
 
 
 def dense_mask(key_start: jax.Array, key_end: jax.Array) -> jax.Array:
-    """Which keys each query sees, [R, 1, S, S]."""
+    """Mask [R, 1, S, S] of the keys that each query sees."""
     keys = jnp.arange(key_start.shape[1])
     return ((keys >= key_start[..., None]) & (keys < key_end[..., None]))[:, None]
 
@@ -71,7 +73,7 @@ def cudnn(q, k, v, mask=None):
 
 
 def dense(q, k, v, key_start, key_end):
-    """The definition in float32, of heads that share one kv head."""
+    """Dense float32 attention of the query heads that share one key-value head."""
     q, k, v = (x.astype(jnp.float32) for x in (q, k, v))
     scores = jnp.einsum("rqhd,rkd->rhqk", q * q.shape[-1] ** -0.5, k[:, :, 0], precision="highest")
     weights = jax.nn.softmax(jnp.where(dense_mask(key_start, key_end), scores, -jnp.inf))
@@ -122,14 +124,15 @@ def make_inputs(args: argparse.Namespace, length: int, width: int):
 
 
 def compare(args: argparse.Namespace, length: int, width: int) -> list[dict[str, Any]]:
-    """Measures every side on one shape."""
+    """Measures all sides on one shape."""
     arrays, bounds = make_inputs(args, length, width)
     rows, group = len(bounds[0]), args.heads // args.kv_heads
     index = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32), (rows, length))
     causal = [jnp.zeros_like(index), index + 1]
     kernels = make_attention("triton", platform="gpu")
-    mask = jax.jit(dense_mask)(*bounds)  # made once: a model's layers would share it
-    sides: dict[str, tuple[Callable, list[jax.Array], list[jax.Array]]] = {  # what it takes, which bounds these mean
+    mask = jax.jit(dense_mask)(*bounds)  # built once, because the layers of a model would share it
+    # Of each side: the function, its arguments after q, k and v, and the bounds that these stand for.
+    sides: dict[str, tuple[Callable, list[jax.Array], list[jax.Array]]] = {
         "triton": (kernels, bounds, bounds),
         "xla": (make_attention("xla", platform="gpu"), bounds, bounds),
         "cudnn_mask": (cudnn, [mask], bounds),
@@ -164,7 +167,7 @@ def compare(args: argparse.Namespace, length: int, width: int) -> list[dict[str,
 
 
 def sweep(args: argparse.Namespace, length: int, width: int) -> list[dict[str, Any]]:
-    """Times each kernel under many tiles, the others under their own; prints the fastest five and the one in use."""
+    """Times each kernel with many tile sizes, the others unchanged; prints the fastest five and the present one."""
     arrays, bounds = make_inputs(args, length, width)
     own = triton.choose_blocks(width, args.dtype)
     found = []
@@ -186,7 +189,7 @@ def sweep(args: argparse.Namespace, length: int, width: int) -> list[dict[str, A
 
 
 def print_table(found: list[dict[str, Any]]) -> None:
-    """One line a side: times in ms, TFLOP/s, time as a multiple of triton's, largest error."""
+    """Prints one line per side: times in ms, TFLOP/s, time relative to triton, largest error."""
     head = "forward ms", "TFLOP/s", "ratio", "both ms", "TFLOP/s", "ratio", "error"
     print(f"{'length':>6} {'width':>5} {'rows':>4} {'side':13}", *(f"{name:>10}" for name in head))
     for row in found:
@@ -213,16 +216,16 @@ def main() -> None:
     parser.add_argument("--head_dims", type=int, nargs="+", default=[64, 128], help="widths of a head")
     parser.add_argument("--heads", type=int, default=32, help="query heads")
     parser.add_argument("--kv_heads", type=int, default=8, help="key and value heads")
-    parser.add_argument("--tokens", type=int, default=16384, help="positions in all rows together")
-    parser.add_argument("--scale", type=float, default=1.0, help="pairs are this many times as long as HH's")
-    parser.add_argument("--dtype", default="bfloat16", help="of q, k and v")
-    parser.add_argument("--rounds", type=int, default=20, help="samples of each time, at least 10")
-    parser.add_argument("--repeats", type=int, default=10, help="calls in a sample")
-    parser.add_argument("--seed", type=int, default=0, help="of lengths and values")
+    parser.add_argument("--tokens", type=int, default=16384, help="total positions of all rows")
+    parser.add_argument("--scale", type=float, default=1.0, help="factor on the lengths of HH's pairs")
+    parser.add_argument("--dtype", default="bfloat16", help="type of q, k and v")
+    parser.add_argument("--rounds", type=int, default=20, help="samples of each time, >= 10")
+    parser.add_argument("--repeats", type=int, default=10, help="calls per sample")
+    parser.add_argument("--seed", type=int, default=0, help="seed of lengths and values")
     parser.add_argument(
-        "--sweep", action="store_true", help="time tiles of the Triton kernels instead (minutes a shape)"
+        "--sweep", action="store_true", help="time tile sizes of the Triton kernels instead (minutes per shape)"
     )
-    parser.add_argument("--json", type=Path, help="where results go as JSON, besides standard output")
+    parser.add_argument("--json", type=Path, help="file for the results as JSON, in addition to standard output")
     args = parser.parse_args()
     if args.rounds < 10:
         parser.error(f"--rounds={args.rounds}: a median of fewer than 10 samples says little")

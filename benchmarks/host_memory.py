@@ -1,13 +1,13 @@
-"""Memory of every process while it loads its devices' parts of a checkpoint: several real processes over loopback.
+"""Measures the memory of each process while it loads its shards of a checkpoint: several processes on one machine.
 
     python -m benchmarks.host_memory --gib=2
 
-Makes a random bfloat16 checkpoint in several files, starts --processes processes of --devices virtual CPU devices each,
-and has them load it, cut over all devices (fsdp), as a run does. Of each it gives the bytes that its devices hold
-afterwards, the most that its resident memory rose above what it was before, and what is allowed: a quarter more than is
-held, and 1 GiB. On accelerators what is held leaves the host's memory, so a host needs less.
+Writes a random bfloat16 checkpoint in several files and starts --processes processes with --devices virtual CPU devices
+each. They load it sharded over all devices (fsdp), as a run does. For each process it reports the bytes that its
+devices hold afterwards, the largest increase of its resident memory, and the allowed increase: 1.25 times the held
+bytes, plus 1 GiB. On accelerators the held bytes are not in the host's memory, so a host needs less.
 
-Prints a table; writes it to --out as JSON.
+Prints a table and writes it to --out as JSON.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ import numpy as np
 
 from benchmarks import common
 
-SLACK, FACTOR = 2**30, 1.25  # bytes above what is kept, and times it, that loading may take
-FILES = 8  # of the checkpoint, about
+SLACK, FACTOR = 2**30, 1.25  # loading may take FACTOR times the held bytes, plus SLACK bytes
+FILES = 8  # number of files of the checkpoint, approximately
 SHAPE = dict(model_type="llama", vocab_size=32_000, num_attention_heads=16, num_key_value_heads=8, rms_norm_eps=1e-5)
 
 
@@ -39,13 +39,13 @@ def write_checkpoint(
     wider: int = 3,
     dtype: str = "bfloat16",
 ) -> int:
-    """A random model of about so many bytes, of as many layers as that takes; returns its bytes.
+    """Writes a random model of about `target_bytes` bytes, with as many layers as this needs; returns its bytes.
 
-    No array is ever in memory whole: of each leaf one vector is drawn, and stands in it over and over.
+    No array is ever in memory as a whole: one vector is drawn for each leaf and repeated in it.
 
     Args:
-      shape: fields of its `config.json`, other than the sizes given here.
-      wider: how many times the width its feed-forward blocks have.
+      shape: fields of its `config.json` other than the sizes given here.
+      wider: width of the feed-forward blocks as a multiple of `width`.
     """
     import ml_dtypes  # noqa: F401  gives numpy its bfloat16
 
@@ -79,8 +79,8 @@ def write_checkpoint(
 
 
 def load(work: Path, args: Any) -> dict[str, Any]:
-    """One of the processes: what loading took and left."""
-    # Read once, when jax is first imported.
+    """Loads the checkpoint in one process; returns the bytes that this took and that remain."""
+    # These are read once, when jax is first imported.
     os.environ |= {"XLA_FLAGS": f"--xla_force_host_platform_device_count={args.devices}", "JAX_PLATFORMS": "cpu"}
     from dpo_jax.config import base, freeze
     from dpo_jax.hf import checkpoints
@@ -97,7 +97,7 @@ def load(work: Path, args: Any) -> dict[str, Any]:
     frozen, folder = freeze(chosen), Path(args.model)
     model, _ = checkpoints.read_config(folder)
     built = programs.make_programs(frozen, objective_of(frozen.loss), model, np.array([[20, 30, 30]]))
-    hosts.wait("ready")  # devices are there and their threads have their stacks
+    hosts.wait("ready")  # the devices exist and their threads have their stacks
     common.reset_peak()
     before = common.memory("VmRSS")
     params = state.load_params(Source(folder, None, 0), built)
@@ -114,7 +114,7 @@ def load(work: Path, args: Any) -> dict[str, Any]:
 
 
 def measure(out: Path, model: Path, *, processes: int, devices: int, param_dtype: str) -> list[dict[str, Any]]:
-    """What each of so many processes took to load a checkpoint, in folders of their own in `out`."""
+    """Loads a checkpoint in `processes` processes, each with its own folder in `out`; returns the memory of each."""
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         port = listener.getsockname()[1]
@@ -134,10 +134,10 @@ def measure(out: Path, model: Path, *, processes: int, devices: int, param_dtype
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--gib", type=float, default=2.0, help="size of the checkpoint")
+    parser.add_argument("--gib", type=float, default=2.0, help="size of the checkpoint in GiB")
     parser.add_argument("--width", type=int, default=2048)
     parser.add_argument("--processes", type=int, default=4)
-    parser.add_argument("--devices", type=int, default=2, help="of each process")
+    parser.add_argument("--devices", type=int, default=2, help="devices of each process")
     parser.add_argument("--param_dtype", default="bfloat16", choices=("bfloat16", "float32"))
     parser.add_argument("--out", default="runs/host_memory", help="folder of the results; must not exist")
     args = parser.parse_args()

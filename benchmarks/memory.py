@@ -1,16 +1,16 @@
-"""Memory of the update by the compiler's account: across vocabulary sizes, and for each policy of model.remat.
+"""Memory of the update as reported by the compiler, for several vocabulary sizes and for each policy of model.remat.
 
     python -m benchmarks.memory --data=train.jsonl.gz --tokenizer=DIR --steps=6
 
-(a) The update of the same model and batch shape is compiled, not run, at each of --vocabularies. Subtracted from its
-total (arguments, results and temporaries, what is donated counted once) are, for every vocabulary matrix of V x D (one
-where the embeddings are tied, else two), its parameters, its gradient and AdamW's two moments: 16 V D bytes in float32.
-What is left still holds other arrays as large as a vocabulary matrix, if there are any: the growth from the smallest to
-the largest vocabulary is also given as a number of such matrices.
+(a) The update of the same model and batch shape is compiled, not run, at each of --vocabularies. Its total memory
+counts arguments, results and temporaries, and donated buffers once. For each vocabulary matrix of V x D (one if the
+embeddings are tied, else two), the benchmark subtracts parameters, gradient and AdamW's two moments: 16 V D bytes in
+float32. Any further arrays as large as a vocabulary matrix are in the remainder. So its growth from the smallest to the
+largest vocabulary is also reported as a number of such matrices.
 
-(b) The update is compiled and run with each policy, each in a process of its own, in turn, --rounds times.
+(b) The update is compiled and run with each policy, in separate processes, in turn, --rounds times.
 
-Prints two tables; writes them to --out as JSON and PNG.
+Prints two tables and writes them to --out as JSON and PNG.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from typing import Any
 
 from benchmarks import common
 
-COPIES = 4  # of a vocabulary matrix: parameters, gradient, two moments
+COPIES = 4  # arrays as large as a vocabulary matrix: parameters, gradient, two moments
 FLOAT_BYTES = 4
 
 
 def compile_vocabularies(work: Path, args: Any) -> dict[str, Any]:
-    """The compiler's account of the update at each vocabulary."""
+    """Returns the memory of the update as reported by the compiler, at each vocabulary size."""
     import dataclasses
 
     import jax
@@ -50,7 +50,7 @@ def compile_vocabularies(work: Path, args: Any) -> dict[str, Any]:
 
 
 def run_policy(work: Path, args: Any) -> dict[str, Any]:
-    """The update with one remat policy, compiled and run."""
+    """Compiles and runs the update with one remat policy."""
     from benchmarks import updates
 
     chosen = common.base_config(args, work)
@@ -60,12 +60,12 @@ def run_policy(work: Path, args: Any) -> dict[str, Any]:
     update, tx = updates.make_update(parts)
     try:
         return updates.time_steps(update, tx, updates.load_params(parts), None, batches)
-    except Exception as error:  # what a backend cannot do is a result too
+    except Exception as error:  # a policy that a backend does not support is a result too
         return {"failed": f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:120]}"}
 
 
 def without_vocabulary(found: dict[str, Any]) -> dict[str, Any]:
-    """Each vocabulary's account with the total less what belongs to its matrices, and how that grows."""
+    """Adds to each vocabulary size the total without its matrices, and how that remainder grows."""
     sizes = {}
     for size, one in found.items():
         less = COPIES * one["matrices"] * one["matrix_bytes"]
@@ -81,7 +81,7 @@ def without_vocabulary(found: dict[str, Any]) -> dict[str, Any]:
 
 
 def compare_policies(results: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
-    """Medians of each policy, and ratios to `none`."""
+    """Medians for each policy, and ratios to `none`."""
     found: dict[str, Any] = {}
     for name, rounds in results.items():
         done = common.worked(rounds)
@@ -141,10 +141,10 @@ def report(out: Path, found: dict[str, Any]) -> None:
 
 def main() -> None:
     parser = common.make_parser(__doc__, out="runs/memory")
-    parser.add_argument("--vocabularies", default="32000,128000")
+    parser.add_argument("--vocabularies", default="32000,128000", help="vocabulary sizes")
     parser.add_argument("--pairs", type=int, default=8, help="pairs in a batch")
     parser.add_argument("--steps", type=int, default=12)
-    parser.add_argument("--rounds", type=int, default=1, help="times that each policy runs, in turn")
+    parser.add_argument("--rounds", type=int, default=1, help="number of runs of each policy, in turn")
     parser.add_argument("--max_length", type=int, default=512)
     parser.add_argument("--learning_rate", type=float, default=1e-4)
     args = parser.parse_args()

@@ -1,10 +1,11 @@
-"""How a recipe's update scales over chips of one slice, as `dpo-jax plan` predicts it: a table for docs/scaling.md.
+"""Predicts how the update of a recipe scales over the chips of one slice: the last table of docs/scaling.md.
 
     python -m benchmarks.pods --config configs/llama3_8b.py \\
         --topologies v5p:4x4x4 v5p:4x4x8 v5p:4x8x8 v5p:8x8x8 --tensor 4 8 8 8
 
-Strong scaling keeps the recipe's batch, with `--tensor` for each topology; weak scaling keeps the pairs of a chip, and
-the first topology's `tensor`. Compiles every update ahead of time, a minute or two each; needs libtpu.
+Strong scaling keeps the batch size of the recipe, with the given `--tensor` for each topology. Weak scaling keeps the
+number of pairs per chip, and the `tensor` of the first topology. Every update is compiled ahead of time, as by `dpo-jax
+plan`, which takes a minute or two each and needs libtpu.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from dpo_jax.plan.estimate import Estimate, estimate, parse_topology
 
 
 def rows(args: argparse.Namespace) -> list[dict]:
-    """What each topology gives, under both kinds of scaling; one JSON line for each as it comes."""
+    """Estimates each topology under both kinds of scaling; prints each result as a JSON line at once."""
     base = flags.load(args.config)
     topologies = [parse_topology(name) for name in args.topologies]
     found = []
@@ -29,7 +30,7 @@ def rows(args: argparse.Namespace) -> list[dict]:
             if kind == "weak":
                 pairs, tensor = pairs * topology.count // topologies[0].count, args.tensor[0]
                 if topology == topologies[0]:
-                    continue  # the same as under strong scaling
+                    continue  # equal to strong scaling
             chosen = flags.load(args.config, [f"train.batch_pairs={pairs}", f"mesh.tensor={tensor}"])
             found.append(row(kind, estimate(chosen, topology)))
             print(json.dumps(found[-1]), flush=True)
@@ -37,7 +38,7 @@ def rows(args: argparse.Namespace) -> list[dict]:
 
 
 def row(kind: str, found: Estimate) -> dict:
-    """The figures of one estimate."""
+    """The columns of one estimate."""
     update, seconds = found.parts["update"], found.seconds("update")
     return {
         "scaling": kind,
@@ -58,7 +59,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", required=True)
     parser.add_argument("--topologies", nargs="+", required=True)
-    parser.add_argument("--tensor", nargs="+", type=int, required=True, help="of each topology, mesh.tensor")
+    parser.add_argument("--tensor", nargs="+", type=int, required=True, help="mesh.tensor for each topology")
     args = parser.parse_args()
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_enable_compilation_cache", False)

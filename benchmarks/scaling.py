@@ -1,17 +1,17 @@
-"""Whether a step, or memory, grows with the data: the same number of steps over more and more pairs.
+"""Measures whether step time and memory grow with the data: the same number of steps over data sets of several sizes.
 
     python -m benchmarks.scaling --data=train.jsonl.gz --sizes=1000,10000,100000 --steps=200
 
-Without --model and --tokenizer, a tokenizer of 1,024 tokens is trained on the data, so that the model is small and what
-the host does shows. Each size trains the same tiny model on copies of the first pairs of the data, every copy with its
-number before the prompt, so that no two are the same pair. Reference values come with the pairs, so that no reference
-pass is made. The order is shuffled. Tokenizing runs in a process of its own, and training in another:
+Without --model and --tokenizer, a tokenizer of 1,024 tokens is trained on the data. The model is then small, and the
+work of the host becomes visible. For each size, the same tiny model trains on copies of the first pairs of the data.
+Each copy has its number before the prompt, so that all pairs differ. The rows contain reference log-probs, so there is
+no reference pass. The order is shuffled. Tokenizing and training run in separate processes:
 
     tokenize s    reading, tokenizing and storing all pairs
-    us/pair       median step time over the pairs in a batch
-    RSS           memory of the training process after its first steps, and at its end; anonymous: less mapped files
+    us/pair       median step time divided by the pairs in a batch
+    RSS           memory of the training process after its first steps and at its end; anonymous: without mapped files
 
-Prints a table and the ratios of the largest size to the smallest; writes them to --out as JSON and PNG.
+Prints a table and the ratios of the largest size to the smallest. Writes them to --out as JSON and PNG.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ from typing import Any
 
 from benchmarks import common
 
-NUMBER = 16  # tokens that a number before the prompt may take
-BASE_PAIRS = 1000  # pairs that are copied
+NUMBER = 16  # maximal tokens of the number before the prompt
+BASE_PAIRS = 1000  # pairs to copy
 
 
 def small_tokenizer(source: str) -> Any:
-    """A tokenizer trained on the text of a source."""
+    """Trains a tokenizer on the text of a source."""
     from dpo_jax.data import sources
     from dpo_jax.demo import quickstart
 
@@ -39,7 +39,7 @@ def small_tokenizer(source: str) -> Any:
 
 
 def write_copies(rows: list[dict[str, str]], out: Path, count: int) -> None:
-    """Writes `count` pairs, copies of `rows` in turn, each with its number before the prompt, and reference values."""
+    """Writes `count` copies of `rows` in turn, each with its number before the prompt and with reference log-probs."""
     with out.open("w") as file:
         for number, row in enumerate(itertools.islice(itertools.cycle(rows), count)):
             given = {"ref_chosen_logps": -50.0, "ref_rejected_logps": -50.0}
@@ -47,7 +47,7 @@ def write_copies(rows: list[dict[str, str]], out: Path, count: int) -> None:
 
 
 def configure(work: Path, args: Any) -> Any:
-    """The run over `args.pairs_file`, shuffled, in one shape at every size; tokenized pairs lie beside the file."""
+    """Configuration of a shuffled run over `args.pairs_file`, with equal shapes at every size of the data."""
     chosen = common.base_config(args, work)
     chosen.data.shuffle = True
     chosen.data.row_length, chosen.train.microbatch_rows = 2 * args.max_length, 1
@@ -56,7 +56,7 @@ def configure(work: Path, args: Any) -> Any:
 
 
 def tokenize(work: Path, args: Any) -> dict[str, Any]:
-    """Reads and stores the pairs, and nothing else."""
+    """Reads, tokenizes and stores the pairs; returns the seconds."""
     from dpo_jax import config
     from dpo_jax.run import inputs
     from dpo_jax.run.choices import objective_of
@@ -68,7 +68,7 @@ def tokenize(work: Path, args: Any) -> dict[str, Any]:
 
 
 def train(work: Path, args: Any) -> dict[str, Any]:
-    """Trains, and looks at memory after the first steps and at the end."""
+    """Trains and measures memory after the first steps and at the end."""
     from dpo_jax import config
     from dpo_jax import train as trainer
 
@@ -91,7 +91,7 @@ def train(work: Path, args: Any) -> dict[str, Any]:
 
 
 def compare(tokenized: dict[int, list[Any]], trained: dict[int, list[Any]], pairs: int) -> dict[str, Any]:
-    """Medians of each size, and ratios of the largest to the smallest."""
+    """Medians for each size, and ratios of the largest to the smallest."""
     sizes = []
     for size, rounds in trained.items():
         row: dict[str, Any] = {"pairs": size}
@@ -154,14 +154,14 @@ def main() -> None:
     parser.add_argument("--sizes", default="1000,10000,100000", help="pairs in the data")
     parser.add_argument("--pairs", type=int, default=8, help="pairs in a batch")
     parser.add_argument("--steps", type=int, default=200)
-    parser.add_argument("--rounds", type=int, default=1, help="times that each size trains, in turn")
+    parser.add_argument("--rounds", type=int, default=1, help="number of runs of each size, in turn")
     parser.add_argument("--max_length", type=int, default=1024)
     parser.add_argument("--learning_rate", type=float, default=1e-4)
     args = parser.parse_args()
     sizes = [int(size) for size in args.sizes.split(",")]
     if args.steps <= common.WARM_UP:
         parser.error(f"the first {common.WARM_UP} steps are left out; there must be more")
-    with tempfile.TemporaryDirectory() as folder:  # the tokenizer is kept with the model
+    with tempfile.TemporaryDirectory() as folder:  # the tokenizer is saved with the model
         if not args.model and not args.tokenizer:
             small_tokenizer(args.data).save_pretrained(folder)
             args.tokenizer = folder

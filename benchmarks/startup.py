@@ -1,13 +1,13 @@
-"""Seconds to the first update, by what they go into, of a first start and of the same run started again elsewhere.
+"""Measures the time to the first update, by parts, of a first start and of a second start with filled caches.
 
     python -m benchmarks.startup --data=train.jsonl.gz --tokenizer=DIR --shape=llama
 
-Both starts are `dpo-jax train` in working folders of their own, so that both make a reference pass; the caches of
-compiled programs and of tokenized pairs are new for the first, and the second finds in them what the first left. With
---processes, over several processes on loopback; with --own_caches each of those has its caches to itself.
+Both starts run `dpo-jax train` in separate working folders, so both have a reference pass. The caches of compiled
+programs and of tokenized pairs are empty at the first start, and the second start reuses them. With --processes, the
+run has several processes on this machine. With --own_caches, each process has its own caches.
 
-Prints a table of both and the ratio of the seconds that compiling takes; writes them to --out as JSON. The parts are
-those of the line that `train` prints after its first update, and `Python` is what comes before them.
+Prints a table of both starts and the ratio of their compilation times. Writes them to --out as JSON. The parts are
+those in the line that `train` prints after its first update. `Python` is the time before them.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ LINE = re.compile(r"first update done after ([\d.]+) s: (.*)")
 
 
 def parts_of(line: str) -> dict[str, float] | None:
-    """What `train` says of its start, by part, with "all" for the whole; None if the line says something else."""
+    """Parses the seconds of each part from a line of `train`, with "all" for the sum; None for any other line."""
     found = LINE.search(line)
     if found is None:
         return None
@@ -36,7 +36,7 @@ def parts_of(line: str) -> dict[str, float] | None:
 
 
 def start(out: Path, name: str, args: Any) -> dict[str, float]:
-    """Runs the configuration in `out` in a new working folder; returns what its start went into."""
+    """Runs the configuration in `out` in a new working folder; returns the seconds of each part of its start."""
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         port = listener.getsockname()[1]
@@ -70,7 +70,7 @@ def start(out: Path, name: str, args: Any) -> dict[str, float]:
 
 
 def compare(first: dict[str, float], second: dict[str, float]) -> dict[str, Any]:
-    """Both starts, and how many times faster the second is, in all and in compiling."""
+    """Returns both starts and how many times faster the second is, in total and in compilation."""
     return {
         "first": first,
         "second": second,
@@ -85,7 +85,9 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=1)
     parser.add_argument("--max_length", type=int, default=512)
     parser.add_argument("--processes", type=int, default=1)
-    parser.add_argument("--own_caches", action="store_true", help="of every process, as on hosts that share none")
+    parser.add_argument(
+        "--own_caches", action="store_true", help="separate caches for each process, as on hosts without shared storage"
+    )
     parser.add_argument("--learning_rate", type=float, default=1e-4)
     args = parser.parse_args()
     from dpo_jax import config

@@ -1,4 +1,4 @@
-"""The update of a configuration taken apart: for benchmarks that change a piece of it, or ask the compiler about it."""
+"""Builds the update of a configuration from its parts, for benchmarks that change one part or inspect the program."""
 
 from __future__ import annotations
 
@@ -28,16 +28,16 @@ from dpo_jax.types import Batch, Encoded
 
 
 class Parts(NamedTuple):
-    """What a run would make its update of."""
+    """The parts from which a run builds its update."""
 
     config: Config
     inputs: run_inputs.Inputs
     programs: programs.Programs
-    pairs: list[list[Encoded]]  # of each step, in file order
+    pairs: list[list[Encoded]]  # pairs of each step, in file order
 
 
 def read(chosen: Any, work: Path) -> Parts:
-    """Reads the inputs of a configuration, and chooses shapes as a run does."""
+    """Reads the inputs of a configuration and chooses shapes as a run does."""
     config = run_inputs.resolve_paths(freeze(chosen), work)
     objective = choices.objective_of(config.loss)
     inputs = run_inputs.load_inputs(config, objective, training=True)
@@ -48,7 +48,7 @@ def read(chosen: Any, work: Path) -> Parts:
 
 
 def load_params(parts: Parts) -> Any:
-    """The model's weights, on the default device."""
+    """Loads the weights of the model onto the default device."""
     dtype = parts.config.model.param_dtype
 
     def on_device(path: str, shape: tuple[int, ...], read: Any) -> jax.Array:
@@ -58,7 +58,7 @@ def load_params(parts: Parts) -> Any:
 
 
 def reference_values(parts: Parts, work: Path) -> list[np.ndarray]:
-    """Reference log-probs [P, 2] of each step's pairs."""
+    """Reference log-probs [P, 2] of the pairs of each step."""
     store = reference_store(parts.inputs, parts.programs, work / "reference")
     assert store is not None
     weights = functools.cache(lambda: state_module.load_params(parts.inputs.source, parts.programs))
@@ -67,7 +67,7 @@ def reference_values(parts: Parts, work: Path) -> list[np.ndarray]:
 
 
 def packed_batches(parts: Parts, reference: Sequence[np.ndarray] | None) -> list[Batch]:
-    """Each step's batch as a run makes it; without stored reference where there is none."""
+    """Packs the batch of each step as a run does, with reference log-probs if they are given."""
     collate = functools.partial(layout.collate, shape=parts.programs.update_shape, layout=parts.programs.layout)
     values = reference or [None] * len(parts.pairs)
     return [collate(pairs, each) for pairs, each in zip(parts.pairs, values, strict=True)]
@@ -76,12 +76,12 @@ def packed_batches(parts: Parts, reference: Sequence[np.ndarray] | None) -> list
 def make_update(
     parts: Parts, *, model: DecoderConfig | None = None, crops: bool = True, reference_inside: bool = False
 ) -> tuple[Any, Any]:
-    """The jitted update(state, frozen, batch) with the state donated, not compiled yet, and its optimizer.
+    """Returns the jitted, not yet compiled update(state, frozen, batch), which donates the state, and its optimizer.
 
     Args:
-      model: another than the configuration's.
-      crops: whether batches say how microbatches are cut.
-      reference_inside: score `frozen`, the reference's parameters, in the update; otherwise it is None.
+      model: replaces the model of the configuration.
+      crops: whether batches say to which size each microbatch is cropped.
+      reference_inside: whether the update scores the reference, whose parameters are `frozen`; else `frozen` is None.
     """
     config, shape = parts.config, parts.programs.update_shape
     logps_fn = parallel.make_logps_fn(
@@ -105,7 +105,7 @@ def make_update(
 
 
 def memory_of(compiled: Any) -> dict[str, int]:
-    """Bytes by the compiler's own account; `total_bytes` counts what is donated once."""
+    """Bytes as reported by the compiler; `total_bytes` counts donated buffers once."""
     found = compiled.memory_analysis()
     parts = {name: getattr(found, f"{name}_size_in_bytes") for name in ("argument", "output", "alias", "temp")}
     total = parts["argument"] + parts["output"] + parts["temp"] - parts["alias"]
@@ -118,19 +118,19 @@ def lengths_of(pairs: Sequence[Encoded]) -> np.ndarray:
 
 
 def positions_of(parts: Parts, batches: Sequence[Batch]) -> list[int]:
-    """Positions that the update computes of each packed batch."""
+    """Number of positions that the update computes for each packed batch."""
     shape, name = parts.programs.update_shape, parts.programs.layout
     both = zip(batches, parts.pairs, strict=True)
     return [layout.work_counts(batch, lengths_of(pairs), shape, name)["positions_computed"] for batch, pairs in both]
 
 
 def time_steps(update: Any, tx: Any, params: Any, frozen: Any, batches: Sequence[Batch]) -> dict[str, Any]:
-    """Makes an update with each batch; every shape among them is compiled before the first.
+    """Runs one update per batch; compiles all their shapes before the first one.
 
     Args:
-      params: the first parameters; donated.
-    Returns: losses, step times, page faults a step, the most memory of the process, in all and while it made the steps,
-      and the compiler's account of the largest program.
+      params: the initial parameters; donated.
+    Returns: losses, step times, page faults per step, peak memory of the process in total and during the steps, and the
+      memory of the largest program as reported by the compiler.
     """
     state = jax.jit(lambda params: init_state(params, tx), donate_argnums=0)(params)
     del params

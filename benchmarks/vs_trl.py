@@ -1,28 +1,30 @@
-"""The same DPO by dpo_jax and by TRL: loss curves laid over each other, speed, memory, page faults and work.
+"""Compares DPO with dpo_jax and with TRL: loss curves, speed, memory, page faults and computed positions.
 
     pip install torch==2.13.0 && pip install -e '.[bench]'
     python -m benchmarks.vs_trl --data=train.jsonl.gz --tokenizer=DIR --shape=llama --pairs=8 --steps=20
     python -m benchmarks.vs_trl --what=reference --data=train.jsonl.gz --tokenizer=DIR --pairs=8 --steps=64
 
-All sides start from the same random checkpoint (or --model) and read the same pairs in the same order, AdamW, beta 0.1:
+All sides start from the same random checkpoint (or --model) and train on the same pairs in the same order, with AdamW
+and beta 0.1:
 
     dpo_jax          float32
     trl              TRL's DPOTrainer at its defaults: bfloat16 autocast, gradient checkpointing
-    trl-float32      without either
-    trl-precomputed  trl-float32, reference scored before training; the time of that is reported apart
-    trl-answers      trl-float32, vocabulary head on answer tokens only, as TRL does it on GPUs
+    trl-float32      float32 without gradient checkpointing
+    trl-precomputed  trl-float32 with the reference scored before training; that time is reported separately
+    trl-answers      trl-float32 with the vocabulary head on answer tokens only, as TRL does on GPUs
 
-A TRL batch that memory cannot hold is made of --accumulate batches, each padded to its own longest.
+If a batch does not fit into memory with TRL, --accumulate splits it into smaller ones, each padded to its own longest
+sequence.
 
-Each runs in a process of its own, in turn, --rounds times, and each time twice: with glibc's allocator as it is, and
-tuned to keep large temporaries, which suits PyTorch. Speed of TRL is the tuned one and memory that of the allocator as
-it is; both are shown. dpo_jax is measured with the allocator as it is.
+Each side runs in a separate process, in turn, --rounds times. Each time it runs twice: with glibc's allocator at its
+defaults, and tuned to keep large temporaries, which is faster for PyTorch. Ratios use the speed of TRL with the tuned
+allocator, its memory with the default allocator, and dpo_jax with the default allocator. Both are shown.
 
---what=reference times the scoring of the reference alone, over distinct pairs, each pair once. dpo_jax: a second whole
-pass in the same process, into a new store, so that nothing is compiled; reading the weights and writing the store are
-in its time. TRL: the loop of its precomputing, after batches to warm up.
+--what=reference times only the scoring of the reference, over distinct pairs. For dpo_jax it is a second complete pass
+in the same process, into a new store, so that no compilation is included, but reading the weights and writing the
+store are. For TRL it is the loop that precomputes log-probs, after some batches of warm-up.
 
-Prints medians, ratios and counts; writes them to --out as JSON and PNG.
+Prints medians, ratios and counts. Writes them to --out as JSON and PNG.
 """
 
 from __future__ import annotations
@@ -44,21 +46,22 @@ from benchmarks.common import make_model, write_pairs
 __all__ = ["compare", "main", "make_model", "run_ours", "run_trl", "write_pairs"]
 
 FLOAT32 = {"bf16": False, "gradient_checkpointing": False}
-SIDES: dict[str, dict[str, Any]] = {  # what differs from TRL's defaults
+SIDES: dict[str, dict[str, Any]] = {  # settings that differ from TRL's defaults
     "dpo_jax": {},
     "trl": {},
     "trl-float32": FLOAT32,
     "trl-precomputed": FLOAT32 | {"precompute_ref_log_probs": True},
     "trl-answers": FLOAT32,
 }
-CURVES = ("trl-float32", "trl-precomputed", "trl-answers")  # sides whose losses should be ours to float error
+# Sides whose losses should equal those of dpo_jax up to floating-point error.
+CURVES = ("trl-float32", "trl-precomputed", "trl-answers")
 
 
 # --- sides --------------------------------------------------------------------------------------------------------
 
 
 def run_side(work: Path, args: Any) -> dict[str, Any]:
-    """One side, in its own process."""
+    """Runs one side; called in a separate process."""
     if args.side == "dpo_jax":
         return score_ours(work, args) if args.what == "reference" else run_ours(work, args)
     if args.side == "trl-answers":
@@ -122,23 +125,20 @@ def score_ours(work: Path, args: Any) -> dict[str, Any]:
 
 
 def score_answers_only() -> None:
-    """Has TRL multiply only answer tokens by the vocabulary matrix, on any device."""
+    """Makes TRL multiply only answer tokens with the vocabulary matrix, on any device."""
     utils: Any = importlib.import_module("trl.trainer.utils")
     assert callable(utils._use_triton)
     utils._use_triton = lambda device: True
 
 
-def make_trainer(work: Path, args: Any, settings: dict[str, Any], callbacks: list[Any] | None = None) -> Any:
-    """TRL's DPOTrainer with everything at its defaults but the batches, the steps and `settings`; it keeps a record."""
-    import datasets
+def recorded_trainer() -> Any:
+    """Returns TRL's DPOTrainer as a class that takes pairs in order and records losses, times and counts."""
     import torch
-    import transformers
-    from trl.trainer.dpo_config import DPOConfig
     from trl.trainer.dpo_trainer import DPOTrainer
 
     class Recorded(DPOTrainer):
         losses: list[float] = []
-        marks: list[tuple[float, ...]] = []  # at each batch's start: time, page faults, and the counts below
+        marks: list[tuple[float, ...]] = []  # at the start of each batch: time, page faults, and the counts below
         counts = {"policy": 0, "reference": 0, "tokens": 0}
         scored: list[tuple[float, int, int]] = []  # after each batch precomputed: time, page faults, positions
         precompute_s: float | None = None
@@ -168,13 +168,23 @@ def make_trainer(work: Path, args: Any, settings: dict[str, Any], callbacks: lis
             self.scored.append((time.perf_counter(), common.minor_faults(), self.counts["reference"]))
             return found
 
+    return Recorded
+
+
+def make_trainer(work: Path, args: Any, settings: dict[str, Any], callbacks: list[Any] | None = None) -> Any:
+    """Returns a DPOTrainer that records times and counts; at TRL's defaults but for batches, steps and `settings`."""
+    import datasets
+    import torch
+    import transformers
+    from trl.trainer.dpo_config import DPOConfig
+
     settings = dict(settings)
     model: Any = transformers.AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32)
     if args.adapter:
         import peft
 
         model = peft.PeftModel.from_pretrained(model, args.adapter, is_trainable=True)
-    trainer = Recorded(
+    trainer = recorded_trainer()(
         model=model,
         args=DPOConfig(
             output_dir=str(work / "trl"),
@@ -201,11 +211,11 @@ def make_trainer(work: Path, args: Any, settings: dict[str, Any], callbacks: lis
 def run_trl(
     work: Path, args: Any, settings: dict[str, Any] = FLOAT32, *, stop_after: int | None = None
 ) -> dict[str, Any]:
-    """Trains with TRL's DPOTrainer in `work`; the same keys as `run_ours`.
+    """Trains with TRL's DPOTrainer in `work`; returns a dict with the keys of `run_ours`.
 
     Args:
       settings: fields of DPOConfig.
-      stop_after: steps, the learning rate going on as if all were made; None: all.
+      stop_after: stop after this many steps of the same learning-rate schedule; None: run all steps.
     """
     import transformers
 
@@ -231,13 +241,13 @@ def run_trl(
         trainer.ref_model.register_forward_pre_hook(counter("reference"), with_kwargs=True)
     trainer.train()
     trainer.mark()
-    marks = trainer.marks[:: args.accumulate]  # of steps: a step is several batches
+    marks = trainer.marks[:: args.accumulate]  # at the start of each step, which is several batches
     times, faults, *counts = (
         [after - before for before, after in zip(column, column[1:], strict=False)]
         for column in map(list, zip(*marks, strict=True))
     )
     positions, reference_positions, tokens = counts
-    of_batches = np.reshape(trainer.losses, (-1, args.accumulate))  # each over the number of batches already
+    of_batches = np.reshape(trainer.losses, (-1, args.accumulate))  # each is divided by the number of batches already
     return {
         "losses": of_batches.sum(1).tolist(),
         "step_times_s": times,
@@ -251,7 +261,7 @@ def run_trl(
 
 
 def score_trl(work: Path, args: Any, settings: dict[str, Any]) -> dict[str, Any]:
-    """Times TRL's precomputing after the first batches, which stand in the file once more."""
+    """Times how TRL precomputes log-probs, without the first batches, which are repeated in the file for warm-up."""
     lines = Path(args.pairs_file).read_text().splitlines(keepends=True)
     again = min(len(lines), common.WARM_UP * args.pairs)
     (work / "pairs.jsonl").write_text("".join(lines[:again] + lines))
@@ -276,7 +286,7 @@ Results = dict[str, dict[str, list[dict[str, Any]]]]  # side, allocator, round
 def compare(results: Results, pairs: int) -> dict[str, Any]:
     """Medians over rounds and steps, ratios of dpo_jax to the other sides, and distances between loss curves.
 
-    Positions and tokens are those of the steps that every side made.
+    Positions and tokens are counted over the steps that all sides completed.
     """
     worked = {side: {name: common.worked(rounds) for name, rounds in each.items()} for side, each in results.items()}
     every = [one for each in worked.values() for rounds in each.values() for one in rounds]
@@ -310,12 +320,12 @@ def compare(results: Results, pairs: int) -> dict[str, Any]:
 
 
 def first_worked(allocators: dict[str, list[Any]]) -> list[Any]:
-    """The rounds of the first allocator under which any ended well."""
+    """The rounds of the first allocator with which any round succeeded."""
     return next((rounds for rounds in allocators.values() if rounds), [])
 
 
 def ratios(sides: dict[str, Any]) -> dict[str, Any]:
-    """dpo_jax's numbers as multiples of each other side's: speed of tuned TRL, memory of TRL as it is."""
+    """Ratios of dpo_jax to each other side: speed against TRL with the tuned allocator, memory with the default one."""
     if "dpo_jax" not in sides:
         return {}
     ours, tuned = (sides["dpo_jax"].get(name, {}) for name in ("default", "tuned"))
@@ -333,12 +343,12 @@ def ratios(sides: dict[str, Any]) -> dict[str, Any]:
 
 
 def by_name(name: str, one: dict[str, Any], other: dict[str, Any]) -> float | None:
-    """Ratio of two sides' numbers of that name."""
+    """Ratio of one number of two sides."""
     return common.ratio(one.get(name), other.get(name))
 
 
 def loss_difference(worked: dict[str, Any]) -> dict[str, dict[str, float]]:
-    """Largest distance from dpo_jax's loss curve of each side that computes as it does."""
+    """Largest distance between the loss curve of dpo_jax and that of each side in CURVES."""
     ours = first_worked(worked.get("dpo_jax", {}))
     found = {}
     for side in CURVES:
@@ -351,7 +361,7 @@ def loss_difference(worked: dict[str, Any]) -> dict[str, dict[str, float]]:
 
 
 def compare_reference(results: Results, pairs: int) -> dict[str, Any]:
-    """Pairs a second of the reference pass, ratios, and the largest distance between log-probs, in nats."""
+    """Pairs per second of the reference pass, ratios, and the largest distance between log-probs in nats."""
     sides: dict[str, Any] = {side: {} for side in results}
     logps = {}
     for side, each in results.items():
@@ -383,7 +393,7 @@ def compare_reference(results: Results, pairs: int) -> dict[str, Any]:
 
 
 def rows_of(found: dict[str, Any]) -> list[dict[str, Any]]:
-    """The table: a row for each side and allocator."""
+    """Rows of the table, one for each side and allocator."""
     rows = []
     for side, each in found["sides"].items():
         for allocator, one in each.items():
@@ -427,20 +437,24 @@ def report(out: Path, found: dict[str, Any]) -> None:
 
 
 def parse_args() -> tuple[argparse.Namespace, list[tuple[str, str]]]:
-    """Options, and what runs: sides, each with an allocator."""
+    """Returns the options, and the sides to run, each with an allocator."""
     parser = common.make_parser(__doc__, out="runs/vs_trl")
     parser.add_argument("--what", choices=("train", "reference"), default="train")
     parser.add_argument(
         "--sides", default="", help=f"of {','.join(SIDES)}, each alone or as SIDE:ALLOCATOR; empty: all of them"
     )
-    parser.add_argument("--allocators", default="default,tuned", help="of sides that name none: default,tuned or one")
+    parser.add_argument(
+        "--allocators", default="default,tuned", help="default, tuned or both, for sides that name none"
+    )
     parser.add_argument("--pairs", type=int, default=8, help="pairs in a batch")
     parser.add_argument("--steps", type=int, default=20, help="with --what=reference: batches of pairs to score")
-    parser.add_argument("--trl_steps", type=int, help="steps that TRL makes of them; unset: all")
-    parser.add_argument("--accumulate", type=int, default=1, help="batches that TRL makes of a step's pairs")
-    parser.add_argument("--rounds", type=int, default=1, help="times that each side runs, in turn")
+    parser.add_argument("--trl_steps", type=int, help="stop TRL after this many steps; unset: run all")
+    parser.add_argument("--accumulate", type=int, default=1, help="batches into which TRL splits the pairs of a step")
+    parser.add_argument("--rounds", type=int, default=1, help="number of runs of each side, in turn")
     parser.add_argument("--max_length", type=int, default=512)
-    parser.add_argument("--adapter", default="", help="PEFT folder of an adapter, which then trains alone; empty: none")
+    parser.add_argument(
+        "--adapter", default="", help="PEFT folder of an adapter; then only the adapter trains; empty: none"
+    )
     parser.add_argument("--learning_rate", type=float, default=1e-4)
     args = parser.parse_args()
     reference = args.what == "reference"

@@ -1,15 +1,15 @@
-"""The same DPO by dpo_jax and by Tunix's DPOTrainer: speed, memory, page faults and positions.
+"""Compares DPO with dpo_jax and with Tunix's DPOTrainer: speed, memory, page faults and computed positions.
 
     python3.11 -m venv /path/of/tunix && /path/of/tunix/bin/pip install torch==2.13.0 google-tunix
     python -m benchmarks.vs_tunix --data=train.jsonl.gz --tokenizer=DIR --tunix_python=/path/of/tunix/bin/python
 
-Both train the same random Llama checkpoint, float32, AdamW, beta 0.1, on the same token ids in the same order: pairs of
-at most 384 prompt and 128 answer tokens, 8 a step. Tunix takes prompts and answers padded to those lengths, and holds
-the reference; its weights are read by its own loader. Its Llama rotates with base 1,000,000 whatever the
-checkpoint says, so the checkpoint says that, and the loss curves can be laid over each other.
+Both train the same random Llama checkpoint in float32 with AdamW and beta 0.1, on the same token ids in the same order:
+pairs of at most 384 prompt and 128 answer tokens, 8 per step. Tunix reads prompts and answers padded to these lengths,
+holds the reference in memory, and uses its own loader for weights. Its Llama uses the rotary base 1,000,000 for every
+checkpoint. So this checkpoint has that base, and the loss curves can be compared.
 
-Each side runs in a process of its own, in turn, --rounds times, with each of --allocators: glibc's as it is, and tuned
-to keep large temporaries. Prints medians, ratios and counts; writes them to --out as JSON and PNG.
+Each side runs in a separate process, in turn, --rounds times, with each of --allocators: glibc's allocator at its
+defaults, and tuned to keep large temporaries. Prints medians, ratios and counts. Writes them to --out as JSON and PNG.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from typing import Any
 from benchmarks import common
 
 SIDES = ("dpo_jax", "tunix")
-ROPE_THETA = 1_000_000  # what Tunix's Llama uses
+ROPE_THETA = 1_000_000  # the rotary base of Tunix's Llama
 
 
 def run_ours(work: Path, args: Any) -> dict[str, Any]:
@@ -33,7 +33,7 @@ def run_ours(work: Path, args: Any) -> dict[str, Any]:
 
 
 def run_tunix(work: Path, args: Any) -> dict[str, Any]:
-    """Trains with Tunix; runs in its environment, where dpo_jax need not be."""
+    """Trains with Tunix; runs in its environment, which does not need dpo_jax."""
     import jax
     import numpy as np
     import optax
@@ -64,7 +64,7 @@ def run_tunix(work: Path, args: Any) -> dict[str, Any]:
             each = {name: tokens[name][at : at + args.pairs] for name in tokens.files}
             yield TrainingInput(**each)
 
-    rate = optax.linear_schedule(args.learning_rate, 0.0, args.steps)  # what dpo_jax does by default
+    rate = optax.linear_schedule(args.learning_rate, 0.0, args.steps)  # the default of dpo_jax
     adamw = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(rate, weight_decay=0.0))
     settings = DPOTrainingConfig(eval_every_n_steps=10**9, max_steps=args.steps, beta=0.1)
     trainer = DPOTrainer(policy, reference, adamw, settings)
@@ -93,7 +93,7 @@ def run_tunix(work: Path, args: Any) -> dict[str, Any]:
 
 
 def pad(ids: list[Any], length: int, *, left: bool) -> tuple[Any, Any]:
-    """Token ids [N, length] and their mask, padded with 0 at the left or the right."""
+    """Token ids [N, length] and their mask, padded with 0 on the left or the right."""
     import numpy as np
 
     tokens, mask = np.zeros((len(ids), length), np.int32), np.zeros((len(ids), length), np.int32)
@@ -104,7 +104,7 @@ def pad(ids: list[Any], length: int, *, left: bool) -> tuple[Any, Any]:
 
 
 def write_tokens(pairs: list[common.Kept], out: Path, *, max_prompt: int, max_answer: int) -> None:
-    """Writes the token ids of pairs, padded as Tunix asks: prompts at the left, answers at the right."""
+    """Writes the token ids of pairs, padded as Tunix requires: prompts on the left, answers on the right."""
     import numpy as np
 
     arrays = {}
@@ -115,7 +115,7 @@ def write_tokens(pairs: list[common.Kept], out: Path, *, max_prompt: int, max_an
 
 
 def compare(results: dict[str, dict[str, list[dict[str, Any]]]], pairs: int) -> dict[str, Any]:
-    """Medians of each side and allocator, ratios of dpo_jax to Tunix, and the distance between the loss curves."""
+    """Medians for each side and allocator, ratios of dpo_jax to Tunix, and the distance between the loss curves."""
     sides: dict[str, Any] = {}
     for side, each in results.items():
         sides[side] = {}
@@ -177,11 +177,13 @@ def report(out: Path, found: dict[str, Any]) -> None:
 
 def main() -> None:
     parser = common.make_parser(__doc__, out="runs/vs_tunix")
-    parser.add_argument("--tunix_python", default=sys.executable, help="interpreter that Tunix is installed for")
-    parser.add_argument("--allocators", default="default,tuned", help="of default,tuned")
+    parser.add_argument(
+        "--tunix_python", default=sys.executable, help="Python interpreter of the environment with Tunix"
+    )
+    parser.add_argument("--allocators", default="default,tuned", help="default, tuned or both")
     parser.add_argument("--pairs", type=int, default=8, help="pairs in a batch")
     parser.add_argument("--steps", type=int, default=12)
-    parser.add_argument("--rounds", type=int, default=1, help="times that each side runs, in turn")
+    parser.add_argument("--rounds", type=int, default=1, help="number of runs of each side, in turn")
     parser.add_argument("--max_prompt", type=int, default=384)
     parser.add_argument("--max_answer", type=int, default=128)
     parser.add_argument("--learning_rate", type=float, default=1e-4)

@@ -34,10 +34,10 @@ _Section = TypeVar("_Section")
 @dataclasses.dataclass(frozen=True)
 class Model:
     path: str = ""  # Hugging Face folder or Hub id; required
-    dtype: str = "auto"  # compute: float32 | bfloat16; auto: bfloat16 on accelerators, float32 on CPU
-    param_dtype: str = "float32"  # parameters: float32 | bfloat16, rounded at random; moments, adapters: float32
-    remat: str = "dots"  # none | dots | block | offload: what the backward pass computes again, see docs/performance.md
-    attention: str = "auto"  # auto | xla | splash (TPU) | triton (GPU)
+    dtype: str = "auto"  # compute type: auto | float32 | bfloat16; auto: bfloat16 on accelerators, float32 on CPU
+    param_dtype: str = "float32"  # float32 | bfloat16 (stochastic rounding); optimizer state and adapters stay float32
+    remat: str = "dots"  # none | dots | block | offload: what the backward pass recomputes; see docs/performance.md
+    attention: str = "auto"  # auto | xla | splash (TPU) | triton (GPU); auto: the platform's own if it fits, else xla
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,17 +48,25 @@ class Tokenizer:
 @dataclasses.dataclass(frozen=True)
 class Data:
     train: str = ""  # path or Hub id (owner/name:split), or several: "a.jsonl,b.parquet*0.5"; required to train
-    eval: str = ""  # the same form, without weights; empty means no evaluation
-    format: str = "auto"  # auto | plain | chat | hh | ranked | unpaired
-    rankings: str = "all"  # all | best: which pairs a ranking makes, where the loss reads pairs
-    shuffle: bool = True  # a new order each epoch, from seed; false: file order
-    max_length: int = 1024  # tokens of prompt and answer together, >= 2
-    max_prompt_length: int = 512  # tokens of the prompt, >= 1, < max_length
-    truncate_prompt: str = "keep_end"  # keep_end | keep_start | error: which end of a long prompt survives, if any
-    on_bad_row: str = "error"  # error | skip: skipped rows are counted and reported
-    layout: str = "auto"  # shared: prompt once a pair | repeated: once a completion | auto: shared where it can be
-    row_length: int | None = None  # positions in a packed row; unset: from the longest pair
-    cache_dir: str = ""  # tokenized data; empty: a folder in the user's cache
+    eval: str = ""  # held-out pairs, in the same form but without weights; empty: no evaluation
+    format: str = "auto"  # auto | plain | chat | hh | ranked | unpaired; auto: from each source's first rows
+    rankings: str = "all"  # pairs made from a ranking; all: every two answers; best: the best with each other answer
+    shuffle: bool = True  # true: a new order each epoch, drawn from seed; false: file order
+    max_length: int = 1024  # tokens of prompt and answer together, >= 2; longer sequences are truncated
+    max_prompt_length: int = 512  # tokens of the prompt, >= 1 and < data.max_length; longer prompts are truncated
+    truncate_prompt: str = "keep_end"  # keep_end | keep_start: which end of a long prompt is kept; error: refuse it
+    on_bad_row: str = "error"  # error: stop at an unusable row; skip: drop it, count it and report it
+    layout: str = "auto"  # shared: one prompt per pair; repeated: one per answer; auto: shared if the model allows
+    row_length: int | None = None  # positions in a packed row, a multiple of 8; unset: from the pairs' lengths
+    cache_dir: str = ""  # folder of tokenized data; empty: DPO_JAX_CACHE, or the user's cache folder
+
+
+def _with_options(section: type[_Section]) -> type[_Section]:
+    """Adds a field for every option of every loss, unset by default, in the order of `losses.registry.OPTIONS`."""
+    for name, option in OPTIONS.items():
+        section.__annotations__[name] = option.type | None
+        setattr(section, name, None)
+    return section
 
 
 def _with_options(section: type[_Section]) -> type[_Section]:
@@ -81,102 +89,102 @@ class Loss:  # an unset option has the loss's own default, see docs/objectives.m
 
 @dataclasses.dataclass(frozen=True)
 class Train:
-    batch_pairs: int = 64  # pairs in every update, >= 1
-    epochs: float = 1.0  # passes over the training pairs, > 0
-    steps: int | None = None  # updates; when set, epochs is not used
-    microbatch_rows: int | None = None  # rows in one forward-backward; unset: chosen from the data and backend
+    batch_pairs: int = 64  # pairs in every update (the global batch size), >= 1
+    epochs: float = 1.0  # passes over the training pairs, > 0; not used if train.steps is set
+    steps: int | None = None  # number of updates, >= 1; unset: from train.epochs
+    microbatch_rows: int | None = None  # rows per microbatch, a multiple of replica x fsdp; unset: from data and device
     router_balance: float = 0.0  # weight of the load-balancing loss of a mixture of experts, >= 0; 0: none
-    freeze: str = ""  # regex, searched for in the checkpoint's names of tensors: these do not train
+    freeze: str = ""  # regex, searched in the checkpoint's tensor names: matching tensors are frozen; empty: none
 
 
 @dataclasses.dataclass(frozen=True)
 class Lora:
-    rank: int = 0  # of low-rank adapters, which then train alone; 0: none, or those of path
-    alpha: float | None = None  # their products count alpha / rank times, > 0; unset: alpha is twice the rank
-    rank_stabilised: bool = False  # alpha / sqrt(rank) times instead
-    targets: str = ""  # regex of whole module names, as model.layers.0.mlp.up_proj; empty: all linear ones in blocks
-    path: str = ""  # PEFT folder or Hub id to start from, which then says all of the above
-    base: str = ""  # int8 | nf4: how frozen matrices of blocks are held, with the `quantize` extra; empty: as they are
+    rank: int = 0  # rank of low-rank adapters; if > 0 only they train; 0: no adapters, or those of lora.path
+    alpha: float | None = None  # adapters are scaled by alpha / rank, > 0; unset: twice the rank
+    rank_stabilised: bool = False  # true: scale by alpha / sqrt(rank) instead (rsLoRA)
+    targets: str = ""  # regex of full module names, e.g. .*\.(q|v)_proj; empty: all linear layers of the blocks
+    path: str = ""  # PEFT folder or Hub id to start from; it sets rank, alpha, rank_stabilised and targets
+    base: str = ""  # int8 | nf4: quantize the frozen matrices of the blocks (`quantize` extra); empty: no quantization
 
 
 @dataclasses.dataclass(frozen=True)
 class Sft:
-    steps: int = 0  # updates on the chosen answers before the reference pass; 0: none
-    batch_pairs: int = 64  # pairs in each of them, >= 1
-    learning_rate: float = 1e-5  # peak, > 0; the other optimizer fields are shared
-    warmup_steps: int = 0  # >= 0
+    steps: int = 0  # updates of supervised fine-tuning on chosen answers before the reference pass, >= 0; 0: none
+    batch_pairs: int = 64  # pairs in each fine-tuning update, >= 1
+    learning_rate: float = 1e-5  # peak learning rate of fine-tuning, > 0; other optimizer fields are shared
+    warmup_steps: int = 0  # fine-tuning updates of linear warm-up from zero, >= 0
 
 
 @dataclasses.dataclass(frozen=True)
 class Optimizer:
     name: str = "adamw"  # adamw | adafactor | rmsprop | lion | sgd
-    learning_rate: float = 1e-6  # peak, > 0
-    schedule: str = "linear"  # constant | linear | cosine: the decay after warm-up, to zero
-    warmup_steps: int = 0  # linear warm-up from zero, >= 0
-    weight_decay: float = 0.0  # decoupled, on matrices only (no norms, no biases), >= 0
-    clip_norm: float = 1.0  # global gradient norm; 0: no clipping
-    b1: float = 0.9  # adamw, lion: first-moment decay; sgd: momentum
-    b2: float = 0.999  # adamw, lion, rmsprop: second-moment decay
-    eps: float = 1e-8  # adamw, rmsprop
-    layer_decay: float = 1.0  # of the learning rate, from the head down: each block's times this, (0, 1]
+    learning_rate: float = 1e-6  # peak learning rate, > 0
+    schedule: str = "linear"  # constant | linear | cosine: decay after warm-up; linear and cosine end at zero
+    warmup_steps: int = 0  # updates of linear warm-up from zero, >= 0
+    weight_decay: float = 0.0  # decoupled weight decay, of matrices only (no norms, no biases), >= 0
+    clip_norm: float = 1.0  # gradients are clipped to this global norm, >= 0; 0: no clipping
+    b1: float = 0.9  # adamw, lion: decay of the first moment; sgd: momentum; in [0, 1)
+    b2: float = 0.999  # adamw, lion, rmsprop: decay of the second moment, in [0, 1)
+    eps: float = 1e-8  # adamw, rmsprop: added to the denominator, > 0
+    layer_decay: float = 1.0  # factor on the learning rate per block, counted from the head down, in (0, 1]; 1: none
 
 
 @dataclasses.dataclass(frozen=True)
 class Reference:
     path: str = ""  # folder of stored reference log-probs; empty: WORKDIR/reference
-    microbatch_rows: int | None = None  # rows in one forward; unset: several times training's
-    sync_steps: int = 0  # TR-DPO: the reference takes the policy in after every so many updates; 0: never
-    mixup_alpha: float = 1.0  # TR-DPO: weight of the policy in the new reference, (0, 1]; 1: the policy itself
+    microbatch_rows: int | None = None  # rows per microbatch, a multiple of replica x fsdp; unset: from data and device
+    sync_steps: int = 0  # TR-DPO: updates between two syncs of the reference with the policy, >= 0; 0: never
+    mixup_alpha: float = 1.0  # TR-DPO: weight of the policy in the new reference, in (0, 1]; 1: a copy of it
 
 
 @dataclasses.dataclass(frozen=True)
 class Eval:
-    every_steps: int = 0  # 0: only before the first and after the last step
+    every_steps: int = 0  # updates between evaluations, >= 0; 0: only before the first update and after the last
 
 
 @dataclasses.dataclass(frozen=True)
 class Checkpoint:
-    every_steps: int = 500  # > 0; the last step is always saved
-    keep: int = 2  # newest ones kept, >= 1
+    every_steps: int = 500  # updates between checkpoints, >= 1; the last step is always saved
+    keep: int = 2  # newest checkpoints kept, >= 1
 
 
 @dataclasses.dataclass(frozen=True)
 class Mesh:
-    replica: int = 1  # data parallel across slices; one of the three may be -1: what is left
-    fsdp: int = -1  # rows and parameters sharded
-    tensor: int = 1  # heads, MLP width and vocabulary sharded
-    rules: str = ""  # "REGEX=AXIS,-,AXIS;...": of parameters so named, the axis each dimension lies across; tried first
+    replica: int = 1  # data-parallel axis across slices: its size; one of the three may be -1, all remaining devices
+    fsdp: int = -1  # axis over which rows, parameters and optimizer state are sharded: its size, or -1
+    tensor: int = 1  # axis over which heads, MLP width and vocabulary are sharded: its size, or -1
+    rules: str = ""  # "REGEX=AXIS,-,AXIS;...": axis of each dimension of matching parameters, tried before the defaults
 
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    architecture: str = ""  # config.json of the model, for `plan` where model.path is not at hand; empty: model.path's
-    pairs: int = 60_000  # pairs to train on, >= 1, for `plan`, which reads no data
-    prompt_tokens: int = 160  # median tokens of a prompt, >= 1
-    answer_tokens: int = 240  # median tokens of an answer, >= 1
+    architecture: str = ""  # `plan`: config.json of the model, if model.path is not at hand; empty: that of model.path
+    pairs: int = 60_000  # `plan`, which reads no data: pairs to train on, >= 1
+    prompt_tokens: int = 160  # `plan`: median tokens of a prompt, >= 1
+    answer_tokens: int = 240  # `plan`: median tokens of an answer, >= 1
 
 
 @dataclasses.dataclass(frozen=True)
 class Log:
-    every_steps: int = 1  # steps between lines of metrics.jsonl, >= 1
-    tensorboard: bool = False  # write WORKDIR/tensorboard; needs the `track` extra
-    wandb: str = ""  # Weights & Biases project; empty: off; needs the `track` extra
+    every_steps: int = 1  # updates between lines of metrics.jsonl, >= 1
+    tensorboard: bool = False  # true: write TensorBoard files to WORKDIR/tensorboard (`track` extra)
+    wandb: str = ""  # Weights & Biases project (`track` extra); empty: off
 
 
 @dataclasses.dataclass(frozen=True)
 class Profile:
-    steps: int = 0  # updates, after two to warm up, that XProf traces into WORKDIR/profile; 0: none
+    steps: int = 0  # updates to trace for XProf into WORKDIR/profile, after two of warm-up, >= 0; 0: none
 
 
 @dataclasses.dataclass(frozen=True)
 class Export:
-    dtype: str = ""  # float32 | bfloat16 | float16; empty: each tensor as in model.path
+    dtype: str = ""  # float32 | bfloat16 | float16; empty: each tensor's type in model.path
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    seed: int = 0  # data order, >= 0
-    prepare: str = ""  # "module:function" called as f(workdir) first, to make inputs that a recipe builds itself
+    seed: int = 0  # seed of the data order, >= 0
+    prepare: str = ""  # "module:function", called as f(workdir) before inputs are read, to make them; empty: none
     model: Model = Model()
     tokenizer: Tokenizer = Tokenizer()
     data: Data = Data()

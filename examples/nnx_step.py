@@ -1,10 +1,10 @@
-"""A training step written by hand in flax nnx, which takes nothing from dpo_jax but the loss.
+"""A hand-written training step in flax nnx that uses only a loss function of dpo_jax.
 
     python -m examples.nnx_step
 
-A prompt is "up" or "down", the chosen answer a few digits in that order and the rejected one the same digits in the
-other. A small recurrent model scores both answers, IPO compares them, and pairs that training never saw say how
-often the chosen answer is the likelier one. It takes a few seconds on a CPU.
+A prompt is "up" or "down". The chosen answer is a few digits in that order, and the rejected answer is the same digits
+in the opposite order. A small recurrent model scores both answers, and the IPO loss compares them. The accuracy is the
+share of held-out pairs whose chosen answer is the more likely one. It takes a few seconds on a CPU.
 """
 
 from __future__ import annotations
@@ -22,32 +22,32 @@ from jaxtyping import Array, Float, Int
 
 from dpo_jax.losses import make_loss
 
-UP, DOWN, END, WORDS = 10, 11, 12, 13  # tokens after the ten digits, and how many there are in all
+UP, DOWN, END, VOCABULARY = 10, 11, 12, 13  # the tokens after the ten digits, and how many tokens there are
 WIDTH, LENGTH, BATCH, EPOCHS = 32, 7, 50, 6
 
-loss_fn = make_loss("ipo", {"beta": 0.5})  # or LOSSES["ipo"], which takes beta at each call
+loss_fn = make_loss("ipo", {"beta": 0.5})  # or dpo_jax.losses.ipo, which takes beta at each call
 
 
 class Pairs(NamedTuple):
-    """Two sequences a pair, chosen and rejected, padded at their ends."""
+    """Two sequences per pair, chosen and rejected, padded at the end."""
 
     tokens: Int[Any, "P 2 S"]
-    lengths: Int[Any, "P 2"]  # of the answers, which begin after one token of prompt
+    lengths: Int[Any, "P 2"]  # tokens of each answer, which begins after one prompt token
 
 
 class Model(nnx.Module):
     def __init__(self, rngs: nnx.Rngs):
-        self.embed = nnx.Embed(WORDS, WIDTH, rngs=rngs)
+        self.embed = nnx.Embed(VOCABULARY, WIDTH, rngs=rngs)
         self.cells = nnx.RNN(nnx.GRUCell(WIDTH, WIDTH, rngs=rngs))
-        self.head = nnx.Linear(WIDTH, WORDS, rngs=rngs)
+        self.head = nnx.Linear(WIDTH, VOCABULARY, rngs=rngs)
 
     def __call__(self, tokens: Int[Array, "N S"]) -> Float[Array, "N S V"]:
-        states: Any = self.cells(self.embed(tokens))  # or with the last carry, if it were asked for
+        states: Any = self.cells(self.embed(tokens))  # Any: nnx.RNN can return the last carry as well
         return self.head(states)
 
 
 def make_pairs() -> tuple[Pairs, Pairs]:
-    """Pairs to train on, and others with other digits, or the other order of them, to test on."""
+    """Returns training pairs, and held-out pairs with other digits or the other order."""
     digits = [chosen for size in (3, 4, 5) for chosen in itertools.combinations(range(10), size)]
     prompts = [(order, chosen) for order in (UP, DOWN) for chosen in digits]
     random.Random(0).shuffle(prompts)
@@ -56,7 +56,7 @@ def make_pairs() -> tuple[Pairs, Pairs]:
         answers = (chosen, chosen[::-1]) if order == UP else (chosen[::-1], chosen)
         for side, answer in enumerate(answers):
             tokens[i, side, : len(answer) + 1] = order, *answer
-            lengths[i, side] = len(answer) + 1  # END counts
+            lengths[i, side] = len(answer) + 1  # with END
     split = len(prompts) - 264
     return Pairs(tokens[:split], lengths[:split]), Pairs(tokens[split:], lengths[split:])
 
@@ -72,7 +72,7 @@ def logps(model: Model, pairs: Pairs) -> Float[Array, "P 2"]:
 
 @nnx.jit
 def step(model: Model, optimizer: nnx.Optimizer, pairs: Pairs, reference: Float[Array, "P 2"]) -> Float[Array, ""]:
-    """One update; returns the loss before it."""
+    """Makes one update; returns the mean loss before it."""
 
     def mean_loss(model: Model) -> Float[Array, ""]:
         return loss_fn(logps(model, pairs), reference, lengths=pairs.lengths).mean()
@@ -83,17 +83,17 @@ def step(model: Model, optimizer: nnx.Optimizer, pairs: Pairs, reference: Float[
 
 
 def accuracy(model: Model, pairs: Pairs) -> float:
-    """How often the chosen answer is likelier than the rejected one."""
-    found = nnx.jit(logps)(model, pairs)
-    return float((found[:, 0] > found[:, 1]).mean())
+    """Share of pairs whose chosen answer is more likely than the rejected one."""
+    scores = nnx.jit(logps)(model, pairs)
+    return float((scores[:, 0] > scores[:, 1]).mean())
 
 
 def main() -> tuple[list[float], float, float]:
-    """Trains, and prints; returns the mean loss of each epoch, and the accuracy before and after."""
+    """Trains and prints; returns the mean loss of each epoch, and the accuracy before and after."""
     train, held_out = make_pairs()
     model = Model(nnx.Rngs(0))
     optimizer = nnx.Optimizer(model, optax.adam(3e-3), wrt=nnx.Param)
-    # The reference is the model as it is now; what it says of the pairs never changes, so it is asked once.
+    # The reference is the initial model. Its log-probs never change, so they are computed once.
     reference = nnx.jit(logps)(model, train)
     before = accuracy(model, held_out)
     order, epochs = np.random.default_rng(0), []

@@ -1,18 +1,18 @@
-# Sourced by the scripts beside it: errors, dry runs, and the checks of a training command.
+# Functions that the launch scripts share: errors, dry runs and checks of the training command. Sourced, never run.
 # shellcheck shell=bash
 
-# The status with which `dpo-jax train` leaves when it was asked to stop and saved its state.
+# Exit status of `dpo-jax train` after it was asked to stop and has saved its state.
 # shellcheck disable=SC2034  # the scripts read it
 STOPPED=75
 
-refuse() { # PLACE GOT EXPECTED REMEDY: one line and status 2, as dpo-jax does
+refuse() { # PLACE GOT EXPECTED REMEDY: prints one line and exits with status 2, as dpo-jax does
     echo "error: $1: $2; expected $3. $4" >&2
     exit 2
 }
 
 dry() { [[ ${DRY_RUN:-0} != 0 ]]; }
 
-quote() { # the words as one line that a shell reads as the same words
+quote() { # prints its arguments as one line that a shell splits into the same arguments
     local word line='' apostrophe="'\\''"
     for word in "$@"; do
         [[ $word =~ ^[A-Za-z0-9_./:=,@%+-]+$ ]] || word="'${word//"'"/$apostrophe}'"
@@ -25,12 +25,12 @@ step() { # runs a command, or prints it in a dry run
     if dry; then quote "$@"; else "$@"; fi
 }
 
-need() { # VARIABLE PATTERN EXPECTED EXAMPLE
+need() { # VARIABLE PATTERN EXPECTED EXAMPLE: refuses a variable that is unset or does not match the pattern
     [[ -n ${!1:-} ]] || refuse "$1" "not given" "$3" "Give for example $1=$(quote "$4")."
     [[ ${!1} =~ ^($2)$ ]] || refuse "$1" "got '${!1}'" "$3" "Give for example $1=$(quote "$4")."
 }
 
-check_train() { # the arguments of `dpo-jax train`; what needs the package is checked by itself
+check_train() { # checks the arguments of `dpo-jax train` as far as this needs no Python, and sets `workdir`
     local argument config=''
     workdir=''
     for argument in "$@"; do

@@ -1,11 +1,12 @@
 #!/usr/bin/env bash
-# Trains on TPU slices of a GKE cluster, and goes on after a preemption: fills launch/gke.yaml in and applies it.
+# Trains on TPU slices of a GKE cluster and continues after a preemption. Fills in launch/gke.yaml and applies it.
 #
 #   launch/gke.sh --config=RECIPE --workdir=/runs/NAME [--config.SECTION.FIELD=VALUE ...]
 #
-# The arguments are those of `dpo-jax train`. The cluster is kubectl's current one; it needs JobSet, node pools of the
-# given TPU slices, and a claim that all pods can write to (ReadWriteMany, such as Filestore), which they see as /runs.
-# The head of launch/gke.yaml says what is restarted. Before a second run of the same name: kubectl delete jobset NAME.
+# The arguments are those of `dpo-jax train`. The cluster is the current one of kubectl. It needs JobSet, node pools
+# with the given TPU slices, and a PersistentVolumeClaim that all pods can write to (ReadWriteMany, for example
+# Filestore). The pods mount the claim as /runs. The head of launch/gke.yaml describes what is restarted. Before a
+# second run with the same name: kubectl delete jobset NAME.
 #
 # Variables:
 #   NAME             of the JobSet; required
@@ -13,12 +14,12 @@
 #   ACCELERATOR      node label cloud.google.com/gke-tpu-accelerator, such as tpu-v6e-slice; required
 #   TOPOLOGY         chips of one slice, such as 4x4; required
 #   CLAIM            PersistentVolumeClaim; required
-#   CHIPS_PER_HOST   default 4
-#   SLICES           default 1
-#   MAX_RESTARTS     after failures that are neither a preemption nor a request to stop; default 3
-#   DRY_RUN          1: print the filled manifest, run nothing; needs no kubectl
+#   CHIPS_PER_HOST   chips of each host; default 4
+#   SLICES           number of slices; default 1
+#   MAX_RESTARTS     restarts after failures other than a preemption or a request to stop; default 3
+#   DRY_RUN          1: print the filled-in manifest and run nothing; needs no kubectl
 #
-# An image of this checkout, its recipes included:
+# To build an image of this checkout with its recipes:
 #   printf '%s\n' 'FROM python:3.12-slim' 'WORKDIR /dpo_jax' 'COPY . .' 'RUN pip install -e .[tpu]' |
 #       docker build --tag="$IMAGE" --file=- . && docker push "$IMAGE"
 #
@@ -29,12 +30,12 @@
 #       --config.mesh.replica=2
 #   kubectl logs --follow --selector=jobset.sigs.k8s.io/jobset-name=hh
 #
-# The same with xpk, storage attached to the cluster by `xpk storage attach --auto-mount=true --mount-point=/runs ...`:
+# The same with xpk, after `xpk storage attach --auto-mount=true --mount-point=/runs ...`:
 #   xpk workload create --cluster=CLUSTER --workload=hh --docker-image="$IMAGE" --tpu-type=v6e-16 --num-slices=2 \
 #       --max-restarts=100 --restart-on-exit-codes=75 --termination-grace-period-seconds=300 \
 #       --command='dpo-jax train --config=configs/hh.py --workdir=/runs/hh ...'
 set -euo pipefail
-cd "$(dirname "${BASH_SOURCE[0]}")/.." # the image's WORKDIR: a relative path is the same in both
+cd "$(dirname "${BASH_SOURCE[0]}")/.." # the WORKDIR of the image, so that a relative path means the same in both
 source launch/common.sh
 
 : "${CHIPS_PER_HOST:=4}" "${SLICES:=1}" "${MAX_RESTARTS:=3}"
@@ -53,7 +54,7 @@ chips=$((${TOPOLOGY//x/*}))
 ((chips % CHIPS_PER_HOST == 0)) ||
     refuse CHIPS_PER_HOST "got $CHIPS_PER_HOST" "a divisor of the $chips chips of $TOPOLOGY" \
         "Give that of the node pool's machine type."
-# shellcheck disable=SC2034  # read by its name below
+# shellcheck disable=SC2034  # read through its name below
 HOSTS=$((chips / CHIPS_PER_HOST))
 
 ARGUMENTS='' # as a JSON list, which is YAML too

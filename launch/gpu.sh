@@ -1,15 +1,15 @@
 #!/usr/bin/env bash
-# Trains on this machine with all of its GPUs, and goes on after the run was asked to stop.
+# Trains on this machine with all of its GPUs and continues after the run was asked to stop.
 #
 #   launch/gpu.sh --config=RECIPE --workdir=DIR [--config.SECTION.FIELD=VALUE ...]
 #
-# The arguments are those of `dpo-jax train`. A run that gets SIGTERM saves its state and leaves with status 75: the
-# same command is then run again and goes on from there. Any other status ends this script with it. SIGTERM or Ctrl-C to
-# this script goes to the run, and after it nothing is started again.
+# The arguments are those of `dpo-jax train`. If the run gets SIGTERM, it saves its state and exits with status 75. This
+# script then runs the same command again, which continues from the saved state. With any other status the script exits
+# with that status. SIGTERM or Ctrl-C to this script is passed on to the run, and nothing is restarted after it.
 #
 # Variables:
-#   CUDA_VISIBLE_DEVICES   GPUs to use, such as 0,1; default: all
-#   DRY_RUN                1: print the command, run nothing
+#   CUDA_VISIBLE_DEVICES   GPUs to use, for example 0,1; default: all
+#   DRY_RUN                1: print the command and run nothing
 #
 # Example:
 #   launch/gpu.sh --config=configs/hh.py --workdir=runs/hh --config.model.path=EleutherAI/pythia-2.8b
@@ -26,12 +26,12 @@ if dry; then
 fi
 
 signals=0 child=''
-# In the background, because bash would otherwise hold a signal back until the run has ended.
+# The run is a background job, because bash handles a signal only after a foreground command has ended.
 trap 'signals=$((signals + 1)); [[ -z $child ]] || kill -TERM "$child" 2>/dev/null || true' TERM INT
 while :; do
     "${command[@]}" &
     child=$!
-    while :; do # a signal ends `wait` early, with a status that is not the run's
+    while :; do # a signal ends `wait` early, with a status that is not that of the run
         seen=$signals status=0
         wait "$child" || status=$?
         ((seen != signals)) || break

@@ -8,28 +8,28 @@
 #SBATCH --signal=TERM@120
 #SBATCH --open-mode=append
 #SBATCH --output=%x-%j.log
-# Trains on the GPU nodes of a SLURM cluster, and goes on after a time limit or a preemption.
+# Trains on the GPU nodes of a SLURM cluster and continues after a time limit or a preemption.
 #
 #   sbatch [--nodes=N ...] launch/slurm.sh --config=RECIPE --workdir=DIR [--config.SECTION.FIELD=VALUE ...]
 #
-# Submit it from the root of the checkout, with dpo-jax on PATH. The arguments are those of `dpo-jax train`; DIR must be
-# on a file system that all nodes share. Options to sbatch override the lines above. The processes find one another by
-# themselves, and each takes the GPU of its number on the node: --ntasks-per-node must equal --gpus-per-node. (On one
-# node a single task will do: it takes all GPUs.)
+# Submit it from the root of the checkout, with dpo-jax on PATH. The arguments are those of `dpo-jax train`. DIR must be
+# on a file system that all nodes share. Options of sbatch override the lines above. The processes find one another
+# through SLURM. Each one uses the GPU whose number is its number on the node, so --ntasks-per-node must equal
+# --gpus-per-node. (On one node a single task is enough: it uses all GPUs.)
 #
-# 120 s before the time limit SLURM sends SIGTERM to the tasks, and not to this script, since there is no `B:` in
-# --signal. They save their state and leave with status 75, and the job is queued again under its own number. A large
-# model may need longer: sbatch --signal=TERM@600. A job that is preempted with PreemptMode=REQUEUE is queued again by
-# SLURM. Any other status ends the job with it, and scancel ends it for good.
+# 120 s before the time limit, SLURM sends SIGTERM to the tasks (not to this script, because --signal has no `B:`). They
+# save their state and exit with status 75, and this script queues the job again under the same number. A large model
+# may need more time: sbatch --signal=TERM@600. A job that is preempted with PreemptMode=REQUEUE is queued again by
+# SLURM. With any other status the job ends with that status. scancel ends it for good.
 #
 # Variables:
-#   DRY_RUN   1: print the commands, run nothing; needs no SLURM
+#   DRY_RUN   1: print the commands and run nothing; needs no SLURM
 #
 # Example, 4 nodes of 8 GPUs, a day at a time:
 #   sbatch --nodes=4 --time=24:00:00 launch/slurm.sh --config=configs/hh.py --workdir=/shared/runs/hh \
 #       --config.model.path=EleutherAI/pythia-2.8b
 set -euo pipefail
-# SLURM runs a copy of this file that lies elsewhere.
+# SLURM runs a copy of this file in another folder.
 here=${SLURM_SUBMIT_DIR:+$SLURM_SUBMIT_DIR/launch}
 here=${here:-$(dirname "${BASH_SOURCE[0]}")}
 if [[ ! -r $here/common.sh ]]; then
@@ -46,8 +46,8 @@ tasks=${SLURM_NTASKS_PER_NODE:-} gpus=${SLURM_GPUS_ON_NODE:-}
     refuse --ntasks-per-node "got $tasks with $gpus GPUs on a node" "one task for each GPU" \
         "Submit with sbatch --ntasks-per-node=$gpus --gpus-per-node=$gpus."
 
-# A task that is done must not end those that still save or export, whatever the cluster's KillOnBadExit and WaitTime.
-# No binding: a task sees all GPUs of its node and takes its own. srun does not inherit --cpus-per-task from sbatch.
+# A finished task must not end tasks that still save or export, whatever KillOnBadExit and WaitTime the cluster has.
+# Without GPU binding, each task sees all GPUs of its node and selects its own. srun does not inherit --cpus-per-task.
 command=(srun --kill-on-bad-exit=0 --wait=0 --gpu-bind=none
     ${SLURM_CPUS_PER_TASK:+"--cpus-per-task=$SLURM_CPUS_PER_TASK"} dpo-jax train "$@")
 requeue=(scontrol requeue "${SLURM_JOB_ID:-JOB}")

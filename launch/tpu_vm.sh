@@ -1,34 +1,34 @@
 #!/usr/bin/env bash
-# Trains on Cloud TPU VMs, on one slice or several, and goes on after a preemption.
+# Trains on Cloud TPU VMs, on one slice or several, and continues after a preemption.
 #
 #   launch/tpu_vm.sh run --config=RECIPE --workdir=DIR [--config.SECTION.FIELD=VALUE ...]
 #   launch/tpu_vm.sh create | status | delete
 #
-# run copies this checkout (every file that git does not ignore) to all hosts, installs it and runs `dpo-jax train` with
-# the given arguments on each, in ~/dpo_jax. The queued resource NAME is created where there is none, as by `create`.
-# The disks of TPU VMs go with them: DIR must be on storage that all hosts share and that outlives them, which SETUP
-# mounts. Hosts and slices find one another through the metadata that a queued resource gives its VMs.
+# `run` copies this checkout (every file that git does not ignore) to all hosts, installs it, and runs `dpo-jax train`
+# with the given arguments on each host, in ~/dpo_jax. It creates the queued resource NAME if there is none, as `create`
+# does. The disks of TPU VMs are deleted with the VMs, so DIR must be on permanent storage that all hosts share. SETUP
+# mounts it. Hosts and slices find one another through the metadata of the queued resource.
 #
-# A run that was asked to stop leaves with status 75 and is run again. Where the TPUs were taken away (the queued
-# resource is SUSPENDED or FAILED), they are deleted, created again and the same command is run. Any other failure ends
-# this script with its status. The TPUs stay until `delete`, after success too. Interrupting this script does not stop
-# the run.
+# A run that is asked to stop exits with status 75 and is started again. If the TPUs are taken away (the queued resource
+# is SUSPENDED or FAILED), it is deleted and created again, and the same command is run. With any other failure this
+# script exits with its status. The TPUs exist until `delete`, also after success. Interrupting this script does not
+# stop the run.
 #
 # Variables:
-#   NAME               of the queued resource and of its nodes; required
-#   ZONE               required
-#   ACCELERATOR_TYPE   of one slice, such as v6e-16; required by create and run
-#   SETUP              shell command that a host runs once after each start, to mount; required by create and run
-#   SLICES             how many slices; default 1
-#   SPOT               1: spot capacity, which can be taken away; default 0
-#   CREATE_OPTIONS     more options of `queued-resources create`, such as --reserved; default none
+#   NAME               name of the queued resource and of its nodes; required
+#   ZONE               zone of Google Cloud; required
+#   ACCELERATOR_TYPE   type and size of one slice, for example v6e-16; required by create and run
+#   SETUP              shell command that mounts the storage, run once after each start; required by create and run
+#   SLICES             number of slices; default 1
+#   SPOT               1: spot capacity, which can be preempted; default 0
+#   CREATE_OPTIONS     further options of `queued-resources create`, for example --reserved; default: none
 #   RUNTIME_VERSION    image of the VMs; default: the one for ACCELERATOR_TYPE
-#   PROJECT            default: gcloud's own
+#   PROJECT            project of Google Cloud; default: that of gcloud
 #   EXTRAS             extras of the package to install; default tpu
-#   POLL_S             seconds between two looks at the queued resource; default 60
-#   DRY_RUN            1: print the commands, run nothing; needs no gcloud
+#   POLL_S             seconds between two queries of the queued resource; default 60
+#   DRY_RUN            1: print the commands and run nothing; needs no gcloud
 #
-# Where a slice has several hosts, gcloud wants the key in an agent: ssh-add ~/.ssh/google_compute_engine
+# If a slice has several hosts, gcloud needs the key in an SSH agent: ssh-add ~/.ssh/google_compute_engine
 #
 # Example, two slices of 16 chips and an NFS share as /runs:
 #   export NAME=hh ZONE=us-east5-b ACCELERATOR_TYPE=v6e-16 SLICES=2 SPOT=1
@@ -37,7 +37,7 @@
 #       --config.mesh.replica=2
 #   launch/tpu_vm.sh delete
 set -euo pipefail
-cd "$(dirname "${BASH_SOURCE[0]}")/.." # a relative path is then the same here and on the hosts
+cd "$(dirname "${BASH_SOURCE[0]}")/.." # so that a relative path means the same here and on the hosts
 source launch/common.sh
 
 action=${1:-}
@@ -76,7 +76,7 @@ fi
 queued=(gcloud compute tpus queued-resources)
 where=("--zone=$ZONE")
 [[ -z ${PROJECT:-} ]] || where+=("--project=$PROJECT")
-# All hosts at once: gcloud's default is groups of 64, of which the first would wait for the others for ever.
+# All hosts at once. By default gcloud runs groups of 64, and the first group would wait for the others forever.
 everywhere=(--node=all --worker=all --batch-size=all)
 
 create() {
@@ -92,8 +92,8 @@ delete() { step "${queued[@]}" delete "$NAME" "${where[@]}" --force --quiet; }
 
 on_hosts() { step "${queued[@]}" ssh "$NAME" "${where[@]}" "${everywhere[@]}" "--command=$1"; }
 
-look() { # sets `state` to that of the queued resource; a dry run finds none, and once it is created an active one
-    # Not `describe`, which fails alike when there is no such resource and when gcloud cannot ask.
+look() { # sets `state` to that of the queued resource; in a dry run to ABSENT, and after that to ACTIVE
+    # Not `describe`, which fails in the same way if there is no such resource and if gcloud has no connection.
     local list=("${queued[@]}" list "${where[@]}" "--filter=name~/$NAME\$" "--format=value(state.state)")
     if dry; then
         quote "${list[@]}"
@@ -104,11 +104,11 @@ look() { # sets `state` to that of the queued resource; a dry run finds none, an
     fi
 }
 
-make_ready() { # brings the queued resource to ACTIVE from whatever state it is in
+make_ready() { # brings the queued resource from any state to ACTIVE
     local new=''
     look
     until [[ $state == ACTIVE ]]; do
-        # What fails or goes before it ever was active would do so again.
+        # A new resource that fails or disappears before it was active would do so again.
         [[ -z $new || ($state != FAILED && $state != ABSENT) ]] || {
             echo "error: queued resource $NAME: $state; expected ACTIVE. See launch/tpu_vm.sh status." >&2
             exit 1
@@ -128,8 +128,8 @@ make_ready() { # brings the queued resource to ACTIVE from whatever state it is 
     done
 }
 
-install() { # uv, because the images' own Python may be too old
-    local archive=build/$NAME.tgz ready=/dev/shm/dpo_jax_setup # which a restart of the VM empties, as it does mounts
+install() { # with uv, because the Python of the image may be too old
+    local archive=build/$NAME.tgz ready=/dev/shm/dpo_jax_setup # a restart of the VM empties it, as it removes mounts
     local files="git ls-files -z --cached --others --exclude-standard"
     step mkdir -p build &&
         step bash -o pipefail -c "$files | tar -czf $archive --null -T -" &&
@@ -140,17 +140,17 @@ install() { # uv, because the images' own Python may be too old
 && python3 -m uv pip install --quiet --python=venv/bin/python --editable='./dpo_jax[$EXTRAS]'"
 }
 
-train() { # returns where it is to be called again
+train() { # returns if it must be called again, exits otherwise
     local status=0
     make_ready
     { install && on_hosts "cd dpo_jax && ../venv/bin/dpo-jax train $(quote "$@")"; } || status=$?
     ((status != 0)) || exit 0
-    sleep "$POLL_S" # a preemption shows in the state a little later than in the run
+    sleep "$POLL_S" # the state shows a preemption a little later than the run does
     look
     case $state in
         SUSPENDING | SUSPENDED | FAILED) ;;
         ACTIVE) ((status == STOPPED)) || exit "$status" ;;
-        *) exit "$status" ;; # deleted by hand, so that it is not to come back
+        *) exit "$status" ;; # deleted by hand: do not create it again
     esac
     echo "the run left with status $status and the queued resource is $state: going on" >&2
 }

@@ -1,4 +1,4 @@
-"""What README.md says, held against the code."""
+"""README.md and the pages of docs/ agree with the code."""
 
 import ast
 import contextlib
@@ -6,11 +6,17 @@ import io
 import re
 from pathlib import Path
 
+import pytest
+
+from docs import make_configuration
 from dpo_jax import cli, config
 from dpo_jax.losses.registry import OPTIONS
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
+FIELDS = config.flat(config.Config())
+NOT_FIELDS = {"data.batches"}  # modules that are written as a field would be
+MADE_BY_RUNS = {"reference/", "checkpoints/", "export/"}  # folders of a working folder
 
 
 def test_library_example_runs_and_learns():
@@ -22,30 +28,69 @@ def test_library_example_runs_and_learns():
     assert loss < 0.1 and accuracy == 1
 
 
-def test_table_of_fields_is_that_of_the_configuration():
-    # Name, default and comment of every field, in the order of config.py.
+def test_reference_of_fields_is_that_of_the_configuration():
+    # Default and comment of every field, read from the text of config.py without the generator.
+    text = (ROOT / "docs" / "configuration.md").read_text()
+    assert text == make_configuration.render(), "stale: run python -m docs.make_configuration"
+    rows = {row[1]: row[0] for row in re.finditer(r"^\| `([a-z_0-9.]+)` \|.*$", text, re.MULTILINE)}
+    assert list(rows) == [name for name in documented_order() if name in rows] and set(rows) == set(FIELDS)
     source = (ROOT / "dpo_jax" / "config.py").read_text()
-    classes = {node.name: node for node in ast.parse(source).body if isinstance(node, ast.ClassDef)}
+    sections = {type(value).__name__: name for name, value in vars(config.Config()).items()}
+    for node in ast.parse(source).body:
+        if not isinstance(node, ast.ClassDef) or node.name not in (*sections, "Config"):
+            continue
+        for field in node.body:
+            if isinstance(field, ast.AnnAssign) and ast.unparse(field.annotation) not in sections:
+                prefix = "" if node.name == "Config" else f"{sections[node.name]}."
+                comment = source.splitlines()[field.lineno - 1].split("  # ", 1)[1]
+                assert rows[f"{prefix}{ast.unparse(field.target)}"].endswith(f" | {comment.replace(' | ', ' / ')} |")
+    for name, option in OPTIONS.items():
+        assert rows[f"loss.{name}"].endswith(f" | {option.help.replace(' | ', ' / ')} |")
 
-    def rows(name, prefix=""):
-        for field in classes[name].body:
-            if not isinstance(field, ast.AnnAssign) or not isinstance(field.target, ast.Name):
-                continue
-            if isinstance(field.annotation, ast.Name) and field.annotation.id in classes:
-                yield from rows(field.annotation.id, f"{field.target.id}.")
-                continue
-            comment = source.splitlines()[field.lineno - 1].split("  # ", 1)[1].replace("|", "/")
-            value = ast.unparse(field.value) if field.value else ""
-            words = {"''": "empty", "None": "unset", "True": "true", "False": "false"}
-            yield f"| `{prefix}{field.target.id}` | {words.get(value, value.strip(chr(39)))} | {comment} |"
-        if name == "Loss":
-            for option in OPTIONS.values():
-                yield f"| `{prefix}{option.name}` | {option.default} | {option.help.replace('|', '/')} |"
 
-    expected = list(rows("Config"))
-    assert len(expected) == len(config.flat(config.Config()))
-    found = README.split("| field | default | meaning |\n|---|---|---|\n")[1].split("\n\n")[0].splitlines()
-    assert found == expected
+def documented_order():
+    """Fields outside of sections first, then section by section in the order of config.py."""
+    return sorted(FIELDS, key=lambda name: "." in name)
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/architecture.md", "docs/performance.md", "docs/scaling.md"])
+def test_fields_that_a_page_names_exist(page):
+    text = (ROOT / page).read_text()
+    named = re.findall(r"--config\.([a-z_0-9.]+)=", text)
+    sections = {name.partition(".")[0] for name in FIELDS if "." in name}
+    dotted = re.findall(r"`([a-z_]+\.[a-z_0-9]+)(?:=[^`]*)?`", text)
+    files = (".py", ".md", ".jsonl")
+    named += [name for name in dotted if name.partition(".")[0] in sections and not name.endswith(files)]
+    assert named and set(named) <= {*FIELDS, *NOT_FIELDS}
+
+
+def test_short_list_of_fields_has_their_defaults():
+    table = README.split("### Fields that are set most often\n")[1].split("\n#")[0]
+    rows = re.findall(r"^\| `([a-z_]+\.[a-z_]+)` \| ([^|]+) \|", table, re.MULTILINE)
+    written = {None: "*unset*", "": "*empty*"}
+    assert 10 <= len(rows) <= 15
+    assert rows == [(name, written.get(FIELDS[name], f"`{FIELDS[name]}`")) for name, _ in rows]
+
+
+@pytest.mark.parametrize("page", ["README.md", "CHANGELOG.md", *sorted(p.name for p in (ROOT / "docs").glob("*.md"))])
+def test_links_of_a_page_lead_somewhere(page):
+    path = ROOT / page if (ROOT / page).exists() else ROOT / "docs" / page
+    for target in re.findall(r"\]\(([^)\s]+)\)", path.read_text()):
+        file, _, anchor = target.partition("#")
+        if "://" in file:
+            continue
+        linked = (path.parent / file) if file else path
+        assert linked.exists(), target
+        if anchor:
+            titles = re.findall(r"^#+ (.+)$", linked.read_text(), re.MULTILINE)
+            assert anchor in {re.sub(r"[^a-z0-9 _-]", "", title.lower()).replace(" ", "-") for title in titles}, target
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/architecture.md", "docs/performance.md", "docs/scaling.md"])
+def test_modules_that_a_page_names_exist(page):
+    text = (ROOT / page).read_text()
+    for name in re.findall(r"`((?:[a-z_]+/)+(?:[a-z_0-9]+\.(?:py|md|sh))?)`", text):
+        assert any((ROOT / folder / name).exists() for folder in (".", "dpo_jax")) or name in MADE_BY_RUNS, name
 
 
 def test_commands_are_those_of_the_program():

@@ -215,8 +215,8 @@ def rewards_of(loss: Loss, policy: Array, reference: Array, lengths: Array) -> A
     """Returns the rewards that a loss implies, [P, K] in nats, by its `beta`; None if it has none."""
     if isinstance(loss, Objective):
         return loss.rewards(policy, reference, lengths)
-    beta = options_of(loss).get("beta")
-    return None if beta is None else beta * (policy - reference)
+    beta = defaults_of(loss).get("beta")
+    return None if beta is None else beta * (policy - reference)  # type: ignore[operator]
 
 
 def start_of(loss: Loss) -> Running:
