@@ -17,7 +17,6 @@ import itertools
 import json
 import random
 import re
-import shutil
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple, TypeVar
@@ -30,6 +29,7 @@ from dpo_jax import trees
 from dpo_jax.hf import checkpoints
 from dpo_jax.hf.families import family
 from dpo_jax.hf.tensors import leaf_shapes
+from dpo_jax.runtime import files
 from dpo_jax.types import InputError
 
 SEED = 0
@@ -278,7 +278,7 @@ def initial_params(seed: int, hf_config: dict) -> dict:
 def prepare(workdir: Path) -> None:
     """Makes WORKDIR/inputs with all of FILES; does nothing if they are there.
 
-    The folder appears complete or not at all: what a killed call left is in WORKDIR/inputs.partial, and is redone.
+    The folder appears complete or not at all.
 
     Raises: InputError if WORKDIR/inputs exists and lacks a file, for it may not be ours to replace.
     """
@@ -293,12 +293,8 @@ def prepare(workdir: Path) -> None:
             expected="all that the quickstart makes, or no such folder",
             remedy="Delete it if an earlier quickstart made it, or choose another working folder.",
         )
-    partial = inputs.with_name("inputs.partial")
-    if partial.exists():
-        shutil.rmtree(partial)
-    partial.mkdir(parents=True)
-    _write(partial)
-    partial.rename(inputs)
+    with files.replacing_folder(inputs, keep_existing=True) as unfinished:
+        _write(unfinished)
 
 
 def _write(folder: Path) -> None:
@@ -306,7 +302,7 @@ def _write(folder: Path) -> None:
     held_out = list(itertools.islice(preferences(SEED, held_out=True), EVAL_PAIRS))
     for name, pairs in (("train.jsonl", train), ("eval.jsonl", held_out)):
         lines = (json.dumps(pair._asdict()) + "\n" for pair in pairs)
-        (folder / name).write_text("".join(lines), encoding="utf-8")
+        files.write_text(folder / name, "".join(lines))
     tokenizer = train_tokenizer(text for pair in train for text in pair[:3])
     hf_config = MODEL | {"eos_token_id": tokenizer.eos_token_id}
     checkpoints.save_new(initial_params(SEED, hf_config), hf_config=hf_config, out=folder / "model")

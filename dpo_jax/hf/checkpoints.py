@@ -12,7 +12,6 @@ import itertools
 import json
 import math
 import re
-import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor
 from pathlib import Path
@@ -28,6 +27,7 @@ from dpo_jax.hf.families import family
 from dpo_jax.hf.folders import ONE_HOST, Hosts, Index, Weights, resolve
 from dpo_jax.hf.tensors import FLOATS, Bound
 from dpo_jax.models.config import DecoderConfig
+from dpo_jax.runtime import files
 from dpo_jax.trees import flatten, nest
 from dpo_jax.types import InputError
 
@@ -309,9 +309,9 @@ def save_new(
 
 def write_small_files(new: Path, hf: Mapping, *, base: Path | None, tokenizer: Path | None, card: str) -> None:
     """Everything but the weights."""
-    folders.write_json(new / folders.CONFIG, hf)
+    files.write_json(new / folders.CONFIG, hf)
     if base and (base / folders.GENERATION).is_file():
-        shutil.copyfile(base / folders.GENERATION, new / folders.GENERATION)
+        files.write_bytes(new / folders.GENERATION, (base / folders.GENERATION).read_bytes())
     write_companions(new, tokenizer=tokenizer, card=card)
 
 
@@ -320,9 +320,9 @@ def write_companions(new: Path, *, tokenizer: Path | None, card: str) -> None:
     if tokenizer:
         for name in folders.tokenizer_files(tokenizer):
             (new / name).parent.mkdir(exist_ok=True)
-            shutil.copyfile(tokenizer / name, new / name)
+            files.write_bytes(new / name, (tokenizer / name).read_bytes())
     if card:
-        (new / "README.md").write_text(card, encoding="utf-8")
+        files.write_text(new / "README.md", card)
 
 
 def write_tensors(

@@ -10,10 +10,8 @@ import functools
 import json
 import os
 import re
-import shutil
 import struct
-import uuid
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -24,6 +22,7 @@ from safetensors import SafetensorError, safe_open
 
 from dpo_jax.hf import transpose
 from dpo_jax.hf.tensors import FLOATS, Header
+from dpo_jax.runtime import files
 from dpo_jax.types import InputError
 
 CONFIG = "config.json"
@@ -271,7 +270,7 @@ def write_weights(
                 build(spec.name)
     if split.is_sharded and hosts.index == 0:
         index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
-        write_json(folder / INDEX, index)
+        files.write_json(folder / INDEX, index)
 
 
 def in_file_order(specs: Sequence[Spec]) -> list[Spec]:
@@ -321,10 +320,6 @@ def in_file_layout(rows: np.ndarray, spec: Spec) -> memoryview:
     return transpose.contiguous(transpose.cast(rows, spec.dtype, spec.name)).reshape(-1).view(np.uint8).data
 
 
-def write_json(path: Path, value: Mapping) -> None:
-    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
 def tokenizer_files(folder: Path) -> list[str]:
     """Names of the files of the tokenizer and chat templates that a folder has."""
     names = [name for name in TOKENIZER_FILES if (folder / name).is_file()]
@@ -352,38 +347,16 @@ def check_replaceable(out: Path) -> None:
 
 @contextlib.contextmanager
 def replacing(out: Path, hosts: Hosts) -> Iterator[Path]:
-    """An empty folder beside `out` that takes its place if the body succeeds, and vanishes if it does not.
+    """An empty folder, the same for all hosts, that takes the place of `out` once the body has succeeded on every one.
 
-    A process killed meanwhile leaves a hidden folder beside `out`, and never half of one in its place. Host 0 alone
-    makes and moves the folder, and moves it only after every host has come to the end of the body.
+    Host 0 alone makes and renames it; see `files.replacing_folder`.
     """
     out = out.resolve()  # through a link, so that what it points to is replaced
-    token = uuid.uuid4().hex[:8]
-    # Many hosts have to arrive at the same name by themselves.
-    new = out.with_name(f".{out.name}.new-{token if hosts.count == 1 else 'shared'}")
-    old = out.with_name(f".{out.name}.old-{token}")
-    try:
+    shared = out.with_name(f".{out.name}.new-shared")  # a name at which all hosts arrive by themselves
+    with contextlib.ExitStack() as stack:
+        new = shared
         if hosts.index == 0:
-            shutil.rmtree(new, ignore_errors=True)  # left behind by processes that were killed
-            new.mkdir(parents=True)
+            new = stack.enter_context(files.replacing_folder(out, temporary=shared if hosts.count > 1 else None))
         hosts.wait("export: folder made")
         yield new
         hosts.wait("export: files written")
-        if hosts.index == 0:
-            take_place(new, out, old)
-    finally:
-        if hosts.index == 0:
-            shutil.rmtree(new, ignore_errors=True)
-
-
-def take_place(new: Path, out: Path, old: Path) -> None:
-    """Moves `new` to `out`. What was there is deleted, or put back if that fails; it stands at `old` meanwhile."""
-    if out.exists():
-        out.rename(old)
-    try:
-        new.rename(out)
-    except BaseException:
-        if old.exists():
-            old.rename(out)
-        raise
-    shutil.rmtree(old, ignore_errors=True)

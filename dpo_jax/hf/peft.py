@@ -13,6 +13,7 @@ from dpo_jax import trees
 from dpo_jax.hf import checkpoints, config_json, folders
 from dpo_jax.hf.adapters import PREFIX, Adapters, choose, module_of
 from dpo_jax.hf.tensors import Sizes, Tensor, all_names, bind, leaf_shapes
+from dpo_jax.runtime import files
 from dpo_jax.types import InputError
 
 CONFIG, FILE = folders.ADAPTER_CONFIG, folders.ADAPTER
@@ -140,7 +141,7 @@ def save(
     }
     with folders.replacing(out, hosts) as new:
         if hosts.index == 0:
-            folders.write_json(new / CONFIG, described)
+            files.write_json(new / CONFIG, described)
             checkpoints.write_companions(new, tokenizer=tokenizer, card=card)
         dtypes = {b.name: dtype for b in bound}
         checkpoints.write_tensors(new, leaves, bound, dtypes, 2**62, hosts, stem=Path(FILE).stem)

@@ -1,4 +1,6 @@
-"""Writes tests/support/golden/: what transformers computes with the models of `family_cases`, for tests that run without torch.
+"""Writes tests/support/golden/: the logits that transformers computes with the models of `family_cases`.
+
+Tests compare with them and run without torch.
 
     python -m tests.support.make_golden
 
