@@ -28,6 +28,7 @@ from dpo_jax.hf.folders import ONE_HOST, Hosts, Index, Weights, resolve
 from dpo_jax.hf.tensors import FLOATS, Bound
 from dpo_jax.models.config import DecoderConfig
 from dpo_jax.runtime import files
+from dpo_jax.runtime.prefetch import in_order
 from dpo_jax.trees import flatten, nest
 from dpo_jax.types import InputError
 
@@ -151,7 +152,7 @@ def read_part(
             jobs.append(functools.partial(fill, result[(*into, rows)], source, b, leaf, part, place))
             if repeat:
                 jobs.append(functools.partial(check_repeat, source, b, repeat, leaf, part, place))
-    for _ in transpose.ahead(threads, jobs):
+    for _ in in_order(threads, jobs, ahead=transpose.THREADS):
         pass
     return result
 

@@ -23,6 +23,7 @@ from safetensors import SafetensorError, safe_open
 from dpo_jax.hf import transpose
 from dpo_jax.hf.tensors import FLOATS, Header
 from dpo_jax.runtime import files
+from dpo_jax.runtime.prefetch import in_order
 from dpo_jax.types import InputError
 
 CONFIG = "config.json"
@@ -301,7 +302,7 @@ def write_file(path: Path, ordered: Sequence[Spec], build: Callable[[str], Calla
     # Threads make the next pieces while one is written, in order: some network file systems take no other.
     with path.open("wb") as file, transpose.pool() as threads:
         file.write(struct.pack("<Q", len(text)) + text)
-        for piece in transpose.ahead(threads, jobs):
+        for piece in in_order(threads, jobs, ahead=transpose.THREADS):
             file.write(piece)
         assert file.tell() == 8 + len(text) + end, path
 

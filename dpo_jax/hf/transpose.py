@@ -1,16 +1,14 @@
-"""Copies of numbers in memory: cast, turned a tile at a time, several at once.
+"""Copies of arrays in memory: cast, and transposed a tile at a time.
 
 numpy's copies and casts, and calls that read, let other threads run, so a few threads are as fast as a few processes.
 """
 
 from __future__ import annotations
 
-import collections
 import itertools
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Executor, Future, ThreadPoolExecutor, wait
-from typing import TypeVar
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 import ml_dtypes
 import numpy as np
@@ -23,31 +21,10 @@ THREADS = min(8, os.cpu_count() or 1)  # more gain nothing where memory is the l
 TILE = (256, 256)
 PAD = 64  # bytes by which the rows of a tile are longer, or all would compete for the same few lines of a cache
 
-T = TypeVar("T")
-
 
 def pool() -> ThreadPoolExecutor:
-    """Threads for `ahead`."""
+    """Threads that read, cast and copy tensors."""
     return ThreadPoolExecutor(THREADS, thread_name_prefix="weights")
-
-
-def ahead(threads: Executor, jobs: Iterable[Callable[[], T]]) -> Iterator[T]:
-    """What the jobs return, in their order, while the next few run; none runs any more once this has ended.
-
-    A job is asked for only when a thread will soon be free, so few results wait in memory, however many there are.
-    """
-    running: collections.deque[Future[T]] = collections.deque()
-    try:
-        for job in jobs:
-            if len(running) > THREADS:
-                yield running.popleft().result()
-            running.append(threads.submit(job))
-        while running:
-            yield running.popleft().result()
-    finally:
-        for each in running:
-            each.cancel()
-        wait(running)
 
 
 def cast(array: np.ndarray, dtype: str, place: str) -> np.ndarray:
