@@ -104,7 +104,7 @@ def _rename_over(new: Path, path: Path) -> None:
 
 
 def _beside(path: Path, kind: str) -> Path:
-    """A hidden name in the same folder that no other writer takes, on this machine or another."""
+    """Returns a hidden name in the same folder that no other writer uses, on this machine or another."""
     return path.with_name(f".{path.name}.{kind}-{uuid.uuid4().hex}")
 
 

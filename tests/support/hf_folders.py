@@ -58,7 +58,7 @@ def random_leaves(hf, seed=0, dtype="float32"):
 def save(folder, hf=LLAMA, **options):
     """A folder with random weights; returns its leaves by path."""
     leaves = random_leaves(hf)
-    checkpoints.save_new(trees.nest(leaves), hf_config=hf, out=folder, **options)
+    checkpoints.save_new(trees.nest(leaves), hf_config=hf, out=folder, options=checkpoints.WriteOptions(**options))
     return leaves
 
 
