@@ -81,13 +81,13 @@ def read(
     )
 
 
-def take_biases(fields: Fields, place: str) -> dict[str, bool]:
+def take_biases(fields: Fields, place: str) -> dict[str, Any]:
     """Removes `attention_bias`, which is for all four projections, and returns the fields of `DecoderConfig`."""
     present = config_json.take(fields, "attention_bias", bool, place=place, default=False)
     return {"qkv_bias": present, "output_bias": present}
 
 
-def take_experts(fields: Fields, place: str, *, experts: int, each: int) -> dict[str, int]:
+def take_experts(fields: Fields, place: str, *, experts: int, each: int) -> dict[str, Any]:
     """Removes the numbers of experts in a layer and for each token, and returns the fields of `DecoderConfig`.
 
     The weight of the load-balancing loss is dropped: that loss is chosen by `train.router_balance`.
