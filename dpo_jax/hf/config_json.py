@@ -131,7 +131,7 @@ def take(fields: Fields, name: str, kind: type, *, place: str, default: object =
     return kind(value)
 
 
-def fits(value: object, kind: type) -> bool:
+def fits(value: Any, kind: type) -> bool:
     """Returns whether a JSON value is of `kind` and positive. Integers count as floats, booleans not as numbers."""
     if kind in (str, bool):
         return isinstance(value, kind)
@@ -182,13 +182,13 @@ def take_rope(fields: Fields, *, place: str, head_dim: int, max_positions: int, 
             remedy="Compare the file with the one the model was published with.",
         )
     lengths = {TRAINED_LENGTH: max_positions, "max_position_embeddings": max_positions}
-    values = {"rope_theta": family.theta} | lengths | values
+    complete: Fields = {"rope_theta": family.theta} | lengths | values
     for name in ("short_factor", "long_factor"):
-        if len(values.get(name, ())) not in (0, dim // 2):
+        if len(complete.get(name, ())) not in (0, dim // 2):
             raise InputError(
-                f"{place}: {name}", got=f"{len(values[name])} numbers", expected=f"{dim // 2}", remedy="Correct it."
+                f"{place}: {name}", got=f"{len(complete[name])} numbers", expected=f"{dim // 2}", remedy="Correct it."
             )
-    return ropes.KINDS[kind][0](values, ropes.frequencies(values["rope_theta"], dim))
+    return ropes.KINDS[kind][0](complete, ropes.frequencies(complete["rope_theta"], dim))
 
 
 def rope_values(fields: Fields, family: RopeFields, place: str) -> tuple[str, Fields]:
