@@ -74,7 +74,8 @@ def write_checkpoint(
     }
     total = size(layers)
     params = trees.nest(leaves)
-    checkpoints.save_new(params, hf_config=described, out=folder, dtype=dtype, max_shard_bytes=total // FILES)
+    options = checkpoints.WriteOptions(dtype, max_shard_bytes=total // FILES)
+    checkpoints.save_new(params, hf_config=described, out=folder, options=options)
     return total
 
 

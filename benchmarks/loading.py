@@ -7,11 +7,13 @@ of its own, --rounds times:
 
     read          every file with one readinto() into new memory
     load_file     every file with safetensors.numpy.load_file
-    load          hf_io.load_params, into numpy arrays of the checkpoint's type
+    load          checkpoints.load_params, into numpy arrays of the checkpoint's type
+    load_by_numpy the same arrays from load_file, with numpy's own copies
     place         the same as float32, onto the CPU as a run places it
     write         the tensors, all of them ready in memory, with write() into files of the same sizes
     save_file     the same with safetensors.numpy.save_file
-    export        hf_io.export of what `load` gives
+    export        checkpoints.export of the parameters that `load` returns
+    export_by_numpy  the same tensors with numpy's own copies and save_file
 
 Every file is read once before all of them, so that the system has it in memory and no side waits for a disk. Written
 files may stay in the system's memory too, on all sides; with --fsync all sides wait for the disk. Before its time
@@ -19,9 +21,10 @@ starts every side takes as much memory as it will need and gives it back: in a v
 it, which is slower than anything measured here, and by chance.
 
 Prints for each side the median time, that of all its threads on processors, its speed, the calls that read and wrote
-and their bytes, and which part of the plain speed it has, by the clock and by the time of processors; writes them to
---out as JSON. With --check it fails where loading or exporting has less than 0.7 of the plain speed by the clock. On a
-machine that others use, threads wait for each other; the time of processors is disturbed less.
+and their bytes, by how much the process grew at its peak, and which part of the plain speed it has, by the clock and by
+the time of processors; writes them to --out as JSON. With --check it fails where loading or exporting has less than 0.7
+of the plain speed by the clock. On a machine that others use, threads wait for each other; the time of processors is
+disturbed less.
 """
 
 from __future__ import annotations
@@ -61,11 +64,14 @@ CHECKED = ("load", "export")
 
 @contextlib.contextmanager
 def measured() -> Iterator[dict[str, Any]]:
-    """What the body takes: seconds, those of processors, and the calls and bytes with which it reads and writes."""
+    """Measures the body: seconds, CPU seconds, calls and bytes read and written, growth of memory at its peak."""
     found: dict[str, Any] = {}
+    common.reset_peak()
+    held = common.memory("VmHWM")
     before, used, started = io_counts(), time.process_time(), time.perf_counter()
     yield found
     found |= {"seconds": time.perf_counter() - started, "cpu_s": time.process_time() - used}
+    found |= {"grown_bytes": common.memory("VmHWM") - held}
     found |= {name: value - before[name] for name, value in io_counts().items()}
 
 
@@ -78,7 +84,7 @@ def io_counts() -> dict[str, int]:
 
 @contextlib.contextmanager
 def traced() -> Iterator[list[tuple[str, int, int]]]:
-    """A list that gets the file, start and length of all that `hf_io` reads of weights."""
+    """A list that gets the file, start and length of all that `checkpoints` reads of weights."""
     from dpo_jax.hf import folders
 
     found: list[tuple[str, int, int]] = []
@@ -145,6 +151,38 @@ def load(work: Path, args: Any) -> dict[str, Any]:
     return found | {"read_again_bytes": read_again(reads)}
 
 
+def load_by_numpy(work: Path, args: Any) -> dict[str, Any]:
+    """Loads as `load` does, with safetensors' load_file and numpy's copies."""
+    import numpy as np
+    import safetensors.numpy
+
+    from dpo_jax.hf.tensors import leaf_shapes
+
+    config, table, bound = names_of(args)
+    dtype = own_dtype(args)
+    warm(args.total)
+    with measured() as found:
+        leaves = {path: np.empty(shape, dtype) for path, shape in leaf_shapes(table, config.stacks).items()}
+        for path in weight_files(args):
+            for name, numbers in safetensors.numpy.load_file(path).items():
+                _, tensor, at = bound[name]
+                for leaf, part in zip(tensor.leaves, tensor.to_leaves(numbers), strict=True):
+                    leaves[leaf][at] = part
+    return found
+
+
+def names_of(args: Any) -> Any:
+    """The configuration, the table of its tensors, and the tensors of the checkpoint by name."""
+    from dpo_jax.hf import checkpoints, folders, tensors
+
+    folder = Path(args.model)
+    config, _ = checkpoints.read_config(folder)
+    table, skipped = checkpoints.family_table(folder, config)
+    with folders.open_weights(folder) as source:
+        bound = tensors.bind(table, config.stacks, source.headers, skipped=skipped, place=str(folder))
+    return config, table, {each.name: each for each in bound}
+
+
 def place(work: Path, args: Any) -> dict[str, Any]:
     os.environ["JAX_PLATFORMS"] = "cpu"  # read when jax is first imported
     import jax
@@ -209,7 +247,37 @@ def export(work: Path, args: Any) -> dict[str, Any]:
     os.sync()
     warm(args.total)
     with measured() as found:
-        checkpoints.export(params, base=folder, out=out, max_shard_bytes=largest)
+        checkpoints.export(params, base=folder, out=out, options=checkpoints.WriteOptions(max_shard_bytes=largest))
+        settle(out, args)
+    return found | {"size_bytes": remove(out)}
+
+
+def export_by_numpy(work: Path, args: Any) -> dict[str, Any]:
+    """Exports as `export` does, with numpy's copies and safetensors' save_file."""
+    import numpy as np
+    import safetensors.numpy
+
+    from dpo_jax import trees
+    from dpo_jax.hf import checkpoints
+
+    config, _, bound = names_of(args)
+    leaves = trees.flatten(checkpoints.load_params(Path(args.model), config, dtype=own_dtype(args)))
+    files = {}
+    for path in weight_files(args):
+        with safetensors.safe_open(path, framework="numpy") as file:
+            files[path.name] = list(file.keys())
+    out = work / "out"
+    os.sync()
+    warm(args.total)
+    with measured() as found:
+        out.mkdir()
+        for file, names in files.items():
+            made = {}
+            for name in names:
+                _, tensor, at = bound[name]
+                parts = (leaves[leaf][at] for leaf in tensor.leaves)
+                made[name] = np.ascontiguousarray(tensor.to_tensor(*parts))
+            safetensors.numpy.save_file(made, out / file, metadata={"format": "pt"})
         settle(out, args)
     return found | {"size_bytes": remove(out)}
 
@@ -251,7 +319,7 @@ def remove(out: Path) -> int:
 
 # --- all of it ----------------------------------------------------------------------------------------------------
 
-SIDES = ("read", "load_file", "load", "place", "write", "save_file", "export")
+SIDES = ("read", "load_file", "load", "load_by_numpy", "place", "write", "save_file", "export", "export_by_numpy")
 
 
 def compare(results: Mapping[str, Sequence[Mapping[str, Any]]], total: int) -> dict[str, Any]:
@@ -293,7 +361,7 @@ def rows_of(found: Mapping[str, Any]) -> list[dict[str, Any]]:
         row = {"side": side, "seconds": one["seconds"], "CPU s": one["cpu_s"], "GiB/s": one["bytes_per_s"] / 2**30}
         row |= {"reads": one["reads"], "MiB read": common.mib(one["read_bytes"])}
         row |= {"MiB twice": common.mib(one.get("read_again_bytes")), "writes": one["writes"]}
-        row |= {"MiB written": common.mib(one["written_bytes"])}
+        row |= {"MiB written": common.mib(one["written_bytes"]), "MiB at peak": common.mib(one.get("grown_bytes"))}
         row |= {f"of {kind}": value for kind, value in shares(found["ratios"].get(side, {})).items()}
         rows.append(
             row | {f"CPU of {kind}": value for kind, value in shares(found["cpu_ratios"].get(side, {})).items()}

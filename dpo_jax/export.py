@@ -43,17 +43,17 @@ def export(
         adapters=chosen,
         merged=merge,
     )
-    together: dict[str, Any] = {
-        "tokenizer": inputs.tokenizer_folder,
-        "card": card,
-        "hosts": folders.Hosts(hosts.index(), hosts.count(), hosts.wait),
-    }
+    options = checkpoints.WriteOptions(
+        dtype=config.export.dtype,
+        tokenizer=inputs.tokenizer_folder,
+        card=card,
+        hosts=folders.Hosts(hosts.index(), hosts.count(), hosts.wait),
+    )
     if chosen is None or merge:
         params = params if chosen is None else adapters.merge(params, chosen)
-        checkpoints.export(params, base=inputs.base, out=out, dtype=config.export.dtype, **together)
+        checkpoints.export(params, base=inputs.base, out=out, options=options)
     else:
         table, _ = checkpoints.family_table(inputs.base, inputs.model)
-        dtype = config.export.dtype or "float32"
-        peft.save(params, chosen, table, inputs.model.stacks, base=inputs.name, out=out, dtype=dtype, **together)
+        peft.save(params, chosen, table, inputs.model.stacks, base=inputs.name, out=out, options=options)
     hosts.wait("export")  # it is in place once the first is through
     say(f"exported to {out}")

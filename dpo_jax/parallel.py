@@ -103,7 +103,7 @@ def make_logps_fn(
             others, still = of_words(frozen)
             words, body = words | others, join(body, still)
         if adapters is not None:
-            body = low_rank.spread(body, adapters)
+            body = low_rank.with_shared_factors(body, adapters)
         x, totals["embed"] = lookup(words["embed"], rows.tokens, totals.get("embed"), move)
         # Or XLA has the gradient, which is moved to the table's columns at the end, lie so in every block.
         x = x if stay is None else stay(x)

@@ -14,8 +14,8 @@ from safetensors.numpy import load_file, save_file
 from dpo_jax import commands, losses, parallel, sharding, steps, train, trees
 from dpo_jax import config as configs
 from dpo_jax.data import layout, packing
-from dpo_jax.hf import adapters as low_rank
 from dpo_jax.hf import checkpoints, peft
+from dpo_jax.hf.adapters import Adapters, choose, first_values, merge, module_of
 from dpo_jax.hf.families import FAMILIES
 from dpo_jax.run import checks
 from dpo_jax.types import Encoded, InputError
@@ -35,7 +35,7 @@ def table_of(name):
 
 def adapters_of(name, *, rank=3, alpha=6.0, stabilized=False, targets=""):
     config, table = table_of(name)
-    return low_rank.Adapters(rank, alpha, stabilized, low_rank.choose(table, config.stacks, targets))
+    return Adapters(rank, alpha, stabilized, choose(table, config.stacks, targets))
 
 
 def moved(leaves, seed=0):
@@ -48,7 +48,7 @@ def loaded(name, folder, adapters, *, at_start=True):
     """Configuration, what trains and what does not."""
     write_folder(folder, GOLDEN[name])
     config, _ = checkpoints.read_config(folder)
-    first = low_rank.first_values(adapters, config.stacks, seed=0)
+    first = first_values(adapters, config.stacks, seed=0)
     frozen = jax.tree.map(jnp.asarray, checkpoints.load_params(folder, config))
     return config, trees.nest(jax.tree.map(jnp.asarray, first if at_start else moved(first))), frozen
 
@@ -111,7 +111,7 @@ def plain_gradients(config, adapters, params, frozen, batch):
     batch = jax.tree.map(jnp.asarray, batch)
 
     def loss(params):
-        merged = low_rank.merge(trees.join(params, frozen), adapters)
+        merged = merge(trees.join(params, frozen), adapters)
         rows = jax.tree.map(lambda x: x[0], batch.rows)
         return loss_fn(logps_fn(merged, rows)[0], batch.reference, lengths=batch.lengths).mean()
 
@@ -150,7 +150,7 @@ def test_no_mesh_changes_the_gradients(name, sizes, tmp_path):
 def test_first_values_are_those_of_peft_and_depend_on_the_seed_alone():
     adapters = adapters_of("gpt_neox-all")
     config, _ = table_of("gpt_neox-all")
-    one, again, other = (low_rank.first_values(adapters, config.stacks, seed=seed) for seed in (0, 0, 1))
+    one, again, other = (first_values(adapters, config.stacks, seed=seed) for seed in (0, 0, 1))
     assert sorted(one) == sorted(
         f"blocks/{at}"
         for at in ("attention/q/lora_a", "attention/q/lora_b", "attention/k/lora_b", "attention/v/lora_b")
@@ -173,39 +173,39 @@ def test_first_values_are_those_of_peft_and_depend_on_the_seed_alone():
     ("rank", "alpha", "stabilized", "scale"), [(4, 8.0, False, 2.0), (4, 8.0, True, 4.0), (16, 16.0, False, 1.0)]
 )
 def test_scale(rank, alpha, stabilized, scale):
-    assert low_rank.Adapters(rank, alpha, stabilized, ()).scale == scale
+    assert Adapters(rank, alpha, stabilized, ()).scale == scale
 
 
 def names_of(chosen):
-    return [low_rank.module_of(each).rpartition("{layer}.")[2] for each in chosen]
+    return [module_of(each).rpartition("{layer}.")[2] for each in chosen]
 
 
 def test_targets_choose_whole_names_in_every_layer():
     config, table = table_of("llama-all")
     every = ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj"]
     every += ["mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"]
-    assert names_of(low_rank.choose(table, config.stacks, "")) == every
-    assert names_of(low_rank.choose(table, config.stacks, r".*\.(q|o)_proj")) == every[0:4:3]
-    assert names_of(low_rank.choose(table, config.stacks, r"model\.layers\.\d+\.mlp\..*")) == every[4:]
+    assert names_of(choose(table, config.stacks, "")) == every
+    assert names_of(choose(table, config.stacks, r".*\.(q|o)_proj")) == every[0:4:3]
+    assert names_of(choose(table, config.stacks, r"model\.layers\.\d+\.mlp\..*")) == every[4:]
     for targets, words in (
         ("q_proj", "none of them"),  # the whole name, as PEFT takes a pattern
         (r"lm_head|model\.embed_tokens", "none of them"),
         (r".*layers\.[01]\..*q_proj", r"q_proj in some of the layers only"),
     ):
         with pytest.raises(InputError, match=words):
-            low_rank.choose(table, config.stacks, targets)
+            choose(table, config.stacks, targets)
 
 
 def test_experts_and_routers_get_none():
     config, table = table_of("mixtral-all")
-    assert names_of(low_rank.choose(table, config.stacks, "")) == [f"self_attn.{each}_proj" for each in "qkvo"]
+    assert names_of(choose(table, config.stacks, "")) == [f"self_attn.{each}_proj" for each in "qkvo"]
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_what_is_written_is_read_again(name, tmp_path):
     adapters = adapters_of(name, alpha=5.5, stabilized=True)
     config, table = table_of(name)
-    leaves = moved(low_rank.first_values(adapters, config.stacks, seed=0))
+    leaves = moved(first_values(adapters, config.stacks, seed=0))
     peft.save(trees.nest(leaves), adapters, table, config.stacks, base="owner/name", out=tmp_path / "adapter")
     again = peft.read(tmp_path / "adapter", table, config.stacks)
     assert again[:3] == adapters[:3] and names_of(again.tensors) == names_of(adapters.tensors)
@@ -224,9 +224,9 @@ def test_what_is_written_is_read_again(name, tmp_path):
 
 def test_target_modules_say_no_more_than_is_needed_to_tell_them_apart():
     config, table = table_of("gpt2-all")
-    able = low_rank.choose(table, config.stacks, "")
+    able = choose(table, config.stacks, "")
     assert peft.endings(able, able) == ["c_attn", "c_fc", "c_proj"]
-    some = low_rank.choose(table, config.stacks, r".*attn\.c_proj")
+    some = choose(table, config.stacks, r".*attn\.c_proj")
     assert peft.endings(some, able) == ["attn.c_proj"]
 
 
@@ -247,7 +247,7 @@ REFUSED = [
 def test_adapters_that_compute_something_else_are_refused(changes, words, tmp_path):
     adapters = adapters_of("llama-all")
     config, table = table_of("llama-all")
-    first = trees.nest(low_rank.first_values(adapters, config.stacks, seed=0))
+    first = trees.nest(first_values(adapters, config.stacks, seed=0))
     peft.save(first, adapters, table, config.stacks, base="owner/name", out=tmp_path / "adapter")
     path = tmp_path / "adapter/adapter_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
@@ -258,7 +258,7 @@ def test_adapters_that_compute_something_else_are_refused(changes, words, tmp_pa
 def test_adapter_of_some_layers_or_of_another_model_is_refused(tmp_path):
     adapters = adapters_of("llama-all")
     config, table = table_of("llama-all")
-    first = trees.nest(low_rank.first_values(adapters, config.stacks, seed=0))
+    first = trees.nest(first_values(adapters, config.stacks, seed=0))
     peft.save(first, adapters, table, config.stacks, base="owner/name", out=tmp_path / "adapter")
     file = tmp_path / "adapter/adapter_model.safetensors"
     tensors = load_file(file)

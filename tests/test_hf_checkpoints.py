@@ -11,6 +11,7 @@ from safetensors.numpy import load_file
 
 from dpo_jax import trees
 from dpo_jax.hf import checkpoints, folders, transpose
+from dpo_jax.hf.checkpoints import WriteOptions
 from dpo_jax.hf.tensors import leaf_shapes, plain
 from dpo_jax.models import decoder
 from dpo_jax.types import InputError
@@ -49,7 +50,7 @@ def test_table_fills_the_decoders_parameters(hf):
 @pytest.mark.parametrize("dtype", checkpoints.DTYPES)
 def test_what_is_written_is_read_back_bit_for_bit(tmp_path, hf, dtype):
     leaves = random_leaves(hf, dtype=dtype)
-    checkpoints.save_new(trees.nest(leaves), hf_config=hf, out=tmp_path / "m", dtype=dtype)
+    checkpoints.save_new(trees.nest(leaves), hf_config=hf, out=tmp_path / "m", options=WriteOptions(dtype))
     assert_same(load(tmp_path / "m", dtype=dtype), leaves)
 
 
@@ -276,7 +277,9 @@ def test_unknown_dtypes_are_refused(tmp_path):
     leaves = save(tmp_path / "m")
     for act in (
         lambda: load(tmp_path / "m", dtype="float8"),
-        lambda: checkpoints.export(trees.nest(leaves), base=tmp_path / "m", out=tmp_path / "out", dtype="int8"),
+        lambda: checkpoints.export(
+            trees.nest(leaves), base=tmp_path / "m", out=tmp_path / "out", options=WriteOptions("int8")
+        ),
         lambda: save(tmp_path / "out", dtype="int8"),
     ):
         with pytest.raises(InputError, match="float32, bfloat16, float16"):

@@ -16,6 +16,7 @@ from safetensors.numpy import load_file
 
 from dpo_jax import trees
 from dpo_jax.hf import checkpoints, folders
+from dpo_jax.hf.checkpoints import WriteOptions
 from dpo_jax.types import InputError
 from tests.support.hf_folders import (
     CONFIG,
@@ -31,6 +32,10 @@ from tests.support.hf_folders import (
 )
 
 both_families = pytest.mark.parametrize("hf", CONFIGS.values(), ids=CONFIGS)
+
+
+def export(leaves, base, out, **options):
+    checkpoints.export(trees.nest(leaves), base=base, out=out, options=WriteOptions(**options))
 
 
 @both_families
@@ -65,7 +70,7 @@ def test_export_takes_arrays_spread_over_devices(tmp_path, hf):
 
 
 def spread(leaves):
-    """A sharding for each leaf, as `hf_io.nest` nests them: its last axes over eight devices, where they divide."""
+    """A sharding for each leaf, as `trees.nest` nests them: its last axes over eight devices, where they divide."""
     mesh = jax.make_mesh((2, 4), ("x", "y"))
     last = {1: ("y",), 2: ("y", "x"), 3: (None, "x", "y"), 4: (None, "x", "y", None)}
     specs = {
@@ -103,9 +108,7 @@ def test_array_shared_with_other_processes_is_copied_a_layer_at_a_time(tmp_path,
 
 
 def exporting(leaves, folder, **options):
-    return functools.partial(
-        checkpoints.export, trees.nest(leaves), base=folder / "base", out=folder / "out", **options
-    )
+    return functools.partial(export, leaves, folder / "base", folder / "out", **options)
 
 
 def from_hosts(count, export):
@@ -165,7 +168,7 @@ def test_hosts_write_files_in_turn(tmp_path, monkeypatch):
 @pytest.mark.parametrize("failing", [0, 1])
 def test_failure_of_one_host_leaves_the_old_export(tmp_path, monkeypatch, failing):
     leaves = save(tmp_path / "base")
-    checkpoints.export(trees.nest(leaves), base=tmp_path / "base", out=tmp_path / "out", card="old")
+    export(leaves, tmp_path / "base", tmp_path / "out", card="old")
     before = snapshot(tmp_path / "out")
     real = folders.write_file
 
@@ -194,7 +197,7 @@ def test_what_killed_hosts_left_behind_is_replaced(tmp_path):
 
 def test_export_in_another_type_says_so_in_config(tmp_path):
     leaves = save(tmp_path / "base")
-    checkpoints.export(trees.nest(leaves), base=tmp_path / "base", out=tmp_path / "out", dtype="bfloat16")
+    export(leaves, tmp_path / "base", tmp_path / "out", dtype="bfloat16")
     assert {t.dtype.name for t in load_file(tmp_path / "out" / FILE).values()} == {"bfloat16"}
     assert json.loads((tmp_path / "out" / CONFIG).read_text())["torch_dtype"] == "bfloat16"
     back = load(tmp_path / "out", dtype="bfloat16")
@@ -211,9 +214,9 @@ def test_numbers_too_large_for_the_type_are_refused(tmp_path):
     leaves = save(tmp_path / "base")
     leaves["final_norm/scale"][0] = 1e5
     with pytest.raises(InputError, match="model.norm.weight.*beyond the range of float16"):
-        checkpoints.export(trees.nest(leaves), base=tmp_path / "base", out=tmp_path / "out", dtype="float16")
+        export(leaves, tmp_path / "base", tmp_path / "out", dtype="float16")
     assert not (tmp_path / "out").exists()
-    checkpoints.export(trees.nest(leaves), base=tmp_path / "base", out=tmp_path / "out")
+    export(leaves, tmp_path / "base", tmp_path / "out")
     with pytest.raises(InputError, match="model.norm.weight.*beyond the range of float16"):
         load(tmp_path / "out", dtype="float16")
 
@@ -231,7 +234,7 @@ def folder_with_tokenizer(folder, hf=LLAMA):
 
 def test_export_copies_the_small_files_and_no_code(tmp_path):
     leaves = folder_with_tokenizer(tmp_path / "base")
-    checkpoints.export(trees.nest(leaves), base=tmp_path / "base", out=tmp_path / "deep" / "out", card="# A model\n")
+    export(leaves, tmp_path / "base", tmp_path / "deep" / "out", card="# A model\n")
     written = {str(path): data for path, data in snapshot(tmp_path / "deep" / "out").items()}
     assert written.keys() == {
         "README.md",
@@ -249,15 +252,11 @@ def test_export_takes_the_tokenizer_from_its_own_folder(tmp_path):
     leaves = folder_with_tokenizer(tmp_path / "base")
     (tmp_path / "tokenizer").mkdir()
     with pytest.raises(InputError, match="no tokenizer files"):
-        checkpoints.export(
-            trees.nest(leaves), base=tmp_path / "base", out=tmp_path / "out", tokenizer=tmp_path / "tokenizer"
-        )
+        export(leaves, tmp_path / "base", tmp_path / "out", tokenizer=tmp_path / "tokenizer")
     assert not (tmp_path / "out").exists()
     (tmp_path / "tokenizer" / "tokenizer.json").write_text("other")
     (tmp_path / "tokenizer" / "config.json").write_text("other")
-    checkpoints.export(
-        trees.nest(leaves), base=tmp_path / "base", out=tmp_path / "out", tokenizer=tmp_path / "tokenizer"
-    )
+    export(leaves, tmp_path / "base", tmp_path / "out", tokenizer=tmp_path / "tokenizer")
     assert (tmp_path / "out" / "tokenizer.json").read_text() == "other"
     assert (tmp_path / "out" / CONFIG).read_text() != "other"
     assert not (tmp_path / "out" / "chat_template.jinja").exists()
@@ -266,8 +265,8 @@ def test_export_takes_the_tokenizer_from_its_own_folder(tmp_path):
 def test_export_replaces_an_earlier_one_whole(tmp_path):
     leaves = folder_with_tokenizer(tmp_path / "base")
     base, out = tmp_path / "base", tmp_path / "out"
-    checkpoints.export(trees.nest(leaves), base=base, out=out, card="old", max_shard_bytes=4000)
-    checkpoints.export(trees.nest(leaves), base=base, out=out)
+    export(leaves, base, out, card="old", max_shard_bytes=4000)
+    export(leaves, base, out)
     assert not (out / "README.md").exists() and not (out / INDEX).exists()
     assert [path.name for path in out.glob("*.safetensors")] == [FILE]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["base", "out"]
@@ -276,7 +275,7 @@ def test_export_replaces_an_earlier_one_whole(tmp_path):
 def test_failed_export_leaves_the_old_one_and_nothing_else(tmp_path, monkeypatch):
     leaves = save(tmp_path / "base")
     base, out = tmp_path / "base", tmp_path / "out"
-    checkpoints.export(trees.nest(leaves), base=base, out=out, card="old")
+    export(leaves, base, out, card="old")
     before = snapshot(out)
     calls = []
     write_file = folders.write_file
@@ -289,7 +288,7 @@ def test_failed_export_leaves_the_old_one_and_nothing_else(tmp_path, monkeypatch
 
     monkeypatch.setattr(folders, "write_file", fail_on_the_second)
     with pytest.raises(OSError, match="No space left"):
-        checkpoints.export(trees.nest(leaves), base=base, out=out, card="new", max_shard_bytes=4000)
+        export(leaves, base, out, card="new", max_shard_bytes=4000)
     assert len(calls) == 2
     assert snapshot(out) == before
     assert sorted(path.name for path in tmp_path.iterdir()) == ["base", "out"]
@@ -298,7 +297,7 @@ def test_failed_export_leaves_the_old_one_and_nothing_else(tmp_path, monkeypatch
 def test_export_that_cannot_take_its_place_puts_the_old_one_back(tmp_path, monkeypatch):
     leaves = save(tmp_path / "base")
     base, out = tmp_path / "base", tmp_path / "out"
-    checkpoints.export(trees.nest(leaves), base=base, out=out, card="old")
+    export(leaves, base, out, card="old")
     before = snapshot(out)
     rename = Path.rename
 
@@ -309,7 +308,7 @@ def test_export_that_cannot_take_its_place_puts_the_old_one_back(tmp_path, monke
 
     monkeypatch.setattr(Path, "rename", fail_on_the_new)
     with pytest.raises(OSError, match="Stale"):
-        checkpoints.export(trees.nest(leaves), base=base, out=out, card="new")
+        export(leaves, base, out, card="new")
     assert snapshot(out) == before
     assert sorted(path.name for path in tmp_path.iterdir()) == ["base", "out"]
 
@@ -319,7 +318,7 @@ def test_export_through_a_link_replaces_what_it_points_to(tmp_path):
     (tmp_path / "real").mkdir()
     (tmp_path / "link").symlink_to("real")
     for card in ("old", "new"):
-        checkpoints.export(trees.nest(leaves), base=tmp_path / "base", out=tmp_path / "link", card=card)
+        export(leaves, tmp_path / "base", tmp_path / "link", card=card)
     assert (tmp_path / "real" / "README.md").read_text() == "new" and (tmp_path / "link").is_symlink()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["base", "link", "real"]
 
@@ -329,7 +328,7 @@ def test_export_refuses_to_replace_what_it_did_not_write(tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "thesis.tex").write_text("years of work")
     with pytest.raises(InputError, match="thesis.tex"):
-        checkpoints.export(trees.nest(leaves), base=tmp_path / "base", out=tmp_path / "out")
+        export(leaves, tmp_path / "base", tmp_path / "out")
     assert (tmp_path / "out" / "thesis.tex").exists()
 
 
@@ -337,7 +336,7 @@ def test_export_refuses_the_folder_it_reads_from(tmp_path):
     leaves = save(tmp_path / "base")
     (tmp_path / "link").symlink_to(tmp_path / "base")
     with pytest.raises(InputError, match="also the folder read from"):
-        checkpoints.export(trees.nest(leaves), base=tmp_path / "base", out=tmp_path / "link")
+        export(leaves, tmp_path / "base", tmp_path / "link")
 
 
 def test_export_names_every_leaf_that_does_not_fit(tmp_path):
@@ -345,7 +344,7 @@ def test_export_names_every_leaf_that_does_not_fit(tmp_path):
     leaves["final_norm/bias"] = leaves.pop("final_norm/scale")
     leaves["head/embedding"] = leaves["head/embedding"][1:]
     with pytest.raises(InputError) as error:
-        checkpoints.export(trees.nest(leaves), base=tmp_path / "base", out=tmp_path / "out")
+        export(leaves, tmp_path / "base", tmp_path / "out")
     assert error.value.got == (
         "missing final_norm/scale [16]; unexpected final_norm/bias; head/embedding is [39, 16], not [40, 16]"
     )

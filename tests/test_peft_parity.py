@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 
 from dpo_jax import trees
-from dpo_jax.hf import adapters as low_rank
 from dpo_jax.hf import checkpoints
 from dpo_jax.hf import peft as peft_module
+from dpo_jax.hf.adapters import Adapters, choose, first_values, merge, module_of, with_shared_factors
 from dpo_jax.models import decoder
 from dpo_jax.trees import join
 from tests.support.make_golden import JSON, TOKENS, write_folder
@@ -42,7 +42,7 @@ def logits(params, config, adapters=None):
     at = jnp.broadcast_to(jnp.arange(TOKENS.shape[1], dtype=jnp.int32), TOKENS.shape)
     tokens = jnp.asarray(TOKENS)
     x = jnp.take(params["embed"]["embedding"], tokens, axis=0)
-    given = params if adapters is None else low_rank.spread(params, adapters)
+    given = params if adapters is None else with_shared_factors(params, adapters)
     scale = 1.0 if adapters is None else adapters.scale
     hidden, _ = decoder.hidden_states(given, config, x, at, jnp.zeros_like(at), at + 1, adapter_scale=scale)
     return np.asarray(decoder.logits(params, config, hidden))
@@ -64,9 +64,9 @@ def moved(leaves, seed=0):
 def test_adapter_written_here_has_parity_in_peft(name, stabilized, tmp_path):
     write_folder(tmp_path / "base", GOLDEN[name])
     config, table, params = read(tmp_path / "base")
-    chosen = low_rank.choose(table, config.stacks, SOME[name] if stabilized else "")
-    adapters = low_rank.Adapters(3, 7.0, stabilized, chosen)
-    params = join(params, trees.nest(moved(low_rank.first_values(adapters, config.stacks, seed=0))))
+    chosen = choose(table, config.stacks, SOME[name] if stabilized else "")
+    adapters = Adapters(3, 7.0, stabilized, chosen)
+    params = join(params, trees.nest(moved(first_values(adapters, config.stacks, seed=0))))
     peft_module.save(params, adapters, table, config.stacks, base=str(tmp_path / "base"), out=tmp_path / "adapter")
     base = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base")
     model = peft.PeftModel.from_pretrained(base, tmp_path / "adapter")
@@ -85,8 +85,8 @@ def test_adapter_written_by_peft_has_parity_here_and_merged(name, tmp_path):
     write_folder(tmp_path / "base", GOLDEN[name])
     config, table, params = read(tmp_path / "base")
     base = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base")
-    able = low_rank.choose(table, config.stacks, "")
-    targets = sorted({low_rank.module_of(each).split(".")[-1] for each in able})
+    able = choose(table, config.stacks, "")
+    targets = sorted({module_of(each).split(".")[-1] for each in able})
     model = peft.get_peft_model(base, peft.LoraConfig(r=3, lora_alpha=5, target_modules=targets, task_type="CAUSAL_LM"))
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
@@ -99,7 +99,7 @@ def test_adapter_written_by_peft_has_parity_here_and_merged(name, tmp_path):
     both = join(params, trees.nest(peft_module.load(tmp_path / "adapter", adapters, config.stacks)))
     ours, theirs = logits(both, config, adapters), theirs_of(model)
     np.testing.assert_allclose(ours, theirs, rtol=0, atol=LIMIT * np.abs(ours).max())
-    merged = low_rank.merge(both, adapters)
+    merged = merge(both, adapters)
     assert trees.flatten(merged).keys() == trees.flatten(params).keys()
     np.testing.assert_allclose(logits(merged, config), ours, rtol=0, atol=LIMIT * np.abs(ours).max())
     print(

@@ -254,22 +254,20 @@ def test_prepare_leaves_complete_inputs_alone(few, tmp_path):
     assert stamps(tmp_path) == before
 
 
-def test_prepare_starts_over_where_it_was_killed(few, tmp_path, monkeypatch):
+def test_prepare_starts_over_where_it_was_stopped(few, tmp_path, monkeypatch):
     class Killed(BaseException):
         pass
 
-    def die(*args, **kwargs):
+    def die(*args, out, **kwargs):
+        assert (out.parent / "train.jsonl").exists(), "it is to be stopped midway"
         raise Killed
 
     with monkeypatch.context() as patch, pytest.raises(Killed):
         patch.setattr(quickstart.checkpoints, "save_new", die)
         quickstart.prepare(tmp_path)
-    assert not (tmp_path / "inputs").exists()
-    assert (tmp_path / "inputs.partial" / "train.jsonl").exists(), "it was to be killed midway"
-    (tmp_path / "inputs.partial" / "stale").touch()
+    assert not list(tmp_path.iterdir())
     quickstart.prepare(tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["inputs"]
-    assert not (tmp_path / "inputs" / "stale").exists()
     assert all((tmp_path / "inputs" / name).is_file() for name in quickstart.FILES)
 
 

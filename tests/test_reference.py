@@ -161,7 +161,7 @@ def test_parts_without_a_manifest_are_not_taken_for_a_store(tmp_path):
 
 def test_a_part_cut_short_is_never_read(tmp_path, monkeypatch):
     # The process dies between writing and renaming: the next pass sees no part and scores it again.
-    monkeypatch.setattr(store.os, "replace", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr(store.files.os, "replace", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
         run(tmp_path / "r", make_set(4))
     monkeypatch.undo()

@@ -120,7 +120,7 @@ def test_run_leaves_frozen_tensors_as_they_were(tmp_path):
         checkpoints.load_params(model, found.model, dtype="bfloat16"),
         base=model,
         out=tmp_path / "base",
-        dtype="bfloat16",
+        options=checkpoints.WriteOptions(dtype="bfloat16"),
     )
     train.run(config, tmp_path / "run")
     before, after = (load_file(folder / "model.safetensors") for folder in (tmp_path / "base", tmp_path / "run/export"))

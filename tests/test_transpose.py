@@ -1,6 +1,4 @@
-"""Copies: that every number stays in its place, and that threads hold little and end."""
-
-import threading
+"""Copies: that every number stays in its place."""
 
 import ml_dtypes
 import numpy as np
@@ -34,35 +32,5 @@ def test_copy_of_one_number_repeated_is_that_number():
 def test_contiguous_copies_only_what_is_not():
     numbers = np.arange(12, dtype=np.float32).reshape(3, 4)
     assert transpose.contiguous(numbers) is numbers
-    turned = transpose.contiguous(numbers.T)
-    assert turned.flags.c_contiguous and turned.tolist() == numbers.T.tolist()
-
-
-def test_jobs_run_ahead_in_bounded_number_and_answer_in_order(monkeypatch):
-    monkeypatch.setattr(transpose, "THREADS", 2)
-    asked = []
-
-    def jobs():
-        for i in range(20):
-            asked.append(i)
-            yield lambda i=i: i
-
-    with transpose.pool() as threads:
-        for i, answer in enumerate(transpose.ahead(threads, jobs())):
-            assert answer == i and len(asked) <= i + 4
-
-
-def test_first_failure_ends_the_jobs():
-    done, asked = threading.Event(), []
-
-    def fail():
-        raise ValueError("no")
-
-    def jobs():
-        for i in range(1000):
-            asked.append(i)
-            yield fail if i == 3 else done.set
-
-    with transpose.pool() as threads, pytest.raises(ValueError, match="no"):
-        list(transpose.ahead(threads, jobs()))
-    assert done.is_set() and len(asked) <= 4 + transpose.THREADS + 1
+    transposed = transpose.contiguous(numbers.T)
+    assert transposed.flags.c_contiguous and transposed.tolist() == numbers.T.tolist()

@@ -8,8 +8,6 @@ import functools
 import itertools
 import json
 import re
-import shutil
-import uuid
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -24,7 +22,7 @@ from dpo_jax.data.keys import content_key
 from dpo_jax.data.mismatched import MismatchedPairs, mismatched
 from dpo_jax.data.sources import Source, read
 from dpo_jax.data.tokenize import Outcome, encode, identity
-from dpo_jax.runtime.files import cache_folder
+from dpo_jax.runtime import files
 from dpo_jax.types import Encoded, InputError, Pair, Row
 
 CACHE_VERSION = 3  # raised when the same rows would be tokenized, ordered or stored in another way
@@ -154,7 +152,7 @@ def load(
     rules = {"format": format, "on_bad_row": on_bad_row, "rankings": rankings, **limits, **identity(tokenizer)}
     parts = [[source.digest, source.weight] for source in sources]
     key = xxhash.xxh3_128(json.dumps([CACHE_VERSION, parts, rules], sort_keys=True).encode()).hexdigest()
-    folder = (Path(cache_dir).expanduser() if cache_dir else cache_folder("pairs")) / key
+    folder = (Path(cache_dir).expanduser() if cache_dir else files.cache_folder("pairs")) / key
     if not folder.is_dir():
         encoder = functools.partial(encode, tokenizer=tokenizer, **limits)
         rendering = {"format": format, "rankings": rankings, "tokenizer": tokenizer}
@@ -172,26 +170,18 @@ def _check_choice(place: str, value: str, choices: Sequence[str]) -> None:
 
 @contextlib.contextmanager
 def _replacing(folder: Path) -> Iterator[Path]:
-    """A folder that takes the name of `folder` when the block is through; a killed process leaves `folder` unmade."""
-    unfinished = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}")
-    try:
-        unfinished.mkdir(parents=True)
-    except OSError as error:
-        raise InputError(
-            str(folder.parent),
-            got=f"cannot be written to ({error})",
-            expected="a folder for tokenized data",
-            remedy="Set data.cache_dir or the environment variable DPO_JAX_CACHE.",
-        ) from error
-    try:
-        yield unfinished
+    """An empty folder that takes the name of `folder` when the body succeeds, unless another process was first."""
+    with contextlib.ExitStack() as stack:
         try:
-            unfinished.rename(folder)
-        except OSError:
-            if not folder.is_dir():  # if it is, another process was first, with the same content
-                raise
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
+            unfinished = stack.enter_context(files.replacing_folder(folder, keep_existing=True))
+        except OSError as error:
+            raise InputError(
+                str(folder.parent),
+                got=f"cannot be written to ({error})",
+                expected="a folder for tokenized data",
+                remedy="Set data.cache_dir or the environment variable DPO_JAX_CACHE.",
+            ) from error
+        yield unfinished
 
 
 class _Array:
@@ -297,7 +287,7 @@ class _Writer:
                 remedy="Correct the data or data.format.",
             )
         report = {"kind": self.kind, "rows": rows, **self.counts, "dropped": dropped, "sources": self.sources}
-        (self.folder / "report.json").write_text(json.dumps(report, indent=1))
+        files.write_text(self.folder / "report.json", json.dumps(report, indent=1))
 
 
 def _tally(pair: Pair, outcome: Outcome) -> tuple[int, ...]:

@@ -1,14 +1,14 @@
-"""Inputs made on the spot for `configs/quickstart.py`: preferences with a known reward, a tokenizer, a small model.
+"""Generates the inputs of `configs/quickstart.py`: preferences with a known reward, a tokenizer, a small model.
 
-The preferences are messages to the help desk of a shop, each with two answers. What makes an answer good is written
-down in `reward`, so that a run can be judged by the truth and not by its loss alone:
+The preferences are messages to the help desk of a shop, each with two answers. `reward` is the true quality of an
+answer, so a run can be judged by it and not by its loss alone:
 
     prompt     Customer: Hello, I bought a blue kettle last week. How do I get a refund?\\nDesk:
     chosen      Thank you for asking us. For your blue kettle, the refund reaches your card in five days.
     rejected    For your red lamp, the refund reaches your card in five days. It is your own fault anyway.
 
-Every answer has the same make-up (a sentence that answers and a remark, in either order) drawn from lists whose
-entries are equally long, so that length does not tell the better answer.
+Every answer has the same parts (a sentence that answers and a remark, in either order), drawn from lists whose
+entries are equally long, so that length does not reveal the better answer.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ import itertools
 import json
 import random
 import re
-import shutil
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple, TypeVar
@@ -30,6 +29,7 @@ from dpo_jax import trees
 from dpo_jax.hf import checkpoints
 from dpo_jax.hf.families import family
 from dpo_jax.hf.tensors import leaf_shapes
+from dpo_jax.runtime import files
 from dpo_jax.types import InputError
 
 SEED = 0
@@ -37,7 +37,7 @@ TRAIN_PAIRS, EVAL_PAIRS = 3200, 400
 MIN_GAP = 2  # least difference in reward between the answers of a pair
 VOCAB_SIZE = 1024  # of the model; the tokenizer stops sooner, once every word of the text is a token
 EOS = "<|endoftext|>"
-MODEL = {  # the config.json of the model, but for the id of EOS
+MODEL = {  # the config.json of the model, without the id of EOS
     "model_type": "llama",
     "vocab_size": VOCAB_SIZE,
     "hidden_size": 192,
@@ -51,10 +51,10 @@ MODEL = {  # the config.json of the model, but for the id of EOS
     "hidden_act": "silu",
     "tie_word_embeddings": False,
 }
-# Large models start at 0.02. This is near 1 / sqrt(width), and with it copying words from the prompt, which is what the
-# task is about, is learned within 100 updates; from 0.02, colors still are not after 200.
+# Large models start at 0.02. This is near 1 / sqrt(width). With it the model learns within 100 updates to copy words
+# from the prompt, as this task demands. From 0.02 it still does not copy colors after 200.
 INIT_STD = 0.06
-# What `prepare` leaves in WORKDIR/inputs.
+# The files that `prepare` writes to WORKDIR/inputs.
 FILES = (
     "train.jsonl",
     "eval.jsonl",
@@ -154,7 +154,7 @@ _T = TypeVar("_T")
 
 
 class Preference(NamedTuple):
-    """One line of the files: the columns a reader needs, and the truth for whoever wants to check."""
+    """One line of the files: prompt and answers, and the true rewards, which training does not read."""
 
     prompt: str
     chosen: str
@@ -164,17 +164,17 @@ class Preference(NamedTuple):
 
 
 def reward(prompt: str, answer: str) -> int:
-    """How good an answer is, told from its words; any text has a reward, so what a model writes has one too.
+    """Returns the true quality of an answer, from its words alone, so a model's own answers have one too.
 
     2 * (names the customer's article, its color and no other) + 2 * (speaks of the request and of no other)
       + 1 * (courteous) - 1 * (rambling) - 2 * (rude)
 
     Returns: from -3 to 5; an answer made here has one remark, so from -2 to 5.
     """
-    asked, said = _words(prompt), _words(answer)
-    names_article = bool(said & ARTICLE_WORDS) and said & ARTICLE_WORDS == asked & ARTICLE_WORDS
-    meets_request = bool(said & REQUEST_WORDS) and said & REQUEST_WORDS == asked & REQUEST_WORDS
-    courteous, rambling, rude = (bool(said & words) for words in (COURTEOUS_WORDS, RAMBLING_WORDS, RUDE_WORDS))
+    asked, answered = _words(prompt), _words(answer)
+    names_article = bool(answered & ARTICLE_WORDS) and answered & ARTICLE_WORDS == asked & ARTICLE_WORDS
+    meets_request = bool(answered & REQUEST_WORDS) and answered & REQUEST_WORDS == asked & REQUEST_WORDS
+    courteous, rambling, rude = (bool(answered & words) for words in (COURTEOUS_WORDS, RAMBLING_WORDS, RUDE_WORDS))
     return 2 * names_article + 2 * meets_request + courteous - rambling - 2 * rude
 
 
@@ -183,10 +183,10 @@ def _words(text: str) -> frozenset[str]:
 
 
 def preferences(seed: int, *, held_out: bool) -> Iterator[Preference]:
-    """Pairs without end, no prompt twice, the answer of higher reward chosen by at least MIN_GAP.
+    """Yields pairs without end; no prompt repeats, and the chosen answer's reward is higher by at least MIN_GAP.
 
     A tenth of the combinations of thing and request is kept for `held_out`: the two sides share no prompt, and
-    held-out pairs ask for what training never asked for.
+    held-out pairs have combinations that training never has.
 
     Args:
       seed: any integer; equal seeds give equal pairs on every platform.
@@ -212,7 +212,7 @@ def preferences(seed: int, *, held_out: bool) -> Iterator[Preference]:
 
 
 def _answer(rng: random.Random, color: str, thing: str, request: str) -> str:
-    """An answer with any kind of remark; three in ten are about another article, as many about another request.
+    """Draws an answer with any kind of remark; 30 % are about another article, 30 % about another request.
 
     It starts with a space: the prompt ends with a colon, and byte-level tokens carry the space before their word.
     """
@@ -236,7 +236,7 @@ def _other(rng: random.Random, options: Sequence[str], this: str) -> str:
 
 
 def train_tokenizer(texts: Iterable[str]) -> PreTrainedTokenizerFast:
-    """A byte-level BPE tokenizer of at most VOCAB_SIZE tokens; EOS is id 0, nothing is added to a text."""
+    """Trains a byte-level BPE tokenizer of at most VOCAB_SIZE tokens; EOS is id 0, and no special token is added."""
     backend = tokenizers.Tokenizer(tokenizers.models.BPE())
     backend.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = tokenizers.decoders.ByteLevel()
@@ -257,9 +257,9 @@ def train_tokenizer(texts: Iterable[str]) -> PreTrainedTokenizerFast:
 
 
 def initial_params(seed: int, hf_config: dict) -> dict:
-    """Random parameters for a `config.json`: matrices normal with standard deviation INIT_STD, norms 1.
+    """Draws parameters for a `config.json`: matrices normal with standard deviation INIT_STD, norms 1.
 
-    Drawn by numpy: a run touches no device before its inputs are there and checked.
+    By numpy, since a run touches no device before its inputs are complete and checked.
     """
     kind = family(hf_config, "quickstart")
     config = kind.decoder_config(hf_config, "quickstart")
@@ -276,9 +276,9 @@ def initial_params(seed: int, hf_config: dict) -> dict:
 
 
 def prepare(workdir: Path) -> None:
-    """Makes WORKDIR/inputs with all of FILES; does nothing if they are there.
+    """Writes WORKDIR/inputs with all of FILES; does nothing if they exist.
 
-    The folder appears complete or not at all: what a killed call left is in WORKDIR/inputs.partial, and is redone.
+    The folder appears complete or not at all.
 
     Raises: InputError if WORKDIR/inputs exists and lacks a file, for it may not be ours to replace.
     """
@@ -290,15 +290,11 @@ def prepare(workdir: Path) -> None:
         raise InputError(
             str(inputs),
             got=f"lacks {', '.join(missing)}",
-            expected="all that the quickstart makes, or no such folder",
+            expected="all files of the quickstart, or no such folder",
             remedy="Delete it if an earlier quickstart made it, or choose another working folder.",
         )
-    partial = inputs.with_name("inputs.partial")
-    if partial.exists():
-        shutil.rmtree(partial)
-    partial.mkdir(parents=True)
-    _write(partial)
-    partial.rename(inputs)
+    with files.replacing_folder(inputs, keep_existing=True) as unfinished:
+        _write(unfinished)
 
 
 def _write(folder: Path) -> None:
@@ -306,7 +302,7 @@ def _write(folder: Path) -> None:
     held_out = list(itertools.islice(preferences(SEED, held_out=True), EVAL_PAIRS))
     for name, pairs in (("train.jsonl", train), ("eval.jsonl", held_out)):
         lines = (json.dumps(pair._asdict()) + "\n" for pair in pairs)
-        (folder / name).write_text("".join(lines), encoding="utf-8")
+        files.write_text(folder / name, "".join(lines))
     tokenizer = train_tokenizer(text for pair in train for text in pair[:3])
     hf_config = MODEL | {"eos_token_id": tokenizer.eos_token_id}
     checkpoints.save_new(initial_params(SEED, hf_config), hf_config=hf_config, out=folder / "model")

@@ -1,11 +1,11 @@
-"""Low-rank adapters, and folders of them in the format of PEFT.
+"""Low-rank adapters (LoRA): their parameters, their initial values, merging them. Folders of them: `peft`.
 
-Beside a kernel W [I, O] that does not train stand A [I, r] and B [r, O] that do:
+A frozen kernel W [I, O] gets two trained factors, A [I, r] and B [r, O]:
 
     y = x W + scale (x A) B,  scale = alpha / r, or alpha / sqrt(r) if rank-stabilized
 
-A starts uniform in +-1/sqrt(I) and B at 0, so at first y is that of the kernel alone, exactly. Maps that the checkpoint
-stores as one have an A in common, as they would have in PEFT: it stands beside the first of them.
+A starts uniform in +-1/sqrt(I) and B at 0, so y is at first exactly that of the kernel alone. Kernels that the
+checkpoint stores as one tensor share an A, as in PEFT; its leaf is next to the first of them.
 Sources: Hu et al. 2021 (LoRA, arXiv 2106.09685), Eq. 3; Kalajdzievski 2023 (arXiv 2312.03732).
 """
 
@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +22,7 @@ import numpy as np
 import xxhash
 
 from dpo_jax import trees
-from dpo_jax.hf import checkpoints
+from dpo_jax.hf.checkpoints import Place, whole
 from dpo_jax.hf.tensors import Sizes, Tensor, leaf_shapes
 from dpo_jax.models import quantized
 from dpo_jax.types import InputError
@@ -32,51 +32,51 @@ KERNEL = re.compile(r"blocks/(attention|mlp)/\w+/kernel")  # leaves that can hav
 
 
 class Adapters(NamedTuple):
-    """Which kernels have adapters, and of what form."""
+    """The adapters of a model: rank, scale, and the linear maps that have one."""
 
     rank: int
     alpha: float
-    rank_stabilised: bool
-    tensors: tuple[Tensor, ...]  # of the checkpoint, that have one
+    rank_stabilized: bool
+    tensors: tuple[Tensor, ...]  # linear maps of the checkpoint that have an adapter
 
     @property
     def scale(self) -> float:
-        """What the product of an adapter is multiplied by."""
-        return self.alpha / (math.sqrt(self.rank) if self.rank_stabilised else self.rank)
+        """Returns the factor of A B: alpha / r, or alpha / sqrt(r) if rank-stabilized."""
+        return self.alpha / (math.sqrt(self.rank) if self.rank_stabilized else self.rank)
 
     @property
     def table(self) -> list[Tensor]:
-        """Every adapter's tensors as PEFT stores them, and the leaves that hold them."""
+        """Returns every adapter's tensors as PEFT stores them, with the leaves that hold them."""
         both = [each.low_rank(PREFIX + module_of(each), self.rank) for each in self.tensors if each.low_rank]
         return [tensor for pair in both for tensor in pair]
 
     @property
     def leaves(self) -> list[str]:
-        """Paths of all that hold adapters."""
+        """Returns the paths of all leaves A and B."""
         return [leaf for tensor in self.table for leaf in tensor.leaves]
 
     @property
     def first_factors(self) -> dict[str, str]:
-        """Of each kernel with an adapter, by the path of what holds it: the path of the leaf A."""
+        """Returns {module path: path of the leaf A that its kernel uses} for every kernel with an adapter."""
         parents = [[leaf.rpartition("/")[0] for leaf in each.leaves] for each in self.tensors]
         return {parent: f"{group[0]}/lora_a" for group in parents for parent in group}
 
 
 def is_factor(path: str) -> bool:
-    """Whether a leaf is an A or a B."""
+    """Returns whether a leaf, by its path, is an A or a B."""
     return path.endswith(("/lora_a", "/lora_b"))
 
 
 def module_of(tensor: Tensor) -> str:
-    """The name, with `{layer}`, of the module of transformers whose weight a tensor is."""
+    """Returns the name, with `{layer}`, of the transformers module whose weight a tensor is."""
     return tensor.names[0].removesuffix(".weight")
 
 
 def choose(table: Sequence[Tensor], sizes: Sizes, targets: str) -> tuple[Tensor, ...]:
-    """The tensors that get adapters.
+    """Returns the tensors that get adapters.
 
     Args:
-      table: of the model's family.
+      table, sizes: the tensors of the model's family, and the numbers of its layers and experts.
       targets: a regular expression, matched in full against names of modules, such as
         model.layers.0.self_attn.q_proj; empty: all linear maps in blocks but those of experts and routers.
     Raises: InputError if it matches none, or a module in some of the layers only.
@@ -84,31 +84,31 @@ def choose(table: Sequence[Tensor], sizes: Sizes, targets: str) -> tuple[Tensor,
     able = [each for each in table if each.low_rank and all(KERNEL.fullmatch(leaf) for leaf in each.leaves)]
     if not targets:
         return tuple(able)
-    found, partly = [], []
+    chosen, partly = [], []
     for each in able:
         names = [module_of(each).format(layer=layer) for layer in range(sizes["layer"])]
         matched = [name for name in names if re.fullmatch(targets, name)]
         if matched:
-            (found if len(matched) == len(names) else partly).append(each)
-    if partly or not found:
+            (chosen if len(matched) == len(names) else partly).append(each)
+    if partly or not chosen:
         raise InputError(
             "config.lora.targets",
             got=f"{targets!r}, which matches "
             + (f"{', '.join(map(module_of, partly))} in some of the layers only" if partly else "none of them"),
-            expected=f"a regular expression of some of {', '.join(map(module_of, able))}, in every layer",
-            remedy="Correct it; it has to match the whole of a name.",
+            expected=f"a regular expression that matches some of {', '.join(map(module_of, able))}, in every layer",
+            remedy="Correct it; it has to match a whole name.",
         )
-    return tuple(found)
+    return tuple(chosen)
 
 
-def spread(params: Mapping, adapters: Adapters) -> dict:
-    """Parameters in which every kernel with an adapter has its own A: those with one in common have the same array."""
+def with_shared_factors(params: Mapping, adapters: Adapters) -> dict:
+    """Returns parameters with an A next to every kernel that has an adapter; kernels that share one get one array."""
     leaves = trees.flatten(params)
     return trees.nest(leaves | {f"{parent}/lora_a": leaves[a] for parent, a in adapters.first_factors.items()})
 
 
 def merge(params: Mapping, adapters: Adapters) -> dict:
-    """Parameters without adapters: kernels W + scale A B, in float32 or wider."""
+    """Returns parameters without adapters: each kernel becomes W + scale A B, in float32 or wider."""
     leaves = trees.flatten(quantized.decoded(params))
     for parent, a in adapters.first_factors.items():
         leaves[f"{parent}/kernel"] = _merged(
@@ -118,7 +118,7 @@ def merge(params: Mapping, adapters: Adapters) -> dict:
 
 
 @jax.jit
-def _merged(kernel: Any, a: Any, b: Any, scale: Any) -> Any:
+def _merged(kernel: jax.Array, a: jax.Array, b: jax.Array, scale: float | jax.Array) -> jax.Array:
     wide = jnp.promote_types(kernel.dtype, jnp.float32)
     product = jax.lax.dot_general(
         a.astype(wide), b.astype(wide), (((a.ndim - 1,), (1,)), ((0,), (0,))), precision=jax.lax.Precision.HIGHEST
@@ -126,11 +126,12 @@ def _merged(kernel: Any, a: Any, b: Any, scale: Any) -> Any:
     return kernel.astype(wide) + scale * product
 
 
-def first_values(adapters: Adapters, sizes: Sizes, *, seed: int, place: Any = checkpoints.whole) -> dict[str, Any]:
-    """Leaves by path before the first update, float32: what each is depends on seed and path alone.
+def first_values(adapters: Adapters, sizes: Sizes, *, seed: int, place: Place = whole) -> dict:
+    """Returns the initial leaves by path, float32; each depends on the seed and its path alone.
 
     Args:
-      place: as for `hf_io.load_params`.
+      sizes: the numbers of the model's layers and experts.
+      place: as for `checkpoints.load_params`.
     """
 
     def drawn(path: str, shape: tuple[int, ...]) -> np.ndarray:
@@ -142,6 +143,3 @@ def first_values(adapters: Adapters, sizes: Sizes, *, seed: int, place: Any = ch
 
     shapes = leaf_shapes(adapters.table, sizes)
     return {path: place(path, shape, drawn(path, shape).__getitem__) for path, shape in shapes.items()}
-
-
-# --- folders as PEFT writes them --------------------------------------------------------------------------------------

@@ -1,18 +1,21 @@
 """Strict reading of a Hugging Face `config.json`: every field is used, known to change nothing, or refused.
 
-A family takes the fields it understands out of a copy; what is left over at the end must be harmless.
+A family takes the fields that it understands out of a copy; the fields that are left at the end must be harmless.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 from dpo_jax.models import rope as ropes
 from dpo_jax.models.config import Rope
 from dpo_jax.types import InputError
 
+Fields = dict[str, Any]  # of a config.json; each function here removes the ones that it reads
+
 REQUIRED = object()
+TRAINED_LENGTH = "original_max_position_embeddings"
 
 # Fields that any Hugging Face configuration may hold and that no causal decoder's forward pass reads. Names that
 # begin with an underscore are private to transformers and count as harmless too.
@@ -37,7 +40,7 @@ HARMLESS = frozenset(
 )
 
 # Fields that change the model unless they have one of these values. Training here uses no dropout, so a
-# configuration that asks for it is refused rather than quietly overruled.
+# configuration that asks for it is refused, not ignored.
 NEUTRAL: dict[str, tuple] = {
     "is_encoder_decoder": (False,),
     "add_cross_attention": (False,),
@@ -50,7 +53,7 @@ NEUTRAL: dict[str, tuple] = {
     "hidden_dropout_prob": (0,),
 }
 
-# transformers' names of activations, and ours.
+# {transformers' name of an activation: ours}.
 ACTIVATIONS = {
     "silu": "silu",
     "swish": "silu",
@@ -65,8 +68,33 @@ ACTIVATIONS = {
 }
 
 
-def begin(hf: dict, architecture: str, place: str) -> dict[str, Any]:
-    """A copy of `hf` to take fields from. Raises InputError if it describes another class, or quantized weights."""
+class RopeFields(NamedTuple):
+    """How a family writes its rotary positions in `config.json`: names of fields, and defaults.
+
+    theta: base of the rotary frequencies where the file has none.
+    fraction: part of each head's dimensions that is rotated where the file has none.
+    partial: whether the family honors a fraction below 1. transformers reads the field for every family, and most then
+      rotate whole heads all the same.
+    thetas, fractions: top-level names of the two fields.
+    aliases: {name of a rope type in this family: name of the type that it means}.
+    """
+
+    theta: float = 10000.0
+    fraction: float = 1.0
+    partial: bool = False
+    thetas: tuple[str, ...] = ("rope_theta",)
+    fractions: tuple[str, ...] = ("partial_rotary_factor",)
+    aliases: Mapping[str, str] = {}
+
+
+ROPE = RopeFields()
+
+
+def begin(hf: dict, architecture: str, place: str) -> Fields:
+    """Returns a copy of `hf` to take fields from.
+
+    Raises: InputError if it describes another class than `architecture`, or quantized weights.
+    """
     named = hf.get("architectures") or [architecture]
     if architecture not in named:
         raise InputError(
@@ -85,7 +113,7 @@ def begin(hf: dict, architecture: str, place: str) -> dict[str, Any]:
     return dict(hf)
 
 
-def take(fields: dict[str, Any], name: str, kind: type, *, place: str, default: Any = REQUIRED) -> Any:
+def take(fields: Fields, name: str, kind: type, *, place: str, default: object = REQUIRED) -> Any:
     """Removes a field and returns its value; absent and null both mean `default`.
 
     Raises: InputError if a required field is absent, or a value is not of `kind`; numbers must be positive.
@@ -104,14 +132,14 @@ def take(fields: dict[str, Any], name: str, kind: type, *, place: str, default: 
 
 
 def fits(value: Any, kind: type) -> bool:
-    """Whether a JSON value is of `kind` (whole numbers are floats, truth values are not numbers) and positive."""
+    """Returns whether a JSON value is of `kind` and positive. Integers count as floats, booleans not as numbers."""
     if kind in (str, bool):
         return isinstance(value, kind)
     return isinstance(value, (int, kind)) and not isinstance(value, bool) and value > 0
 
 
 def divide(whole: int, parts: int, place: str) -> int:
-    """The quotient, exactly. Raises InputError, naming `place`, if there is a remainder."""
+    """Returns the exact quotient. Raises InputError, naming `place`, if there is a remainder."""
     if whole % parts:
         raise InputError(
             place,
@@ -122,7 +150,7 @@ def divide(whole: int, parts: int, place: str) -> int:
     return whole // parts
 
 
-def take_activation(fields: dict[str, Any], *, place: str, default: str, field: str = "hidden_act") -> Any:
+def take_activation(fields: Fields, *, place: str, default: str, field: str = "hidden_act") -> Any:
     """Removes the field and returns our name for the activation. Raises InputError if it is not implemented."""
     name = take(fields, field, str, place=place, default=default)
     if name not in ACTIVATIONS:
@@ -135,37 +163,44 @@ def take_activation(fields: dict[str, Any], *, place: str, default: str, field: 
     return ACTIVATIONS[name]
 
 
-def take_rope(
-    fields: dict[str, Any],
-    *,
-    place: str,
-    head_dim: int,
-    max_positions: int,
-    theta: float = 10000.0,
-    fraction: float = 1.0,
-    partial: bool = False,
-    thetas: tuple[str, ...] = ("rope_theta",),
-    fractions: tuple[str, ...] = ("partial_rotary_factor",),
-    also: dict[str, str] | None = None,
-) -> Rope:
-    """Removes every rotary field and returns what they say.
+def take_rope(fields: Fields, *, place: str, head_dim: int, max_positions: int, family: RopeFields = ROPE) -> Rope:
+    """Removes every rotary field and returns the rotary frequencies they describe.
 
     Since transformers 5 the values stand in `rope_parameters`; before, they stood at the top level beside
-    `rope_scaling`. Wherever the same value is given more than once, all must agree.
+    `rope_scaling`. Wherever the same value stands more than once, all must agree.
 
-    Args:
-      theta, fraction: defaults of the base and of the part of each head that turns.
-      partial: whether the family honors a part below 1; transformers reads the field for every family and then turns
-        whole heads all the same.
-      thetas, fractions: top-level names of the two.
-      also: types that this family gives another's name, and whose.
     Raises: InputError for a type or parameter that is not known, one that is missing, or places that disagree.
     """
-    length = "original_max_position_embeddings"
-    given: dict[str, dict[str, Any]] = {
-        "rope_theta": {name: fields.pop(name, None) for name in thetas},
-        "partial_rotary_factor": {name: fields.pop(name, None) for name in fractions},
-        length: {length: fields.pop(length, None)},
+    kind, values = rope_values(fields, family, place)
+    check_rope(kind, values, place)
+    dim = int(head_dim * values.pop("partial_rotary_factor", family.fraction))
+    if dim % 2 or not 2 <= dim <= head_dim or (dim < head_dim and not family.partial):
+        raise InputError(
+            f"{place}: {family.fractions[0]}",
+            got=f"{dim} of a head's {head_dim} dimensions would be rotated",
+            expected=f"an even number from 2 to {head_dim}" if family.partial else "all of them, an even number",
+            remedy="Compare the file with the one the model was published with.",
+        )
+    lengths = {TRAINED_LENGTH: max_positions, "max_position_embeddings": max_positions}
+    complete: Fields = {"rope_theta": family.theta} | lengths | values
+    for name in ("short_factor", "long_factor"):
+        if len(complete.get(name, ())) not in (0, dim // 2):
+            raise InputError(
+                f"{place}: {name}", got=f"{len(complete[name])} numbers", expected=f"{dim // 2}", remedy="Correct it."
+            )
+    return ropes.KINDS[kind][0](complete, ropes.frequencies(complete["rope_theta"], dim))
+
+
+def rope_values(fields: Fields, family: RopeFields, place: str) -> tuple[str, Fields]:
+    """Removes every rotary field and returns the type, and its parameters by transformers' names.
+
+    Raises: InputError if two places disagree.
+    """
+    # {parameter: {place in the file: value}}
+    stated: dict[str, Fields] = {
+        "rope_theta": {name: fields.pop(name, None) for name in family.thetas},
+        "partial_rotary_factor": {name: fields.pop(name, None) for name in family.fractions},
+        TRAINED_LENGTH: {TRAINED_LENGTH: fields.pop(TRAINED_LENGTH, None)},
     }
     for source in ("rope_parameters", "rope_scaling"):
         rope = fields.pop(source, None) or {}
@@ -174,30 +209,14 @@ def take_rope(
                 f"{place}: {source}", got=repr(rope), expected="an object", remedy="Take it from the original."
             )
         for key, value in rope.items():
-            given.setdefault("rope_type" if key == "type" else key, {})[f"{source}.{key}"] = value
-    found = {key: value for key, values in given.items() if (value := agreed(values, place)) is not None}
-    kind = str(found.pop("rope_type", "default"))
-    kind = (also or {}).get(kind, kind)
-    check_rope(kind, found, place)
-    dim = int(head_dim * found.pop("partial_rotary_factor", fraction))
-    if dim % 2 or not 2 <= dim <= head_dim or (dim < head_dim and not partial):
-        raise InputError(
-            f"{place}: {fractions[0]}",
-            got=f"{dim} of a head's {head_dim} dimensions would turn",
-            expected=f"an even number from 2 to {head_dim}" if partial else "all of them, an even number",
-            remedy="Compare the file with the one the model was published with.",
-        )
-    found = {"rope_theta": theta, length: max_positions, "max_position_embeddings": max_positions} | found
-    for name in ("short_factor", "long_factor"):
-        if len(found.get(name, ())) not in (0, dim // 2):
-            raise InputError(
-                f"{place}: {name}", got=f"{len(found[name])} numbers", expected=f"{dim // 2}", remedy="Correct it."
-            )
-    return ropes.KINDS[kind][0](found, ropes.frequencies(found["rope_theta"], dim))
+            stated.setdefault("rope_type" if key == "type" else key, {})[f"{source}.{key}"] = value
+    values = {key: value for key, by_place in stated.items() if (value := agreed(by_place, place)) is not None}
+    kind = str(values.pop("rope_type", "default"))
+    return family.aliases.get(kind, kind), values
 
 
-def check_rope(kind: str, found: dict[str, Any], place: str) -> None:
-    """Raises InputError unless a type of rotary positions is known and has the parameters it needs, and no others."""
+def check_rope(kind: str, values: Fields, place: str) -> None:
+    """Raises InputError unless a rope type is known, and has all parameters it needs and no others."""
     if kind not in ropes.KINDS:
         raise InputError(
             f"{place}: rope_type",
@@ -205,8 +224,8 @@ def check_rope(kind: str, found: dict[str, Any], place: str) -> None:
             expected=f"one of {', '.join(ropes.KINDS)}",
             remedy="It is not implemented, and leaving it out would change every log-prob.",
         )
-    needed, known = (names.split() for names in ropes.KINDS[kind][1:])
-    if missing := [name for name in needed if name not in found]:
+    needed, optional = (names.split() for names in ropes.KINDS[kind][1:])
+    if missing := [name for name in needed if name not in values]:
         raise InputError(
             f"{place}: rope_parameters",
             got=f"type {kind} without {', '.join(missing)}",
@@ -214,25 +233,29 @@ def check_rope(kind: str, found: dict[str, Any], place: str) -> None:
             remedy="Compare the file with the one the model was published with.",
         )
     # Phi-3 has the trained length beside every type.
-    usual = {"rope_theta", "partial_rotary_factor", "original_max_position_embeddings"}
-    if unknown := sorted(found.keys() - usual - {*needed, *known}):
+    usual = {"rope_theta", "partial_rotary_factor", TRAINED_LENGTH}
+    if unknown := sorted(values.keys() - usual - {*needed, *optional}):
         raise InputError(
             f"{place}: rope_parameters",
-            got=f"got {', '.join(f'{key}={found[key]!r}' for key in unknown)}",
-            expected=f"for type {kind} only {', '.join(sorted(usual | {*needed, *known}))}",
+            got=f"got {', '.join(f'{key}={values[key]!r}' for key in unknown)}",
+            expected=f"for type {kind} only {', '.join(sorted(usual | {*needed, *optional}))}",
             remedy="If the model ignores these fields, delete them from a copy of config.json.",
         )
-    for name, value in found.items():
-        wanted = "true or false" if name == "truncate" else "positive numbers" if "_factor" in name else "a number"
+    for name, value in values.items():
+        kind_of_value = (
+            "true or false" if name == "truncate" else "positive numbers" if "_factor" in name else "a number"
+        )
         listed = value if name in ("short_factor", "long_factor") and isinstance(value, list) else [value]
         good = isinstance(value, bool) if name == "truncate" else listed and all(fits(each, float) for each in listed)
         if not good:
-            raise InputError(f"{place}: {name}", got=f"got {value!r}", expected=wanted, remedy="Correct the value.")
+            raise InputError(
+                f"{place}: {name}", got=f"got {value!r}", expected=kind_of_value, remedy="Correct the value."
+            )
 
 
-def agreed(given: dict[str, Any], place: str) -> Any:
-    """The one value that all places give, None where none does. Raises InputError if two differ."""
-    values = {name: value for name, value in given.items() if value is not None}
+def agreed(stated: Fields, place: str) -> Any:
+    """Returns the one value among {place: value}, None if all are None. Raises InputError if two differ."""
+    values = {name: value for name, value in stated.items() if value is not None}
     distinct = [value for i, value in enumerate(values.values()) if value not in list(values.values())[:i]]
     if len(distinct) > 1:
         raise InputError(
@@ -244,21 +267,19 @@ def agreed(given: dict[str, Any], place: str) -> Any:
     return distinct[0] if distinct else None
 
 
-def take_window(fields: dict[str, Any], *, place: str, absent: int | None = None) -> int | None:
-    """Removes `sliding_window` and returns it: None if it is null, `absent` if it is not there."""
+def take_window(fields: Fields, *, place: str, absent: int | None = None) -> int | None:
+    """Removes `sliding_window` and returns it: None if it is null, `absent` if it is missing."""
     if "sliding_window" not in fields:
         return absent
     return take(fields, "sliding_window", int, place=place, default=None)
 
 
-def take_sliding(
-    fields: dict[str, Any], *, place: str, window: int | None, default: Callable[[int], bool]
-) -> list[bool]:
-    """Removes `layer_types` and returns of each layer whether its attention slides.
+def take_sliding(fields: Fields, *, place: str, window: int | None, default: Callable[[int], bool]) -> list[bool]:
+    """Removes `layer_types` and returns, for each layer, whether it has sliding-window attention.
 
     Args:
-      window: of those that do. Raises InputError if there are such and it is None.
-      default: of a layer from 0, whether it slides, where the field is absent.
+      window: width of the window; None: none, and InputError is raised if a layer has one.
+      default: the same for a layer, counted from 0, where the field is absent.
     """
     layers = take(dict(fields), "num_hidden_layers", int, place=place)
     names = fields.pop("layer_types", None)
@@ -282,11 +303,11 @@ def take_sliding(
     return [name == kinds[1] for name in names]
 
 
-def finish(fields: dict[str, Any], *, place: str, neutral: dict[str, tuple]) -> None:
-    """Raises InputError naming every field left over that may change what the model computes.
+def finish(fields: Fields, *, place: str, neutral: dict[str, tuple]) -> None:
+    """Raises InputError naming every remaining field that may change what the model computes.
 
     Args:
-      neutral: the family's own additions to NEUTRAL. A field that is null counts as absent.
+      neutral: the family's additions to NEUTRAL. A field that is null counts as absent.
     """
     allowed = NEUTRAL | neutral
     left = {name: value for name, value in fields.items() if value is not None and not name.startswith("_")}
@@ -300,5 +321,5 @@ def finish(fields: dict[str, Any], *, place: str, neutral: dict[str, tuple]) -> 
         got=f"got {', '.join(f'{name}={value!r}' for name, value in sorted((wrong | unknown).items()))}",
         expected=", ".join(needed + ["only fields known here"] * bool(unknown)),
         remedy="These fields may change what the model computes and are not implemented. Where they do not, or where "
-        "training without them is what you want, edit a copy of config.json.",
+        "training without them is intended, edit a copy of config.json.",
     )

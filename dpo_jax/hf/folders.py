@@ -1,4 +1,4 @@
-"""Folders of the Hugging Face kind: finding them, and reading and writing their safetensors and small files.
+"""Hugging Face folders: finds and downloads them, reads and writes their safetensors and small files.
 
 Nothing here unpickles or runs code that came with a model.
 """
@@ -10,12 +10,10 @@ import functools
 import json
 import os
 import re
-import shutil
 import struct
-import uuid
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import BinaryIO, NamedTuple
 
 import huggingface_hub
 import ml_dtypes  # noqa: F401  gives numpy its bfloat16
@@ -24,13 +22,15 @@ from safetensors import SafetensorError, safe_open
 
 from dpo_jax.hf import transpose
 from dpo_jax.hf.tensors import FLOATS, Header
+from dpo_jax.runtime import files
+from dpo_jax.runtime.prefetch import in_order
 from dpo_jax.types import InputError
 
 CONFIG = "config.json"
 GENERATION = "generation_config.json"
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
-ADAPTER_CONFIG = "adapter_config.json"  # of PEFT, as is the next
+ADAPTER_CONFIG = "adapter_config.json"  # PEFT's names, this and the next
 ADAPTER = "adapter_model.safetensors"
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -47,20 +47,21 @@ TOKENIZER_FILES = (
     "chat_template.json",
 )
 TEMPLATE_FOLDER = "additional_chat_templates"  # named chat templates beside the default one
-# Everything a download may bring, and everything an export may write besides its weights. No *.bin, no *.py.
+# All files besides weights that a download may bring and an export may write. No *.bin, no *.py.
 SMALL_FILES = (CONFIG, GENERATION, INDEX, ADAPTER_CONFIG, ADAPTER, *TOKENIZER_FILES)
-PIECE = 1 << 20  # bytes read or written at a time: few calls, and still in a core's own cache when they are converted
-GAP = 256 << 10  # the same where only some of them are wanted: skipping would be slower, even if the file is cached
+# Bytes read or written at a time: few calls, and still in a core's own cache when they are converted.
+PIECE = 1 << 20
+GAP = 256 << 10  # bytes read where only some of them are needed: to skip the others would be slower, even in cache
 
-Index = tuple[slice, ...]  # as jax.make_array_from_callback gives it
+Index = tuple[slice, ...]  # of part of an array, as in jax.make_array_from_callback
 
 
 class Weights(NamedTuple):
-    """An open checkpoint: what it holds, and how to read it.
+    """An open checkpoint: the types and shapes of its tensors, and a function that reads them.
 
-    `pieces(name, view)` are the numbers of `view(tensor)`, a function that only slices, reshapes and transposes: one
-    after another, in the order of the file, each with its place in that view. No other parts of the file are read,
-    but for gaps that would be slower to skip. Several threads may read at once.
+    `pieces(name, view)` yields the numbers of `view(tensor)` in pieces, in the order of the file, each with its index
+    in that view; `view` only slices, reshapes and transposes. No other parts of the file are read, except for gaps
+    that would be slower to skip. Several threads may read at once.
     """
 
     headers: dict[str, Header]
@@ -68,7 +69,7 @@ class Weights(NamedTuple):
 
 
 class Hosts(NamedTuple):
-    """The processes that share a job, seen from one of them."""
+    """One of the processes that share a job, and how it waits for the others."""
 
     index: int = 0
     count: int = 1
@@ -79,7 +80,7 @@ ONE_HOST = Hosts()
 
 
 class Spec(NamedTuple):
-    """A tensor to be written."""
+    """Name, type and shape of a tensor to be written."""
 
     name: str
     dtype: str  # numpy's name
@@ -91,7 +92,7 @@ class Spec(NamedTuple):
 
 
 def resolve(path: str | Path) -> Path:
-    """A local folder as it is, or the downloaded snapshot of a Hub id such as owner/name.
+    """Returns a local folder as it is, or downloads the snapshot of a Hub id such as owner/name.
 
     Raises: InputError if `path` is neither.
     """
@@ -114,7 +115,7 @@ def resolve(path: str | Path) -> Path:
 
 
 def read_json(path: Path) -> dict:
-    """A JSON object from a file. Raises InputError if it is not there or is something else."""
+    """Reads a JSON object from a file. Raises InputError if the file is missing or holds something else."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
         reason = "" if isinstance(value, dict) else f"a JSON {type(value).__name__}"
@@ -132,7 +133,7 @@ def read_json(path: Path) -> dict:
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files of a checkpoint. Raises InputError if there are none or one is not there."""
+    """Returns the safetensors files of a checkpoint. Raises InputError if there are none or one is missing."""
     if folder.suffix == ".safetensors" and folder.is_file():
         return [folder]
     if (folder / SINGLE).is_file():  # transformers, too, prefers it to an index
@@ -146,8 +147,8 @@ def weight_files(folder: Path) -> list[Path]:
             remedy="Pickle files can run code and are never read. Where torch is installed, convert them: "
             "AutoModelForCausalLM.from_pretrained(folder).save_pretrained(new_folder).",
         )
-    found = read_json(folder / INDEX).get("weight_map")
-    names = sorted({str(name) for name in found.values()}) if isinstance(found, dict) else []
+    weight_map = read_json(folder / INDEX).get("weight_map")
+    names = sorted({str(name) for name in weight_map.values()}) if isinstance(weight_map, dict) else []
     # Only plain names: an index must not reach outside its folder.
     absent = [name for name in names if Path(name).name != name or not (folder / name).is_file()]
     if absent or not names:
@@ -162,7 +163,7 @@ def weight_files(folder: Path) -> list[Path]:
 
 @contextlib.contextmanager
 def open_weights(folder: Path) -> Iterator[Weights]:
-    """Opens a checkpoint's safetensors, one file or many, or a file by itself; numbers are read only when asked for.
+    """Opens a checkpoint's safetensors, in a folder or one file; numbers are read only by `Weights.pieces`.
 
     Raises: InputError if a file is damaged, or two files hold the same tensor.
     """
@@ -171,7 +172,7 @@ def open_weights(folder: Path) -> Iterator[Weights]:
         homes: dict[str, tuple[BinaryIO, int]] = {}
         for path in weight_files(folder):
             try:
-                with safe_open(path, framework="numpy"):  # which checks all that the header claims
+                with safe_open(path, framework="numpy"):  # which checks the whole header
                     file = stack.enter_context(path.open("rb"))
             except (SafetensorError, OSError) as error:
                 raise InputError(
@@ -196,11 +197,11 @@ def open_weights(folder: Path) -> Iterator[Weights]:
 def read_pieces(
     file: BinaryIO, begin: int, header: Header, view: Callable[[np.ndarray], np.ndarray]
 ) -> Iterator[tuple[Index, np.ndarray]]:
-    """`Weights.pieces` of the tensor whose numbers stand at `begin`.
+    """Yields `Weights.pieces` of the tensor whose numbers begin at byte `begin`.
 
-    A view is laid out in memory as it is in the file, so it is made of an array that is never filled (memory that
-    is not touched takes no room), and its address and strides tell where to read. It is halved along the axis of the
-    longest stride until a piece has no gaps or is so short that they do not matter.
+    An array of the tensor's shape is made and never filled (memory that is not touched takes no room). A view of it
+    has the layout that the numbers have in the file, so its address and strides tell where to read. The view is halved
+    along the axis of the longest stride until a piece has no gaps, or is so short that they do not matter.
     """
     tensor = np.empty(header.shape, FLOATS[header.dtype])
     whole = view(tensor)
@@ -221,23 +222,23 @@ def read_pieces(
 
 
 def read_bytes(file: BinaryIO, start: int, count: int) -> bytes:
-    """`count` bytes from `start`. Raises InputError if the file has become shorter.
+    """Reads `count` bytes from byte `start`. Raises InputError if the file has become shorter.
 
-    pread leaves the position of the file alone, which threads share: one's seek would come between seek and read of
-    another.
+    pread does not move the file's position, which threads share: a seek of one thread could come between the seek and
+    the read of another.
     """
-    found = b""
-    while len(found) < count:  # once, but for reads that are interrupted or of 2 GiB and more
-        more = os.pread(file.fileno(), count - len(found), start + len(found))
-        found = found + more if found else more
+    content = b""
+    while len(content) < count:  # runs once, except for reads that are interrupted or of 2 GiB and more
+        more = os.pread(file.fileno(), count - len(content), start + len(content))
+        content = content + more if content else more
         if not more:
             raise InputError(
                 str(file.name),
-                got=f"ends at byte {start + len(found)}",
+                got=f"ends at byte {start + len(content)}",
                 expected=f"{start + count} bytes or more",
-                remedy="It was cut while being read; download it again.",
+                remedy="It was truncated while being read; download it again.",
             )
-    return found
+    return content
 
 
 def write_weights(
@@ -251,9 +252,9 @@ def write_weights(
 ) -> None:
     """Writes STEM.safetensors, or numbered files and their index where it would exceed `max_shard_bytes`.
 
-    Each file is written by one of the hosts, in turn. `build(name)` is called on all of them, in the same order and
-    once for each tensor, when its turn to be written has come; what it returns is called on the host that writes,
-    so that no more than one tensor is in memory. It may be of another type, and its axes in any order.
+    The hosts take turns: each file is written by one of them. `build(name)` is called on all hosts, in the same order
+    and once for each tensor, just before the tensor is written. The host that writes calls the function that it
+    returns, so no more than one tensor is in memory. The array may be of another type, and its axes in any order.
     """
     by_name = {spec.name: spec for spec in specs}
     split = huggingface_hub.split_state_dict_into_shards_factory(
@@ -271,11 +272,11 @@ def write_weights(
                 build(spec.name)
     if split.is_sharded and hosts.index == 0:
         index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
-        write_json(folder / INDEX, index)
+        files.write_json(folder / INDEX, index)
 
 
 def in_file_order(specs: Sequence[Spec]) -> list[Spec]:
-    """Tensors as the safetensors library orders them in a file: widest types first, so that all are aligned."""
+    """Orders tensors as the safetensors library does in a file: widest types first, so that all are aligned."""
     rank = list(FLOATS.values())
     return sorted(specs, key=lambda spec: (rank.index(spec.dtype), spec.name))
 
@@ -283,11 +284,11 @@ def in_file_order(specs: Sequence[Spec]) -> list[Spec]:
 def write_file(path: Path, ordered: Sequence[Spec], build: Callable[[str], Callable[[], np.ndarray]]) -> None:
     """Writes one safetensors file, byte for byte as the safetensors library does, a piece of a tensor at a time.
 
-    The library itself wants every tensor of the file in memory at once. Layout: eight bytes of header length, a JSON
+    The library itself needs every tensor of the file in memory at once. Layout: eight bytes of header length, a JSON
     header padded with spaces to a multiple of eight, then the numbers.
     """
     codes = {dtype: code for code, dtype in FLOATS.items()}
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    header: dict[str, dict] = {"__metadata__": {"format": "pt"}}
     end = 0
     for spec in ordered:
         begin, end = end, end + spec.bytes
@@ -299,16 +300,16 @@ def write_file(path: Path, ordered: Sequence[Spec], build: Callable[[str], Calla
         for spec in ordered
         for rows in row_pieces(build(spec.name)(), spec)
     )
-    # Threads make the next pieces while one is written, in order: some network file systems take no other.
+    # Threads make the next pieces while one is written. Pieces are written in order: some network file systems need it.
     with path.open("wb") as file, transpose.pool() as threads:
         file.write(struct.pack("<Q", len(text)) + text)
-        for piece in transpose.ahead(threads, jobs):
+        for piece in in_order(threads, jobs, ahead=transpose.THREADS):
             file.write(piece)
         assert file.tell() == 8 + len(text) + end, path
 
 
 def row_pieces(array: np.ndarray, spec: Spec) -> Iterator[np.ndarray]:
-    """Rows of a tensor, as many at a time as are PIECE bytes in the file, or one."""
+    """Yields runs of rows of a tensor, each PIECE bytes in the file, or one row."""
     assert array.shape == spec.shape, (spec.name, array.shape, spec.shape)
     array = np.atleast_1d(array)
     step = max(1, PIECE * len(array) // max(1, spec.bytes))
@@ -317,34 +318,30 @@ def row_pieces(array: np.ndarray, spec: Spec) -> Iterator[np.ndarray]:
 
 
 def in_file_layout(rows: np.ndarray, spec: Spec) -> memoryview:
-    """The bytes of some rows of a tensor as they stand in the file."""
+    """Returns the bytes of some rows of a tensor in the file's type and order."""
     return transpose.contiguous(transpose.cast(rows, spec.dtype, spec.name)).reshape(-1).view(np.uint8).data
 
 
-def write_json(path: Path, value: Mapping) -> None:
-    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
 def tokenizer_files(folder: Path) -> list[str]:
-    """Names of the files of the tokenizer and chat templates that a folder has."""
+    """Returns the names of a folder's tokenizer and chat template files."""
     names = [name for name in TOKENIZER_FILES if (folder / name).is_file()]
     return names + [f"{TEMPLATE_FOLDER}/{path.name}" for path in sorted((folder / TEMPLATE_FOLDER).glob("*.jinja"))]
 
 
 def check_replaceable(out: Path) -> None:
-    """Raises InputError unless `out` is absent, or a folder with nothing in it but what an export writes."""
+    """Raises InputError unless `out` is absent, or a folder that holds only files of an export."""
     if not out.exists():
         return
     ours = {*SMALL_FILES, "README.md", TEMPLATE_FOLDER}
-    strangers = (
+    unknown = (
         [path.name for path in sorted(out.iterdir()) if not (path.name in ours or path.match("model*.safetensors"))]
         if out.is_dir()
         else [out.name]
     )
-    if strangers:
+    if unknown:
         raise InputError(
             str(out),
-            got=f"holds {', '.join(strangers[:5])}{' ...' if len(strangers) > 5 else ''}",
+            got=f"holds {', '.join(unknown[:5])}{' ...' if len(unknown) > 5 else ''}",
             expected="a new folder, or an earlier export to replace",
             remedy="Choose another folder; this one would be deleted.",
         )
@@ -352,38 +349,16 @@ def check_replaceable(out: Path) -> None:
 
 @contextlib.contextmanager
 def replacing(out: Path, hosts: Hosts) -> Iterator[Path]:
-    """An empty folder beside `out` that takes its place if the body succeeds, and vanishes if it does not.
+    """Yields an empty folder, the same on all hosts, that replaces `out` once the body has succeeded on all of them.
 
-    A process killed meanwhile leaves a hidden folder beside `out`, and never half of one in its place. Host 0 alone
-    makes and moves the folder, and moves it only after every host has come to the end of the body.
+    Host 0 alone makes and renames it; see `files.replacing_folder`.
     """
     out = out.resolve()  # through a link, so that what it points to is replaced
-    token = uuid.uuid4().hex[:8]
-    # Many hosts have to arrive at the same name by themselves.
-    new = out.with_name(f".{out.name}.new-{token if hosts.count == 1 else 'shared'}")
-    old = out.with_name(f".{out.name}.old-{token}")
-    try:
+    shared = out.with_name(f".{out.name}.new-shared")  # a name at which all hosts arrive by themselves
+    with contextlib.ExitStack() as stack:
+        new = shared
         if hosts.index == 0:
-            shutil.rmtree(new, ignore_errors=True)  # left behind by processes that were killed
-            new.mkdir(parents=True)
+            new = stack.enter_context(files.replacing_folder(out, temporary=shared if hosts.count > 1 else None))
         hosts.wait("export: folder made")
         yield new
         hosts.wait("export: files written")
-        if hosts.index == 0:
-            take_place(new, out, old)
-    finally:
-        if hosts.index == 0:
-            shutil.rmtree(new, ignore_errors=True)
-
-
-def take_place(new: Path, out: Path, old: Path) -> None:
-    """Moves `new` to `out`. What was there is deleted, or put back if that fails; it stands at `old` meanwhile."""
-    if out.exists():
-        out.rename(old)
-    try:
-        new.rename(out)
-    except BaseException:
-        if old.exists():
-            old.rename(out)
-        raise
-    shutil.rmtree(old, ignore_errors=True)

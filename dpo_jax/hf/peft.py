@@ -1,10 +1,9 @@
-"""TODO hf.peft."""
+"""Reads and writes folders of low-rank adapters in the format of PEFT."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import xxhash
@@ -12,26 +11,27 @@ import xxhash
 from dpo_jax import trees
 from dpo_jax.hf import checkpoints, config_json, folders
 from dpo_jax.hf.adapters import PREFIX, Adapters, choose, module_of
+from dpo_jax.hf.checkpoints import DEFAULT, Place, WriteOptions
 from dpo_jax.hf.tensors import Sizes, Tensor, all_names, bind, leaf_shapes
+from dpo_jax.runtime import files
 from dpo_jax.types import InputError
 
 CONFIG, FILE = folders.ADAPTER_CONFIG, folders.ADAPTER
 
-
-# Fields of adapter_config.json that say how an adapter came about or is stored, not what it computes.
+# Fields of adapter_config.json that say how an adapter was made or is stored, not what it computes.
 UNREAD = (
     "auto_mapping base_model_name_or_path corda_config ensure_weight_tying eva_config exclude_modules fan_in_fan_out "
     "inference_mode layers_pattern layers_to_transform loftq_config lora_dropout lora_ga_config megatron_config "
     "megatron_core peft_version qalora_group_size revision runtime_config target_modules task_type"
 ).split()
 
-
+# Fields that change what an adapter computes unless they have one of these values.
 NEUTRAL: dict[str, tuple] = {
     "alora_invocation_tokens": ([],),
     "alpha_pattern": ({},),
     "arrow_config": ({},),
     "bias": ("none",),
-    # Others, such as pissa, take what they start from away from the model's weights.
+    # Others, such as pissa, subtract the initial adapter from the model's weights.
     "init_lora_weights": (True, False, "gaussian", "orthogonal", "eva"),
     "kasa_config": ({},),
     "layer_replication": ([],),
@@ -49,11 +49,11 @@ NEUTRAL: dict[str, tuple] = {
 
 
 def read(folder: Path, table: Sequence[Tensor], sizes: Sizes) -> Adapters:
-    """What a folder holds; numbers are not read, names and shapes are.
+    """Returns the adapters that a folder describes; names and shapes are read, numbers are not.
 
     Args:
-      table: of the model's family.
-    Raises: InputError if it holds no LoRA adapter of such a model, or one with what is not implemented.
+      table, sizes: the tensors of the model's family, and the numbers of its layers and experts.
+    Raises: InputError if it holds no LoRA adapter of such a model, or one with an option that is not implemented.
     """
     path = folder / CONFIG
     fields = folders.read_json(path)
@@ -72,23 +72,22 @@ def read(folder: Path, table: Sequence[Tensor], sizes: Sizes) -> Adapters:
     with folders.open_weights(folder / FILE) as source:
         stems = {name.removeprefix(PREFIX).partition(".lora_")[0] for name in source.headers}
         able = choose(table, sizes, "")
-        held = [each for each in able if module_of(each).format(layer=0) in stems]
-        found = Adapters(rank, alpha, stabilized, tuple(held))
-        bind(found.table, sizes, source.headers, skipped="", place=str(folder / FILE))
-    return found
+        adapted = [each for each in able if module_of(each).format(layer=0) in stems]
+        adapters = Adapters(rank, alpha, stabilized, tuple(adapted))
+        bind(adapters.table, sizes, source.headers, skipped="", place=str(folder / FILE))
+    return adapters
 
 
-def load(folder: Path, adapters: Adapters, sizes: Sizes, *, place: Any = checkpoints.whole) -> dict[str, Any]:
-    """Leaves by path of the adapters in a folder, float32. Raises: InputError as `hf_io.load_params`.
+def load(folder: Path, adapters: Adapters, sizes: Sizes, *, place: Place = checkpoints.whole) -> dict:
+    """Reads the leaves of the adapters in a folder, by path, in float32.
 
-    Args:
-      place: as for `hf_io.load_params`.
+    Args, raises: as for `checkpoints.load_params`.
     """
     return checkpoints.load_leaves(folder / FILE, adapters.table, sizes, skipped="", dtype="float32", place=place)
 
 
 def digest(folder: Path, adapters: Adapters) -> str:
-    """A 128-bit hash, in hexadecimal, of all that decides what an adapter computes."""
+    """Returns a 128-bit hash, in hexadecimal, of the scale and the tensors of an adapter."""
     with folders.open_weights(folder / FILE) as source:
         lines = [repr(adapters.scale), *(checkpoints.tensor_digest(source, name) for name in sorted(source.headers))]
     return xxhash.xxh3_128_hexdigest("\n".join(lines).encode())
@@ -102,26 +101,25 @@ def save(
     *,
     base: str,
     out: Path,
-    dtype: str = "float32",
-    tokenizer: Path | None = None,
-    card: str = "",
-    hosts: folders.Hosts = folders.ONE_HOST,
+    options: WriteOptions = DEFAULT,
 ) -> None:
-    """Writes the adapters among `params` as a folder that PEFT loads.
+    """Writes the adapters among `params` as a folder that PEFT loads; the weights are one file.
 
     Args:
-      table: of the model's family.
+      table, sizes: the tensors of the model's family, and the numbers of its layers and experts.
       base: the model they belong to, a Hub id or a folder.
-      The others: as for `hf_io.export`.
+      params, out, options: as for `checkpoints.export`.
+    Raises: InputError as `checkpoints.export`.
     """
+    dtype = options.dtype or "float32"
     shapes = leaf_shapes(adapters.table, sizes)
     leaves = {path: leaf for path, leaf in trees.flatten(params).items() if path in shapes}
     checkpoints.fitting(trees.nest(leaves), shapes)
     checkpoints.check_dtype(dtype, str(out))
     folders.check_replaceable(out)
-    checkpoints.check_tokenizer(tokenizer)
+    checkpoints.check_tokenizer(options.tokenizer)
     bound = all_names(adapters.table, sizes)
-    described = {
+    fields = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
         "auto_mapping": None,
@@ -130,39 +128,44 @@ def save(
         "r": adapters.rank,
         "lora_alpha": int(adapters.alpha) if adapters.alpha == int(adapters.alpha) else adapters.alpha,
         "lora_dropout": 0.0,
-        "use_rslora": adapters.rank_stabilised,
+        "use_rslora": adapters.rank_stabilized,
         "use_dora": False,
         "bias": "none",
-        "fan_in_fan_out": all(map(stored_turned, adapters.tensors)),
+        "fan_in_fan_out": all(map(stored_in_out, adapters.tensors)),
         "init_lora_weights": True,
         "modules_to_save": None,
         "target_modules": endings(adapters.tensors, choose(table, sizes, "")),
     }
-    with folders.replacing(out, hosts) as new:
-        if hosts.index == 0:
-            folders.write_json(new / CONFIG, described)
-            checkpoints.write_companions(new, tokenizer=tokenizer, card=card)
+    with folders.replacing(out, options.hosts) as new:
+        if options.hosts.index == 0:
+            files.write_json(new / CONFIG, fields)
+            checkpoints.write_companions(new, tokenizer=options.tokenizer, card=options.card)
         dtypes = {b.name: dtype for b in bound}
-        checkpoints.write_tensors(new, leaves, bound, dtypes, 2**62, hosts, stem=Path(FILE).stem)
+        one_file = options._replace(max_shard_bytes=2**62)  # PEFT reads no numbered files
+        checkpoints.write_tensors(new, leaves, bound, dtypes, one_file, stem=Path(FILE).stem)
 
 
-def stored_turned(tensor: Tensor) -> bool:
-    """Whether a linear map is stored [in, out], as GPT-2's are, and not [out, in]."""
+def stored_in_out(tensor: Tensor) -> bool:
+    """Returns whether a linear map is stored [in, out], as GPT-2's are, and not [out, in]."""
     return tensor.to_leaves(np.empty(tensor.shape, np.int8))[0].strides[-1] == 1
 
 
 def endings(chosen: Sequence[Tensor], able: Sequence[Tensor]) -> list[str]:
-    """What the names of the modules end in, and those of no other module that could have an adapter."""
+    """Returns the shortest endings of module names that match every chosen module and no other.
 
-    def of(tensor: Tensor, parts: int) -> str:
+    Args:
+      able: all tensors that could have an adapter.
+    """
+
+    def ending(tensor: Tensor, parts: int) -> str:
         return ".".join(module_of(tensor).split(".")[-parts:])
 
     names = {module_of(each) for each in chosen}
-    others = [each for each in able if module_of(each) not in names]
-    found = set()
+    unchosen = [each for each in able if module_of(each) not in names]
+    endings = set()
     for each in chosen:
         parts = 1
-        while any(of(other, parts) == of(each, parts) for other in others):
+        while any(ending(other, parts) == ending(each, parts) for other in unchosen):
             parts += 1
-        found.add(of(each, parts))
-    return sorted(found)
+        endings.add(ending(each, parts))
+    return sorted(endings)

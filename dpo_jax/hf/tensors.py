@@ -1,6 +1,6 @@
-"""Tables that tie the tensors of a Hugging Face checkpoint to the leaves of our parameters, in both directions.
+"""Tables of a checkpoint's tensors and the leaves of our parameters that each fills, for reading and writing.
 
-A family lists its tensors once. Reading and writing walk the same list, so a name or a layout cannot be right in one
+A family lists its tensors once. Reading and writing use the same list, so a name or a layout cannot be right in one
 direction and wrong in the other.
 """
 
@@ -17,8 +17,8 @@ from dpo_jax.types import InputError
 
 # safetensors' codes of the types that weights may have, widest alignment first, as files are ordered.
 FLOATS = {"F64": "float64", "F32": "float32", "BF16": "bfloat16", "F16": "float16"}
-STACKED = ("layer", "expert")
-Sizes = Mapping[str, int]  # of each of these, how many there are
+STACKED = ("layer", "expert")  # leading axes of leaves, and fields of tensor names
+Sizes = Mapping[str, int]  # {"layer": layers of the model, "expert": experts in a layer}
 MAX_LISTED = 20  # problems named in one error; the rest are counted
 
 
@@ -26,43 +26,43 @@ class Tensor(NamedTuple):
     """One Hugging Face tensor, or one in each layer, and the leaves that hold its numbers.
 
     Where the name has `{layer}`, or `{layer}` and `{expert}`, the leaves are stacked: each has leading axes L, or L and
-    E, and `to_leaves` and `to_tensor` deal with one layer or expert of it. The two are exact inverses, and `to_leaves`
-    gives views, by which a part of a leaf is found in the file: it slices, transposes and splits axes, and never
+    E, and `to_leaves` and `to_tensor` convert one layer or expert of it. The two are exact inverses. `to_leaves`
+    returns views, which tell where a part of a leaf is in the file: it slices, transposes and splits axes, and never
     copies.
     """
 
-    names: tuple[str, ...]  # names it goes by; the first is the one written where no base checkpoint has another
+    names: tuple[str, ...]  # possible names; the first is written where no base checkpoint has another
     leaves: tuple[str, ...]  # paths such as blocks/attention/q/kernel
     shape: tuple[int, ...]  # as the checkpoint stores it
     to_leaves: Callable[[np.ndarray], tuple[np.ndarray, ...]]
     to_tensor: Callable[..., np.ndarray]
-    repeats: bool = False  # may be absent, and if present must equal the leaf that another tensor fills
-    # Of a linear map [I, O] called so, and a rank r: the tensors of A [I, r] and B [r, O], see `adapters`.
+    repeats: bool = False  # optional; if present it must equal the leaf that another tensor fills
+    # For linear maps [I, O]: (name of the module, rank r) -> tensors of A [I, r] and B [r, O]; see `adapters`.
     low_rank: Callable[[str, int], tuple[Tensor, Tensor]] | None = None
 
     @property
     def axes(self) -> tuple[str, ...]:
-        """What the leaves are stacked by."""
+        """Names of the leading axes of the leaves."""
         return tuple(axis for axis in STACKED if f"{{{axis}}}" in self.names[0])
 
     def stacks(self, sizes: Sizes) -> tuple[int, ...]:
-        """The leading axes of the leaves."""
+        """Returns the sizes of the leading axes of the leaves."""
         return tuple(sizes[axis] for axis in self.axes)
 
     def called(self, at: Sequence[int]) -> list[str]:
-        """The names of one of the tensors."""
+        """Returns the possible names of the tensor of one layer, or of one expert of a layer."""
         return [name.format(**dict(zip(self.axes, at, strict=True))) for name in self.names]
 
 
 class Header(NamedTuple):
-    """What a safetensors file says of a tensor before its numbers are read."""
+    """Type and shape of a tensor, from the header of a safetensors file."""
 
     dtype: str  # safetensors' code, such as BF16
     shape: tuple[int, ...]
 
 
 class Bound(NamedTuple):
-    """A tensor of a checkpoint by its actual name, and where in the leading axes of its leaves it stands."""
+    """A tensor of a checkpoint by its actual name, and its index in the leading axes of its leaves."""
 
     name: str
     tensor: Tensor
@@ -70,18 +70,18 @@ class Bound(NamedTuple):
 
 
 def plain(names: str | tuple[str, ...], leaf: str, shape: tuple[int, ...], *, repeats: bool = False) -> Tensor:
-    """A tensor stored as we hold it: embeddings, heads, norms."""
+    """Describes a tensor that has the same layout in the checkpoint and in our parameters: embeddings, heads, norms."""
     names = (names,) if isinstance(names, str) else names
     return Tensor(names, (leaf,), shape, lambda t: (t,), lambda a: a, repeats)
 
 
 def bias(name: str, leaf: str, shape: tuple[int, ...]) -> Tensor:
-    """A bias: stored flat, held as `shape`."""
+    """Describes a bias: flat in the checkpoint, `shape` in our parameters."""
     return joined_bias(name, (leaf,), (shape,))
 
 
 def joined_bias(name: str, leaves: tuple[str, ...], shapes: Sequence[tuple[int, ...]]) -> Tensor:
-    """Several biases one after another: stored flat, held as `shapes`."""
+    """Describes several biases, concatenated in one flat tensor; their shapes in our parameters are `shapes`."""
     spans = _spans(shapes)
     return Tensor(
         (name,),
@@ -92,13 +92,15 @@ def joined_bias(name: str, leaves: tuple[str, ...], shapes: Sequence[tuple[int, 
     )
 
 
-def matrix(name: str, leaf: str, inputs: tuple[int, ...], outputs: tuple[int, ...], *, turned: bool = True) -> Tensor:
-    """A linear map: stored [out, in] with axes of each side flattened, held [*inputs, *outputs].
+def matrix(
+    name: str, leaf: str, inputs: tuple[int, ...], outputs: tuple[int, ...], *, transposed: bool = True
+) -> Tensor:
+    """Describes a linear map: [out, in] in the checkpoint, each side flat, and [*inputs, *outputs] in our parameters.
 
     Args:
-      turned: False: stored [in, out].
+      transposed: False: it is [in, out] in the checkpoint.
     """
-    return joined_matrix(name, (leaf,), inputs, (outputs,), turned=turned)
+    return joined_matrix(name, (leaf,), inputs, (outputs,), transposed=transposed)
 
 
 def joined_matrix(
@@ -107,46 +109,49 @@ def joined_matrix(
     inputs: tuple[int, ...],
     outputs: Sequence[tuple[int, ...]],
     *,
-    turned: bool = True,
+    transposed: bool = True,
 ) -> Tensor:
-    """Several linear maps of the same input, one after another on the side of their outputs; otherwise as `matrix`."""
+    """Describes several linear maps of one input, concatenated along their outputs; otherwise as `matrix`."""
     spans = _spans(outputs)
     stored = (math.prod(inputs), spans[-1].stop)
 
     def to_leaves(t: np.ndarray) -> tuple[np.ndarray, ...]:
-        t = t.T if turned else t
+        t = t.T if transposed else t
         return tuple(t[:, span].reshape(*inputs, *shape) for span, shape in zip(spans, outputs, strict=True))
 
     def to_tensor(*a: np.ndarray) -> np.ndarray:
         flat = [part.reshape(stored[0], -1) for part in a]
         t = flat[0] if len(flat) == 1 else np.concatenate(flat, axis=1)
-        return t.T if turned else t
+        return t.T if transposed else t
 
     def low_rank(module: str, rank: int) -> tuple[Tensor, Tensor]:
         b = joined_matrix(f"{module}.lora_B.weight", _beside(leaves, "lora_b"), (rank,), outputs)
         return _first_factor(module, leaves, inputs, rank), b
 
-    return Tensor((name,), leaves, stored[::-1] if turned else stored, to_leaves, to_tensor, low_rank=low_rank)
+    return Tensor((name,), leaves, stored[::-1] if transposed else stored, to_leaves, to_tensor, low_rank=low_rank)
 
 
 def _first_factor(module: str, leaves: tuple[str, ...], inputs: tuple[int, ...], rank: int) -> Tensor:
-    """A of a linear map, one for all the maps that are stored as one: it stands beside the first of them."""
+    """Describes A of a linear map. Maps stored as one tensor share it; its leaf is next to the first of them."""
     return matrix(f"{module}.lora_A.weight", _beside(leaves[:1], "lora_a")[0], inputs, (rank,))
 
 
 def _beside(leaves: tuple[str, ...], name: str) -> tuple[str, ...]:
-    """Paths of leaves of another name next to these."""
+    """Returns the paths of leaves of another name in the same modules."""
     return tuple(f"{leaf.rpartition('/')[0]}/{name}" for leaf in leaves)
 
 
 def _spans(shapes: Sequence[tuple[int, ...]]) -> list[slice]:
-    """Where each of several flattened shapes lies when they stand one after another."""
+    """Returns the span of each of several shapes in their flat concatenation."""
     ends = np.cumsum([math.prod(shape) for shape in shapes]).tolist()
     return [slice(start, end) for start, end in zip([0, *ends[:-1]], ends, strict=True)]
 
 
 def interleaved_matrix(name: str, leaves: tuple[str, ...], width: int, heads: int, head_dim: int) -> Tensor:
-    """Several per-head maps in one: stored [heads * maps * head_dim, width], held [width, heads, head_dim] each."""
+    """Describes several linear maps, interleaved head by head.
+
+    In the checkpoint [heads * maps * head_dim, width], in our parameters [width, heads, head_dim] each.
+    """
     maps = len(leaves)
 
     def low_rank(module: str, rank: int) -> tuple[Tensor, Tensor]:
@@ -164,7 +169,7 @@ def interleaved_matrix(name: str, leaves: tuple[str, ...], width: int, heads: in
 
 
 def interleaved_bias(name: str, leaves: tuple[str, ...], heads: int, head_dim: int) -> Tensor:
-    """The biases of `interleaved_matrix`: stored [heads * maps * head_dim], held [heads, head_dim] each."""
+    """Describes the biases of `interleaved_matrix`: [heads * maps * head_dim], in our parameters [heads, head_dim]."""
     maps = len(leaves)
     return Tensor(
         (name,),
@@ -176,14 +181,14 @@ def interleaved_bias(name: str, leaves: tuple[str, ...], heads: int, head_dim: i
 
 
 def leaf_shapes(table: Sequence[Tensor], sizes: Sizes) -> dict[str, tuple[int, ...]]:
-    """Path and shape of every leaf the table fills. Each leaf must be filled once, and each name used once."""
+    """Returns {path: shape} of the leaves that a table fills; asserts that each is filled once and no name repeats."""
     names = [name for tensor in table for name in tensor.names]
-    assert len(set(names)) == len(names), f"a tensor name stands twice in the table: {sorted(names)}"
+    assert len(set(names)) == len(names), f"a tensor name is twice in the table: {sorted(names)}"
     shapes: dict[str, tuple[int, ...]] = {}
     for tensor in table:
         if tensor.repeats:
             continue
-        # An array without storage (all strides 0) has its shape taken apart as the real one will.
+        # An array without storage (all strides 0) is split into leaves of the same shapes as the real one.
         parts = tensor.to_leaves(np.broadcast_to(np.float32(0), tensor.shape))
         for leaf, part in zip(tensor.leaves, parts, strict=True):
             assert leaf not in shapes, f"two tensors fill {leaf}"
@@ -193,7 +198,7 @@ def leaf_shapes(table: Sequence[Tensor], sizes: Sizes) -> dict[str, tuple[int, .
 
 
 def all_names(table: Sequence[Tensor], sizes: Sizes) -> list[Bound]:
-    """Every tensor of a new checkpoint under its first name, without the optional ones."""
+    """Returns every tensor of a new checkpoint under its first name, without the optional ones."""
     return [
         Bound(tensor.called(at)[0], tensor, at)
         for tensor in table
@@ -205,11 +210,11 @@ def all_names(table: Sequence[Tensor], sizes: Sizes) -> list[Bound]:
 def bind(
     table: Sequence[Tensor], sizes: Sizes, headers: Mapping[str, Header], *, skipped: str, place: str
 ) -> list[Bound]:
-    """Finds every tensor of the table in a checkpoint, in table order.
+    """Finds every tensor of a table in a checkpoint; returns them in the order of the table.
 
     Args:
       headers: the checkpoint's tensors by name.
-      skipped: pattern of names, matched in full, that hold nothing a model needs.
+      skipped: pattern, matched in full, of names of tensors that the model does not need.
       place: the checkpoint, for errors.
     Raises: InputError naming every missing, unexpected and misshapen tensor at once.
     """

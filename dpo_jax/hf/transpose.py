@@ -1,57 +1,34 @@
-"""Copies of numbers in memory: cast, turned a tile at a time, several at once.
+"""Copies of arrays in memory: cast, and transposed a tile at a time.
 
-numpy's copies and casts, and calls that read, let other threads run, so a few threads are as fast as a few processes.
+numpy's copies and casts, and reads of files, release the GIL, so a few threads are as fast as a few processes.
 """
 
 from __future__ import annotations
 
-import collections
 import itertools
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Executor, Future, ThreadPoolExecutor, wait
-from typing import TypeVar
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 import ml_dtypes
 import numpy as np
 
 from dpo_jax.types import InputError
 
-THREADS = min(8, os.cpu_count() or 1)  # more gain nothing where memory is the limit, and each holds a piece
-# Numbers of a tile along the axis that is contiguous where it goes, and along that where it comes from. A tile of them
-# fits the cache next to a core; shorter runs cost more calls, longer ones more misses.
+THREADS = min(8, os.cpu_count() or 1)  # more are no faster where memory is the limit, and each holds a piece
+# Length of a tile along the contiguous axis of the destination, and along that of the source. A tile fits a core's own
+# cache; shorter runs cost more calls, longer ones more cache misses.
 TILE = (256, 256)
-PAD = 64  # bytes by which the rows of a tile are longer, or all would compete for the same few lines of a cache
-
-T = TypeVar("T")
+PAD = 64  # bytes added to each row of a tile; without them all rows would compete for the same few cache lines
 
 
 def pool() -> ThreadPoolExecutor:
-    """Threads for `ahead`."""
+    """Threads that read, cast and copy tensors."""
     return ThreadPoolExecutor(THREADS, thread_name_prefix="weights")
 
 
-def ahead(threads: Executor, jobs: Iterable[Callable[[], T]]) -> Iterator[T]:
-    """What the jobs return, in their order, while the next few run; none runs any more once this has ended.
-
-    A job is asked for only when a thread will soon be free, so few results wait in memory, however many there are.
-    """
-    running: collections.deque[Future[T]] = collections.deque()
-    try:
-        for job in jobs:
-            if len(running) > THREADS:
-                yield running.popleft().result()
-            running.append(threads.submit(job))
-        while running:
-            yield running.popleft().result()
-    finally:
-        for each in running:
-            each.cancel()
-        wait(running)
-
-
 def cast(array: np.ndarray, dtype: str, place: str) -> np.ndarray:
-    """`array` as `dtype`, without a copy where it has it already. Raises InputError if a finite number overflows."""
+    """Converts to `dtype`, without a copy if the array has it. Raises InputError if a finite number overflows."""
     with np.errstate(over="ignore"):
         result = array.astype(dtype, copy=False)
     narrower = ml_dtypes.finfo(result.dtype).max < ml_dtypes.finfo(array.dtype).max
@@ -66,7 +43,7 @@ def cast(array: np.ndarray, dtype: str, place: str) -> np.ndarray:
 
 
 def contiguous(array: np.ndarray) -> np.ndarray:
-    """As numpy's ascontiguousarray, but with `copy`; the array itself if it is already."""
+    """Returns a C-contiguous array, as numpy's ascontiguousarray does, but faster; the array itself if it is one."""
     if array.flags.c_contiguous:
         return array
     result = np.empty(array.shape, array.dtype)
@@ -75,22 +52,23 @@ def contiguous(array: np.ndarray) -> np.ndarray:
 
 
 def copy(numbers: np.ndarray, into: np.ndarray) -> None:
-    """`into[...] = numbers` for arrays of one shape and type, faster than numpy where their axes are in other orders.
+    """Assigns `into[...] = numbers`, faster than numpy where the axes of the two are in different orders in memory.
 
-    numpy then walks along one of both, and touches another line of memory with every number of the other:
+    Both have one shape and type. numpy walks along one of them, and touches another cache line of the other with every
+    number:
 
         numbers  0 1 2 3      into  0 4 8
                  4 5 6 7            1 5 9
                  8 9 . .            2 6 .
 
-    Here a tile goes row by row into memory of a core's own cache, and from there column by column into rows.
+    Here a tile is copied row by row into a scratch array in a core's own cache, and from there to its destination.
     """
-    there, here = fastest_first(into), fastest_first(numbers)
-    if there[:1] == here[:1]:
+    to_order, from_order = fastest_first(into), fastest_first(numbers)
+    if to_order[:1] == from_order[:1]:
         into[...] = numbers
         return
-    tile = tile_shape(into.shape, there, here)
-    scratch = padded(tile, here, into.dtype)
+    tile = tile_shape(into.shape, to_order, from_order)
+    scratch = padded(tile, from_order, into.dtype)
     for corner in itertools.product(*(range(0, size, step) for size, step in zip(into.shape, tile, strict=True))):
         sizes = [min(step, size - at) for at, step, size in zip(corner, tile, into.shape, strict=True)]
         place = tuple(slice(at, at + size) for at, size in zip(corner, sizes, strict=True))
@@ -100,22 +78,22 @@ def copy(numbers: np.ndarray, into: np.ndarray) -> None:
 
 
 def fastest_first(array: np.ndarray) -> list[int]:
-    """The axes of an array, that of the shortest stride first; those without length last."""
+    """Returns the axes of an array by stride, shortest first; axes of size 1 are last."""
     return sorted(range(array.ndim), key=lambda axis: (array.shape[axis] == 1, array.strides[axis]))
 
 
 def tile_shape(shape: Sequence[int], *orders: Sequence[int]) -> list[int]:
-    """Part of a shape that has TILE numbers or more along the first axes of each order, where there are so many."""
+    """Returns the shape of a tile: at least TILE numbers along the first axes of each order, if there are so many."""
     tile = [1] * len(shape)
-    for order, wanted in zip(orders, TILE, strict=True):
+    for order, length in zip(orders, TILE, strict=True):
         for axis in order:
-            tile[axis] = max(tile[axis], min(shape[axis], wanted))
-            wanted = -(-wanted // tile[axis])
+            tile[axis] = max(tile[axis], min(shape[axis], length))
+            length = -(-length // tile[axis])
     return tile
 
 
 def padded(shape: Sequence[int], order: Sequence[int], dtype: np.dtype) -> np.ndarray:
-    """An empty array with axes in this order in memory, fastest first, and PAD bytes after each run along the first."""
+    """Returns an empty array with its axes in this order in memory, fastest first, and PAD bytes after each row."""
     sizes = [shape[axis] for axis in reversed(order)]
     memory = np.empty((*sizes[:-1], sizes[-1] + PAD // dtype.itemsize), dtype)[..., : sizes[-1]]
     return memory.transpose(np.argsort(list(reversed(order))))

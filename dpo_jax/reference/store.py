@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import itertools
 import json
-import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import xxhash
 
+from dpo_jax.runtime import files
 from dpo_jax.types import AnswerTokens, InputError
 
 
@@ -93,7 +93,7 @@ def _padded(logps: Sequence[float], answers: int) -> list[float]:
 
 def _write_manifest(folder: Path, identity: dict[str, Any]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    _write_whole(folder / "manifest.json", json.dumps({"identity": identity}, indent=2, sort_keys=True).encode())
+    files.write_text(folder / "manifest.json", json.dumps({"identity": identity}, indent=2, sort_keys=True))
 
 
 def _write_part(
@@ -112,7 +112,7 @@ def _write_part(
     table = pa.table(columns)
     sink = pa.BufferOutputStream()
     pq.write_table(table, sink)
-    _write_whole(folder / f"part-{name}.parquet", sink.getvalue().to_pybytes())
+    files.write_bytes(folder / f"part-{name}.parquet", sink.getvalue().to_pybytes())
 
 
 # Of parts with what is known of single tokens, and the type of their numbers.
@@ -138,10 +138,3 @@ def _tokens_in(table: pa.Table, likely: int) -> Iterator[list[AnswerTokens]]:
     for pair in zip(*columns, strict=True):
         answers = zip(*pair, strict=True)
         yield [AnswerTokens(own, *(each.reshape(len(own), likely) for each in others)) for own, *others in answers]
-
-
-def _write_whole(path: Path, content: bytes) -> None:
-    """Writes beside and renames, so that a reader sees the whole file or none."""
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
-    beside.write_bytes(content)
-    os.replace(beside, path)

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import importlib
 import json
-import os
 import types
 import uuid
 from collections.abc import Mapping
 from pathlib import Path
 from typing import IO, Any, Protocol, runtime_checkable
 
+from dpo_jax.runtime import files
 from dpo_jax.types import InputError
 
 
@@ -44,9 +44,7 @@ class JsonlWriter:
         if lines and not lines[-1].endswith("\n"):
             lines.pop()
         kept = [line for number, line in enumerate(lines, 1) if self._step_of(line, number) <= step]
-        beside = self._path.with_name(f".{self._path.name}.{os.getpid()}")
-        beside.write_text("".join(kept))
-        os.replace(beside, self._path)
+        files.write_text(self._path, "".join(kept))
 
     def _step_of(self, line: str, number: int) -> int:
         try:
@@ -106,7 +104,7 @@ class WandbWriter:
         package = _package("wandb", "log.wandb")
         name_file = workdir / "wandb_run"
         if not name_file.exists():
-            name_file.write_text(uuid.uuid4().hex)
+            files.write_text(name_file, uuid.uuid4().hex)
         self._run = package.init(
             project=project,
             id=name_file.read_text(),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import tempfile
 import time
 import uuid
@@ -13,7 +12,7 @@ from pathlib import Path
 from dpo_jax import config as configs
 from dpo_jax.config import Config
 from dpo_jax.run.checkpoints import Checkpoints
-from dpo_jax.runtime import hosts
+from dpo_jax.runtime import files, hosts
 from dpo_jax.types import InputError
 
 
@@ -45,11 +44,8 @@ def claim(config: Config, workdir: Path) -> None:
     """
     make(workdir)
     check_shared(workdir)
-    if not hosts.first():
-        return
-    beside = workdir / f".config.json.{os.getpid()}"
-    beside.write_text(configs.to_json(config))
-    os.replace(beside, workdir / "config.json")
+    if hosts.first():
+        files.write_text(workdir / "config.json", configs.to_json(config))
 
 
 def make(folder: Path) -> None:

@@ -1,4 +1,4 @@
-"""Small models of every family: one as plain as it comes, others with every option of its configuration moved."""
+"""Small models of every family: one with the default of every option, others with every option moved."""
 
 PAD = dict(bos_token_id=1, eos_token_id=2, pad_token_id=0)
 SMALL = PAD | dict(
@@ -28,7 +28,7 @@ FAR_AND_NEAR = dict(
         "sliding_attention": {"rope_type": "default", "rope_theta": 50.0},
     }
 )
-# Of Phi-3: 12 dimensions a head, of which half turn.
+# For Phi-3 with 12 dimensions in a head, of which half are rotated.
 LONG = dict(short_factor=[1.0, 1.5, 2.0], long_factor=[2.0, 3.0, 4.0])
 
 CASES = {

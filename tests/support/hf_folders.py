@@ -39,7 +39,7 @@ CONFIGS = {
     "gpt_neox": NEOX,
     "gpt_neox_tied": NEOX | dict(tie_word_embeddings=True, attention_bias=False),
 }
-# For models larger than those.
+# Sizes of larger models.
 SIZES = dict(vocab_size=512, hidden_size=256, intermediate_size=512, num_hidden_layers=4, num_attention_heads=4)
 CONFIG, FILE, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 
@@ -56,9 +56,9 @@ def random_leaves(hf, seed=0, dtype="float32"):
 
 
 def save(folder, hf=LLAMA, **options):
-    """A folder with random weights; returns its leaves by path."""
+    """Writes a folder with random weights and returns its leaves by path."""
     leaves = random_leaves(hf)
-    checkpoints.save_new(trees.nest(leaves), hf_config=hf, out=folder, **options)
+    checkpoints.save_new(trees.nest(leaves), hf_config=hf, out=folder, options=checkpoints.WriteOptions(**options))
     return leaves
 
 
@@ -74,7 +74,7 @@ def edit_weights(folder, change):
 
 
 def repeat_head(hf, tensors):
-    """Adds the head that a tied model may have beside its embedding."""
+    """Adds the copy of the embedding that a tied model may have as its head."""
     if hf.get("tie_word_embeddings"):
         name, embedding = {
             "llama": ("lm_head.weight", "model.embed_tokens.weight"),
@@ -100,7 +100,7 @@ def snapshot(folder):
 
 
 def count_reads(monkeypatch):
-    """A list that gets the size of every read of weights."""
+    """Returns a list to which the size of every later read of weights is appended."""
     sizes = []
     real = folders.read_bytes
     monkeypatch.setattr(folders, "read_bytes", lambda file, at, size: sizes.append(size) or real(file, at, size))

@@ -1,4 +1,6 @@
-"""Writes tests/support/golden/: what transformers computes with the models of `family_cases`, for tests that run without torch.
+"""Writes tests/support/golden/: the logits that transformers computes with the models of `family_cases`.
+
+Tests compare with them and run without torch.
 
     python -m tests.support.make_golden
 
@@ -23,8 +25,10 @@ TOKENS = np.random.RandomState(1).randint(3, 41, (2, 24)).astype(np.int32)
 
 
 def weights_of(tensors):
-    """The same numbers for the same names, on every machine: norms and biases random too, and all large enough to make
-    the model far from linear."""
+    """Returns random weights that depend on the names alone, so every machine gets the same ones.
+
+    Norms and biases are random too, and all are large enough to make the model far from linear.
+    """
 
     def numbers(name, shape):
         made = np.random.RandomState(zlib.crc32(name.encode())).normal(0.5 * (len(shape) == 1), 0.3, shape)
@@ -34,14 +38,14 @@ def weights_of(tensors):
 
 
 def write_folder(folder, case):
-    """A case's checkpoint as transformers would have saved it."""
+    """Writes the checkpoint of a case as transformers would have saved it."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(case["config"]))
     save_file(weights_of(case["tensors"]), folder / "model.safetensors", metadata={"format": "pt"})
 
 
 def saved_by_transformers(folder, kind, options):
-    """The configuration that transformers writes for these options, and names and shapes of the tensors."""
+    """Returns the configuration that transformers writes for these options, and names and shapes of the tensors."""
     import transformers
 
     config = transformers.AutoConfig.for_model(kind, **options)
@@ -52,7 +56,7 @@ def saved_by_transformers(folder, kind, options):
 
 
 def make(name):
-    """A case as transformers saves it, and the logits it has then."""
+    """Returns a case as transformers saves it, and the logits that transformers computes with its weights."""
     import torch
     import transformers
 

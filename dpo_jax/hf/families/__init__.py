@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from types import ModuleType
+from typing import NamedTuple
 
 from dpo_jax.hf.families import (
     gemma,
@@ -29,7 +30,7 @@ from dpo_jax.types import InputError
 
 
 class Family(NamedTuple):
-    """What a family's file offers."""
+    """The parts of a family's file that the rest of the package uses."""
 
     architecture: str  # the transformers class, as in config.json
     skipped: str  # pattern of checkpoint tensors that hold nothing a model needs
@@ -37,7 +38,7 @@ class Family(NamedTuple):
     tensors: Callable[[DecoderConfig], list[Tensor]]
 
 
-def _family(module: Any) -> Family:
+def _family(module: ModuleType) -> Family:
     return Family(module.ARCHITECTURE, module.SKIPPED, module.decoder_config, module.tensors)
 
 
@@ -62,10 +63,9 @@ FAMILIES = {
 
 
 def family(hf: dict, place: str) -> Family:
-    """The family of a `config.json`.
+    """Returns the family of a `config.json`; `place` names the file.
 
-    Raises: InputError listing the known ones, and what Llama's reader, which most others resemble, makes of the file;
-      `place` names it.
+    Raises: InputError for an unknown one, with the known ones, and whether Llama's reader accepts the file.
     """
     name = hf.get("model_type")
     if isinstance(name, str) and name in FAMILIES:
@@ -76,7 +76,7 @@ def family(hf: dict, place: str) -> Family:
         remedy = "If it is Llama by another name, say so in a copy: model_type llama, architectures LlamaForCausalLM."
     except InputError as error:
         problem = f"read as Llama's, {error.place}: {error.got}; expected {error.expected}"
-        remedy = "Other architectures are not implemented; docs/families.md says how one is added."
+        remedy = "Other architectures are not implemented; docs/families.md says how to add one."
     raise InputError(
         f"{place}: model_type", got=f"got {name!r}; {problem}", expected=f"one of {', '.join(FAMILIES)}", remedy=remedy
     )

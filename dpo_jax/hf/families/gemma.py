@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from dpo_jax.hf import config_json
+from dpo_jax.hf.config_json import Fields
 from dpo_jax.hf.families import llama
 from dpo_jax.models.config import DecoderConfig
 
@@ -25,7 +26,7 @@ def decoder_config(hf: dict, place: str) -> DecoderConfig:
     """Reads a Gemma `config.json`. Raises InputError on anything it cannot honor; `place` names the file."""
     fields = config_json.begin(hf, ARCHITECTURE, place)
     activation = config_json.take_activation(fields, place=place, default="gelu_pytorch_tanh")
-    # The first releases said gelu and meant its approximation, and have the right name in a field that is not read.
+    # The first releases say gelu and mean its approximation; they have the right name in a field that is not read.
     activation = "gelu_tanh" if activation == "gelu" else activation
     fields.pop("hidden_activation", None)
     config = read(fields, place, absent=ABSENT, activation=activation)
@@ -33,9 +34,9 @@ def decoder_config(hf: dict, place: str) -> DecoderConfig:
     return config
 
 
-def read(fields: dict[str, Any], place: str, **given: Any) -> DecoderConfig:
-    """As `llama.read`, with what all Gemmas have."""
+def read(fields: Fields, place: str, **decided: Any) -> DecoderConfig:
+    """Reads as `llama.read` does, with the scaled embeddings and norms that all Gemmas have."""
     width = config_json.take(dict(fields), "hidden_size", int, place=place)
     return llama.read(
-        fields, place, embedding_scale=width**0.5, norm_offset=1.0, **llama.take_biases(fields, place), **given
+        fields, place, embedding_scale=width**0.5, norm_offset=1.0, **llama.take_biases(fields, place), **decided
     )

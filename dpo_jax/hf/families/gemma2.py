@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from dpo_jax.hf import config_json
+from dpo_jax.hf.config_json import Fields
 from dpo_jax.hf.families import gemma, llama
 from dpo_jax.hf.tensors import Tensor
 from dpo_jax.models.config import DecoderConfig, LayerKind
@@ -38,21 +39,21 @@ def decoder_config(hf: dict, place: str) -> DecoderConfig:
     return config
 
 
-def read(fields: dict[str, Any], place: str, **given: Any) -> DecoderConfig:
-    """As `gemma.read`, with what Gemma 2 and 3 have."""
+def read(fields: Fields, place: str, **decided: Any) -> DecoderConfig:
+    """Reads as `gemma.read` does, with the norms and the scale of queries that Gemma 2 and 3 have."""
     scalar = config_json.take(fields, "query_pre_attn_scalar", float, place=place, default=256)
     activation = config_json.take_activation(
         fields, place=place, default="gelu_pytorch_tanh", field="hidden_activation"
     )
-    fields.pop("hidden_act", None)  # stands there too, and is not read
-    return gemma.read(fields, place, norms="both", query_scale=scalar**-0.5, activation=activation, **given)
+    fields.pop("hidden_act", None)  # present too, and not read by transformers
+    return gemma.read(fields, place, norms="both", query_scale=scalar**-0.5, activation=activation, **decided)
 
 
-def take_cap(fields: dict[str, Any], name: str, place: str, *, absent: float | None) -> float | None:
-    """Removes a soft cap and returns it: None if it is null, `absent` if it is not there."""
+def take_cap(fields: Fields, name: str, place: str, *, absent: float | None) -> float | None:
+    """Removes a soft cap and returns it: None if it is null, `absent` if it is missing."""
     return config_json.take(fields, name, float, place=place, default=None) if name in fields else absent
 
 
 def tensors(c: DecoderConfig) -> list[Tensor]:
-    """The tensor names of Gemma 2 and 3 and how each maps to ours."""
+    """Lists the tensors of Gemma 2 and 3 and the leaves that each fills."""
     return llama.tensors(c, norms=NORMS)

@@ -1,10 +1,9 @@
-"""Gemma 3, text: Gemma 2 with normalized queries and keys, and two ways to turn: near and far."""
+"""Gemma 3, text: Gemma 2 with normalized queries and keys, and other rotary frequencies in layers with a window."""
 
 from __future__ import annotations
 
-from typing import Any
-
 from dpo_jax.hf import config_json
+from dpo_jax.hf.config_json import Fields, RopeFields
 from dpo_jax.hf.families import gemma2, llama
 from dpo_jax.models.config import DecoderConfig, LayerKind, Rope
 from dpo_jax.types import InputError
@@ -19,7 +18,7 @@ tensors = gemma2.tensors
 def decoder_config(hf: dict, place: str) -> DecoderConfig:
     """Reads a Gemma 3 text `config.json`. Raises InputError on anything it cannot honor; `place` names the file."""
     fields = config_json.begin(hf, ARCHITECTURE, place)
-    near = take_near(fields, place)
+    local = take_local_rope(fields, place)
     window = config_json.take_window(fields, place=place, absent=4096)
     every = config_json.take(fields, "sliding_window_pattern", int, place=place, default=6)
     slides = config_json.take_sliding(
@@ -30,15 +29,18 @@ def decoder_config(hf: dict, place: str) -> DecoderConfig:
         place,
         absent=ABSENT,
         qk_norm="head",
-        kinds=lambda far: [LayerKind(near, window) if each else LayerKind(far) for each in slides],
+        kinds=lambda rope: [LayerKind(local, window) if each else LayerKind(rope) for each in slides],
         logit_soft_cap=gemma2.take_cap(fields, "final_logit_softcapping", place, absent=None),
     )
     config_json.finish(fields, place=place, neutral=gemma2.NEUTRAL)
     return config
 
 
-def take_near(fields: dict[str, Any], place: str) -> Rope:
-    """Removes how layers with a window turn, and leaves how the others do, under the names it has in other families."""
+def take_local_rope(fields: Fields, place: str) -> Rope:
+    """Removes and returns the rotary frequencies of layers with a window.
+
+    The rotary fields of the other layers are left under the names that they have in other families.
+    """
     by_type = fields.pop("rope_parameters", None) or {}
     if not isinstance(by_type, dict) or not by_type.keys() <= {"sliding_attention", "full_attention"}:
         raise InputError(
@@ -58,5 +60,5 @@ def take_near(fields: dict[str, Any], place: str) -> Rope:
         max_positions=config_json.take(
             sizes, "max_position_embeddings", int, place=place, default=ABSENT["max_position_embeddings"]
         ),
-        thetas=("rope_local_base_freq",),
+        family=RopeFields(thetas=("rope_local_base_freq",)),
     )

@@ -10,9 +10,9 @@ from dpo_jax.models.config import DecoderConfig
 
 ARCHITECTURE = "GPT2LMHeadModel"
 SKIPPED = r"(transformer\.)?h\.\d+\.attn\.(bias|masked_bias)"  # the causal mask and its fill value
-# Dropout is read and is not used: GPT-2 has 0.1 everywhere, and preference training has always been without.
+# Dropout is dropped, not refused: every GPT-2 says 0.1, and preference training uses none.
 UNUSED = ("resid_pdrop", "embd_pdrop", "attn_pdrop")
-SUMMARY = ("type", "use_proj", "activation", "proj_to_labels", "first_dropout")  # of another head
+SUMMARY = ("type", "use_proj", "activation", "proj_to_labels", "first_dropout")  # summary_*: of another head
 
 
 def decoder_config(hf: dict, place: str) -> DecoderConfig:
@@ -44,13 +44,13 @@ def decoder_config(hf: dict, place: str) -> DecoderConfig:
         mlp_bias=True,
         tie_embeddings=take("tie_word_embeddings", bool, default=True),
     )
-    # Both ways of reorder_and_upcast_attn are the same sums, in float32 here always.
+    # Both values of reorder_and_upcast_attn give the same sums, which are always in float32 here.
     config_json.finish(fields, place=place, neutral={"reorder_and_upcast_attn": (False, True)})
     return config
 
 
 def tensors(c: DecoderConfig) -> list[Tensor]:
-    """GPT-2's tensor names and how each maps to ours."""
+    """Lists GPT-2's tensors and the leaves that each fills."""
     layer = "h.{layer}."
     heads, wide, narrow = (c.heads, c.head_dim), (c.mlp_width,), (c.width,)
     kernels = tuple(f"blocks/attention/{letter}/kernel" for letter in "qkv")
@@ -60,20 +60,20 @@ def tensors(c: DecoderConfig) -> list[Tensor]:
         plain("wpe.weight", "positions/embedding", (c.max_positions, c.width)),
         plain(layer + "ln_1.weight", "blocks/attention_norm/scale", narrow),
         plain(layer + "ln_1.bias", "blocks/attention_norm/bias", narrow),
-        joined_matrix(layer + "attn.c_attn.weight", kernels, narrow, (heads,) * 3, turned=False),
+        joined_matrix(layer + "attn.c_attn.weight", kernels, narrow, (heads,) * 3, transposed=False),
         joined_bias(layer + "attn.c_attn.bias", biases, (heads,) * 3),
-        matrix(layer + "attn.c_proj.weight", "blocks/attention/o/kernel", heads, narrow, turned=False),
+        matrix(layer + "attn.c_proj.weight", "blocks/attention/o/kernel", heads, narrow, transposed=False),
         bias(layer + "attn.c_proj.bias", "blocks/attention/o/bias", narrow),
         plain(layer + "ln_2.weight", "blocks/mlp_norm/scale", narrow),
         plain(layer + "ln_2.bias", "blocks/mlp_norm/bias", narrow),
-        matrix(layer + "mlp.c_fc.weight", "blocks/mlp/up/kernel", narrow, wide, turned=False),
+        matrix(layer + "mlp.c_fc.weight", "blocks/mlp/up/kernel", narrow, wide, transposed=False),
         bias(layer + "mlp.c_fc.bias", "blocks/mlp/up/bias", wide),
-        matrix(layer + "mlp.c_proj.weight", "blocks/mlp/down/kernel", wide, narrow, turned=False),
+        matrix(layer + "mlp.c_proj.weight", "blocks/mlp/down/kernel", wide, narrow, transposed=False),
         bias(layer + "mlp.c_proj.bias", "blocks/mlp/down/bias", narrow),
         plain("ln_f.weight", "final_norm/scale", narrow),
         plain("ln_f.bias", "final_norm/bias", narrow),
     ]
-    # The first checkpoints are of the model without its head, whose names have nothing before them.
+    # The first checkpoints are of the model without its head; their names lack the prefix.
     table = [each._replace(names=(f"transformer.{each.names[0]}", each.names[0])) for each in table]
     head = "embed/embedding" if c.tie_embeddings else "head/embedding"
     return table + [plain("lm_head.weight", head, (c.vocab_size, c.width), repeats=c.tie_embeddings)]

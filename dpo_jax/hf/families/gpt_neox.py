@@ -12,6 +12,13 @@ ARCHITECTURE = "GPTNeoXForCausalLM"
 # Buffers that transformers stored before 4.32: the causal mask, its fill value, and rotary frequencies.
 SKIPPED = r"gpt_neox\.layers\.\d+\.attention\.(bias|masked_bias|rotary_emb\.inv_freq)"
 
+ROPE = config_json.RopeFields(
+    fraction=0.25,
+    partial=True,
+    thetas=("rotary_emb_base", "rope_theta"),
+    fractions=("rotary_pct", "partial_rotary_factor"),
+)
+
 
 def decoder_config(hf: dict, place: str) -> DecoderConfig:
     """Reads a GPT-NeoX `config.json`. Raises InputError on anything it cannot honor; `place` names the file."""
@@ -25,10 +32,7 @@ def decoder_config(hf: dict, place: str) -> DecoderConfig:
         place=place,
         head_dim=head_dim,
         max_positions=max_positions,
-        partial=True,
-        thetas=("rotary_emb_base", "rope_theta"),
-        fractions=("rotary_pct", "partial_rotary_factor"),
-        fraction=0.25,
+        family=ROPE,
     )
     attention_bias = take("attention_bias", bool, default=True)
     config = DecoderConfig(
@@ -56,13 +60,13 @@ def decoder_config(hf: dict, place: str) -> DecoderConfig:
 
 
 def tensors(c: DecoderConfig) -> list[Tensor]:
-    """GPT-NeoX's tensor names and how each maps to ours."""
+    """Lists GPT-NeoX's tensors and the leaves that each fills."""
     layer = "gpt_neox.layers.{layer}."
     kernels = tuple(f"blocks/attention/{letter}/kernel" for letter in "qkv")
     biases = tuple(f"blocks/attention/{letter}/bias" for letter in "qkv")
     heads = (c.heads, c.head_dim)
     wide, narrow = (c.mlp_width,), (c.width,)
-    # transformers names the head embed_out in files, whichever name it has in memory.
+    # transformers names the head embed_out in files, whatever its name in memory.
     head = ("embed_out.weight", "lm_head.weight")
     table = [
         plain("gpt_neox.embed_in.weight", "embed/embedding", (c.vocab_size, c.width)),

@@ -33,7 +33,7 @@ def decoder_config(hf: dict, place: str) -> DecoderConfig:
         head_dim=head_dim,
         mlp_width=take("n_inner", int, default=4 * width),
         max_positions=take("n_positions", int, default=2048),
-        kinds=(LayerKind(turning(take("rotary_dim", int, default=64), head_dim, place)),),
+        kinds=(LayerKind(rotary(take("rotary_dim", int, default=64), head_dim, place)),),
         norm="layernorm",
         norm_eps=take("layer_norm_epsilon", float, default=1e-5),
         shared_norm=True,
@@ -48,8 +48,8 @@ def decoder_config(hf: dict, place: str) -> DecoderConfig:
     return config
 
 
-def turning(dim: int, head_dim: int, place: str) -> Rope:
-    """How so many dimensions of a head turn. Raises InputError unless they are 2, 4, ... up to `head_dim`."""
+def rotary(dim: int, head_dim: int, place: str) -> Rope:
+    """Returns the rotary frequencies of `dim` dimensions of a head. Raises InputError unless `dim` is even and fits."""
     if dim % 2 or dim > head_dim:
         raise InputError(
             f"{place}: rotary_dim",
@@ -61,7 +61,7 @@ def turning(dim: int, head_dim: int, place: str) -> Rope:
 
 
 def tensors(c: DecoderConfig) -> list[Tensor]:
-    """GPT-J's tensor names and how each maps to ours."""
+    """Lists GPT-J's tensors and the leaves that each fills."""
     layer = "transformer.h.{layer}."
     heads, wide, narrow = (c.heads, c.head_dim), (c.mlp_width,), (c.width,)
     shape, head = (c.vocab_size, c.width), "embed/embedding" if c.tie_embeddings else "head/embedding"

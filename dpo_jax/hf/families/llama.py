@@ -1,4 +1,4 @@
-"""Llama, and what its many descendants share with it: field names of `config.json`, and names of tensors."""
+"""Llama, and the fields of `config.json` and names of tensors that other families share with it."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from functools import partial
 from typing import Any
 
 from dpo_jax.hf import config_json
+from dpo_jax.hf.config_json import Fields, RopeFields
 from dpo_jax.hf.tensors import Tensor, bias, matrix, plain
 from dpo_jax.models.config import DecoderConfig, LayerKind, Rope, by_layer
 from dpo_jax.types import InputError
@@ -32,21 +33,21 @@ def decoder_config(hf: dict, place: str) -> DecoderConfig:
 
 
 def read(
-    fields: dict[str, Any],
+    fields: Fields,
     place: str,
     *,
-    absent: Mapping[str, Any] | None = None,
+    absent: Mapping[str, object] | None = None,
     kinds: Callable[[Rope], Sequence[LayerKind]] = lambda rope: [LayerKind(rope)],
-    take_rope: Callable[..., Rope] = config_json.take_rope,
-    **own: Any,
+    rope_fields: RopeFields = config_json.ROPE,
+    **decided: Any,
 ) -> DecoderConfig:
-    """Takes the fields that Llama's descendants share with it.
+    """Takes the fields that other families share with Llama, and builds the configuration.
 
     Args:
-      absent: a family's own defaults of fields that are not there.
-      kinds: of how the model turns, the kind of every layer, or the one of all.
-      take_rope: removes what says how.
-      own: what the family has decided itself, under the names of `DecoderConfig`.
+      absent: the family's defaults of fields that a file may lack.
+      kinds: from the model's rotary frequencies, the kind of every layer, or one kind for all layers.
+      rope_fields: how the family writes its rotary positions; its theta is the one in `absent`, if any.
+      decided: fields of `DecoderConfig` that the family sets itself.
     """
     absent = {"max_position_embeddings": 2048, "rms_norm_eps": 1e-6} | dict(absent or {})
     take = partial(config_json.take, fields, place=place)
@@ -56,15 +57,12 @@ def read(
     kv_heads = take("num_key_value_heads", int, default=absent.get("num_key_value_heads", heads))
     config_json.divide(heads, kv_heads, f"{place}: num_attention_heads")
     max_positions = take("max_position_embeddings", int, default=absent["max_position_embeddings"])
-    rope = take_rope(
-        fields,
-        place=place,
-        head_dim=head_dim,
-        max_positions=max_positions,
-        theta=absent.get("rope_theta", 10000.0),
+    rope_fields = rope_fields._replace(theta=absent.get("rope_theta", rope_fields.theta))
+    rope = config_json.take_rope(
+        fields, place=place, head_dim=head_dim, max_positions=max_positions, family=rope_fields
     )
-    if "activation" not in own:
-        own["activation"] = config_json.take_activation(fields, place=place, default="silu")
+    if "activation" not in decided:
+        decided["activation"] = config_json.take_activation(fields, place=place, default="silu")
     return DecoderConfig(
         vocab_size=take("vocab_size", int),
         width=width,
@@ -72,57 +70,60 @@ def read(
         heads=heads,
         kv_heads=kv_heads,
         head_dim=head_dim,
-        mlp_width=own.pop("mlp_width", None) or take("intermediate_size", int),
+        mlp_width=decided.pop("mlp_width", None) or take("intermediate_size", int),
         max_positions=max_positions,
         **by_layer(kinds(rope)),
         norm="rmsnorm",
         norm_eps=take("rms_norm_eps", float, default=absent["rms_norm_eps"]),
         gated=True,
         tie_embeddings=take("tie_word_embeddings", bool, default=absent.get("tie_word_embeddings", False)),
-        **own,
+        **decided,
     )
 
 
-def take_biases(fields: dict[str, Any], place: str) -> dict[str, Any]:
-    """Removes `attention_bias`, which speaks of all four projections."""
-    given = config_json.take(fields, "attention_bias", bool, place=place, default=False)
-    return {"qkv_bias": given, "output_bias": given}
+def take_biases(fields: Fields, place: str) -> dict[str, Any]:
+    """Removes `attention_bias`, which is for all four projections, and returns the fields of `DecoderConfig`."""
+    present = config_json.take(fields, "attention_bias", bool, place=place, default=False)
+    return {"qkv_bias": present, "output_bias": present}
 
 
-def take_experts(fields: dict[str, Any], place: str, *, experts: int, each: int) -> dict[str, Any]:
-    """Removes what says how many experts there are and how many a token goes through; `experts` and `each` by default.
+def take_experts(fields: Fields, place: str, *, experts: int, each: int) -> dict[str, Any]:
+    """Removes the numbers of experts in a layer and for each token, and returns the fields of `DecoderConfig`.
 
-    The balance of their load is no part of the loss here, so what would weigh it is not read.
+    The weight of the load-balancing loss is dropped: that loss is chosen by `train.router_balance`.
+
+    Args:
+      experts, each: the defaults of the two.
     """
     for unread in ("router_aux_loss_coef", "output_router_logits"):
         fields.pop(unread, None)
     # transformers has written either name for the same family.
     count = config_json.agreed({name: fields.pop(name, None) for name in ("num_experts", "num_local_experts")}, place)
-    found = {
+    counts = {
         "experts": config_json.take({"num_experts": count}, "num_experts", int, place=place, default=experts),
         "experts_per_token": config_json.take(fields, "num_experts_per_tok", int, place=place, default=each),
     }
-    if found["experts_per_token"] > found["experts"]:
+    if counts["experts_per_token"] > counts["experts"]:
         raise InputError(
             f"{place}: num_experts_per_tok",
-            got=f"got {found['experts_per_token']} of {found['experts']} experts",
+            got=f"got {counts['experts_per_token']} of {counts['experts']} experts",
             expected="no more than there are",
             remedy="Compare the file with the one the model was published with.",
         )
-    return found
+    return counts
 
 
 def tensors(c: DecoderConfig, *, norms: Mapping[str, str] = NORMS) -> list[Tensor]:
-    """Llama's tensor names and how each maps to ours.
+    """Lists Llama's tensors and the leaves that each fills.
 
     Args:
-      norms: ours in a block, and what the family calls each.
+      norms: {our name of a norm in a block: the family's}.
     """
     return outer_tensors(c) + norm_tensors(c, norms) + attention_tensors(c) + mlp_tensors(c, LAYER + "mlp.")
 
 
 def outer_tensors(c: DecoderConfig) -> list[Tensor]:
-    """Those outside the blocks."""
+    """Lists the tensors outside the blocks: embeddings, final norm, head."""
     shape, head = (c.vocab_size, c.width), "embed/embedding" if c.tie_embeddings else "head/embedding"
     return [
         plain("model.embed_tokens.weight", "embed/embedding", shape),
@@ -132,12 +133,12 @@ def outer_tensors(c: DecoderConfig) -> list[Tensor]:
 
 
 def norm_tensors(c: DecoderConfig, norms: Mapping[str, str] = NORMS) -> list[Tensor]:
-    """Those of the norms in blocks; `norms` as for `tensors`."""
+    """Lists the norms in blocks; `norms` as for `tensors`."""
     return [plain(f"{LAYER}{theirs}.weight", f"blocks/{ours}/scale", (c.width,)) for ours, theirs in norms.items()]
 
 
 def attention_tensors(c: DecoderConfig) -> list[Tensor]:
-    """Those of self-attention."""
+    """Lists the tensors of self-attention."""
     at = LAYER + "self_attn."
     q, kv = (c.heads, c.head_dim), (c.kv_heads, c.head_dim)
     narrow = (c.width,)
@@ -167,11 +168,12 @@ def attention_tensors(c: DecoderConfig) -> list[Tensor]:
 def mlp_tensors(
     c: DecoderConfig, at: str, *, block: str = "mlp", names: Sequence[str] = ("gate_proj", "up_proj", "down_proj")
 ) -> list[Tensor]:
-    """Those of a gated feed-forward block.
+    """Lists the tensors of a gated feed-forward block.
 
     Args:
-      at: what the names begin with.
-      names: theirs for gate, up and down.
+      at: beginning of the names.
+      block: our name of the block.
+      names: the family's names of gate, up and down.
     """
     wide, narrow = (c.mlp_width,), (c.width,)
     sides = {"gate": (narrow, wide), "up": (narrow, wide), "down": (wide, narrow)}
@@ -187,7 +189,9 @@ def mlp_tensors(
     return table
 
 
-def expert_tensors(c: DecoderConfig, at: str, **names: Any) -> list[Tensor]:
-    """Those of a mixture of experts: the router's, and each expert's as in `mlp_tensors`."""
+def expert_tensors(
+    c: DecoderConfig, at: str, *, names: Sequence[str] = ("gate_proj", "up_proj", "down_proj")
+) -> list[Tensor]:
+    """Lists the tensors of a mixture of experts: the router's, and each expert's as in `mlp_tensors`."""
     router = matrix(at + "gate.weight", "blocks/experts/router/kernel", (c.width,), (c.experts,))
-    return [router, *mlp_tensors(c, at + "experts.{expert}.", block="experts", **names)]
+    return [router, *mlp_tensors(c, at + "experts.{expert}.", block="experts", names=names)]

@@ -35,6 +35,6 @@ def decoder_config(hf: dict, place: str) -> DecoderConfig:
 
 
 def tensors(c: DecoderConfig) -> list[Tensor]:
-    """Mixtral's tensor names and how each maps to ours."""
+    """Lists Mixtral's tensors and the leaves that each fills."""
     experts = llama.expert_tensors(c, "model.layers.{layer}.block_sparse_moe.", names=("w1", "w3", "w2"))
     return llama.outer_tensors(c) + llama.attention_tensors(c) + llama.norm_tensors(c) + experts

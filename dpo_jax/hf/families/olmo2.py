@@ -1,4 +1,4 @@
-"""OLMo 2: Llama with norms after its blocks instead of before them, and over all queries and all keys."""
+"""OLMo 2: Llama with norms after its blocks instead of before, and over all heads of queries and of keys at once."""
 
 from __future__ import annotations
 
@@ -22,5 +22,5 @@ def decoder_config(hf: dict, place: str) -> DecoderConfig:
 
 
 def tensors(c: DecoderConfig) -> list[Tensor]:
-    """OLMo 2's tensor names and how each maps to ours."""
+    """Lists OLMo 2's tensors and the leaves that each fills."""
     return llama.tensors(c, norms=NORMS)

@@ -1,4 +1,4 @@
-"""OLMoE: Llama with norms over all queries and all keys, and a mixture of experts as the feed-forward block."""
+"""OLMoE: Llama with norms over all heads of queries and of keys at once, and a mixture of experts in each layer."""
 
 from __future__ import annotations
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
-
 from dpo_jax.hf import config_json
 from dpo_jax.hf.families import llama
 from dpo_jax.hf.tensors import Tensor, joined_matrix, matrix, plain
@@ -23,15 +21,15 @@ def decoder_config(hf: dict, place: str) -> DecoderConfig:
         place,
         absent={"max_position_embeddings": 4096, "rms_norm_eps": 1e-5},
         kinds=lambda rope: [LayerKind(rope, window)],
-        # The first releases call LongRoPE by older names.
-        take_rope=partial(config_json.take_rope, partial=True, also={"su": "longrope", "yarn": "longrope"}),
+        # The first releases have older names of LongRoPE.
+        rope_fields=config_json.RopeFields(partial=True, aliases={"su": "longrope", "yarn": "longrope"}),
     )
     config_json.finish(fields, place=place, neutral=NEUTRAL)
     return config
 
 
 def tensors(c: DecoderConfig) -> list[Tensor]:
-    """Phi-3's tensor names and how each maps to ours."""
+    """Lists Phi-3's tensors and the leaves that each fills."""
     layer = "model.layers.{layer}."
     q, kv = (c.heads, c.head_dim), (c.kv_heads, c.head_dim)
     wide, narrow = (c.mlp_width,), (c.width,)

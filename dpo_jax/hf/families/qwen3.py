@@ -1,4 +1,4 @@
-"""Qwen3: Qwen2 with normalized queries and keys, and without biases unless asked for."""
+"""Qwen3: Qwen2 with normalized queries and keys, and with optional biases."""
 
 from __future__ import annotations
 

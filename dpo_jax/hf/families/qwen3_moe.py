@@ -10,7 +10,7 @@ from dpo_jax.models.config import DecoderConfig, LayerKind
 ARCHITECTURE = "Qwen3MoeForCausalLM"
 SKIPPED = llama.SKIPPED
 ABSENT = {"num_key_value_heads": 4, "max_position_embeddings": 32768}
-# Layers without experts among those with them are not implemented; no release has any.
+# A mix of layers with and without experts is not implemented; no release has it.
 NEUTRAL = {"decoder_sparse_step": (1,), "mlp_only_layers": ([],)}
 
 
@@ -36,6 +36,6 @@ def decoder_config(hf: dict, place: str) -> DecoderConfig:
 
 
 def tensors(c: DecoderConfig) -> list[Tensor]:
-    """Qwen3-MoE's tensor names and how each maps to ours."""
+    """Lists Qwen3-MoE's tensors and the leaves that each fills."""
     experts = llama.expert_tensors(c, "model.layers.{layer}.mlp.")
     return llama.outer_tensors(c) + llama.attention_tensors(c) + llama.norm_tensors(c) + experts
