@@ -15,6 +15,7 @@ def pair_metrics(
     *,
     token_sums: dict[str, Float[Array, "P K"]] | None = None,
     paired: bool = True,
+    chosen_only: bool = False,
 ) -> dict[str, Float[Array, ""]]:
     """Computes means over the present pairs, each a global numerator over a global denominator.
 
@@ -24,18 +25,19 @@ def pair_metrics(
 
     Args:
       losses: one for each pair, masked here, after the nonlinearity.
-      rewards: None if the loss compares no answers: then neither rewards nor metrics of rejected answers are reported.
+      rewards: None for a loss that implies none: no rewards are reported.
       lengths: scored tokens of each answer; 0 for a missing one.
       present: False for padding.
       token_sums: quantities summed over an answer's tokens, reported as means over all tokens of that side.
       paired: whether every pair has two answers. If not, the margin is the difference of the mean rewards, and no
         accuracy is reported.
+      chosen_only: whether the loss reads chosen answers only: no metrics of rejected answers are reported.
     Returns: loss, rewards/{chosen,rejected,margins,accuracies}, logps/{chosen,rejected} and NAME/{chosen,rejected} for
       each of `token_sums`.
     """
     scored = (lengths > 0) & present[:, None]
     sides = {"chosen": slice(0, 1), "rejected": slice(1, None)}
-    if rewards is None:
+    if chosen_only:
         del sides["rejected"]
     metrics = {"loss": _mean(losses, present)}
     if rewards is not None:

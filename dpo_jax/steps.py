@@ -217,7 +217,16 @@ def loss_metrics(
     """Computes `pair_metrics` of pairs and their losses `each`, with the rewards that the loss implies."""
     rewards = losses.rewards_of(loss_fn, scores.logps, scores.reference, scores.lengths)
     sums = {name: values for name, values in scores.sums.items() if name != "shared_logps"}  # no mean over all tokens
-    return pair_metrics(each, scores.logps, rewards, scores.lengths, scores.present, token_sums=sums, paired=paired)
+    return pair_metrics(
+        each,
+        scores.logps,
+        rewards,
+        scores.lengths,
+        scores.present,
+        token_sums=sums,
+        paired=paired,
+        chosen_only=losses.answers_read_by(loss_fn) == "chosen",
+    )
 
 
 def largest_gaps(scores: Scores) -> Float[Array, "P"]:

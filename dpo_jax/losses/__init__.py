@@ -12,7 +12,15 @@ import warnings
 
 from dpo_jax.losses.batchwise import aot, aot_unpaired, bco_pair, beta_dpo, estimate_kl, kto
 from dpo_jax.losses.modifiers import desensitized, f_scores, wpo_weights
-from dpo_jax.losses.objective import Objective, make_loss, needs_of, options_of, rewards_of, start_of
+from dpo_jax.losses.objective import (
+    Objective,
+    answers_read_by,
+    make_loss,
+    needs_of,
+    options_of,
+    rewards_of,
+    start_of,
+)
 from dpo_jax.losses.pairwise import (
     apo_down,
     apo_zero,
@@ -41,6 +49,7 @@ __all__ = [
     "SUMS",
     "Loss",
     "Objective",
+    "answers_read_by",
     "aot",
     "aot_unpaired",
     "apo_down",

@@ -219,6 +219,14 @@ def rewards_of(loss: Loss, policy: Array, reference: Array, lengths: Array) -> A
     return None if beta is None else beta * (policy - reference)  # type: ignore[operator]
 
 
+def answers_read_by(loss: Loss) -> str:
+    """Returns which answers a loss reads: "all", or "chosen"; a function that is no entry of the registry reads all."""
+    if isinstance(loss, Objective):
+        return loss.answers_read
+    function = loss.func if isinstance(loss, functools.partial) else loss
+    return next((entry.answers_read for entry in REGISTRY.values() if entry.loss is function), "all")
+
+
 def start_of(loss: Loss) -> Running:
     """Returns what a loss carries from update to update, before the first."""
     return loss.start() if isinstance(loss, Objective) else {}
