@@ -46,7 +46,7 @@ def export(
     together: dict[str, Any] = {
         "tokenizer": inputs.tokenizer_folder,
         "card": card,
-        "hosts": folders.Hosts(hosts.index(), hosts.count(), hosts.wait),
+        "hosts": folders.Hosts(hosts.index(), hosts.count(), hosts.barrier),
     }
     if chosen is None or merge:
         params = params if chosen is None else adapters.merge(params, chosen)
@@ -55,5 +55,5 @@ def export(
         table, _ = checkpoints.family_table(inputs.base, inputs.model)
         dtype = config.export.dtype or "float32"
         peft.save(params, chosen, table, inputs.model.stacks, base=inputs.name, out=out, dtype=dtype, **together)
-    hosts.wait("export")  # it is in place once the first is through
+    hosts.barrier("export")  # it is in place once the first is through
     say(f"exported to {out}")
