@@ -21,7 +21,7 @@ from dpo_jax.hf import checkpoints
 from dpo_jax.run import inputs as run_inputs
 from dpo_jax.run import programs, state
 from dpo_jax.run.choices import objective_of
-from dpo_jax.run.evaluate import evaluate, make_summary
+from dpo_jax.run.evaluate import EvalSet, evaluate, make_summary
 from dpo_jax.run.reference_values import reference_store, score_missing
 
 SIDES = ("chosen", "rejected")
@@ -46,9 +46,7 @@ def divergence(workdir: Path, likely: int) -> dict[str, float]:
     row = evaluate(
         lambda batch: built.score(policy, batch),
         make_summary(built.objective),
-        pairs,
-        pairs.lengths,
-        values["eval"],
+        EvalSet(pairs, pairs.lengths, values["eval"]),
         shape=built.score_shape,
         layout=built.layout,
     )

@@ -98,14 +98,14 @@ def load(work: Path, args: Any) -> dict[str, Any]:
     frozen, folder = freeze(chosen), Path(args.model)
     model, _ = checkpoints.read_config(folder)
     built = programs.make_programs(frozen, objective_of(frozen.loss), model, np.array([[20, 30, 30]]))
-    hosts.wait("ready")  # the devices exist and their threads have their stacks
+    hosts.barrier("ready")  # the devices exist and their threads have their stacks
     common.reset_peak()
     before = common.memory("VmRSS")
     params = state.load_params(Source(folder, None, 0), built)
     peak = common.memory("VmHWM")
     parts = [shard.data for leaf in jax.tree.leaves(params) for shard in leaf.addressable_shards]
     kept = sum(part.nbytes for part in parts)
-    hosts.wait("loaded")
+    hosts.barrier("loaded")
     return {
         "kept_bytes": kept,
         "before_bytes": before,

@@ -47,7 +47,7 @@ def export(
         dtype=config.export.dtype,
         tokenizer=inputs.tokenizer_folder,
         card=card,
-        hosts=folders.Hosts(hosts.index(), hosts.count(), hosts.wait),
+        hosts=folders.Hosts(hosts.index(), hosts.count(), hosts.barrier),
     )
     if chosen is None or merge:
         params = params if chosen is None else adapters.merge(params, chosen)
@@ -55,5 +55,5 @@ def export(
     else:
         table, _ = checkpoints.family_table(inputs.base, inputs.model)
         peft.save(params, chosen, table, inputs.model.stacks, base=inputs.name, out=out, options=options)
-    hosts.wait("export")  # it is in place once the first is through
+    hosts.barrier("export")  # it is in place once the first is through
     say(f"exported to {out}")

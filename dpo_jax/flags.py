@@ -121,9 +121,8 @@ class _Source(flags.ArgumentParser):
             text = pathlib.Path(path).read_text()
             config, prepare = from_json(text, path, overridden=self._overridden), record_from_json(text, path).prepare
             if prepare and not config.prepare:
-                say(
-                    f"note: {prepare}, which {pathlib.Path(path).name} names, is not called; --config.prepare={prepare} would"
-                )
+                name = pathlib.Path(path).name
+                say(f"note: {prepare}, which {name} names, is not called; give --config.prepare={prepare} to call it")
             return _thaw(config)
         try:
             get_config = runpy.run_path(path).get("get_config")

@@ -6,7 +6,6 @@ import contextlib
 import dataclasses
 import functools
 import importlib
-import json
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -14,11 +13,10 @@ from typing import Any
 
 import jax
 import numpy as np
-import xxhash
 
 import dpo_jax
 from dpo_jax import trees
-from dpo_jax.config import RESUMABLE, Config, Export, Loss, Sft, flat
+from dpo_jax.config import Config, Export, Loss, Sft
 from dpo_jax.cost.flops import peak_flops
 from dpo_jax.data.batches import ReferenceValues
 from dpo_jax.data.order import epoch_size, make_order
@@ -29,7 +27,7 @@ from dpo_jax.reporting.step_log import StepLog
 from dpo_jax.run import checks, self_check, workdir
 from dpo_jax.run.checkpoints import Checkpoints
 from dpo_jax.run.choices import objective_of, optimizer_of
-from dpo_jax.run.evaluate import evaluate, make_summary
+from dpo_jax.run.evaluate import EvalSet, evaluate, make_summary
 from dpo_jax.run.inputs import Inputs, read_inputs, resolve_paths
 from dpo_jax.run.loop import Schedule, run_loop
 from dpo_jax.run.programs import Programs, make_programs, make_update
@@ -335,13 +333,10 @@ def evaluate_on_eval(
     return evaluate(
         functools.partial(programs.score, params),
         summary,
-        pairs,
-        pairs.lengths,
-        values.get("eval"),
+        EvalSet(pairs, pairs.lengths, values.get("eval"), inputs.mismatched.get("eval")),
         shape=programs.score_shape,
         layout=programs.layout,
         running=running,
-        mismatched=inputs.mismatched.get("eval"),
     )
 
 
@@ -368,17 +363,15 @@ def sync_of(
     reference = config.reference
     if store is None or not reference.sync_steps:
         return None
-    fixed = {name: value for name, value in flat(config).items() if name not in RESUMABLE}
-    run = xxhash.xxh3_64_hexdigest(json.dumps([fixed, inputs.digests], sort_keys=True).encode())
     return ReferenceSync(
         inputs=inputs,
         programs=programs,
         store=store,
         order=order,
-        total=total,
-        every=reference.sync_steps,
+        total_steps=total,
+        sync_steps=reference.sync_steps,
         mixup_alpha=reference.mixup_alpha,
-        run=run,
+        run_digest=workdir.run_digest(config, inputs.digests),
     )
 
 

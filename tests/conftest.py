@@ -5,13 +5,13 @@ import os
 import jaxtyping
 from beartype import BeartypeConf, beartype
 
-from tests.support.processes import UNPOLISHED
+from tests.support.processes import FAST_COMPILE_FLAGS
 
 # Read once, when jax and huggingface_hub are first imported, so set before either is.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ["XLA_FLAGS"] = " ".join(  # of the same flag, the last counts
     [
-        UNPOLISHED if os.environ["JAX_PLATFORMS"] == "cpu" else "",
+        FAST_COMPILE_FLAGS if os.environ["JAX_PLATFORMS"] == "cpu" else "",
         os.environ.get("XLA_FLAGS", ""),
         "--xla_force_host_platform_device_count=8",
     ]

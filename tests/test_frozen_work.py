@@ -50,9 +50,9 @@ def shares(name, **fields):
     """Of a small model, and its operations of a token's products and of a scored one's, forward."""
     model, table, shapes = case(name)
     selection = choices.selection_of(chosen(**fields), table, model)
-    found = selection.shapes(model)
+    found = selection.leaf_shapes(model)
     assert shapes.items() <= found.items()
-    return flops.shares_of(model, found, selection.share), flops.shares_of(model, found, selection.trains)
+    return flops.shares_of(model, found, selection.trained_fraction), flops.shares_of(model, found, selection.trains)
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -1,4 +1,4 @@
-"""One process, which is a run of many whose number is one; tests of several are in test_processes.py."""
+"""Functions of `hosts` in a run of one process; several processes are tested in test_processes.py."""
 
 import os
 import signal
@@ -16,16 +16,16 @@ from tests.support.runs import make_config, make_inputs, read_rows, untimed
 def test_one_process_agrees_with_itself_and_takes_every_share():
     assert (hosts.index(), hosts.count(), hosts.first()) == (0, 1, True)
     assert hosts.mine("abc") == ["a", "b", "c"] and all(hosts.is_mine(i) for i in range(5))
-    assert hosts.exchange("name", {"a": 1}) == [{"a": 1}] and hosts.merged("name")({"a": 1}) == {"a": 1}
-    assert hosts.agreed("name", 7) == 7
+    assert hosts.all_gather("name", {"a": 1}) == [{"a": 1}] and hosts.gather_dicts("name")({"a": 1}) == {"a": 1}
+    assert hosts.broadcast("name", 7) == 7
     hosts.agree("nothing", {"a": 1})
-    hosts.wait("name")
+    hosts.barrier("name")
     with hosts.first_alone("name") as alone:
         assert alone
 
 
 @pytest.mark.parametrize(
-    "given, wrong",
+    "flags, message",
     [
         (dict(coordinator="host:1"), "--processes, --process"),
         (dict(processes=2, process=0), "--coordinator"),
@@ -33,10 +33,10 @@ def test_one_process_agrees_with_itself_and_takes_every_share():
         (dict(coordinator="host", processes=2, process=0), "HOST:PORT"),
     ],
 )
-def test_flags_that_do_not_name_a_process_of_several_are_refused(given, wrong):
+def test_flags_that_do_not_name_a_process_of_several_are_refused(flags, message):
     with pytest.raises(InputError, match="flags") as caught:
-        hosts.join(**given)
-    assert wrong in str(caught.value)
+        hosts.join(**flags)
+    assert message in str(caught.value)
 
 
 def test_environment_that_names_only_the_coordinator_is_refused(monkeypatch):
@@ -55,7 +55,7 @@ def test_a_run_of_one_needs_no_coordinator(monkeypatch):
 
 def test_differences_are_named_with_who_has_which(monkeypatch):
     facts = [{"beta": 0.1, "step": 3}, {"beta": 0.2, "step": 3}, {"beta": 0.1, "step": 3}]
-    monkeypatch.setattr(hosts, "exchange", lambda *_, **__: facts)
+    monkeypatch.setattr(hosts, "all_gather", lambda *_, **__: facts)
     with pytest.raises(InputError) as caught:
         hosts.agree("configuration", facts[0])
     assert "configuration: beta is 0.1 on process 0, process 2, 0.2 on process 1" in str(caught.value)

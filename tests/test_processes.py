@@ -1,4 +1,4 @@
-"""Several real processes: start, disagreement, a killed peer, a request to stop, and going on."""
+"""Several real processes: start, disagreement, a killed peer, a request to stop, and resuming."""
 
 import json
 import shutil
@@ -24,7 +24,7 @@ def inputs(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def recipe(inputs):
-    """A run of the configuration as a file, as every process reads it."""
+    """The configuration of a run, as a file that every process reads."""
     path = inputs / "config.json"
     path.write_text(config.to_json(make_config(inputs, train__steps=STEPS, train__batch_pairs=8)))
     return path
@@ -36,7 +36,7 @@ def rows(workdir):
 
 def test_processes_that_disagree_on_the_configuration_say_who_and_end(recipe, tmp_path):
     command = arguments("train", recipe, tmp_path / "run")
-    with Run(command, tmp_path, processes=2, own={1: ["--config.loss.beta=0.3"]}) as run:
+    with Run(command, tmp_path, processes=2, extra_arguments={1: ["--config.loss.beta=0.3"]}) as run:
         for ended in run.ended_all(within_s=60):
             assert ended.status == 2
             assert "loss.beta is null on process 0" in ended.output and "0.3 on process 1" in ended.output
@@ -68,7 +68,7 @@ def test_processes_that_disagree_on_data_code_or_step_say_who_and_end(recipe, in
         for ended in run.ended_all(within_s=60):
             assert ended.status == 2 and "configuration: code is" in ended.output and "on process 1" in ended.output
 
-    # Folders of one name that are not one folder: the second holds a run that came further.
+    # Two folders of one name: the second holds a run that is further along.
     shutil.copy(inputs / "train.jsonl", places[1])
     alone = arguments("train", tmp_path / "config.json", "run", mesh__fsdp=4)
     with Run(alone, tmp_path / "alone", processes=1, folders={0: places[1]}) as run:
@@ -92,7 +92,7 @@ def test_others_end_within_a_minute_of_a_killed_process(recipe, tmp_path, killed
 
 @pytest.mark.slow
 def test_others_end_when_one_fails(recipe, inputs, tmp_path):
-    # A model folder that only one host lacks: an error that the others cannot find themselves.
+    # A model folder that only one host lacks: an error that the others do not meet.
     places = {i: tmp_path / f"host-{i}" for i in range(2)}
     for place in places.values():
         place.mkdir()
@@ -131,7 +131,7 @@ def test_a_request_to_one_stops_all_at_one_step_and_the_command_goes_on(recipe, 
 
 @pytest.mark.slow
 def test_adapters_train_over_processes_as_in_one(recipe, tmp_path):
-    """On a model in few bits, and merged in the end."""
+    """On a quantized model, and merged in the end."""
     pytest.importorskip("qwix", reason="the quantize extra")
     found = {}
     for processes in (1, 2):
@@ -154,7 +154,7 @@ def test_adapters_train_over_processes_as_in_one(recipe, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("fields", [{"loss__name": "kto"}, {"loss__name": "tdpo2", "reference__sync_steps": 3}])
 def test_objectives_that_read_more_train_over_processes_as_in_one(recipe, tmp_path, fields):
-    """Mismatched answers; the reference's tokens, of a reference that follows, each process storing its share."""
+    """Mismatched answers; token values of a synced reference, of which each process stores its share."""
     found = {}
     for processes in (1, 2):
         work = tmp_path / str(processes)

@@ -10,6 +10,7 @@ import pytest
 from dpo_jax.data import packing
 from dpo_jax.data.keys import content_key
 from dpo_jax.reference import scoring_pass, store
+from dpo_jax.reference.scoring_pass import PairsToScore
 from dpo_jax.types import Encoded, InputError
 
 IDENTITY = {"weights": "w", "tokenizer": "t", "template": "p", "max_length": 64}
@@ -21,21 +22,48 @@ def make_set(count, seed=0):
     pairs = [Encoded.of(*(rng.integers(1, 99, rng.integers(2, 15)) for _ in range(3))) for _ in range(count)]
     lengths = np.array([p.lengths for p in pairs])
     keys = np.array([[p.prompt.sum() * 1000 + p.chosen.sum(), p.rejected.sum()] for p in pairs], np.uint64)
-    return pairs, lengths, keys, np.full((count, 2), np.nan)
+    return PairsToScore(pairs, lengths, keys, np.full((count, 2), np.nan))
 
 
 def make_rankings(count, answers, seed=0):
-    """As many answers in the first, and two to as many in the others."""
+    """Rankings: the first has `answers` answers, the others from two to as many."""
     rng = np.random.default_rng(seed)
     sizes = [answers, *rng.integers(2, answers + 1, count - 1)]
     pairs = [Encoded.of(*(rng.integers(1, 99, rng.integers(2, 9)) for _ in range(1 + n))) for n in sizes]
     lengths = np.array([[*pair.lengths, *[0] * (answers + 1 - len(pair.lengths))] for pair in pairs])
-    return pairs, lengths, np.array([content_key(pair) for pair in pairs], np.uint64), np.full((count, answers), np.nan)
+    keys = np.array([content_key(pair) for pair in pairs], np.uint64)
+    return PairsToScore(pairs, lengths, keys, np.full((count, answers), np.nan))
 
 
-def widened(pairs, lengths, keys, given, answers):
-    more = ((0, 0), (0, answers + 1 - lengths.shape[1]))
-    return pairs, np.pad(lengths, more), keys, np.pad(given, more)
+def make_unpaired(count):
+    """Pairs with one answer each, the other missing."""
+    pairs, empty = make_set(count).pairs, np.array([], int)
+    pairs = [pair._replace(**{"rejected" if i % 2 else "chosen": empty}) for i, pair in enumerate(pairs)]
+    keys = np.array([content_key(pair) for pair in pairs], np.uint64)
+    return PairsToScore(pairs, np.array([pair.lengths for pair in pairs]), keys, np.full((count, 2), np.nan))
+
+
+def with_provided(pairs, values, indices=slice(None)):
+    """The set with log-probs that come with the data for some of its pairs."""
+    provided = pairs.provided.copy()
+    provided[indices] = values
+    return dataclasses.replace(pairs, provided=provided)
+
+
+def take(pairs, indices):
+    """The pairs at these indices, as a set."""
+    arrays = (array[indices] for array in (pairs.lengths, pairs.keys, pairs.provided))
+    return PairsToScore([pairs.pairs[i] for i in indices], *arrays)
+
+
+def concatenate(one, two):
+    arrays = (np.concatenate([getattr(x, name) for x in (one, two)]) for name in ("lengths", "keys", "provided"))
+    return PairsToScore(one.pairs + two.pairs, *arrays)
+
+
+def widen(pairs, answers):
+    more = ((0, 0), (0, answers + 1 - pairs.lengths.shape[1]))
+    return dataclasses.replace(pairs, lengths=np.pad(pairs.lengths, more), provided=np.pad(pairs.provided, more))
 
 
 def values_of(pairs, answers=2):
@@ -60,7 +88,7 @@ class Scorer:
 
 
 class TokenScorer(Scorer):
-    """Says of each token its own negated id, and of likely ones the ids after it with log-probs by their place."""
+    """Scores each token as its negated id; the likely tokens are the ids after it, with -0.25 id as log-probs."""
 
     def __init__(self, likely, **how):
         super().__init__(**how)
@@ -73,18 +101,21 @@ class TokenScorer(Scorer):
 
 
 def run(folder, *sets, identity=IDENTITY, score=None, answers=2, tokens=None):
+    """Result of a pass over sets named a, b, ..., and how often it called the model."""
     shape = dataclasses.replace(SHAPE, answers=answers)
     score = score or (Scorer(shape=shape) if tokens is None else TokenScorer(tokens, shape=shape))
-    done = scoring_pass.run_pass(folder, identity, sets, score, shape=shape, layout="shared", tokens=tokens)
+    named = dict(zip("abc", sets, strict=False))
+    place = store.Store(folder, identity)
+    done = scoring_pass.run_pass(place, named, score, shape=shape, layout="shared", tokens=tokens)
     return done, score.calls
 
 
 def test_values_come_back_in_the_order_of_the_pairs(tmp_path):
     train, held_out = make_set(10), make_set(5, seed=1)
     done, calls = run(tmp_path / "r", train, held_out)
-    np.testing.assert_allclose(done.values[0], values_of(train[0]))
-    np.testing.assert_allclose(done.values[1], values_of(held_out[0]))
-    assert (done.given, done.stored, done.scored) == (0, 0, 15) and calls == 3 + 2
+    np.testing.assert_allclose(done.values["a"], values_of(train.pairs))
+    np.testing.assert_allclose(done.values["b"], values_of(held_out.pairs))
+    assert (done.provided, done.stored, done.scored) == (0, 0, 15) and calls == 3 + 2
 
 
 def test_a_second_pass_computes_nothing(tmp_path):
@@ -92,28 +123,25 @@ def test_a_second_pass_computes_nothing(tmp_path):
     first, _ = run(tmp_path / "r", train)
     second, calls = run(tmp_path / "r", train)
     assert calls == 0 and (second.stored, second.scored, second.forward_passes) == (10, 0, 0)
-    np.testing.assert_array_equal(second.values[0], first.values[0])
+    np.testing.assert_array_equal(second.values["a"], first.values["a"])
 
 
 def test_values_follow_pairs_not_rows(tmp_path):
     # Filtering and reordering the data must not shift stored values to other pairs.
-    pairs, lengths, keys, given = make_set(10)
-    run(tmp_path / "r", (pairs, lengths, keys, given))
-    kept = [7, 2, 9]
-    done, calls = run(tmp_path / "r", ([pairs[i] for i in kept], lengths[kept], keys[kept], given[kept]))
+    train = make_set(10)
+    run(tmp_path / "r", train)
+    subset = take(train, [7, 2, 9])
+    done, calls = run(tmp_path / "r", subset)
     assert calls == 0
-    np.testing.assert_allclose(done.values[0], values_of([pairs[i] for i in kept]))
+    np.testing.assert_allclose(done.values["a"], values_of(subset.pairs))
 
 
 def test_new_pairs_alone_are_scored(tmp_path):
     run(tmp_path / "r", make_set(10))
-    both = [
-        np.concatenate([a, b]) if isinstance(a, np.ndarray) else a + b
-        for a, b in zip(make_set(10), make_set(3, 1), strict=True)
-    ]
-    done, calls = run(tmp_path / "r", tuple(both))
+    both = concatenate(make_set(10), make_set(3, 1))
+    done, calls = run(tmp_path / "r", both)
     assert (done.stored, done.scored, calls <= 3) == (10, 3, True)
-    np.testing.assert_allclose(done.values[0], values_of(both[0]))
+    np.testing.assert_allclose(done.values["a"], values_of(both.pairs))
 
 
 @pytest.mark.parametrize("fail_at", [1, 2, 3])
@@ -123,23 +151,21 @@ def test_killed_pass_does_not_repeat_finished_parts(tmp_path, fail_at):
         run(tmp_path / "r", train, score=Scorer(fail_at))
     done, calls = run(tmp_path / "r", train)
     assert calls == 3 - (fail_at - 1) and done.stored == 4 * (fail_at - 1)
-    np.testing.assert_allclose(done.values[0], values_of(train[0]))
+    np.testing.assert_allclose(done.values["a"], values_of(train.pairs))
 
 
-def test_values_given_with_the_data_are_used_as_they_are(tmp_path):
-    pairs, lengths, keys, given = make_set(6)
-    given[[1, 4]] = [[-1.5, -2.5], [-3.5, -4.5]]
-    done, _ = run(tmp_path / "r", (pairs, lengths, keys, given))
-    np.testing.assert_array_equal(done.values[0][[1, 4]], given[[1, 4]])
-    assert (done.given, done.scored) == (2, 4)
+def test_values_that_come_with_the_data_are_used_as_they_are(tmp_path):
+    provided = [[-1.5, -2.5], [-3.5, -4.5]]
+    done, _ = run(tmp_path / "r", with_provided(make_set(6), provided, [1, 4]))
+    np.testing.assert_array_equal(done.values["a"][[1, 4]], provided)
+    assert (done.provided, done.scored) == (2, 4)
     stored = sum(len(pq.read_table(part)) for part in (tmp_path / "r").glob("*.parquet"))
     assert stored == 4
 
 
-def test_all_values_given_write_no_store(tmp_path):
-    pairs, lengths, keys, given = make_set(6)
-    done, calls = run(tmp_path / "r", (pairs, lengths, keys, np.full((6, 2), -1.0)))
-    assert calls == 0 and not (tmp_path / "r").exists() and done.given == 6
+def test_a_pass_whose_values_all_come_with_the_data_writes_no_store(tmp_path):
+    done, calls = run(tmp_path / "r", with_provided(make_set(6), -1.0))
+    assert calls == 0 and not (tmp_path / "r").exists() and done.provided == 6
 
 
 @pytest.mark.parametrize("part", IDENTITY)
@@ -167,7 +193,7 @@ def test_a_part_cut_short_is_never_read(tmp_path, monkeypatch):
     monkeypatch.undo()
     done, _ = run(tmp_path / "r", make_set(4))
     assert done.scored == 4
-    np.testing.assert_allclose(done.values[0], values_of(make_set(4)[0]))
+    np.testing.assert_allclose(done.values["a"], values_of(make_set(4).pairs))
 
 
 def test_two_passes_into_one_folder_keep_each_others_parts(tmp_path):
@@ -185,48 +211,43 @@ def test_two_passes_into_one_folder_keep_each_others_parts(tmp_path):
     assert calls == 0 and done.stored == 16
 
 
-def test_values_of_rankings_come_back_with_zeros_for_answers_that_are_not_there(tmp_path):
+def test_values_of_rankings_come_back_with_zeros_for_missing_answers(tmp_path):
     ranked = make_rankings(10, 4)
     for stored in (0, 10):
         done, _ = run(tmp_path / "r", ranked, answers=4)
-        np.testing.assert_allclose(done.values[0], values_of(ranked[0], 4))
+        np.testing.assert_allclose(done.values["a"], values_of(ranked.pairs, 4))
         assert done.stored == stored
 
 
 def test_unpaired_answers_have_values_and_missing_ones_zeros(tmp_path):
-    pairs, _, _, given = make_set(6)
-    none = np.array([], int)
-    pairs = [pair._replace(**{"rejected" if i % 2 else "chosen": none}) for i, pair in enumerate(pairs)]
-    keys = np.array([content_key(pair) for pair in pairs], np.uint64)
-    done, _ = run(tmp_path / "r", (pairs, np.array([pair.lengths for pair in pairs]), keys, given))
-    np.testing.assert_allclose(done.values[0], values_of(pairs))
-    assert (done.values[0] == 0).sum() == 6
+    unpaired = make_unpaired(6)
+    done, _ = run(tmp_path / "r", unpaired)
+    np.testing.assert_allclose(done.values["a"], values_of(unpaired.pairs))
+    assert (done.values["a"] == 0).sum() == 6
 
 
 def test_runs_with_longer_and_shorter_rankings_share_a_store(tmp_path):
     # Pairs scored in a run of pairs are read in a run of rankings, beside whose parts they lie, and the reverse.
     two, three, four = make_rankings(5, 2), make_rankings(6, 3, seed=1), make_rankings(7, 4, seed=2)
     run(tmp_path / "r", two)
-    done, _ = run(tmp_path / "r", widened(*two, answers=4), four, answers=4)
+    done, _ = run(tmp_path / "r", widen(two, 4), four, answers=4)
     assert (done.stored, done.scored) == (5, 7)
-    np.testing.assert_allclose(done.values[0], values_of(two[0], 4))
+    np.testing.assert_allclose(done.values["a"], values_of(two.pairs, 4))
     done, calls = run(tmp_path / "r", two)
     assert calls == 0
-    np.testing.assert_allclose(done.values[0], values_of(two[0]))
-    run(tmp_path / "r", widened(*three, answers=4), answers=4)
+    np.testing.assert_allclose(done.values["a"], values_of(two.pairs))
+    run(tmp_path / "r", widen(three, 4), answers=4)
     done, calls = run(tmp_path / "r", three, answers=3)
     assert calls == 0
-    np.testing.assert_allclose(done.values[0], values_of(three[0], 3))
+    np.testing.assert_allclose(done.values["a"], values_of(three.pairs, 3))
 
 
-def test_values_given_with_pairs_are_used_beside_rankings(tmp_path):
-    pairs, lengths, keys, given = make_set(6)
-    given[:] = [-1.5, -2.5]
-    done, calls = run(tmp_path / "r", widened(pairs, lengths, keys, given, answers=3), answers=3)
-    assert calls == 0 and done.values[0].tolist() == [[-1.5, -2.5, 0]] * 6
+def test_values_that_come_with_pairs_are_used_beside_rankings(tmp_path):
+    done, calls = run(tmp_path / "r", widen(with_provided(make_set(6), [-1.5, -2.5]), 3), answers=3)
+    assert calls == 0 and done.values["a"].tolist() == [[-1.5, -2.5, 0]] * 6
 
 
-# --- what is known of single tokens ----------------------------------------------------------------------------------
+# --- values of single tokens -----------------------------------------------------------------------------------------
 
 
 def assert_of_tokens(values, pairs, likely):
@@ -245,14 +266,15 @@ def test_values_of_tokens_come_back_scored_or_stored(tmp_path, likely):
     for scored in (15, 0):
         done, _ = run(tmp_path / "r", train, held_out, tokens=likely)
         assert done.scored == scored and done.tokens is not None
-        for values, (pairs, *_) in zip(done.tokens, (train, held_out), strict=True):
-            assert_of_tokens(values, pairs, likely)
-    # Of some pairs alone, in another order, and in a set that has them twice.
-    assert_of_tokens(done.tokens[0].of(np.array([7, 2])), [train[0][i] for i in (7, 2)], likely)
-    twice = [np.concatenate([part, part]) if isinstance(part, np.ndarray) else part + part for part in train]
-    done, calls = run(tmp_path / "r", tuple(twice), tokens=likely)
+        assert done.tokens.keys() == {"a", "b"}
+        assert_of_tokens(done.tokens["a"], train.pairs, likely)
+        assert_of_tokens(done.tokens["b"], held_out.pairs, likely)
+    # Some pairs alone, in another order, and a set that has each pair twice.
+    assert_of_tokens(done.tokens["a"].of(np.array([7, 2])), [train.pairs[i] for i in (7, 2)], likely)
+    twice = concatenate(train, train)
+    done, calls = run(tmp_path / "r", twice, tokens=likely)
     assert calls == 0 and done.tokens is not None
-    assert_of_tokens(done.tokens[0], twice[0], likely)
+    assert_of_tokens(done.tokens["a"], twice.pairs, likely)
 
 
 @pytest.mark.parametrize("fail_at", [1, 2, 3])
@@ -262,7 +284,7 @@ def test_killed_pass_over_tokens_repeats_no_finished_part(tmp_path, fail_at):
         run(tmp_path / "r", train, score=TokenScorer(2, fail_at=fail_at), tokens=2)
     done, calls = run(tmp_path / "r", train, tokens=2)
     assert calls == 3 - (fail_at - 1) and done.tokens is not None
-    assert_of_tokens(done.tokens[0], train[0], 2)
+    assert_of_tokens(done.tokens["a"], train.pairs, 2)
 
 
 def test_values_of_tokens_of_rankings_and_of_single_answers(tmp_path):
@@ -270,26 +292,20 @@ def test_values_of_tokens_of_rankings_and_of_single_answers(tmp_path):
     for _ in range(2):
         done, _ = run(tmp_path / "ranked", ranked, answers=4, tokens=2)
         assert done.tokens is not None
-        for i, pair in enumerate(ranked[0]):
-            for ids, (found, _) in zip(pair.answers, done.tokens[0][i], strict=False):
+        for i, pair in enumerate(ranked.pairs):
+            for ids, (found, _) in zip(pair.answers, done.tokens["a"][i], strict=False):
                 np.testing.assert_array_equal(found[:, 0], ids + 1)
-            assert all(len(found) == 0 for found, _ in done.tokens[0][i][len(pair.answers) :])
-    pairs, _, _, given = make_set(6)
-    none = np.array([], int)
-    pairs = [pair._replace(**{"rejected" if i % 2 else "chosen": none}) for i, pair in enumerate(pairs)]
-    keys = np.array([content_key(pair) for pair in pairs], np.uint64)
-    single = pairs, np.array([pair.lengths for pair in pairs]), keys, given
+            assert all(len(found) == 0 for found, _ in done.tokens["a"][i][len(pair.answers) :])
+    single = make_unpaired(6)
     for _ in range(2):
         done, _ = run(tmp_path / "single", single, tokens=2)
         assert done.tokens is not None
-        assert_of_tokens(done.tokens[0], pairs, 2)
+        assert_of_tokens(done.tokens["a"], single.pairs, 2)
 
 
 def test_values_of_whole_answers_that_came_with_the_data_do_not_do_for_tokens(tmp_path):
-    pairs, lengths, keys, given = make_set(6)
-    given[:] = [-1.5, -2.5]
     with pytest.raises(InputError, match="token by token, and 6 pairs"):
-        run(tmp_path / "r", (pairs, lengths, keys, given), tokens=2)
+        run(tmp_path / "r", with_provided(make_set(6), [-1.5, -2.5]), tokens=2)
     assert not (tmp_path / "r").exists()
 
 

@@ -1,4 +1,4 @@
-"""What is written of a run, where, and what happens to it on resuming."""
+"""Metrics of a run on disk, in trackers and on the terminal, and their continuation on resuming."""
 
 import io
 import json
@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from dpo_jax.reporting import trackers
+from dpo_jax.run.checkpoints import Checkpoints
 from dpo_jax.runtime import terminal
 from dpo_jax.types import InputError
 
@@ -161,6 +162,62 @@ def test_wandb_runs_of_two_folders_are_two_runs(tmp_path, wandb):
         (tmp_path / name).mkdir()
         trackers.open_trackers(tmp_path / name, tensorboard=False, wandb="p", config={}, resume_step=0)
     assert wandb[0][1]["id"] != wandb[1][1]["id"]
+
+
+@pytest.fixture
+def tensorboard(monkeypatch):
+    """A stand-in for tensorboardX whose writers count how often they are closed."""
+    writers = []
+
+    class SummaryWriter:
+        def __init__(self, *_, **__):
+            self.closed = 0
+            writers.append(self)
+
+        def close(self):
+            self.closed += 1
+
+    module = types.ModuleType("tensorboardX")
+    module.__dict__["SummaryWriter"] = SummaryWriter
+    monkeypatch.setitem(sys.modules, "tensorboardX", module)
+    return writers
+
+
+def test_trackers_opened_before_one_that_fails_are_closed(tmp_path, tensorboard, monkeypatch):
+    class Failing:
+        def __init__(self, *_):
+            raise RuntimeError("no network")
+
+    monkeypatch.setattr(trackers, "WandbWriter", Failing)
+    with pytest.raises(RuntimeError, match="no network"):
+        trackers.open_trackers(tmp_path, tensorboard=True, wandb="p", config={}, resume_step=0)
+    assert [writer.closed for writer in tensorboard] == [1]
+
+
+def test_trackers_that_open_stay_open_and_closing_twice_closes_once(tmp_path, tensorboard, wandb):
+    opened = trackers.open_trackers(tmp_path, tensorboard=True, wandb="p", config={}, resume_step=0)
+    assert [writer.closed for writer in tensorboard] == [0] and len(wandb) == 1
+    for tracker in opened * 2:
+        tracker.close()
+    assert [writer.closed for writer in tensorboard] == [1]
+    assert [call[0] for call in wandb] == ["init", "finish"]
+
+
+def test_jsonl_closes_on_an_error_and_closing_again_has_no_effect(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    with pytest.raises(RuntimeError), trackers.JsonlWriter(path) as writer:
+        writer.write(0, {"loss": 0.5})
+        raise RuntimeError
+    assert writer._file is None
+    writer.close()
+    trackers.JsonlWriter(tmp_path / "never.jsonl").close()
+    assert rows(path) == [{"step": 0, "loss": 0.5}] and not (tmp_path / "never.jsonl").exists()
+
+
+def test_checkpoints_close_on_an_error_and_closing_again_has_no_effect(tmp_path):
+    with pytest.raises(RuntimeError), Checkpoints(tmp_path, keep=1) as checkpoints:
+        raise RuntimeError
+    checkpoints.close()
 
 
 @pytest.fixture

@@ -25,42 +25,44 @@ def select(hf, **options):
     return trainable.select(FAMILIES[hf["model_type"]].tensors(config), config, **options)
 
 
-def test_frozen_tensors_are_apart_and_frozen_layers_count_for_nothing():
+def test_frozen_tensors_are_split_off_and_gradients_of_frozen_layers_are_masked():
     hf = CONFIGS["llama"]
-    found = select(hf, freeze=FREEZE)
+    selected = select(hf, freeze=FREEZE)
     leaves = random_leaves(hf)
-    trained, frozen = (trees.flatten(tree) for tree in found.split(trees.nest(leaves)))
+    trained, frozen = (trees.flatten(tree) for tree in selected.split(trees.nest(leaves)))
     assert frozen.keys() == {"embed/embedding", "blocks/mlp/up/kernel", "blocks/mlp/up/bias"}
     assert trained.keys() | frozen.keys() == leaves.keys()
-    kept = trees.flatten(found.wanted(trees.nest(trained)))
+    masked = trees.flatten(selected.mask_gradients(trees.nest(trained)))
     for path, leaf in trained.items():
         expected = leaf.copy()
         if path.startswith("blocks/"):
             expected[0] = 0
-        np.testing.assert_array_equal(kept[path], expected, err_msg=path)
+        np.testing.assert_array_equal(masked[path], expected, err_msg=path)
 
 
 def test_every_leaf_of_a_tensor_that_holds_several_is_frozen():
-    found = select(NEOX, freeze=r"query_key_value\.weight")
-    assert {path for path in found.rates if not found.trains(path)} == {f"blocks/attention/{x}/kernel" for x in "qkv"}
+    selected = select(NEOX, freeze=r"query_key_value\.weight")
+    assert {path for path in selected.multipliers if not selected.trains(path)} == {
+        f"blocks/attention/{x}/kernel" for x in "qkv"
+    }
 
 
 def test_layer_decay_goes_from_the_head_down_to_the_embeddings():
-    found = select(CONFIGS["llama"], layer_decay=0.5)
+    selected = select(CONFIGS["llama"], layer_decay=0.5)
     for path in ("blocks/mlp/up/kernel", "blocks/attention_norm/scale"):
-        assert found.rates[path].ravel().tolist() == [0.125, 0.25, 0.5]
-    assert found.rates["embed/embedding"] == 0.0625
-    assert not {"head/embedding", "final_norm/scale"} & found.rates.keys()
+        assert selected.multipliers[path].ravel().tolist() == [0.125, 0.25, 0.5]
+    assert selected.multipliers["embed/embedding"] == 0.0625
+    assert not {"head/embedding", "final_norm/scale"} & selected.multipliers.keys()
 
 
 @pytest.mark.parametrize(
-    ("freeze", "words"), [("nothing such", "matches no tensor"), ("", None), (".", "matches every tensor")]
+    ("freeze", "message"), [("nothing such", "matches no tensor"), ("", None), (".", "matches every tensor")]
 )
-def test_patterns_that_leave_nothing_to_do_are_refused(freeze, words):
-    if words is None:
+def test_patterns_that_leave_nothing_to_do_are_refused(freeze, message):
+    if message is None:
         assert select(CONFIGS["llama"], freeze=freeze) == trainable.EVERYTHING
         return
-    with pytest.raises(InputError, match=words):
+    with pytest.raises(InputError, match=message):
         select(CONFIGS["llama"], freeze=freeze)
 
 
@@ -68,11 +70,13 @@ def test_rates_by_layer_have_parity_with_torch_parameter_groups():
     """Layers of their own in groups of their own, with AdamW, decay and clipping over what trains."""
     torch = pytest.importorskip("torch")
     hf = CONFIGS["llama"]
-    found = select(hf, freeze=FREEZE, layer_decay=0.7)
-    trained, _ = found.split(trees.nest(random_leaves(hf)))
+    selected = select(hf, freeze=FREEZE, layer_decay=0.7)
+    trained, _ = selected.split(trees.nest(random_leaves(hf)))
     groups, tensors = [], {}
     for path, leaf in trees.flatten(trained).items():
-        rates = np.broadcast_to(np.ravel(found.rates.get(path, 1.0)), len(leaf) if path.startswith("blocks/") else 1)
+        rates = np.broadcast_to(
+            np.ravel(selected.multipliers.get(path, 1.0)), len(leaf) if path.startswith("blocks/") else 1
+        )
         parts = leaf if path.startswith("blocks/") else [leaf]
         for at, (part, rate) in enumerate(zip(parts, rates, strict=True)):
             if rate:
@@ -84,20 +88,20 @@ def test_rates_by_layer_have_parity_with_torch_parameter_groups():
         weight_decay=0.3, clip_norm=1.0, b1=0.9, b2=0.999, eps=1e-8, warmup_steps=0, total_steps=9
     )
     tx, _ = optim.make_optimizer(
-        name="adamw", learning_rate=1e-2, schedule="constant", scale_updates=found.paced, **fields
+        name="adamw", learning_rate=1e-2, schedule="constant", scale_updates=selected.scale_updates, **fields
     )
     state, rng = steps.init_state(trained, tx), np.random.default_rng(0)
     for _ in range(4):
         grads = jax.tree.map(lambda leaf: rng.normal(size=leaf.shape).astype(np.float32), trained)
-        kept = found.wanted(grads)
-        updates, opt_state = tx.update(kept, state.opt_state, state.params)
+        masked = selected.mask_gradients(grads)
+        updates, opt_state = tx.update(masked, state.opt_state, state.params)
         state = steps.TrainState(state.step + 1, optax.apply_updates(state.params, updates), opt_state, {})
         by_path = trees.flatten(grads)
         for (path, at), tensor in tensors.items():
             grad = by_path[path][at] if path.startswith("blocks/") else by_path[path]
             tensor.grad = torch.tensor(grad)
         norm = torch.nn.utils.clip_grad_norm_(tensors.values(), 1.0)
-        np.testing.assert_allclose(optax.tree.norm(kept), norm, rtol=1e-5)
+        np.testing.assert_allclose(optax.tree.norm(masked), norm, rtol=1e-5)
         optimizer.step()
     after, before = trees.flatten(state.params), trees.flatten(trained)
     for path, leaf in after.items():

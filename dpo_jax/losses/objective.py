@@ -224,7 +224,7 @@ def answers_read_by(loss: Loss) -> str:
     if isinstance(loss, Objective):
         return loss.answers_read
     function = loss.func if isinstance(loss, functools.partial) else loss
-    return next((entry.answers_read for entry in REGISTRY.values() if entry.loss is function), "all")
+    return next((entry.answers_read for entry in REGISTRY.values() if entry.function is function), "all")
 
 
 def start_of(loss: Loss) -> Running:

@@ -37,7 +37,7 @@ from dpo_jax.models.config import DecoderConfig
 from dpo_jax.run import choices, programs
 from dpo_jax.run.programs import Programs
 from dpo_jax.run.state import abstract_params, abstract_state, placed
-from dpo_jax.run.trainable import Selection
+from dpo_jax.run.trainable import Trainable
 from dpo_jax.runtime import hosts, xla
 from dpo_jax.types import Encoded, InputError
 
@@ -158,7 +158,7 @@ def architecture(config: Config) -> DecoderConfig:
     return family(hf, place).decoder_config(hf, place)
 
 
-def selected(config: Config, model: DecoderConfig) -> Selection:
+def selected(config: Config, model: DecoderConfig) -> Trainable:
     """What trains of it."""
     hf, place = described(config)
     return choices.selection_of(config, family(hf, place).tensors(model), model)
@@ -266,7 +266,7 @@ def estimate(config: Config, topology: Topology, *, reference_in_step: bool = Fa
     if reference_in_step or built.objective.reference_free:
         del calls["scoring"]
     parts = {name: part_of(topology, built, lengths, name, *call) for name, call in calls.items()}
-    training, still = selection.counts(model)
+    training, still = selection.count_parameters(model)
     return Estimate(
         config=config,
         topology=topology,
@@ -313,10 +313,10 @@ def part_of(
     trained = sharding.bytes_per_device(params)
     optimizer = sharding.bytes_per_device(state.opt_state) if update else 0
     gradients = sharding.bytes_per_device(as_type(params, jnp.float32)) if update else 0
-    selection, shapes = built.selection, built.selection.shapes(built.model)
+    selection, shapes = built.selection, built.selection.leaf_shapes(built.model)
     shares = functools.partial(flops.shares_of, built.model, shapes)
     work = roofline.mean_work(
-        built.model, lengths, shape, built.layout, shares(selection.share), shares(selection.trains)
+        built.model, lengths, shape, built.layout, shares(selection.trained_fraction), shares(selection.trains)
     )
     itemsize = np.dtype(built.dtype).itemsize
     used = trees.nest({path: jax.ShapeDtypeStruct(shape, built.dtype) for path, shape in shapes.items()})

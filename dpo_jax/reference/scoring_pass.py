@@ -1,143 +1,190 @@
-"""The reference pass: log-probs of the frozen model, computed once and kept on disk.
+"""Reference pass: log-probs of the frozen model, computed once and stored on disk (see `store`).
 
-A store is a folder: `manifest.json` says under what identity its values were computed, and Parquet parts hold them,
-keyed by a digest of each pair's token ids, so that a value cannot attach to another pair. Parts are written whole,
-one after the other; a pass that was killed continues after the last of them. Of several processes, which score every
-part together, each writes its share of the parts. Where an objective reads single tokens, parts have a list for each
-answer besides: its tokens' log-probs, the likely tokens in the place of each, one after another, and theirs.
+Of several processes, which score every part together, each writes its share of the parts. A pass that was killed
+continues after the last part on disk.
 """
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Callable, Iterable, Sequence
-from pathlib import Path
-from typing import Any, NamedTuple
+import dataclasses
+import functools
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import numpy as np
 import xxhash
-from jaxtyping import Float
+from jaxtyping import Bool, Float, Int, UInt64
 
 from dpo_jax.data.batches import TokenValues
 from dpo_jax.data.packing import Shape
-from dpo_jax.reference.store import Keep, _names, _padded, _write_manifest, _write_part, check_identity, read_store
+from dpo_jax.reference.store import (
+    Store,
+    TokenWriter,
+    check_identity,
+    fit_answers,
+    hex_keys,
+    read_store,
+    write_manifest,
+    write_part,
+)
 from dpo_jax.runtime import hosts
 from dpo_jax.scoring import score_pairs
 from dpo_jax.types import AnswerTokens, Batch, InputError, Pairs
 
 PART_PAIRS = 256  # pairs in a part: what a killed pass can lose
 
+Score: TypeAlias = Callable[[Batch], tuple[Any, dict[str, Any]]]  # host batch -> (logps [P, K], token sums or tokens)
+Logps: TypeAlias = dict[str, tuple[float, ...]]  # of a pair's answers in nats, by the pair's key
 
-class Pass(NamedTuple):
-    """What a reference pass found and did."""
 
-    values: list[Float[np.ndarray, "N K"]]  # of each set of pairs, nats; 0 for an answer that is not there
-    given: int  # pairs whose values came with the data
-    stored: int  # distinct pairs found in the store
+@dataclasses.dataclass(frozen=True, eq=False)
+class PairsToScore:
+    """N pairs that need reference log-probs, some of which may have come with the data."""
+
+    pairs: Pairs
+    lengths: Int[np.ndarray, "N K1"]  # tokens of the prompt and of each answer
+    keys: UInt64[np.ndarray, "N 2"]  # digests of the pairs' token ids
+    provided: Float[np.ndarray, "N _"]  # log-probs from the data in nats, used as they are; nan where there are none
+
+    @functools.cached_property
+    def hex_keys(self) -> np.ndarray:
+        """Keys [N] as the store has them."""
+        return hex_keys(self.keys)
+
+    @functools.cached_property
+    def is_provided(self) -> Bool[np.ndarray, "N"]:
+        """Whether all log-probs of a pair came with the data."""
+        return np.asarray(np.isfinite(self.provided).all(1))
+
+
+class PassResult(NamedTuple):
+    """Log-probs of every set of pairs, by its name, and counts of the work of a reference pass."""
+
+    values: dict[str, Float[np.ndarray, "N K"]]  # nats; 0 for a missing answer
+    provided: int  # pairs whose log-probs came with the data
+    stored: int  # distinct pairs read from the store
     scored: int  # distinct pairs scored now
     forward_passes: int
-    tokens: list[TokenValues] | None = None  # of each set of pairs, if they were asked for
+    tokens: dict[str, TokenValues] | None = None  # values of single tokens, if the pass was to score them
+
+
+class _Part(NamedTuple):
+    """Values of the pairs that were scored together, by their keys."""
+
+    logps: Logps
+    tokens: dict[str, list[AnswerTokens]] | None
+    forward_passes: int
 
 
 def platform() -> str:
-    """The hardware that log-probs are computed on; another kind gives other values."""
+    """Name of the hardware that computes log-probs; other hardware gives slightly other values."""
     return jax.devices()[0].device_kind.lower()
 
 
 def run_pass(
-    folder: Path,
-    identity: dict[str, Any],
-    sets: Sequence[tuple[Pairs, np.ndarray, np.ndarray, np.ndarray]],
-    score: Callable[[Batch], tuple[Any, dict[str, Any]]],
+    store: Store,
+    sets: Mapping[str, PairsToScore],
+    score: Score,
     *,
     shape: Shape,
     layout: str,
     report: Callable[[int, int], None] = lambda done, total: None,
     tokens: int | None = None,
-) -> Pass:
-    """Reads what the store holds, scores what it lacks, and returns the values of every pair.
+) -> PassResult:
+    """Reads the log-probs that the store has, scores pairs that it lacks, and returns those of every pair.
 
     Args:
-      identity: everything besides a pair's tokens that changes its values.
-      sets: of each set of N pairs: the pairs, their token counts [N, 1 + K], their keys (digests of their token ids)
-        [N, 2] uint64, and values given with the data [N, K] in nats, nan where there are none; given ones are used
-        as they are.
-      score: a host batch to its log-probs under the reference; called only for pairs that have no value.
-      report: told the number of pairs done and to do, as parts finish.
-      tokens: C: what is known of single tokens is read, scored and returned as well, C likely ones for each, and the
-        identity says so; None: sums over answers alone.
-    Raises: InputError if the store's identity differs, or if tokens are wanted of pairs that bring sums of their own;
+      sets: pairs by the name of their set, scored in this order. A pair in several of them is scored once.
+      score: log-probs of a host batch under the reference; called only for pairs that have none.
+      report: called with the numbers of pairs done and to do after each part.
+      tokens: C, to read, score and return values of single tokens as well, with the C likeliest tokens in the place of
+        each (the store's identity must include it); None: sums over answers alone.
+    Raises: InputError if the store's identity differs, or if `tokens` is set and pairs bring sums of their own;
       Stopped after a part, if the run is asked to stop.
     """
-    check_identity(folder, identity)
-    named = [(pairs, lengths, _names(keys), _given(given)) for pairs, lengths, keys, given in sets]
-    from_data = sum(int(has_value.sum()) for *_, has_value in named)
-    kept = None
+    check_identity(store)
+    provided = sum(int(each.is_provided.sum()) for each in sets.values())
+    token_values, write_tokens = None, None
     if tokens is not None:
-        _check_none_given(from_data)
-        kept = [TokenValues.empty(lengths[:, 1:], tokens) for _, lengths, *_ in named]
-    keep = _keep_in(zip(kept or (), (names for _, _, names, _ in named), strict=False))
-    known = read_store(folder, None if tokens is None else keep, likely=tokens or 0)
-    # Processes pack what no value is known for, together: what they know must be the same.
-    keys = xxhash.xxh3_64_hexdigest("".join(sorted(known)).encode())
-    hosts.agree("reference store", {"values": len(known), "their keys": keys})
-    needed = {name for _, _, names, has_value in named for name in names[~has_value]}
-    total = len(needed - known.keys())
-    found, scored, passes = len(needed) - total, 0, 0
+        _check_none_provided(provided)
+        token_values = {name: TokenValues.empty(each.lengths[:, 1:], tokens) for name, each in sets.items()}
+        write_tokens = _token_writer((token_values[name], each.hex_keys) for name, each in sets.items())
+    logps = read_store(store.folder, write_tokens, likely=tokens or 0)
+    _check_same_everywhere(logps)
+    needed = {key for each in sets.values() for key in each.hex_keys[~each.is_provided]}
+    total = len(needed - logps.keys())
+    stored = len(needed) - total
     if total and hosts.first():
-        _write_manifest(folder, identity)
-    parts = itertools.count()
-    for pairs, lengths, names, has_value in named:
-
-        def skip(part, names=names, has_value=has_value):
-            return has_value[part] | np.array([name in known for name in names[part]])
-
-        for done in score_pairs(score, pairs, lengths, shape=shape, layout=layout, skip=skip):
-            new_names = names[done.indices].tolist()
-            new = dict(zip(new_names, map(tuple, done.logps.astype(float).tolist()), strict=True))
-            of_tokens = None if tokens is None else dict(zip(new_names, done.tokens or (), strict=True))
-            if hosts.is_mine(next(parts)):
-                _write_part(folder, new, of_tokens)
-            for each in (of_tokens or {}).items():
-                keep(*each)
-            known.update(new)
-            scored, passes = scored + len(new), passes + done.forward_passes
-            report(scored, total)
-            hosts.stop_if_asked()
-    hosts.wait("reference pass")
-    values = [
-        np.array([pair if own else _padded(known[name], len(pair)) for name, own, pair in zip(*each, strict=True)])
-        for each in ((names, has_value, given) for (*_, names, has_value), (*_, given) in zip(named, sets, strict=True))
-    ]
-    return Pass(values, from_data, found, scored, passes, kept)
+        write_manifest(store)
+    scored = forward_passes = 0
+    for number, part in enumerate(_score_missing(score, sets.values(), logps, shape, layout)):
+        if hosts.is_mine(number):
+            write_part(store.folder, part.logps, part.tokens)
+        if write_tokens is not None and part.tokens is not None:
+            for key, answers in part.tokens.items():
+                write_tokens(key, answers)
+        scored, forward_passes = scored + len(part.logps), forward_passes + part.forward_passes
+        report(scored, total)
+        hosts.stop_if_asked()
+    hosts.barrier("reference pass")
+    values = {name: _in_order(each, logps) for name, each in sets.items()}
+    return PassResult(values, provided, stored, scored, forward_passes, token_values)
 
 
-def _check_none_given(count: int) -> None:
-    """Raises InputError if so many pairs that bring values of whole answers are some."""
+def _score_missing(
+    score: Score, sets: Iterable[PairsToScore], logps: Logps, shape: Shape, layout: str
+) -> Iterator[_Part]:
+    """Scores every pair that `logps` lacks, part by part, and adds each part to `logps` before it is yielded."""
+    for each in sets:
+
+        def skip(indices: np.ndarray, each: PairsToScore = each) -> np.ndarray:
+            return each.is_provided[indices] | np.array([key in logps for key in each.hex_keys[indices]])
+
+        for done in score_pairs(score, each.pairs, each.lengths, shape=shape, layout=layout, skip=skip):
+            keys = each.hex_keys[done.indices].tolist()
+            new = dict(zip(keys, map(tuple, done.logps.astype(float).tolist()), strict=True))
+            logps.update(new)
+            tokens = None if done.tokens is None else dict(zip(keys, done.tokens, strict=True))
+            yield _Part(new, tokens, done.forward_passes)
+
+
+def _in_order(pairs: PairsToScore, logps: Logps) -> Float[np.ndarray, "N K"]:
+    """Log-probs of the pairs in their order, those that came with the data as they are."""
+    rows = zip(pairs.hex_keys, pairs.is_provided, pairs.provided, strict=True)
+    return np.array([own if is_provided else fit_answers(logps[key], len(own)) for key, is_provided, own in rows])
+
+
+def _check_same_everywhere(logps: Logps) -> None:
+    """Raises InputError unless all processes read the same store: they pack the pairs that it lacks together."""
+    keys = xxhash.xxh3_64_hexdigest("".join(sorted(logps)).encode())
+    hosts.agree("reference store", {"values": len(logps), "their keys": keys})
+
+
+def _check_none_provided(count: int) -> None:
+    """Raises InputError if any pairs, `count` of them, bring sums over whole answers."""
     if count:
         raise InputError(
             "config.loss.name",
             got=f"a loss that reads the reference token by token, and {count} pairs that bring its sums over answers",
-            expected="pairs without, which are scored",
-            remedy="Take the columns ref_chosen_logps and ref_rejected_logps away.",
+            expected="pairs without reference log-probs of their own; the reference pass scores them",
+            remedy="Remove the columns ref_chosen_logps and ref_rejected_logps.",
         )
 
 
-def _keep_in(sets: Iterable[tuple[TokenValues, np.ndarray]]) -> Keep:
-    """Writes a pair's values wherever the pair stands in the sets, each with its pairs' keys."""
+def _token_writer(sets: Iterable[tuple[TokenValues, np.ndarray]]) -> TokenWriter:
+    """Returns a function that writes a pair's token values in every place that has its key.
+
+    Args:
+      sets: values to write into, and the keys [N] of their pairs.
+    """
     places: dict[str, list[tuple[TokenValues, int]]] = {}
     for values, keys in sets:
         for i, key in enumerate(keys.tolist()):
             places.setdefault(key, []).append((values, i))
 
-    def keep(key: str, answers: Sequence[AnswerTokens]) -> None:
+    def write(key: str, answers: Sequence[AnswerTokens]) -> None:
         for values, i in places.get(key, ()):
             values.write(i, answers)
 
-    return keep
-
-
-def _given(values: np.ndarray) -> np.ndarray:
-    """Which pairs came with both values."""
-    return np.asarray(np.isfinite(values).all(1))
+    return write

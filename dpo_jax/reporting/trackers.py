@@ -1,7 +1,8 @@
-"""Where the numbers of a run go: JSON lines, TensorBoard, Weights & Biases, and the terminal."""
+"""Writers of a run's metrics: JSON lines, TensorBoard, and Weights & Biases."""
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import json
 import types
@@ -16,7 +17,7 @@ from dpo_jax.types import InputError
 
 @runtime_checkable
 class Tracker(Protocol):
-    """Takes the numbers of a step, by name; steps come in order."""
+    """Takes the metrics of each step, by name; steps come in order. Closing it again has no effect."""
 
     def write(self, step: int, row: Mapping[str, float]) -> None: ...
 
@@ -26,7 +27,8 @@ class Tracker(Protocol):
 class JsonlWriter:
     """Appends `{"step": ..., NAME: NUMBER, ...}` lines to a file; each is on disk, whole, before `write` returns.
 
-    A number that is not finite stands there as NaN or Infinity, as Python's json writes and reads them.
+    A number that is not finite is written as NaN or Infinity, as Python's json does. The file is opened by the first
+    `write`. A context manager.
     """
 
     def __init__(self, path: Path):
@@ -58,7 +60,7 @@ class JsonlWriter:
             ) from None
 
     def write(self, step: int, row: Mapping[str, float]) -> None:
-        """Appends one row."""
+        """Appends one row and flushes it."""
         if self._file is None:
             self._path.parent.mkdir(parents=True, exist_ok=True)
             self._file = self._path.open("a")
@@ -66,19 +68,27 @@ class JsonlWriter:
         self._file.flush()
 
     def close(self) -> None:
+        """Closes the file, if it is open."""
         if self._file is not None:
             self._file.close()
+            self._file = None
+
+    def __enter__(self) -> JsonlWriter:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
 
 class TensorBoardWriter:
     """Writes scalars to `WORKDIR/tensorboard`, on disk within about a second.
 
-    What an interrupted run wrote from `resume_step` on is hidden, for it comes again.
+    Rows that an interrupted run wrote from `resume_step` on are hidden, for the resumed run writes them again.
     """
 
     def __init__(self, workdir: Path, resume_step: int):
         package = _package("tensorboardX", "log.tensorboard")
-        self._writer = package.SummaryWriter(
+        self._writer: Any = package.SummaryWriter(
             str(workdir / "tensorboard"),
             purge_step=resume_step,
             flush_secs=1,  # its own two minutes would be lost to a kill; its `flush` does not wait for the queue
@@ -90,22 +100,24 @@ class TensorBoardWriter:
             self._writer.add_scalar(name, value, step)
 
     def close(self) -> None:
-        self._writer.close()
+        writer, self._writer = self._writer, None
+        if writer is not None:
+            writer.close()
 
 
 class WandbWriter:
-    """Logs to a run of a Weights & Biases project; a resumed working folder goes on in the same run.
+    """Logs to a run of a Weights & Biases project; a resumed working folder continues the same run.
 
-    Steps that an interrupted run had logged already are not logged again: wandb takes no step twice, and they would
-    bring the same numbers. Online, offline or disabled is wandb's own choice, by WANDB_MODE.
+    Steps that an interrupted run has logged already are skipped by wandb itself, which takes no step twice; their
+    numbers would be the same. The environment variable WANDB_MODE chooses online, offline or disabled.
     """
 
-    def __init__(self, project: str, workdir: Path, config: Mapping[str, Any]):
+    def __init__(self, project: str, workdir: Path, config: Mapping[str, object]):
         package = _package("wandb", "log.wandb")
         name_file = workdir / "wandb_run"
         if not name_file.exists():
             files.write_text(name_file, uuid.uuid4().hex)
-        self._run = package.init(
+        self._run: Any = package.init(
             project=project,
             id=name_file.read_text(),
             name=workdir.name,
@@ -118,11 +130,13 @@ class WandbWriter:
         self._run.log(dict(row), step=step)
 
     def close(self) -> None:
-        self._run.finish()
+        run, self._run = self._run, None
+        if run is not None:
+            run.finish()
 
 
 def check_available(*, tensorboard: bool, wandb: str) -> None:
-    """Raises InputError if a tracker that is asked for is not installed."""
+    """Raises InputError if the package of a requested tracker is not installed."""
     if tensorboard:
         _package("tensorboardX", "log.tensorboard")
     if wandb:
@@ -142,9 +156,11 @@ def _package(name: str, field: str) -> types.ModuleType:
 
 
 def open_trackers(
-    workdir: Path, *, tensorboard: bool, wandb: str, config: Mapping[str, Any], resume_step: int
+    workdir: Path, *, tensorboard: bool, wandb: str, config: Mapping[str, object], resume_step: int
 ) -> list[Tracker]:
-    """The trackers that are asked for besides JSON lines.
+    """Opens TensorBoard and Weights & Biases writers, those that are requested.
+
+    Where one fails to open, those opened before it are closed.
 
     Args:
       workdir: the run's folder, which exists.
@@ -153,9 +169,12 @@ def open_trackers(
       resume_step: the first step that will be written; 0 for a new run.
     Raises: InputError if a package is missing.
     """
-    found: list[Tracker] = []
-    if tensorboard:
-        found.append(TensorBoardWriter(workdir, resume_step))
-    if wandb:
-        found.append(WandbWriter(wandb, workdir, config))
-    return found
+    opened: list[Tracker] = []
+    with contextlib.ExitStack() as on_error:
+        if tensorboard:
+            opened.append(TensorBoardWriter(workdir, resume_step))
+            on_error.callback(opened[-1].close)
+        if wandb:
+            opened.append(WandbWriter(wandb, workdir, config))
+        on_error.pop_all()
+    return opened

@@ -1,71 +1,91 @@
-"""Checkpoints of a run: its state, and what must still hold when it resumes."""
+"""Checkpoints of a run: the training state, and a record of configuration and data to compare on resuming."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias, TypeVar
 
 import jax
 import orbax.checkpoint as ocp
 
 from dpo_jax.steps import TrainState
 
+PyTree: TypeAlias = Any
+T = TypeVar("T")
+
 
 class Checkpoints:
-    """The checkpoints of one workdir, written in the background, the newest `keep` of them kept.
+    """Checkpoints in one folder, written in the background; the newest `keep` are kept. A context manager.
 
-    A checkpoint holds the training state and a JSON record of the configuration and the data; the data's position
-    is the step, from which the order of pairs follows.
+    A checkpoint holds the training state and a JSON record of the configuration and the data. The position in the
+    data is not stored: the step decides the order of pairs.
     """
 
     def __init__(self, folder: Path, *, keep: int, read_only: bool = False):
-        limits: dict[str, Any] = {"save_interval_steps": 0} if read_only else {"max_to_keep": keep}
+        limits: dict[str, int] = {"save_interval_steps": 0} if read_only else {"max_to_keep": keep}
         options = ocp.CheckpointManagerOptions(read_only=read_only, create=not read_only, **limits)
+        self._open = True
         self._manager = ocp.CheckpointManager(Path(folder).absolute(), options=options, item_names=("state", "record"))
 
     def latest_step(self) -> int | None:
-        """Updates made at the newest whole checkpoint; None if there is none."""
+        """Returns the number of updates before the newest complete checkpoint; None if there is none."""
         return self._manager.latest_step()
 
-    def save(self, step: int, state: TrainState, record: dict[str, Any]) -> None:
-        """Copies the state off the devices and writes it in the background; nothing if that step is there already."""
+    def save(self, step: int, state: TrainState, record: Mapping[str, object]) -> None:
+        """Copies the state off the devices and writes it in the background; a step that is saved already is skipped."""
         if step == self.latest_step():
             return
         items = ocp.args.Composite(state=ocp.args.StandardSave(state), record=ocp.args.JsonSave(record))
-        # Forced, or the manager would put its own questions to the preemption service, in `hosts`' place.
+        # Forced, or the manager would ask the preemption service for itself, which `hosts` does.
         self._manager.save(step, args=items, force=True)
 
     def record(self, step: int) -> dict[str, Any]:
-        """The record saved with that step."""
+        """Returns the record saved with that step."""
         return self._manager.restore(step, args=ocp.args.Composite(record=ocp.args.JsonRestore()))["record"]
 
     def restore(self, step: int, like: TrainState) -> TrainState:
-        """The state of that step, placed as `like`, a tree of shapes with shardings."""
+        """Returns the state of that step, sharded as `like`: a tree of shapes with shardings."""
         args = ocp.args.Composite(state=ocp.args.StandardRestore(like))
         return self._manager.restore(step, args=args)["state"]
 
-    def restore_params(self, step: int, params: Any, running: Any) -> tuple[Any, Any]:
-        """Parameters and baselines of that step alone, placed as these are, trees of shapes with shardings."""
+    def restore_params(self, step: int, params: PyTree, running: PyTree) -> tuple[PyTree, PyTree]:
+        """Returns parameters and baselines of that step without the optimizer's state.
+
+        Args:
+          params, running: trees of shapes with the shardings that the arrays will have.
+        """
         tree = {"params": params, "running": running}
-        places = ocp.checkpoint_utils.construct_restore_args(tree)
-        state = ocp.args.PyTreeRestore(tree, restore_args=places, partial_restore=True)
-        found = self._manager.restore(step, args=ocp.args.Composite(state=state))["state"]
-        return found["params"], found["running"]
+        restore_args = ocp.checkpoint_utils.construct_restore_args(tree)
+        state = ocp.args.PyTreeRestore(tree, restore_args=restore_args, partial_restore=True)
+        restored = self._manager.restore(step, args=ocp.args.Composite(state=state))["state"]
+        return restored["params"], restored["running"]
 
     def close(self) -> None:
-        """Waits until everything is on disk."""
-        self._manager.wait_until_finished()
-        self._manager.close()
+        """Waits until everything is on disk, and stops writing; closing again has no effect."""
+        if not self._open:
+            return
+        self._open = False
+        try:
+            self._manager.wait_until_finished()
+        finally:
+            self._manager.close()
+
+    def __enter__(self) -> Checkpoints:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
 
-def write_tree(folder: Path, tree: Any) -> None:
-    """Arrays by themselves, whole or not at all; returns when they are on disk."""
+def write_tree(folder: Path, tree: PyTree) -> None:
+    """Writes a tree of arrays into a new folder, whole or not at all; returns when it is on disk."""
     with ocp.StandardCheckpointer() as writer:
         writer.save(Path(folder).absolute(), tree)
 
 
-def read_tree(folder: Path, like: Any) -> Any:
-    """What `write_tree` wrote, placed as `like`."""
+def read_tree(folder: Path, like: T) -> T:
+    """Reads a tree that `write_tree` wrote, with shapes, types and shardings of `like`."""
     shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), like)
     with ocp.StandardCheckpointer() as reader:
         return reader.restore(Path(folder).absolute(), shapes)

@@ -13,7 +13,7 @@ from dpo_jax.hf.adapters import Adapters, choose
 from dpo_jax.hf.checkpoints import resolve
 from dpo_jax.hf.tensors import Tensor
 from dpo_jax.models.config import DecoderConfig
-from dpo_jax.run.trainable import EVERYTHING, Selection, select
+from dpo_jax.run.trainable import EVERYTHING, Trainable, select
 
 
 def objective_of(loss: Loss) -> losses.Objective:
@@ -22,14 +22,14 @@ def objective_of(loss: Loss) -> losses.Objective:
     return losses.make_loss(loss.name, options)
 
 
-def optimizer_of(optimizer: Optimizer, *, total_steps: int, selection: Selection = EVERYTHING) -> Any:
+def optimizer_of(optimizer: Optimizer, *, total_steps: int, selection: Trainable = EVERYTHING) -> Any:
     """Returns the configured optimizer and its learning-rate schedule over `total_steps` updates."""
     options = {name: value for name, value in dataclasses.asdict(optimizer).items() if name != "layer_decay"}
-    paced = selection.paced if selection.rates else None
-    return optim.make_optimizer(**options, total_steps=total_steps, scale_updates=paced)
+    scale_updates = selection.scale_updates if selection.multipliers else None
+    return optim.make_optimizer(**options, total_steps=total_steps, scale_updates=scale_updates)
 
 
-def selection_of(config: Config, table: Sequence[Tensor], model: DecoderConfig) -> Selection:
+def selection_of(config: Config, table: Sequence[Tensor], model: DecoderConfig) -> Trainable:
     """Returns which parameters of a model of this table train.
 
     Raises: InputError for patterns or an adapter that do not fit it.

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from types import MappingProxyType
-from typing import Any
+from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Int
+from jaxtyping import Float, Int
 
 from dpo_jax import losses
 from dpo_jax.data.batches import ReferenceValues
@@ -19,24 +20,51 @@ from dpo_jax.scoring import score_pairs
 from dpo_jax.steps import Scores, loss_metrics, pair_losses
 from dpo_jax.types import Batch, Pairs
 
+PyTree: TypeAlias = Any
+Score: TypeAlias = Callable[[Batch], tuple[Any, dict[str, Any]]]  # host batch -> (logps [P, K], sums over answers)
+Summary: TypeAlias = Callable[..., dict[str, jax.Array]]
 
-def make_summary(loss_fn: losses.Loss, *, paired: bool = True) -> Callable[..., dict[str, jax.Array]]:
-    """Returns `summary(found, reference, reference_sums, lengths, mismatched, running)`, the metrics of a whole set as
-    one small program.
 
-    `found` is log-probs and sums over answers, `mismatched` (log-probs under policy and reference, lengths) or None.
+@dataclasses.dataclass(frozen=True, eq=False)
+class EvalSet:
+    """N pairs to evaluate, with their reference log-probs."""
+
+    pairs: Pairs
+    lengths: Int[np.ndarray, "N K1"]  # tokens of the prompt and of each answer
+    reference: ReferenceValues | None = None  # None for reference-free losses
+    mismatched: Any = None  # Pairs with `lengths`: each prompt with another's answer, if the objective reads them
+
+
+class Mismatched(NamedTuple):
+    """Log-probs and token counts of mismatched answers."""
+
+    logps: Float[Any, "N K"]  # under the policy, nats
+    reference: Float[Any, "N K"]  # under the reference, nats
+    lengths: Int[Any, "N K"]
+
+
+def make_summary(loss_fn: losses.Loss, *, paired: bool = True) -> Summary:
+    """Returns `summary(policy, reference, reference_sums, lengths, mismatched, running)`, the metrics of a whole set
+    as one small program.
+
+    `policy` is (log-probs [N, K], sums over answers); `mismatched` a Mismatched or None; `running` the state that the
+    objective carries from update to update.
     """
 
     @jax.jit
     def summary(
-        found: Any, reference: Any, reference_sums: Any, lengths: Any, mismatched: Any, running: Any
+        policy: tuple[Any, dict[str, Any]],
+        reference: Float[jax.Array, "N K"],
+        reference_sums: dict[str, Float[jax.Array, "N K"]],
+        lengths: Int[jax.Array, "N K"],
+        mismatched: Mismatched | None,
+        running: PyTree,
     ) -> dict[str, jax.Array]:
         present = jnp.ones(len(lengths), bool)
         kl = None
         if mismatched is not None:
-            logps, under_reference, counts = mismatched
-            kl = losses.estimate_kl(logps, under_reference, counts, present)
-        logps, sums = found
+            kl = losses.estimate_kl(*mismatched, present)
+        logps, sums = policy
         scores = Scores(logps, sums, reference, lengths, present, reference_sums)
         each, _ = pair_losses(loss_fn, scores, running, kl=kl, update_baselines=False)
         metrics = loss_metrics(loss_fn, each, scores, paired=paired)
@@ -46,32 +74,26 @@ def make_summary(loss_fn: losses.Loss, *, paired: bool = True) -> Callable[..., 
 
 
 def evaluate(
-    score: Callable[[Batch], tuple[Any, dict[str, Any]]],
-    summary: Callable[..., dict[str, jax.Array]],
-    pairs: Pairs,
-    lengths: Int[np.ndarray, "N K1"],
-    known: ReferenceValues | None,
+    score: Score,
+    summary: Summary,
+    pairs: EvalSet,
     *,
     shape: Shape,
     layout: str,
-    running: Any = MappingProxyType({}),
-    mismatched: Any = None,
+    running: Mapping[str, Any] = MappingProxyType({}),
 ) -> dict[str, float]:
-    """Metrics of `pair_metrics` over all pairs, named `eval/...`, with `eval/pairs` and `eval_time_s`.
+    """Returns the metrics of `pair_metrics` over all pairs, named `eval/...`, with `eval/pairs` and `eval_time_s`.
 
-    Every mean is over the set as a whole, so batching does not change it; and so is what a loss reads of a batch.
+    Every mean is over the whole set, so batching does not change it; the same holds for what a loss reads of a batch.
 
     Args:
-      score: a host batch to (logps [P, K], sums over answers), such as a jitted score step with its parameters bound.
-      summary: of `make_summary`.
-      lengths: token counts of prompt and answers.
-      known: what the reference says of the pairs; None for reference-free losses.
-      running: what the objective carries on, as it is after the last update.
-      mismatched: the set of the same prompts with other answers, with its `lengths`, if the objective asks.
+      score: such as a jitted score step with its parameters bound.
+      summary: from `make_summary`.
+      running: state of the objective after the last update.
     """
     started = time.perf_counter()
 
-    def scored(pairs: Pairs, lengths: np.ndarray, tokens: Any) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+    def score_all(pairs: Pairs, lengths: np.ndarray, tokens: Any) -> tuple[np.ndarray, dict[str, np.ndarray]]:
         logps = np.zeros((len(lengths), lengths.shape[1] - 1), np.float32)
         sums: dict[str, np.ndarray] = {}
         for part in score_pairs(score, pairs, lengths, shape=shape, layout=layout, reference_tokens=tokens):
@@ -80,14 +102,15 @@ def evaluate(
                 sums.setdefault(name, np.zeros_like(logps))[part.indices] = values
         return logps, sums
 
-    stored = None if known is None else known.of(np.arange(len(lengths)))
-    found = scored(pairs, lengths, None if stored is None else stored.tokens)
-    reference = np.zeros_like(found[0]) if stored is None else np.asarray(stored.logps, np.float32)
+    stored = None if pairs.reference is None else pairs.reference.of(np.arange(len(pairs.lengths)))
+    policy = score_all(pairs.pairs, pairs.lengths, None if stored is None else stored.tokens)
+    reference = np.zeros_like(policy[0]) if stored is None else np.asarray(stored.logps, np.float32)
     sums = {} if stored is None else {name: np.asarray(each, np.float32) for name, each in stored.sums.items()}
-    others = None
-    if mismatched is not None and stored is not None and stored.mismatched is not None:
-        logps = scored(mismatched, mismatched.lengths, None)[0]
-        others = logps, np.asarray(stored.mismatched, np.float32), np.asarray(mismatched.lengths[:, 1:])
-    values = summary(found, reference, sums, np.asarray(lengths[:, 1:]), others, dict(running))
-    named = {f"eval/{name}": float(value) for name, value in values.items()}
-    return named | {"eval/pairs": len(lengths), "eval_time_s": time.perf_counter() - started}
+    mismatched = None
+    if pairs.mismatched is not None and stored is not None and stored.mismatched is not None:
+        lengths = pairs.mismatched.lengths
+        logps, _ = score_all(pairs.mismatched, lengths, None)
+        mismatched = Mismatched(logps, np.asarray(stored.mismatched, np.float32), np.asarray(lengths[:, 1:]))
+    values = summary(policy, reference, sums, np.asarray(pairs.lengths[:, 1:]), mismatched, dict(running))
+    metrics = {f"eval/{name}": float(value) for name, value in values.items()}
+    return metrics | {"eval/pairs": len(pairs.lengths), "eval_time_s": time.perf_counter() - started}

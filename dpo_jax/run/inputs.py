@@ -20,7 +20,7 @@ from dpo_jax.losses import Objective
 from dpo_jax.models.config import DecoderConfig
 from dpo_jax.run.checks import check_kind, check_pairs, fit
 from dpo_jax.run.choices import selection_of
-from dpo_jax.run.trainable import Selection
+from dpo_jax.run.trainable import Trainable
 from dpo_jax.runtime import hosts
 from dpo_jax.types import InputError
 
@@ -35,7 +35,7 @@ class Source:
     adapters: Path | None  # PEFT folder that adapters start from; None: drawn from `seed`
     seed: int
 
-    def adapters_digest(self, selection: Selection) -> dict[str, str]:
+    def adapters_digest(self, selection: Trainable) -> dict[str, str]:
         """Returns the digest of the initial adapters by name; empty where they start without effect or are absent."""
         if self.adapters is None or selection.adapters is None:
             return {}
@@ -53,7 +53,7 @@ class Inputs:
     tokenizer: Any
     model: DecoderConfig
     objective: Objective
-    selection: Selection  # which parameters train
+    selection: Trainable  # which parameters train
     sets: dict[str, PairSet]  # "train", "eval": those that the configuration names
     mismatched: dict[str, MismatchedPairs]  # by the same names: prompts with other answers, if the objective reads any
     data_rules: dict[str, Any]  # settings that decide a pair's tokens, as the reference store's identity has them

@@ -20,7 +20,7 @@ from dpo_jax.models.attention import choose
 from dpo_jax.models.config import DecoderConfig
 from dpo_jax.reference.scoring_pass import PART_PAIRS
 from dpo_jax.run.checks import fit
-from dpo_jax.run.trainable import EVERYTHING, Selection
+from dpo_jax.run.trainable import EVERYTHING, Trainable
 from dpo_jax.runtime.clocks import Stopwatch
 from dpo_jax.runtime.xla import COMPILER_OPTIONS, Compiled, keep_compiled
 from dpo_jax.scoring import compute_dtype
@@ -36,7 +36,7 @@ class Programs(NamedTuple):
 
     model: DecoderConfig
     objective: Objective
-    selection: Selection  # which parameters train
+    selection: Trainable  # which parameters train
     mesh: Any  # a sharding.AnyMesh; an abstract one where there are no devices
     rules: sharding.Rules
     layout: str  # of pairs, one of layout.LAYOUTS
@@ -70,7 +70,7 @@ def make_programs(
     model: DecoderConfig,
     lengths: Int[np.ndarray, "N _"],
     *,
-    selection: Selection = EVERYTHING,
+    selection: Trainable = EVERYTHING,
     devices: Sequence[Any] | None = None,
     watch: Stopwatch | None = None,
 ) -> Programs:
@@ -110,7 +110,7 @@ def without_devices(
     count: int,
     *,
     platform: str,
-    selection: Selection = EVERYTHING,
+    selection: Trainable = EVERYTHING,
 ) -> Programs:
     """Like `make_programs`, for `count` absent devices: nothing is compiled."""
     sizes = sharding.mesh_shape((config.mesh.replica, config.mesh.fsdp, config.mesh.tensor), count)
@@ -123,7 +123,7 @@ def _without_scoring(
     objective: Objective,
     model: DecoderConfig,
     lengths: np.ndarray,
-    selection: Selection,
+    selection: Trainable,
     place: tuple[Any, str, tuple[int, ...] | None],  # mesh, platform, shards of this process (None: all)
 ) -> Programs:
     mesh, platform, here = place
@@ -198,7 +198,7 @@ def update_step(programs: Programs, tx: Any, *, paired: bool = True) -> tuple[An
             in_place=True,
             crops=crops(shape),
             penalties={"router_balance": balance} if balance else {},
-            mask_gradients=programs.selection.wanted,
+            mask_gradients=programs.selection.mask_gradients,
             paired=paired,
             seed=programs.seed,
             report_gap=not programs.objective.reference_free,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from jaxtyping import Int
@@ -13,20 +13,13 @@ from jaxtyping import Int
 from dpo_jax.data.batches import PairSubset, ReferenceValues
 from dpo_jax.data.tokenize import identity
 from dpo_jax.hf import checkpoints
-from dpo_jax.reference import scoring_pass
-from dpo_jax.reference.store import check_identity
+from dpo_jax.reference.scoring_pass import PairsToScore, PassResult, platform, run_pass
+from dpo_jax.reference.store import Store, check_identity
 from dpo_jax.run.inputs import Inputs
 from dpo_jax.run.programs import Programs
 from dpo_jax.run.state import load_params
 from dpo_jax.runtime import hosts
 from dpo_jax.runtime.terminal import Counter, say
-
-
-class Store(NamedTuple):
-    """A folder of reference log-probs, and all that decides them besides the pairs."""
-
-    folder: Path
-    identity: dict[str, Any]
 
 
 def reference_store(inputs: Inputs, programs: Programs, folder: Path) -> Store | None:
@@ -42,7 +35,7 @@ def reference_store(inputs: Inputs, programs: Programs, folder: Path) -> Store |
         **inputs.source.adapters_digest(inputs.selection),
         **({} if tokens is None else {"tokens": tokens}),
         **({"base": programs.quantize} if programs.quantize else {}),
-        "weights": checkpoints.digest(inputs.source.folder, mine=hosts.mine, gather=hosts.merged("weights")),
+        "weights": checkpoints.digest(inputs.source.folder, mine=hosts.mine, gather=hosts.gather_dicts("weights")),
         **identity(inputs.tokenizer),
         **inputs.data_rules,
         "answers": objective.answers_read,
@@ -50,10 +43,11 @@ def reference_store(inputs: Inputs, programs: Programs, folder: Path) -> Store |
         "dtype": np.dtype(programs.dtype).name,
         "param_dtype": programs.param_dtype,
         "attention": programs.attention,
-        "platform": scoring_pass.platform(),
+        "platform": platform(),
     }
-    check_identity(folder, parts)
-    return Store(folder, parts)
+    store = Store(folder, parts)
+    check_identity(store)
+    return store
 
 
 def complete_store(
@@ -73,10 +67,10 @@ def complete_store(
 
     with Counter("reference pass", unit="pairs") as counter:
         values, done = score_missing(inputs, store, programs, weights, counter.update)
-    speed = f", {done.scored / (time.perf_counter() - started):.1f} pairs/s in all" if done.scored else ""
+    speed = f", {done.scored / (time.perf_counter() - started):.1f} pairs/s overall" if done.scored else ""
     say(
-        f"reference: {done.given} pairs came with values, {done.stored} were in "
-        f"{store.folder}, {done.scored} scored in {done.forward_passes} forward passes{speed}"
+        f"reference log-probs: {done.provided} pairs from the data, {done.stored} from {store.folder}, "
+        f"{done.scored} scored in {done.forward_passes} forward passes{speed}"
     )
     return values, loaded[0] if loaded else None
 
@@ -89,7 +83,7 @@ def score_missing(
     report: Callable[[int, int], None] = lambda done, total: None,
     *,
     only: Mapping[str, Int[np.ndarray, "n"]] | None = None,
-) -> tuple[dict[str, ReferenceValues], scoring_pass.Pass]:
+) -> tuple[dict[str, ReferenceValues], PassResult]:
     """Returns reference log-probs of each set of pairs, scored now only where neither data nor store have them.
 
     Args:
@@ -104,17 +98,16 @@ def score_missing(
     if only is not None:
         sets = {name: PairSubset(pairs, indices[name.partition("/")[0]]) for name, pairs in whole.items()}
     tokens = programs.objective.reference_tokens
-    done = scoring_pass.run_pass(
-        *store,
-        [(pairs, pairs.lengths, pairs.keys, pairs.reference) for pairs in sets.values()],
+    done = run_pass(
+        store,
+        {name: PairsToScore(each, each.lengths, each.keys, each.reference) for name, each in sets.items()},
         lambda batch: programs.score_reference(params(), batch),
         shape=programs.score_shape,
         layout=programs.layout,
         report=report,
         tokens=tokens,
     )
-    logps = dict(zip(sets, done.values, strict=True))
-    by_token = {} if done.tokens is None else dict(zip(sets, done.tokens, strict=True))
+    by_token = done.tokens or {}
     values = {}
     for name, pairs in inputs.sets.items():
         place = np.full(len(pairs), -1)
@@ -122,6 +115,6 @@ def score_missing(
         each = by_token.get(name)
         sums = {} if each is None else {"shared_logps": each.shared_logps()}
         values[name] = ReferenceValues(
-            place, logps[name], sums, each if tokens else None, logps.get(f"{name}/mismatched")
+            place, done.values[name], sums, each if tokens else None, done.values.get(f"{name}/mismatched")
         )
     return values, done

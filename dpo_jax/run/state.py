@@ -93,7 +93,7 @@ def abstract_params(programs: Programs) -> tuple[dict, dict]:
     """Returns shapes, types and shardings of the parameters that train, and of the frozen ones, without any array."""
     selection, dtype = programs.selection, DTYPES[programs.param_dtype]
     leaves: dict[str, Any] = {}
-    for path, shape in selection.shapes(programs.model).items():
+    for path, shape in selection.leaf_shapes(programs.model).items():
         leaf = jax.ShapeDtypeStruct(shape, np.float32 if adapters.is_factor(path) else dtype)
         if is_quantized(programs, path):
             leaf = jax.eval_shape(lambda x: quantized.encode(x, programs.quantize), leaf)

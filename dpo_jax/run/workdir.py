@@ -1,4 +1,4 @@
-"""The working folder of a run: whose it is, what it logged, how far it came."""
+"""The working folder of a run: its configuration, checkpoints and logs."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ import uuid
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import xxhash
+
 from dpo_jax import config as configs
 from dpo_jax.config import Config
 from dpo_jax.run.checkpoints import Checkpoints
@@ -17,10 +19,10 @@ from dpo_jax.types import InputError
 
 
 def check(config: Config, workdir: Path, *, fields: Sequence[str] | None = None) -> None:
-    """Raises InputError if the folder holds a run whose configuration makes other updates.
+    """Raises InputError if the folder holds a run with another configuration.
 
     Args:
-      fields: those that must be equal; None: all that change the run.
+      fields: names of the fields to compare; None: all that change the updates of the run.
     """
     path = workdir / "config.json"
     if workdir.exists() and not workdir.is_dir():
@@ -49,7 +51,7 @@ def claim(config: Config, workdir: Path) -> None:
 
 
 def make(folder: Path) -> None:
-    """Makes the folder if there is none. Raises: InputError if it cannot be, or cannot be written to."""
+    """Makes the folder if it is missing. Raises: InputError if it cannot be made or written to."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
@@ -61,21 +63,21 @@ def make(folder: Path) -> None:
 
 
 def check_shared(folder: Path, *, within_s: float = 20.0) -> None:
-    """Raises InputError on a process that does not see in the folder what the first process writes there."""
-    token = folder / f".{hosts.agreed('shared folder', uuid.uuid4().hex)}"
+    """Raises InputError, on every process, unless all of them see a file that process 0 writes into the folder."""
+    token = folder / f".{hosts.broadcast('shared folder', uuid.uuid4().hex)}"
     if hosts.first():
         token.touch()
-    hosts.wait("shared folder written")
+    hosts.barrier("shared folder written")
     until = time.monotonic() + within_s  # network file systems take their time
     while not token.exists() and time.monotonic() < until:
         time.sleep(0.5)
-    seen = hosts.exchange("shared folder seen", token.exists())
+    seen = hosts.all_gather("shared folder seen", token.exists())
     if hosts.first():
         token.unlink()
     if not all(seen):
         raise InputError(
             str(folder),
-            got=f"another folder on {hosts.named([i for i, each in enumerate(seen) if not each])}",
+            got=f"another folder on {hosts.describe([process for process, sees in enumerate(seen) if not sees])}",
             expected="one folder that all processes share",
             remedy="Give --workdir on a file system that every host mounts.",
         )
@@ -99,32 +101,43 @@ def _recorded(workdir: Path) -> tuple[str, str]:
     return path.read_text(), str(path)
 
 
-def check_data(digests: Mapping[str, str | None], workdir: Path) -> int | None:
-    """Returns the updates in the newest checkpoint, None if there is none.
+def run_digest(config: Config, digests: Mapping[str, str | None]) -> str:
+    """Returns a digest of all settings and data that decide the updates of a run.
 
-    Raises: InputError if it was made with other pairs, or processes see different ones.
+    Args:
+      digests: of the run's pairs, by split.
     """
-    checkpoints = Checkpoints(workdir / "checkpoints", keep=1, read_only=True)
-    step = checkpoints.latest_step()
-    hosts.agree(f"checkpoints in {workdir}", {"step": step})  # before any of them reads one, for which it needs all
-    made_with = digests if step is None else checkpoints.record(step)["data"]
-    checkpoints.close()
+    fixed = {name: value for name, value in configs.flat(config).items() if name not in configs.RESUMABLE}
+    return xxhash.xxh3_64_hexdigest(json.dumps([fixed, digests], sort_keys=True).encode())
+
+
+def check_data(digests: Mapping[str, str | None], workdir: Path) -> int | None:
+    """Returns the step of the newest checkpoint; None if there is none.
+
+    Args:
+      digests: of the run's pairs, by split; None for a split without pairs.
+    Raises: InputError if the checkpoint was made with other pairs, or processes see different checkpoints.
+    """
+    with Checkpoints(workdir / "checkpoints", keep=1, read_only=True) as checkpoints:
+        step = checkpoints.latest_step()
+        # Before any process reads one, for which all are needed.
+        hosts.agree(f"checkpoints in {workdir}", {"step": step})
+        made_with = digests if step is None else checkpoints.record(step)["data"]
     for split, digest in digests.items():
         if digest != made_with[split]:
             raise InputError(
                 f"config.data.{split}",
                 got=f"pairs of digest {digest}",
-                expected=f"those of digest {made_with[split]}, with which the checkpoint at step {step} was made",
+                expected=f"pairs of digest {made_with[split]}, with which the checkpoint at step {step} was made",
                 remedy="Restore the data, or give another --workdir.",
             )
     return step
 
 
 def newest_step(workdir: Path) -> int:
-    """Returns the updates in the newest checkpoint. Raises: InputError if there is none."""
-    checkpoints = Checkpoints(workdir / "checkpoints", keep=1, read_only=True)
-    step = checkpoints.latest_step()
-    checkpoints.close()
+    """Returns the step of the newest checkpoint. Raises: InputError if there is none."""
+    with Checkpoints(workdir / "checkpoints", keep=1, read_only=True) as checkpoints:
+        step = checkpoints.latest_step()
     if step is None:
         raise InputError(
             str(workdir / "checkpoints"), got="no checkpoint", expected="one of a training run", remedy="Train first."
@@ -133,6 +146,6 @@ def newest_step(workdir: Path) -> int:
 
 
 def read_rows(path: Path) -> list[dict[str, float]]:
-    """The rows of a log, without a last one that an interruption left unfinished; none if there is no such file."""
+    """Reads the rows of a log, without a last one that an interruption left unfinished; none if the file is missing."""
     lines = path.read_text().splitlines(keepends=True) if path.exists() else []
     return [json.loads(line) for line in lines if line.endswith("\n")]

@@ -1,4 +1,4 @@
-"""TODO runtime.clocks."""
+"""Clocks of a run: time to the first update, time per update, page faults, and profiles."""
 
 from __future__ import annotations
 
@@ -7,28 +7,32 @@ import resource
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import jax
 
 from dpo_jax.runtime.terminal import say
 
+PyTree: TypeAlias = Any
+
 
 class Stopwatch:
-    """Seconds since it was made, and what they went into."""
+    """Seconds since it was made, and how they divide into named parts."""
 
     def __init__(self):
-        self._started, self.parts = time.perf_counter(), {}
+        self._started = time.perf_counter()
+        self.parts: dict[str, float] = {}
 
     def add(self, part: str, seconds: float) -> None:
+        """Adds seconds to a part."""
         self.parts[part] = self.parts.get(part, 0.0) + seconds
 
     @contextlib.contextmanager
     def part(self, name: str) -> Iterator[None]:
-        """Counts what the body takes to a part, less what is counted to others inside it."""
-        started, others = time.perf_counter(), sum(self.parts.values())
+        """Adds the seconds of the body to a part, without those that parts inside it count."""
+        started, counted = time.perf_counter(), sum(self.parts.values())
         yield
-        inside = sum(self.parts.values()) - others
+        inside = sum(self.parts.values()) - counted
         self.add(name, time.perf_counter() - started - inside)
 
     def __str__(self) -> str:
@@ -37,57 +41,67 @@ class Stopwatch:
 
 
 class Faults:
-    """Memory pages of this process that were touched for the first time: large temporaries made anew are slow."""
+    """Minor page faults of this process: memory pages touched for the first time, as new large temporaries are."""
 
     def __init__(self):
         self._seen = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 
     def since(self) -> int:
-        """How many since the last call."""
+        """Number of faults since the last call."""
         before, self._seen = self._seen, resource.getrusage(resource.RUSAGE_SELF).ru_minflt
         return self._seen - before
 
 
 class Profile:
-    """Traces `steps` updates from `first` on with XProf, into a folder that TensorBoard's profile plugin reads."""
+    """Traces `steps` updates from `first` on with XProf, into a folder that TensorBoard's profile plugin reads.
+
+    A context manager: leaving it ends a trace that is running.
+    """
 
     def __init__(self, folder: Path, first: int, steps: int):
         self._folder, self._first, self._last, self._on = folder, first, first + steps, False
 
-    def at(self, step: int, running: Any) -> None:
-        """Starts or stops before update `step`, once the updates that make `running` are done."""
+    def at(self, step: int, outputs: PyTree) -> None:
+        """Starts or ends the trace before update `step`, after waiting for `outputs` of the updates before it."""
         if step == self._first < self._last:
-            jax.block_until_ready(running)
+            jax.block_until_ready(outputs)
             jax.profiler.start_trace(str(self._folder))
             self._on = True
         if self._on and step == self._last:
-            jax.block_until_ready(running)
+            jax.block_until_ready(outputs)
             self.close()
 
     def close(self) -> None:
+        """Ends the trace, if it is running."""
         if self._on:
+            self._on = False
             jax.profiler.stop_trace()
             say(f"profile: in {self._folder}")
-            self._on = False
+
+    def __enter__(self) -> Profile:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
 
 class Clock:
-    """Seconds per update, what happens between updates left out."""
+    """Mean seconds per update, without the pauses between updates."""
 
     def __init__(self, step: int):
         self._at, self._step = time.perf_counter(), step
 
     def per_step(self, step: int) -> float:
-        """Mean seconds of the updates since the last call, `step` of them made in all."""
+        """Returns the mean seconds of the updates since the last call; `step` counts all updates made."""
         now = time.perf_counter()
         mean = (now - self._at) / max(1, step - self._step)
         self._at, self._step = now, step
         return mean
 
     @contextlib.contextmanager
-    def paused(self, running: Any) -> Iterator[None]:
-        """Leaves out what runs inside, once the updates that make `running` are done."""
-        jax.block_until_ready(running)
+    def paused(self, outputs: PyTree) -> Iterator[None]:
+        """Leaves out the time of the body, after waiting for `outputs` of the updates before it."""
+        jax.block_until_ready(outputs)
         started = time.perf_counter()
         yield
         self._at += time.perf_counter() - started

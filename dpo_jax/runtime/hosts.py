@@ -1,8 +1,8 @@
-"""The processes of a run, one on each host (on a GPU cluster: one for each GPU), and what they tell one another.
+"""Processes of a run, one on each host (on a GPU cluster: one for each GPU), and how they coordinate.
 
-A run of one process is a run of many whose number is one: every function here then answers at once. What is agreed on
-goes through the key-value store of JAX's coordination service, not through devices, so that a difference is
-found before any device is touched, and named instead of hanging in a collective.
+A run of one process needs no special case: every function here then returns at once. Facts that must be equal are
+compared through the key-value store of JAX's coordination service, not through devices, so that a difference is
+reported before any device is used, instead of a collective that hangs.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ import signal
 import socket
 import sys
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar
+from typing import Any, NamedTuple, NoReturn, TypeVar
 
 import jax
 import xxhash
@@ -32,10 +32,9 @@ STOPPED = 75  # exit status of a run that was asked to stop and saved its state:
 HEARTBEAT_S = 40  # of silence, after which a process counts as dead and the others end
 CONNECT_S = 300  # for all processes to come up
 WATCH_S = 2  # between looks at whether another process failed
-FACT_S = 50  # for every process to say what it has, once it said that it is there
+FACT_S = 50  # for every process to send its facts, once all have joined
 
-# Where there is no TPU libtpu looks for one all the same, says at length that it found none, and lets one process at a
-# time use it.
+# Without a TPU, libtpu still searches for one, prints long warnings, and lets only one process at a time use it.
 WITHOUT_TPU = {
     "TPU_SKIP_MDS_QUERY": "1",
     "TPU_WORKER_HOSTNAMES": "localhost",
@@ -50,144 +49,167 @@ class Stopped(Exception):
     """The run was asked to stop, and everything done so far is on disk."""
 
 
-# --- who is there -------------------------------------------------------------------------------------------------
+# --- joining ------------------------------------------------------------------------------------------------------
+
+
+class Membership(NamedTuple):
+    """Place of this process among those of a run."""
+
+    coordinator: str  # host:port of process 0
+    processes: int
+    process: int
 
 
 def join(coordinator: str | None = None, processes: int | None = None, process: int | None = None) -> None:
-    """Makes this process one of several if flags or environment say so; call before anything touches a device.
+    """Makes this process one of several if flags or environment say so; call before anything uses a device.
 
     Without arguments, in this order: JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID; SLURM or Open MPI
-    with more than one task; a machine with TPUs, whose metadata tell. Otherwise the run is of this process alone.
+    with more than one task; the metadata of a machine with TPUs. Otherwise this process is the whole run.
 
     Args:
       coordinator: host:port of process 0, the same on every process.
-      processes: how many there are.
-      process: which this is, from 0.
-    Raises: InputError if only some of the three are given, or do not fit, or not all processes come up.
+      processes: their number.
+      process: the index of this one, from 0.
+    Raises: InputError if only some of the three are set, or do not fit, or not all processes come up.
     """
     if not _tpus():
         without_tpu()
-    given = {"--coordinator": coordinator, "--processes": processes, "--process": process}
-    source = "flags"
-    if not any(value is not None for value in given.values()) and "JAX_COORDINATOR_ADDRESS" in os.environ:
+    flags = {"--coordinator": coordinator, "--processes": processes, "--process": process}
+    if any(value is not None for value in flags.values()) or "JAX_COORDINATOR_ADDRESS" not in os.environ:
+        membership = _membership("flags", flags)
+    else:
         names = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
-        given, source = {name: os.environ.get(name) for name in names}, "environment"
-    missing = [name for name, value in given.items() if value is None]
-    if missing and len(missing) < len(given):
-        raise InputError(
-            f"{source}: {', '.join(missing)}",
-            got="not given",
-            expected=f"all of {', '.join(given)}, or none",
-            remedy="Give all three, the same but for the process's own number on every process.",
-        )
-    options: dict[str, Any] = {}
-    if not missing:
-        address, *counts = given.values()
-        try:
-            total, this = (int(count) for count in counts)  # type: ignore[arg-type]
-        except ValueError:
-            total, this = 0, 0
-        if not 0 <= this < total or ":" not in str(address):
-            raise InputError(
-                f"{source}: {', '.join(given)}",
-                got=", ".join(map(str, given.values())),
-                expected="HOST:PORT, a number of processes, and this one's, from 0 and below that",
-                remedy="Correct it.",
-            )
-        if total == 1:
-            return
-        options = dict(coordinator_address=str(address), num_processes=total, process_id=this)
-        options["cluster_detection_method"] = "deactivate"
-    elif not _one_of_many():
+        membership = _membership("environment", {name: os.environ.get(name) for name in names})
+    if membership is None and not _started_by_cluster():
         return
-    try:
-        jax.distributed.initialize(
-            **options,
-            initialization_timeout=CONNECT_S,
-            heartbeat_timeout_seconds=HEARTBEAT_S,
-            shutdown_timeout_seconds=HEARTBEAT_S,
-        )
-    except (RuntimeError, ValueError) as error:
-        where = options.get("coordinator_address", "the coordinator that the environment names")
-        raise InputError(
-            "jax.distributed",
-            got=f"the processes did not find one another at {where} ({' '.join(str(error).split())})",
-            expected=f"every process within {CONNECT_S} s",
-            remedy="Check that all were started, that they have the same coordinator, and that its port is open.",
-        ) from error
+    if membership is not None and membership.processes == 1:
+        return
+    _initialize(membership)
     if count() > 1:
         watcher = threading.Thread(target=_watch, name="hosts", daemon=True)
         watcher.start()
         atexit.register(watcher.join)  # or it would be cut off within a call, and abort the process
         atexit.register(_over.set)
-        exchange("names", socket.gethostname())
+        _names[:] = all_gather("names", socket.gethostname())
 
 
-def _one_of_many() -> bool:
+def _membership(source: str, settings: Mapping[str, str | int | None]) -> Membership | None:
+    """Reads coordinator, number of processes and index from three settings of one source; None if none is set."""
+    missing = [name for name, value in settings.items() if value is None]
+    if len(missing) == len(settings):
+        return None
+    if missing:
+        raise InputError(
+            f"{source}: {', '.join(missing)}",
+            got="not given",
+            expected=f"all of {', '.join(settings)}, or none",
+            remedy="Set all three, equal on every process but for the process's own number.",
+        )
+    address, *numbers = map(str, settings.values())
+    try:
+        processes, process = map(int, numbers)
+    except ValueError:
+        processes, process = 0, 0
+    if not 0 <= process < processes or ":" not in address:
+        raise InputError(
+            f"{source}: {', '.join(settings)}",
+            got=", ".join(map(str, settings.values())),
+            expected="HOST:PORT, the number of processes, and the index of this one, from 0 and below that number",
+            remedy="Correct it.",
+        )
+    return Membership(address, processes, process)
+
+
+def _initialize(membership: Membership | None) -> None:
+    """Starts JAX's coordination service; without a membership JAX asks the cluster that started the process."""
+    address, processes, process = membership or (None, None, None)
+    try:
+        jax.distributed.initialize(
+            coordinator_address=address,
+            num_processes=processes,
+            process_id=process,
+            cluster_detection_method="deactivate" if membership else None,
+            initialization_timeout=CONNECT_S,
+            heartbeat_timeout_seconds=HEARTBEAT_S,
+            shutdown_timeout_seconds=HEARTBEAT_S,
+        )
+    except (RuntimeError, ValueError) as error:
+        where = address or "the coordinator that the environment names"
+        raise InputError(
+            "jax.distributed",
+            got=f"the processes could not connect to {where} ({' '.join(str(error).split())})",
+            expected=f"every process within {CONNECT_S} s",
+            remedy="Check that all were started, that they have the same coordinator, and that its port is open.",
+        ) from error
+
+
+def _started_by_cluster() -> bool:
+    """Whether SLURM, Open MPI or the metadata of TPU machines started this process with others."""
     tasks = {"SLURM_STEP_NODELIST": "SLURM_NTASKS", "OMPI_MCA_orte_hnp_uri": "OMPI_COMM_WORLD_SIZE"}
     if any(mark in os.environ and int(os.environ.get(number, 1)) > 1 for mark, number in tasks.items()):
         return True
-    wanted = os.environ.get("JAX_PLATFORMS", "tpu")
-    return bool(_tpus()) and "tpu" in wanted and importlib.util.find_spec("libtpu") is not None
+    platforms = os.environ.get("JAX_PLATFORMS", "tpu")
+    return bool(_tpus()) and "tpu" in platforms and importlib.util.find_spec("libtpu") is not None
 
 
 def _tpus() -> list[str]:
-    """The TPU chips of this machine."""
+    """Device files of the TPU chips of this machine."""
     return glob.glob("/dev/accel*") or glob.glob("/dev/vfio/[0-9]*")
 
 
 def without_tpu() -> None:
-    """Tells libtpu, if it is installed, that this machine has no TPU; call before anything touches a device."""
+    """Tells libtpu, if it is installed, that this machine has no TPU; call before anything uses a device."""
     for name, value in WITHOUT_TPU.items():
         os.environ.setdefault(name, value)
 
 
 def index() -> int:
-    """Which of the processes this is, from 0."""
+    """Index of this process, from 0."""
     return _state().process_id if _client() is not None else 0
 
 
 def count() -> int:
-    """How many processes the run has."""
+    """Number of processes of the run."""
     return _state().num_processes if _client() is not None else 1
 
 
 def first() -> bool:
-    """Whether this is the process that writes the logs and speaks for all."""
+    """Whether this is process 0, which writes the logs and prints for all."""
     return index() == 0
 
 
 def mine(items: Sequence[T]) -> list[T]:
-    """This process's share of some items; every process must list the same ones in the same order."""
+    """Returns this process's share of the items; every process must list the same ones in the same order."""
     return list(items[index() :: count()])
 
 
 def is_mine(item: int) -> bool:
-    """Whether the item of that number is in this process's share."""
+    """Whether the item of that index is in this process's share."""
     return item % count() == index()
 
 
 def _state() -> Any:
-    from jax._src import distributed  # nothing public has the key-value store, and asks for no device
+    from jax._src import distributed  # no public function reaches the key-value store without using a device
 
     return distributed.global_state
 
 
-def _client() -> Any | None:
+def _client() -> Any:
+    """JAX's client of the coordination service; None in a run of one process."""
     return _state().client
 
 
-# --- what they tell one another -----------------------------------------------------------------------------------
+# --- exchanging facts ---------------------------------------------------------------------------------------------
 
 
-_calls: dict[str, int] = {}  # of each name, so that a later exchange never reads an earlier one's values
+_calls: dict[str, int] = {}  # under each name, so that a later exchange never reads an earlier one's values
 
 
-def exchange(name: str, value: Any, *, timeout_s: float | None = None) -> list[Any]:
-    """What every process gave under this name, in their order; all must call it, in the same order of calls.
+def all_gather(name: str, value: T, *, timeout_s: float | None = None) -> list[T]:
+    """Returns the values of all processes, in their order; all must make the same calls in the same order.
 
     Args:
-      value: anything that JSON holds.
+      value: anything that JSON can hold.
       timeout_s: None: as long as all processes live.
     Raises: InputError that names a process which did not answer in time.
     """
@@ -195,104 +217,101 @@ def exchange(name: str, value: Any, *, timeout_s: float | None = None) -> list[A
         return [value]
     _calls[name] = _calls.get(name, 0) + 1
     key = f"dpo_jax/{name}/{_calls[name]}"
-    _client().key_value_set(f"{key}/{index()}", json.dumps(value))  # type: ignore[union-attr]
-    found = [json.loads(_get(f"{key}/{process}", timeout_s, name, process)) for process in range(count())]
-    if name == "names":
-        _names[:] = found
-    return found
+    _client().key_value_set(f"{key}/{index()}", json.dumps(value))
+    return [json.loads(_get(f"{key}/{process}", timeout_s, name, process)) for process in range(count())]
 
 
 def _get(key: str, timeout_s: float | None, name: str, process: int) -> str:
     while True:
         try:
             wait_ms = int(1000 * (timeout_s or 3600))
-            return _client().blocking_key_value_get(key, wait_ms)  # type: ignore[union-attr]
+            return _client().blocking_key_value_get(key, wait_ms)
         except Exception as error:  # the client's own type of error is not public
             if "DEADLINE_EXCEEDED" not in str(error):
                 raise
             if timeout_s is not None:
                 raise InputError(
-                    f"{_name(process)}",
+                    _name(process),
                     got=f"no answer about {name} in {timeout_s:.0f} s",
                     expected="every process to be at the same point",
                     remedy="Look at its own output; all must run the same command.",
                 ) from None
 
 
-def agree(what: str, facts: dict[str, Any], *, timeout_s: float | None = FACT_S) -> None:
-    """Raises InputError, on every process, unless all of them give equal facts: which differ, and on which process.
+def agree(subject: str, facts: Mapping[str, object], *, timeout_s: float | None = FACT_S) -> None:
+    """Raises InputError, on every process, unless the facts are equal on all; it names those that differ, and where.
 
     Args:
-      what: what they are about, for the error.
-      facts: what must be equal, by name.
+      subject: of the facts, for the error.
+      facts: values that must be equal, by name; anything that JSON can hold.
     """
-    everyone = exchange(what, facts, timeout_s=timeout_s)
-    differ = sorted({name for each in everyone for name in each if each[name] != everyone[0].get(name)})
+    by_process = all_gather(subject, facts, timeout_s=timeout_s)
+    differ = sorted({name for each in by_process for name in each if each[name] != by_process[0].get(name)})
     if not differ:
         return
     details = []
     for name in differ[:5]:
         groups: dict[str, list[int]] = {}
-        for process, each in enumerate(everyone):
+        for process, each in enumerate(by_process):
             groups.setdefault(json.dumps(each.get(name)), []).append(process)
         ordered = sorted(groups.items(), key=lambda group: -len(group[1]))
-        details.append(f"{name} is " + ", ".join(f"{value} on {named(who)}" for value, who in ordered))
+        details.append(f"{name} is " + ", ".join(f"{value} on {describe(who)}" for value, who in ordered))
     more = f" and {len(differ) - 5} more" if len(differ) > 5 else ""
     raise InputError(
-        what,
+        subject,
         got="; ".join(details) + more,
         expected="the same on every process",
         remedy="Start all of them with the same command, code and files.",
     )
 
 
-_names: list[str] = []
+_names: list[str] = []  # of hosts, by process
 
 
 def _name(process: int) -> str:
     return f"process {process}" + (f" ({_names[process]})" if _names else "")
 
 
-def named(processes: Sequence[int]) -> str:
-    """Some processes in words, by number and host."""
+def describe(processes: Sequence[int]) -> str:
+    """Lists processes by number and host, for messages."""
     shown = ", ".join(_name(process) for process in processes[:3])
     return shown + (f" and {len(processes) - 3} more" if len(processes) > 3 else "")
 
 
-def merged(name: str) -> Callable[[dict], dict]:
-    """A function that joins what every process has found into one dict, on every process."""
+def gather_dicts(name: str) -> Callable[[dict], dict]:
+    """Returns a function that merges the dicts of all processes into one, on every process."""
 
     def gather(part: dict) -> dict:
-        return {key: value for each in exchange(name, part) for key, value in each.items()}
+        return {key: value for each in all_gather(name, part) for key, value in each.items()}
 
     return gather
 
 
-def wait(name: str) -> None:
+def barrier(name: str) -> None:
     """Returns once every process has called it."""
-    exchange(f"wait/{name}", None)
+    all_gather(f"barrier/{name}", None)
 
 
-def agreed(name: str, value: T) -> T:
-    """Process 0's value, on every process."""
-    return exchange(name, value if first() else None)[0]
+def broadcast(name: str, value: T) -> T:
+    """Returns the value of process 0, on every process."""
+    return all_gather(name, value if first() else None)[0]  # type: ignore[return-value]
 
 
 @contextlib.contextmanager
 def first_alone(name: str) -> Iterator[bool]:
-    """The body runs to its end on process 0 before it begins on the others: what it makes, they find."""
+    """Runs the body on process 0 before it begins on the others, which then find the files that it made."""
     if not first():
-        wait(name)
+        barrier(name)
     yield first()
     if first():
-        wait(name)
+        barrier(name)
 
 
-# --- how they end -------------------------------------------------------------------------------------------------
+# --- ending -------------------------------------------------------------------------------------------------------
 
 
 def leave(status: int, reason: str = "") -> NoReturn:
-    """Ends this process; where it fails and has others, they are told why and end within seconds.
+    """Ends this process; if it failed, the other processes print the reason and end within seconds.
 
     A process that failed does not wait for the others at JAX's shutdown barrier, which they may never reach.
     """
@@ -301,23 +320,23 @@ def leave(status: int, reason: str = "") -> NoReturn:
     if count() == 1 or status in (0, STOPPED):
         sys.exit(status)
     with contextlib.suppress(Exception):
-        _client().key_value_set("dpo_jax/failed", json.dumps([index(), reason]))  # type: ignore[union-attr]
+        _client().key_value_set("dpo_jax/failed", json.dumps([index(), reason]))
         if first():  # the store goes with this process: the others must have read it
             threading.Event().wait(2 * WATCH_S)
     os._exit(status)
 
 
 def _watch() -> None:
-    """Ends this process as soon as another says that it failed."""
+    """Ends this process as soon as another reports that it failed."""
     while not _over.wait(WATCH_S):
         try:
-            process, reason = json.loads(_client().key_value_try_get("dpo_jax/failed"))  # type: ignore[union-attr]
+            process, reason = json.loads(_client().key_value_try_get("dpo_jax/failed"))
         except Exception as error:
             if "NOT_FOUND" in str(error):
                 continue
-            return  # the service has ended, of which JAX itself takes care
+            return  # the service has ended, which JAX itself handles
         if process != index():
-            threading.Event().wait(1)  # where all found the same mistake, each says so itself
+            threading.Event().wait(1)  # if all met the same error, each prints its own
             print(f"error: {_name(process)} stopped: {reason}", file=sys.stderr, flush=True)
             os._exit(1)
         return
@@ -330,22 +349,22 @@ _checks = 0
 
 @contextlib.contextmanager
 def listening() -> Iterator[None]:
-    """While the body runs, SIGTERM asks the run to stop at the next `asked_to_stop`, not the process to end.
+    """Makes SIGTERM, while the body runs, a request to stop at the next `asked_to_stop` instead of the process's end.
 
-    Across processes JAX's preemption service listens from `join` on, and carries the notice from one to all.
+    With several processes JAX's preemption service listens from `join` on, and passes the request from one to all.
     """
-    alone = count() == 1 and threading.current_thread() is threading.main_thread()
-    before = signal.signal(signal.SIGTERM, lambda *_: _asked.set()) if alone else None
+    listens = count() == 1 and threading.current_thread() is threading.main_thread()
+    previous = signal.signal(signal.SIGTERM, lambda *_: _asked.set()) if listens else None
     try:
         yield
     finally:
-        if alone:
-            signal.signal(signal.SIGTERM, before)
+        if listens:
+            signal.signal(signal.SIGTERM, previous)
             _asked.clear()
 
 
 def asked_to_stop() -> bool:
-    """Whether to stop here; the same answer on every process, which must all call it equally often."""
+    """Whether the run should stop; equal on every process, all of which must call it equally often."""
     global _checks
     _checks += 1
     if count() > 1:
@@ -354,17 +373,17 @@ def asked_to_stop() -> bool:
 
 
 def stop_if_asked() -> None:
-    """Raises Stopped where everything done so far is on disk already."""
+    """Raises Stopped if the run should stop; call it only while everything done so far is on disk."""
     if asked_to_stop():
         raise Stopped("asked to stop")
 
 
-# --- what code they run -------------------------------------------------------------------------------------------
+# --- comparing code -----------------------------------------------------------------------------------------------
 
 
 @functools.cache
 def code_digest() -> str:
-    """Of every source file of this package and the versions of what it computes with."""
+    """Digest of every source file of this package, and of the versions of JAX and Python."""
     root = Path(__file__).parents[1]
     state = xxhash.xxh3_128(f"{jax.__version__} {sys.version_info[:2]}".encode())
     for path in sorted(root.rglob("*.py")):

@@ -1,4 +1,4 @@
-"""TODO runtime.terminal."""
+"""Lines and progress bars on the terminal."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from tqdm import tqdm
 
 from dpo_jax.runtime import hosts
 
-# What is shown of a step while it runs, and how; a metric that a loss does not have is left out.
+# Metrics shown with each step, and their formats; a metric that the loss does not have is left out.
 SHOWN = {
     "loss": "loss {:.4f}",
     "rewards/accuracies": "accuracy {:.3f}",
@@ -22,7 +22,7 @@ SHOWN = {
 def say(message: str) -> None:
     """Prints a line to standard error, above a progress bar if there is one; standard output is for results.
 
-    Of several processes only the first prints.
+    Only process 0 prints.
     """
     if not hosts.first():
         return
@@ -31,14 +31,14 @@ def say(message: str) -> None:
 
 
 class Progress:
-    """How far a run is, on standard error: a live bar on a terminal, plain lines elsewhere.
+    """Progress of a run on standard error: a bar on a terminal, plain lines elsewhere. A context manager.
 
         step 12/62: loss 0.6921, accuracy 0.531, margin 0.0012, 3.4 pairs/s, 00:15 left
 
     Args:
-      total: steps in all, of which `start` are done.
-      title: what a step is, first on the line.
-      line_every_s: least seconds between plain lines; the last step always has one.
+      total: number of steps, of which `start` are done.
+      title: name of a step, first on the line.
+      line_every_s: minimum seconds between plain lines; the last step always has one.
     """
 
     def __init__(self, total: int, *, start: int = 0, title: str = "step", line_every_s: float = 0.0):
@@ -52,13 +52,13 @@ class Progress:
 
     def update(self, step: int, metrics: Mapping[str, float] | None = None) -> None:
         """Shows that `step` steps are done, with the metrics of the last."""
-        now, shown = time.monotonic(), metrics or {}
-        parts = [form.format(shown[name]) for name, form in SHOWN.items() if name in shown]
+        now, values = time.monotonic(), metrics or {}
+        parts = [form.format(values[name]) for name, form in SHOWN.items() if name in values]
         if self._bar is not None:
             self._bar.set_postfix_str(", ".join(parts), refresh=False)
             self._bar.update(step - self._bar.n)
             return
-        # From the first step seen, for the one before it compiled.
+        # Time is counted from the end of the first step, which compiles.
         self._first = self._first or (step, now)
         if step < self._total and now - self._last_line_s < self._line_every_s:
             return
@@ -75,12 +75,19 @@ class Progress:
         say(message)
 
     def close(self) -> None:
+        """Ends the bar; closing again has no effect."""
         if self._bar is not None:
             self._bar.close()
 
+    def __enter__(self) -> Progress:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
 
 class Counter:
-    """Progress of a pass whose length is known only once it is under way: `with Counter("reference") as counter`."""
+    """Progress of a pass that learns its total with the first update. A context manager."""
 
     def __init__(self, title: str, *, unit: str):
         self._title, self._unit = title, unit

@@ -1,58 +1,138 @@
-"""TODO runtime.xla."""
+"""Compiling with XLA: the options that programs share, a function that compiles once, and the cache of programs."""
 
 from __future__ import annotations
 
 import ctypes
 import sys
 import time
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple, TypeAlias
 
 import jax
 
 from dpo_jax.runtime.clocks import Stopwatch
 from dpo_jax.runtime.files import cache_folder
 from dpo_jax.runtime.terminal import say
+from dpo_jax.trees import path_name
+
+PyTree: TypeAlias = Any
+Options: TypeAlias = Mapping[str, bool | int | float | str]  # of the compiler, by name
 
 # XLA may leave out the rounding of bfloat16 intermediates, and does so in other places where a gradient is wanted too.
 # The update would then score the reference's own weights unlike the reference pass did: 0.15 nats apart in a trial.
-COMPILER_OPTIONS = {"xla_allow_excess_precision": False}
+COMPILER_OPTIONS: dict[str, bool | str] = {"xla_allow_excess_precision": False}
+
+
+class Leaf(NamedTuple):
+    """Shape, type and sharding of one array among the arguments of a program."""
+
+    path: str
+    shape: tuple[int, ...]
+    dtype: str
+    sharding: jax.sharding.Sharding | None  # None: the program may choose
+
+    def accepts(self, other: Leaf) -> bool:
+        """Whether a program compiled for this leaf takes the other in its place."""
+        if self[:3] != other[:3]:
+            return False
+        unbound = self.sharding is None or other.sharding is None
+        return unbound or self.sharding.is_equivalent_to(other.sharding, len(self.shape))  # type: ignore[union-attr]
+
+    def __str__(self) -> str:
+        return f"{self.dtype}{list(self.shape)}" + ("" if self.sharding is None else f" sharded as {self.sharding}")
 
 
 class Compiled:
-    """A jitted function that is compiled at its first call and then once and for all: other shapes are an error."""
+    """A jitted function that is compiled once, at its first call; arguments of other shapes are an error.
+
+    Raises: TypeError that names the program and the first argument leaf whose shape, type or sharding is not the one it
+      was compiled for; or that the compiler options are not.
+    """
 
     def __init__(self, name: str, function: Any, watch: Stopwatch):
-        self._name, self._function, self._watch, self._program = name, function, watch, None
+        self._name, self._function, self._watch = name, function, watch
+        self._program: jax.stages.Compiled | None = None
+        self._leaves: list[Leaf] = []
+        self._options: dict[str, bool | int | float | str] | None = None
 
-    def compile(self, *args: Any, options: dict[str, Any] | None = None) -> Any:
-        """The compiled program for arguments like these, of which shapes, types and places are enough.
+    def compile(self, *args: PyTree, options: Options | None = None) -> jax.stages.Compiled:
+        """Returns the program for arguments like these: arrays, or structs of shape, dtype and sharding.
 
         Args:
-          options: of the compiler, besides those of the function.
+          options: of the compiler, added to those of the function; None at a later call: as at the first.
         """
         if self._program is None:
-            started = time.perf_counter()
-            with self._watch.part("compile"):
-                self._program = self._function.lower(*args).compile(options)
-            memory = self._program.memory_analysis()
-            size = f", {memory.temp_size_in_bytes:,} bytes of temporaries a device" if memory is not None else ""
-            say(f"compiled {self._name} in {time.perf_counter() - started:.1f} s{size}")
-            give_back_freed()
+            self._options, self._leaves = None if options is None else dict(options), leaves_of(args)
+            self._program = self._compile(args)
+            return self._program
+        if options is not None and dict(options) != (self._options or {}):
+            raise TypeError(
+                f"program {self._name!r}: got compiler options {dict(options)}; "
+                f"expected {self._options or {}}, with which it is compiled. Make another program."
+            )
+        if difference := self._difference(args):
+            raise TypeError(difference)
         return self._program
 
-    def __call__(self, *args: Any) -> Any:
-        return self.compile(*args)(*args)
+    def __call__(self, *args: PyTree) -> PyTree:
+        program = self.compile(*args) if self._program is None else self._program
+        try:
+            return program(*args)
+        except (TypeError, ValueError) as error:
+            # JAX compares arguments at each call anyway; it knows neither the program nor, everywhere, the argument.
+            if difference := self._difference(args):
+                raise TypeError(difference) from error
+            raise
+
+    def _compile(self, args: tuple[PyTree, ...]) -> jax.stages.Compiled:
+        started = time.perf_counter()
+        with self._watch.part("compile"):
+            program = self._function.lower(*args).compile(self._options)
+        memory = program.memory_analysis()
+        size = f", {memory.temp_size_in_bytes:,} bytes of temporaries per device" if memory is not None else ""
+        say(f"compiled {self._name} in {time.perf_counter() - started:.1f} s{size}")
+        give_back_freed()
+        return program
+
+    def _difference(self, args: tuple[PyTree, ...]) -> str:
+        """Describes the first leaf of the arguments that the program was not compiled for; empty if there is none."""
+        expected, got = {leaf.path: leaf for leaf in self._leaves}, {leaf.path: leaf for leaf in leaves_of(args)}
+        for path in [*expected, *got]:
+            before, now = expected.get(path), got.get(path)
+            if before is None or now is None or not before.accepts(now):
+                return (
+                    f"program {self._name!r}, argument {path}: got {now or 'none'}; "
+                    f"expected {before or 'none'}, for which it is compiled. Make another program for other arguments."
+                )
+        return ""
+
+
+def leaves_of(args: tuple[PyTree, ...]) -> list[Leaf]:
+    """Returns shape, type and sharding of every array in the arguments; paths begin with the argument's index."""
+    shapes = jax.tree.leaves(jax.eval_shape(lambda *args: args, *args))
+    leaves = jax.tree_util.tree_leaves_with_path(args)
+    return [
+        Leaf(path_name(path), shape.shape, shape.dtype.name, _sharding_of(leaf))
+        for (path, leaf), shape in zip(leaves, shapes, strict=True)
+    ]
+
+
+def _sharding_of(leaf: Any) -> jax.sharding.Sharding | None:
+    """The sharding that a program must have for a leaf; None for numbers, host arrays and uncommitted arrays."""
+    return getattr(leaf, "sharding", None) if getattr(leaf, "committed", True) else None
 
 
 def give_back_freed() -> None:
-    """Has glibc give freed memory back to the system: the compiler frees hundreds of MiB, which it would hold on to."""
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
+    """Has glibc return freed memory to the system: the compiler frees hundreds of MiB, which glibc would hold on to."""
+    trim: Callable[[int], int] | None = None
+    if sys.platform == "linux":
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:
         trim(0)
 
 
 def keep_compiled() -> None:
-    """Has JAX keep compiled programs in the user's cache, unless a folder is set already or its cache is turned off."""
+    """Has JAX cache compiled programs in the user's cache folder, unless another is set or its cache is turned off."""
     settings = jax.config.values
     if settings["jax_compilation_cache_dir"] is None and settings["jax_enable_compilation_cache"]:
         jax.config.update("jax_compilation_cache_dir", str(cache_folder("xla")))

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 ROOT = Path(__file__).parents[2]
-# Of XLA_FLAGS: machine code that is there in less than half the time, as tests compile far more than they compute.
-UNPOLISHED = "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
+# XLA_FLAGS that more than halve the time to compile: tests compile far more than they compute.
+FAST_COMPILE_FLAGS = "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
 
 
 class Ended(NamedTuple):
@@ -19,18 +19,19 @@ class Ended(NamedTuple):
 
     status: int  # negative: the signal
     output: str
-    seconds: float  # from `ended_all`'s call on
+    seconds: float  # since `ended_all` was called
 
 
 class Run:
-    """`dpo-jax ARGUMENTS` on each of several processes; a context manager that leaves none behind.
+    """`dpo-jax ARGUMENTS` on each of several processes; a context manager that kills those still running.
 
     Args:
-      arguments: of the command line, the same for all.
-      module: another to run in place of the command, which takes the same flags for its place among the processes.
-      own: of one process besides: its number to more arguments.
-      devices: virtual ones, of all processes together.
-      folders: of each process the working directory; environment: likewise what is added to the environment.
+      arguments: command line of every process.
+      module: module to run in place of the command; it takes the same --coordinator, --processes and --process.
+      extra_arguments: further arguments of single processes, by index.
+      devices: number of virtual devices of all processes together.
+      folders: working directories of processes, by index.
+      environment: variables added to the environment of processes, by index.
     """
 
     def __init__(
@@ -41,7 +42,7 @@ class Run:
         processes,
         devices=4,
         module="dpo_jax",
-        own=None,
+        extra_arguments=None,
         folders=None,
         environment=None,
     ):
@@ -53,10 +54,10 @@ class Run:
         self.processes = []
         for i, output in enumerate(self.outputs):
             where = [f"--coordinator=127.0.0.1:{port}", f"--processes={processes}", f"--process={i}"]
-            chosen = f"--xla_force_host_platform_device_count={devices // processes} {UNPOLISHED}"
+            chosen = f"--xla_force_host_platform_device_count={devices // processes} {FAST_COMPILE_FLAGS}"
             added = {"XLA_FLAGS": chosen, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
             added |= (environment or {}).get(i, {})
-            command = [sys.executable, "-m", module, *arguments, *where, *(own or {}).get(i, [])]
+            command = [sys.executable, "-m", module, *arguments, *where, *(extra_arguments or {}).get(i, [])]
             with output.open("w") as file:
                 self.processes.append(
                     subprocess.Popen(
@@ -89,7 +90,7 @@ class Run:
             time.sleep(0.05)
 
     def ended_all(self, *, within_s=240):
-        """Waits for the end of all and returns how each ended."""
+        """Waits until all processes have ended and returns how each did."""
         started, ended = time.monotonic(), []
         for process, output in zip(self.processes, self.outputs, strict=True):
             try:
@@ -101,6 +102,6 @@ class Run:
 
 
 def arguments(command, configuration, workdir, **fields):
-    """The command line of a run of a `config.json`, with fields changed; dots written as double underscores."""
+    """Returns the command line of a run of a `config.json`, with fields changed; dots written as double underscores."""
     changes = [f"--config.{name.replace('__', '.')}={value}" for name, value in fields.items()]
     return [command, f"--config={configuration}", f"--workdir={workdir}", *changes]

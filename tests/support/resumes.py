@@ -1,4 +1,4 @@
-"""Goes on with several runs one after another in one process, so that a test pays for its start only once.
+"""Resumes several runs one after another in one process, so that a test pays for its start only once.
 
 python -m tests.support.resumes CONFIG WORKDIR [WORKDIR ...] --steps=S --coordinator=HOST:PORT --processes=N --process=I
 """
@@ -13,24 +13,35 @@ from dpo_jax import config, train
 from dpo_jax.runtime import hosts
 
 
+def share_first(make):
+    """Returns a function that calls `make` once, and returns its result at every call."""
+    results = []
+
+    def make_once(*args, **kwargs):
+        if not results:
+            results.append(make(*args, **kwargs))
+        return results[0]
+
+    return make_once
+
+
 def main():
     parser = argparse.ArgumentParser()
     parser.add_argument("config", type=Path)
     parser.add_argument("workdirs", nargs="+", type=Path)
-    parser.add_argument("--steps", type=int, required=True, help="of each, after which it is asked to stop")
+    parser.add_argument("--steps", type=int, required=True, help="updates of each run, after which it is asked to stop")
     parser.add_argument("--coordinator")
     parser.add_argument("--processes", type=int)
     parser.add_argument("--process", type=int)
     args = parser.parse_args()
     hosts.join(args.coordinator, args.processes, args.process)
-    make, made = train.make_update, []
-    # One program for all runs, which are alike: to trace it again takes longer than what is asked here.
-    train.make_update = lambda *given, **how: made[0] if made else made.append(make(*given, **how)) or made[0]
+    # All runs share one program, as they are alike: tracing it again takes longer than their few updates.
+    train.make_update = share_first(train.make_update)
     try:
         chosen = config.from_json(args.config.read_text(), str(args.config))
         for workdir in args.workdirs:
-            asked = itertools.chain([False] * args.steps, itertools.repeat(True))
-            hosts.asked_to_stop = asked.__next__  # of all processes at one step, without a signal
+            answers = itertools.chain([False] * args.steps, itertools.repeat(True))
+            hosts.asked_to_stop = answers.__next__  # on all processes at one step, without a signal
             with contextlib.suppress(hosts.Stopped):
                 train.run(chosen, workdir)
     except Exception as error:
