@@ -69,14 +69,6 @@ def _with_options(section: type[_Section]) -> type[_Section]:
     return section
 
 
-def _with_options(section: type[_Section]) -> type[_Section]:
-    """Adds a field for every option of every loss, unset by default, in the order of `losses.registry.OPTIONS`."""
-    for name, option in OPTIONS.items():
-        section.__annotations__[name] = option.type | None
-        setattr(section, name, None)
-    return section
-
-
 @dataclasses.dataclass(frozen=True)
 @_with_options
 class Loss:  # an unset option has the loss's own default, see docs/objectives.md

@@ -23,8 +23,10 @@ class Checkpoints:
     """
 
     def __init__(self, folder: Path, *, keep: int, read_only: bool = False):
-        limits: dict[str, int] = {"save_interval_steps": 0} if read_only else {"max_to_keep": keep}
-        options = ocp.CheckpointManagerOptions(read_only=read_only, create=not read_only, **limits)
+        if read_only:
+            options = ocp.CheckpointManagerOptions(read_only=True, create=False, save_interval_steps=0)
+        else:
+            options = ocp.CheckpointManagerOptions(create=True, max_to_keep=keep)
         self._open = True
         self._manager = ocp.CheckpointManager(Path(folder).absolute(), options=options, item_names=("state", "record"))
 

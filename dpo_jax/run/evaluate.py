@@ -111,6 +111,7 @@ def evaluate(
         lengths = pairs.mismatched.lengths
         logps, _ = score_all(pairs.mismatched, lengths, None)
         mismatched = Mismatched(logps, np.asarray(stored.mismatched, np.float32), np.asarray(lengths[:, 1:]))
-    values = summary(policy, reference, sums, np.asarray(pairs.lengths[:, 1:]), mismatched, dict(running))
+    scores = policy, reference, sums, np.asarray(pairs.lengths[:, 1:]), mismatched, jax.device_get(dict(running))
+    values = jax.device_get(summary(*jax.device_put(scores)))
     metrics = {f"eval/{name}": float(value) for name, value in values.items()}
     return metrics | {"eval/pairs": len(pairs.lengths), "eval_time_s": time.perf_counter() - started}

@@ -63,7 +63,7 @@ class UpdateBatches:
         flops = train_flops(built.model, pairs.lengths[indices], built.layout, self._shares)
         if scores_first(built.objective, len(batch.present)):
             counts["positions_computed"] *= 2  # forward only at first; the tokens and their FLOPs are the same
-        if mismatched is not None:
+        if mismatched is not None and batch.mismatched is not None:
             scored = work_counts(batch.mismatched, mismatched.lengths[indices], shape, built.layout)
             counts = {name: count + scored[name] for name, count in counts.items()}
             flops += forward_flops(built.model, mismatched.lengths[indices], built.layout, self._shares)
