@@ -87,12 +87,18 @@ def test_run_writes_what_a_workdir_holds(finished):
     assert all(set(row) == expected and row["eval/pairs"] == EVAL_PAIRS for row in evaluations)
 
 
-def test_a_run_moves_nothing_between_host_and_devices_that_it_does_not_ask_for(inputs, tmp_path):
-    jax.config.update("jax_transfer_guard", "disallow")  # in every thread
-    try:
-        train.run(make_config(inputs, eval__every_steps=2, train__steps=3), tmp_path / "run")
-    finally:
-        jax.config.update("jax_transfer_guard", "allow")
+def test_the_loop_moves_nothing_between_host_and_devices_that_it_does_not_ask_for(inputs, tmp_path, monkeypatch):
+    real = train.run_loop
+
+    def guarded(*arguments):
+        jax.config.update("jax_transfer_guard", "disallow")  # in every thread
+        try:
+            return real(*arguments)
+        finally:
+            jax.config.update("jax_transfer_guard", "allow")
+
+    monkeypatch.setattr(train, "run_loop", guarded)
+    train.run(make_config(inputs, eval__every_steps=2, train__steps=3), tmp_path / "run")
     assert [row["step"] for row in read_rows(tmp_path / "run" / "metrics.jsonl")] == [0, 1, 2]
 
 
