@@ -106,13 +106,13 @@ def test_memory_grows_with_the_row_and_not_with_its_square():
     assert peak(8192) < 4.5 * peak(2048)
 
 
-def test_attention_across_a_mesh_equals_that_of_one_device():
+def test_attention_sharded_over_a_mesh_equals_that_of_one_device():
     mesh = sharding.make_mesh(1, 4, 2)
     q, k, v, weight = arrays(4, 64, 4, 2, 8)
     bounds = packed(4, 64)
-    across = choose.make_attention(spread=choose.Spread(mesh, sharding.ROW_AXES, "tensor"))
+    sharded = choose.make_attention(sharding=choose.AttentionSharding(mesh, sharding.ROW_AXES, "tensor"))
     grads = [
-        jax.jit(jax.grad(lambda *x, f=f: (f(*x, *bounds) * weight).sum(), (0, 1, 2))) for f in (across, choose.PLAIN)
+        jax.jit(jax.grad(lambda *x, f=f: (f(*x, *bounds) * weight).sum(), (0, 1, 2))) for f in (sharded, choose.PLAIN)
     ]
     for a, b in zip(*(grad(q, k, v) for grad in grads), strict=True):
         np.testing.assert_allclose(a, b, atol=1e-5)
@@ -149,9 +149,9 @@ def test_kernel_that_cannot_run_is_refused(name, platform, length, message):
         choose.choose(name, platform, head_dim=64, row_length=length)
 
 
-TURNING = (LayerKind(rope.usual(64)),)
+ROTARY = (LayerKind(rope.usual(64)),)
 CONFIG = DecoderConfig(
-    vocab_size=64, width=64, layers=2, heads=2, kv_heads=1, head_dim=64, mlp_width=64, max_positions=128, kinds=TURNING
+    vocab_size=64, width=64, layers=2, heads=2, kv_heads=1, head_dim=64, mlp_width=64, max_positions=128, kinds=ROTARY
 )
 
 
@@ -166,7 +166,7 @@ def five_losses(kernel, remat):
         return module.attention(q * q.shape[-1] ** -0.5, k, v, start, end, soft_cap=soft_cap, **options)
 
     def logps_fn(params, rows):
-        hidden = decoder.forward(params, CONFIG, *rows[:4], remat=remat, attend=attend)
+        hidden = decoder.forward(params, CONFIG, *rows[:4], decoder.BlockOptions(remat=remat, attend=attend))
         return completions.completion_logps(hidden, params["head"]["embedding"], rows, pairs=6)[0]
 
     rng = np.random.default_rng(0)

@@ -66,11 +66,13 @@ def test_completion_logps_and_gradients_equal_dense_log_softmax(blocks, soft_cap
 @pytest.mark.parametrize(
     ("sizes", "vocab"), [((1, 8, 1), 64), ((1, 1, 8), 64), ((2, 2, 2), 64), ((2, 2, 2), 31)], ids=str
 )
-def test_head_cut_across_a_mesh_equals_the_whole_one(sizes, vocab):
+def test_head_sharded_over_a_mesh_equals_the_whole_one(sizes, vocab):
     mesh = sharding.make_mesh(*sizes)
     axes = sharding.partition("head/embedding", (vocab, D), mesh.shape)
-    spread = vocabulary.Spread(mesh, sharding.ROW_AXES, *axes)
-    ours = functools.partial(completions.completion_logps, pairs=P, blocks=Blocks(8, 4 * 8 * 5, 2**20), spread=spread)
+    head_sharding = vocabulary.HeadSharding(mesh, sharding.ROW_AXES, *axes)
+    ours = functools.partial(
+        completions.completion_logps, pairs=P, blocks=Blocks(8, 4 * 8 * 5, 2**20), sharding=head_sharding
+    )
     assert_equals_dense(jax.jit(ours), dense, problem(rows=8, vocab=vocab))
 
 
@@ -164,12 +166,12 @@ def test_further_sums_and_gradients_equal_dense_ones(wide, blocks, soft_cap, lik
     ],
     ids=str,
 )
-def test_further_sums_of_a_head_cut_across_a_mesh_equal_dense_ones(wide, sizes, vocab, likely):
+def test_further_sums_of_a_head_sharded_over_a_mesh_equal_dense_ones(wide, sizes, vocab, likely):
     mesh = sharding.make_mesh(*sizes)
     axes = sharding.partition("head/embedding", (vocab, D), mesh.shape)
-    spread = vocabulary.Spread(mesh, sharding.ROW_AXES, *axes)
+    head_sharding = vocabulary.HeadSharding(mesh, sharding.ROW_AXES, *axes)
     case = with_likely(problem(rows=8, vocab=vocab, dtype=np.float64), likely)
-    assert_sums_equal_dense(case, blocks=Blocks(8, 4 * 8 * 5, 2**20), spread=spread)
+    assert_sums_equal_dense(case, blocks=Blocks(8, 4 * 8 * 5, 2**20), sharding=head_sharding)
 
 
 def test_answers_that_are_not_there_do_not_shorten_the_others(wide):
@@ -204,7 +206,7 @@ def test_divergence_is_finite_where_likely_tokens_are_all_there_is(least):
     # In float32, of policies that give others 1e-9, and of references that give them nothing or more than that.
     policy = jnp.log(jnp.array([[[1 - 1e-4 - 1e-9, 1e-4]]]))
     given = jnp.log(jnp.array([[[1 - 2 * least - 1e-4, 1e-4]]]))
-    value, slope = jax.value_and_grad(lambda x: completions._kl(given, x, rest=True).sum())(policy)
+    value, slope = jax.value_and_grad(lambda x: completions._kl(given, x, any_other=True).sum())(policy)
     assert np.isfinite(value) and np.isfinite(slope).all() and (least or abs(value) < 1e-6)
     # What the others lack is still asked for: the likely ones are pushed down.
     assert not least or (slope[..., 0] > 1)
@@ -212,7 +214,7 @@ def test_divergence_is_finite_where_likely_tokens_are_all_there_is(least):
 
 def test_certain_references_have_no_rest_and_impossible_tokens_no_share():
     given, policy = jnp.array([[[0.0, -jnp.inf]]]), jnp.log(jnp.array([[[0.5, 0.25]]]))
-    value, slope = jax.value_and_grad(lambda x: completions._kl(given, x, rest=True).sum())(policy)
+    value, slope = jax.value_and_grad(lambda x: completions._kl(given, x, any_other=True).sum())(policy)
     assert float(value) == pytest.approx(np.log(2)) and slope.tolist() == [[[-1, 0]]]
 
 
@@ -240,12 +242,14 @@ def test_likely_tokens_are_those_of_all_logits(sizes, likely):
     # Whole numbers add up to the same in any order: of equal logits, of which there are many, the first is taken.
     rng, vocab, rows = np.random.default_rng(0), 64, problem(rows=8, vocab=64)[2]
     hidden, head = (jnp.asarray(rng.integers(-1, 2, shape), jnp.float32) for shape in ((8, S, D), (vocab, D)))
-    spread, blocks = None, Blocks(8, 4 * 8 * 9, 0)
+    head_sharding, blocks = None, Blocks(8, 4 * 8 * 9, 0)
     if sizes is not None:
         mesh = sharding.make_mesh(*sizes)
-        spread = vocabulary.Spread(mesh, sharding.ROW_AXES, "tensor", "fsdp")
+        head_sharding = vocabulary.HeadSharding(mesh, sharding.ROW_AXES, "tensor", "fsdp")
         blocks = Blocks(8, 4 * 8 * 5, 0)
-    ours = functools.partial(completions.completion_logps, pairs=P, blocks=blocks, spread=spread, likely=likely)
+    ours = functools.partial(
+        completions.completion_logps, pairs=P, blocks=blocks, sharding=head_sharding, likely=likely
+    )
     logps, aux, _ = jax.jit(ours)(hidden, head, rows)
     own, ids, found = aux["tokens"]
     used = np.asarray(rows.slot >= 0)
@@ -262,12 +266,13 @@ def test_likely_tokens_are_those_of_all_logits(sizes, likely):
 def test_no_logits_and_no_whole_head_travel_between_devices():
     # Of the vocabulary matrix, blocks of columns are gathered; no array of tokens times vocabulary crosses at all.
     mesh = sharding.make_mesh(1, 2, 4)
-    spread = vocabulary.Spread(mesh, sharding.ROW_AXES, "tensor", "fsdp")
+    head_sharding = vocabulary.HeadSharding(mesh, sharding.ROW_AXES, "tensor", "fsdp")
     hidden, head, rows = problem(rows=8, vocab=1024)
     place = jax.sharding.NamedSharding(mesh, sharding.partition("head/embedding", head.shape, mesh.shape))
     blocks = Blocks(8, 4 * 8 * 64, 0)
     grad = jax.grad(
-        lambda h, w: completions.completion_logps(h, w, rows, pairs=P, blocks=blocks, spread=spread)[0].sum(), (0, 1)
+        lambda h, w: completions.completion_logps(h, w, rows, pairs=P, blocks=blocks, sharding=head_sharding)[0].sum(),
+        (0, 1),
     )
     text = jax.jit(grad).lower(hidden, jax.device_put(head, place)).compile().as_text()
     assert text is not None
@@ -279,10 +284,10 @@ def test_no_logits_and_no_whole_head_travel_between_devices():
 def test_blocks_without_a_scored_token_are_not_computed():
     # NaN in the head's rows would reach any block that is computed: only the two with scored tokens may see it.
     hidden, head, rows = problem()
-    plan = completions._Plan(Blocks(8, 2**20, 0), None, None)
+    options = completions._Options(Blocks(8, 2**20, 0), None, None)
     few = (jnp.arange(T) < 12)[None] & (jnp.arange(R) == 0)[:, None]
     logps = completions.score_tokens(
-        hidden, Head(head.at[0].set(jnp.nan)), None, rows.source, rows.target, None, few, plan
+        hidden, Head(head.at[0].set(jnp.nan)), None, rows.source, rows.target, None, few, options
     )[0].logps
     assert np.isnan(logps[0, :12]).all() and not np.any(logps[0, 12:]) and not np.any(logps[1])
     tokens = completions._tokens(hidden, rows.source, rows.target, None, few, 8)
@@ -295,9 +300,9 @@ def test_log_softmax_is_float32_whatever_the_compute_type():
     hidden = jnp.asarray(rng.normal(size=(1, 512, 64)), jnp.bfloat16)
     head = jnp.asarray(rng.normal(size=(1000, 64)) / 4, jnp.bfloat16)
     target = jnp.asarray(rng.integers(0, 1000, (1, 512)))
-    plan = completions._Plan(Blocks(64, 2**16, 0), None, None)
+    options = completions._Options(Blocks(64, 2**16, 0), None, None)
     source = jnp.arange(512)[None]
-    ours = completions.score_tokens(hidden, Head(head), None, source, target, None, jnp.ones((1, 512), bool), plan)[
+    ours = completions.score_tokens(hidden, Head(head), None, source, target, None, jnp.ones((1, 512), bool), options)[
         0
     ].logps.sum()
     exact = jax.nn.log_softmax(np.asarray(hidden, np.float64) @ np.asarray(head, np.float64).T)
@@ -322,7 +327,7 @@ def test_peak_memory_grows_with_tokens_and_vocabulary_and_not_with_their_product
     # Sixteen times the logits: 2 GiB of them in float32 at the larger size.
     small, large = peak_bytes(2048, 16_384), peak_bytes(8192, 65_536)
     copies = 4 * 4 * 16 * (8192 + 65_536)
-    budget = vocabulary.CPU_BLOCKS.kept_bytes + 4 * vocabulary.CPU_BLOCKS.logits_bytes
+    budget = vocabulary.CPU_BLOCKS.saved_bytes + 4 * vocabulary.CPU_BLOCKS.logits_bytes
     assert large < small + copies + budget < 8192 * 65_536 * 4 / 5
 
 

@@ -134,9 +134,9 @@ def test_eight_packed_pairs_visit_a_third_of_what_causal_attention_would():
     shape = packing.Shape(pairs=8, rows=1, row_length=4096, microbatches=1)
     batch = layout.collate(pairs, None, shape, layout="shared")
     bounds = jnp.asarray(batch.rows.key_start[0]), jnp.asarray(batch.rows.key_end[0])
-    given, causal = splash.visited(*bounds, splash.choose_blocks(4096))
-    print(f"{given} blocks of {causal}: {given / causal:.3f}")
-    assert given / causal <= 0.35
+    computed, causal = splash.visited(*bounds, splash.choose_blocks(4096))
+    print(f"{computed} blocks of {causal}: {computed / causal:.3f}")
+    assert computed / causal <= 0.35
 
 
 @pytest.mark.parametrize("length", [1000, 2**15])
@@ -155,10 +155,10 @@ def compile_for(topology, width, *, length=2048, soft_cap=None):
     except Exception as error:
         pytest.skip(f"no TPU compiler here: {error}")
     mesh = Mesh(np.array(found[:4]).reshape(1, 2, 2), ("replica", "fsdp", "tensor"))
-    spread = choose.Spread(mesh, ("replica", "fsdp"), "tensor")
+    rows_and_heads = choose.AttentionSharding(mesh, ("replica", "fsdp"), "tensor")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(splash, "attention", functools.partial(splash.attention, soft_cap=soft_cap))
-        attend = choose.make_attention("splash", platform="tpu", spread=spread)
+        attend = choose.make_attention("splash", platform="tpu", sharding=rows_and_heads)
     step = jax.grad(lambda q, k, v, *bounds: (attend(q, k, v, *bounds).astype(jnp.float32) ** 2).sum(), (0, 1, 2))
 
     def shaped(shape, dtype, *spec):

@@ -170,9 +170,9 @@ def test_runs_in_a_map_on_each_share_of_a_mesh():
     bounds = packed_bounds(64, rows=4)
     kernel = functools.partial(attention, blocks=EVEN, interpret=True)
     mesh = Mesh(np.asarray(jax.devices()[:4]).reshape(2, 2), ("rows", "heads"))
-    of_heads, of_rows = PartitionSpec("rows", None, "heads"), PartitionSpec("rows")
-    spread = jax.shard_map(
-        kernel, mesh=mesh, in_specs=(*[of_heads] * 3, of_rows, of_rows), out_specs=of_heads, check_vma=False
+    head_spec, row_spec = PartitionSpec("rows", None, "heads"), PartitionSpec("rows")
+    sharded = jax.shard_map(
+        kernel, mesh=mesh, in_specs=(*[head_spec] * 3, row_spec, row_spec), out_specs=head_spec, check_vma=False
     )
 
     def mapped(function):
@@ -183,7 +183,7 @@ def test_runs_in_a_map_on_each_share_of_a_mesh():
         return run
 
     inputs = arrays(bounds, heads=4, kv_heads=2, width=16)
-    got, want = (out_and_grads(mapped(function), inputs, bounds) for function in (spread, dense))
+    got, want = (out_and_grads(mapped(function), inputs, bounds) for function in (sharded, dense))
     for one, other in zip(got, want, strict=True):
         np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-5)
 
