@@ -21,7 +21,7 @@ from typing import Any, NamedTuple, cast
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from dpo_jax.logprobs.vocabulary import CPU_BLOCKS, Blocks, Head, HeadSharding, Vocabulary
 from dpo_jax.types import Rows
@@ -182,14 +182,14 @@ def _score_forward_only(hidden, head, total, source, target, candidates, scored,
 class _Saved(NamedTuple):
     """Arrays that the forward pass saves for the backward pass."""
 
-    hidden: Any  # [R, S, D]
-    head: Any  # Head, [V, D] and [V]
-    source: Any  # [R, T]
-    target: Any  # [R, T]
-    candidates: Any  # [R, T, C] or None
-    scored: Any  # [R, T]
-    log_z: Any  # [R, T], log sum_v exp(logit_v)
-    logits: Any  # [parts, saved blocks + 1, t, length], of the first blocks of tokens
+    hidden: Float[Array, "R S D"]
+    head: Head
+    source: Int[Array, "R T"]
+    target: Int[Array, "R T"]
+    candidates: Int[Array, "R T C"] | None
+    scored: Bool[Array, "R T"]
+    log_z: Float[Array, "R T"]  # log sum_v exp(logit_v)
+    logits: Float[Array, "parts blocks t length"]  # of the first blocks of tokens, and one place for all others
 
 
 def _forward(hidden, head, total, source, target, candidates, scored, options):
@@ -202,7 +202,7 @@ def _backward(options, saved, cotangents):
     to_values, total = cotangents  # dL/dlog p [R, T] and [R, T, C]; running sums [V, D] and [V], or None
     head = saved.head
     before = jax.tree.map(lambda x: jnp.zeros(x.shape, saved.log_z.dtype), head) if total is None else total
-    backward = _on_each_device(_backward_local, options, (_Saved(*"rwrrrrrk"), "r", "r", "w"), "rw")
+    backward = _on_each_device(_backward_local, options, (_Saved._make("rwrrrrrk"), "r", "r", "w"), "rw")
     to_hidden, after = backward(saved, to_values.logps, to_values.candidates, before)
     # [V, D] and [V]: dL/dhead as its cotangent, or the running sums + dL/dhead as theirs
     grads = (jax.tree.map(lambda x, like: x.astype(like.dtype), after, head), None) if total is None else (None, after)
@@ -212,7 +212,7 @@ def _backward(options, saved, cotangents):
 score_tokens.defvjp(_forward, _backward)
 
 
-def _on_each_device(function, options, inputs, outputs) -> Callable[..., Any]:
+def _on_each_device(function, options, inputs, outputs) -> Callable:
     """Runs `function` on each device's shard of inputs and outputs, whose letters name their sharding:
     r: as rows; w: as the head; k: vocabulary and rows."""
     local = functools.partial(function, options)
@@ -254,15 +254,15 @@ def _take(values, place):
 class _Sums(NamedTuple):
     """Running statistics over the parts of the vocabulary, for n tokens; optional ones are None unless requested."""
 
-    max_logit: Any  # [n]
-    exp_sum: Any  # [n], sum_v exp(logit - max_logit)
-    square_sum: Any  # [n], sum_v exp(logit - max_logit)^2
-    target: Any  # [n], the target's logit
-    candidates: Any  # [n, C], logits of the candidate tokens
-    logit_sum: Any  # [n]
-    likely: Any  # [n, L], the largest logits, in descending order
-    likely_ids: Any  # [n, L], their tokens
-    saved: Any  # [parts, saved blocks + 1, t, length], logits for the backward pass
+    max_logit: Float[Array, "n"]
+    exp_sum: Float[Array, "n"]  # sum_v exp(logit - max_logit)
+    square_sum: Float[Array, "n"] | None  # sum_v exp(logit - max_logit)^2
+    target: Float[Array, "n"]  # the target's logit
+    candidates: Float[Array, "n C"] | None  # logits of the candidate tokens
+    logit_sum: Float[Array, "n"]
+    likely: Float[Array, "n L"] | None  # the largest logits, in descending order
+    likely_ids: Int[Array, "n L"] | None  # their tokens
+    saved: Float[Array, "parts blocks t length"] | None  # logits for the backward pass
 
 
 def _forward_local(options, hidden, head, source, target, candidates, scored):
@@ -396,9 +396,8 @@ def _backward_local(options, saved, to_logps, to_candidates, total):
     h = flat[tokens.index]  # [N, D]
     wide = log_z.dtype
     vocab = Vocabulary(head, hidden.dtype, options.blocks, options.soft_cap, options.sharding)
-    # [N], [N] dL/dlog p, [N, C] dL/dlog p of the candidates
-    by_entry = log_z, to_logps, to_candidates
-    log_z, to_logps, to_candidates = jax.tree.map(lambda x: _take(x, tokens.place), by_entry)
+    # [N] log Z, [N] dL/dlog p, [N, C] dL/dlog p of the candidates
+    by_token = jax.tree.map(lambda x: _take(x, tokens.place), (log_z, to_logps, to_candidates))
 
     saved_blocks = _saved_blocks(options, vocab, len(tokens.index))
 
@@ -408,20 +407,6 @@ def _backward_local(options, saved, to_logps, to_candidates, total):
         read, recompute = lambda: saved_logits[j, jnp.minimum(i, saved_blocks)], lambda: vocab.logits(states, weights)
         return jax.lax.cond(i < saved_blocks, read, recompute)
 
-    def to_logits_of(logits, real, column, i):
-        """Computes dL/dlogit [t, v] of block i of the tokens with a part of the vocabulary."""
-        is_target = column[None] == _block(tokens.target, i, size)[:, None]
-        probs = jnp.exp(logits - _block(log_z, i, size)[:, None])  # [t, v] p
-        # [t, v] dL/dlogit = (1[v = target] - p) dL/dlog p
-        to_logits = (jnp.where(is_target, 1.0, 0.0) - probs) * _block(to_logps, i, size)[:, None]
-        if tokens.candidates is not None:  # [t, v] the same of each candidate c: sum_c (1[v = c] - p) dL/dlog p_c
-            grad = _block(to_candidates, i, size)
-            added = _scatter_add(to_logits, column, _block(tokens.candidates, i, size), grad)
-            to_logits = added - probs * grad.sum(-1)[:, None]
-        if options.soft_cap is not None:
-            to_logits = to_logits * (1 - jnp.square(logits / options.soft_cap))  # [t, v] times d cap tanh(z / cap) / dz
-        return to_logits if real is None else jnp.where(real, to_logits, 0)  # 0 where the part overlaps the one before
-
     def one_part(j, carry):
         hidden_grad, total = carry
         weights = vocab.part(j)
@@ -430,7 +415,9 @@ def _backward_local(options, saved, to_logps, to_candidates, total):
             hidden_grad, part_grad = carry
             states = _block(h, i, size)  # [t, D]
             columns = vocab.columns(j)
-            to_logits = to_logits_of(logits_of(states, weights, i, j), *columns, i)
+            logits = logits_of(states, weights, i, j)
+            read = functools.partial(_block, i=i, size=size)
+            to_logits = _to_logits(options, logits, *columns, read, tokens, by_token)
             to_bias = None if total.bias is None else to_logits.sum(0)  # [v] dL/dbias = sum_t dL/dlogit
             to_logits = to_logits.astype(hidden.dtype)
             # [t, D] this part's share of dL/dh = sum_v dL/dlogit w_v
@@ -452,6 +439,26 @@ def _backward_local(options, saved, to_logps, to_candidates, total):
     # [R, S, D] dL/dhidden = sum over the tokens that read it. Padding has gradient 0, so its index does not matter.
     hidden_grad = jnp.zeros(flat.shape, wide).at[tokens.index].add(hidden_grad).reshape(hidden.shape)
     return hidden_grad, total
+
+
+def _to_logits(options, logits, real, column, read, tokens, by_token):
+    """Computes dL/dlogit [t, v] of a block of tokens with a part of the vocabulary.
+
+    Args:
+      read: selects the block [t, ...] of an array over all tokens [N, ...].
+      by_token: log Z [N], dL/dlog p [N], and dL/dlog p of the candidates [N, C].
+    """
+    log_z, to_logps, to_candidates = by_token
+    is_target = column[None] == read(tokens.target)[:, None]
+    probs = jnp.exp(logits - read(log_z)[:, None])  # [t, v] p
+    # [t, v] dL/dlogit = (1[v = target] - p) dL/dlog p
+    to_logits = (jnp.where(is_target, 1.0, 0.0) - probs) * read(to_logps)[:, None]
+    if tokens.candidates is not None:  # [t, v] the same of each candidate c: sum_c (1[v = c] - p) dL/dlog p_c
+        grad = read(to_candidates)
+        to_logits = _scatter_add(to_logits, column, read(tokens.candidates), grad) - probs * grad.sum(-1)[:, None]
+    if options.soft_cap is not None:
+        to_logits = to_logits * (1 - jnp.square(logits / options.soft_cap))  # [t, v] times d cap tanh(z / cap) / dz
+    return to_logits if real is None else jnp.where(real, to_logits, 0)  # 0 where the part overlaps the one before
 
 
 def _scatter_add(to_logits, column, ids, values):

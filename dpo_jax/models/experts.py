@@ -177,16 +177,16 @@ def _assignments(experts, real, count):
 
 
 class _Saved(NamedTuple):
-    """Arrays that the forward pass saves for the backward pass; `_forward_local` reads the first six."""
+    """Arrays that the forward pass saves for the backward pass."""
 
-    x: Any  # [N, D]
-    weights: Any  # [N, k]
-    experts: Any  # [N, k]
-    gate: Any  # [E, D, F]
-    up: Any  # [E, D, F]
-    down: Any  # [E, F, D]
-    gated: Any  # [S, F], x . gate of each line
-    upped: Any  # [S, F], x . up of each line
+    x: Float[Array, "N D"]
+    weights: Float[Array, "N k"]
+    experts: Int[Array, "N k"]
+    gate: Float[Array, "E D F"]
+    up: Float[Array, "E D F"]
+    down: Float[Array, "E F D"]
+    gated: Float[Array, "S F"]  # x . gate of each line
+    upped: Float[Array, "S F"]  # x . up of each line
 
 
 @functools.partial(custom_vjp, nondiff_argnums=(0,))
@@ -202,7 +202,7 @@ def _forward(options, x, weights, experts, gate, up, down):
 
 
 def _backward(options, saved, grad):
-    backward = _on_each_device(_backward_local, options, (_Saved(*"rrrwwdkk"), "r"), "rrwwd")
+    backward = _on_each_device(_backward_local, options, (_Saved._make("rrrwwdkk"), "r"), "rrwwd")
     to_x, to_weights, *to_kernels = backward(saved, grad)
     return to_x, to_weights, None, *to_kernels
 
@@ -210,7 +210,7 @@ def _backward(options, saved, grad):
 _mixture.defvjp(_forward, _backward)
 
 
-def _on_each_device(function, options, inputs, outputs) -> Callable[..., Any]:
+def _on_each_device(function, options, inputs, outputs) -> Callable:
     """Runs `function` on each device's shard of inputs and outputs, whose letters name their sharding:
     r: as rows; k: rows and F; w: as gate and up; d: as down."""
     local = functools.partial(function, options)
@@ -305,11 +305,11 @@ def _backward_local(options, saved, grad):
 class _ByLine(NamedTuple):
     """Inputs of the backward pass of n lines of the same or of several experts."""
 
-    x: Array  # [n, D], of the line's token
-    grad: Array  # [n, D], gradient of the token's result
-    weight: Array  # [n], of the line in that result
-    gated: Array  # [n, F]
-    upped: Array  # [n, F]
+    x: Float[Array, "n D"]  # of the line's token
+    grad: Float[Array, "n D"]  # gradient of the token's result
+    weight: Float[Array, "n"]  # of the line in that result
+    gated: Float[Array, "n F"]
+    upped: Float[Array, "n F"]
 
 
 def _forward_lines(options, x, kernels, product):

@@ -10,8 +10,7 @@ from the reference.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -90,7 +89,7 @@ def _visits(key_start, key_end, block) -> _Visits:
     return _Visits(row, query, key, visible.sum())
 
 
-custom_vjp: Callable[..., Callable] = jax.custom_vjp  # its own annotations say nothing of what a function returns
+custom_vjp: Any = jax.custom_vjp  # its own annotations say nothing of what a function returns
 
 
 @functools.partial(custom_vjp, nondiff_argnums=(5, 6))

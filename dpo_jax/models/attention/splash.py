@@ -9,8 +9,7 @@ computed nor fetched, and rows with other intervals run the same compiled progra
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -76,7 +75,7 @@ def _attend_row(q, k, v, key_start, key_end, *, soft_cap, blocks, interpret):
     visible = visible_blocks(key_start[None], key_end[None], *blocks)
     bounds = ((key_start << BITS) | key_end).astype(jnp.int32)
     by_query, by_key = (_mask_info(visible, bounds, along) for along in (2, 1))
-    kernel: Callable[..., Array] = splash.SplashAttentionKernel(
+    kernel: Any = splash.SplashAttentionKernel(
         by_query,
         by_query,
         by_key,
@@ -103,13 +102,13 @@ def _is_visible(bounds, key):
     return (key >= (bounds >> BITS)) & (key < (bounds & ((1 << BITS) - 1)))
 
 
-def _mask_info(visible: Bool[Array, "1 Q K"], bounds: Int[Array, "S"], along: int) -> MaskInfo:
+def _mask_info(visible: Bool[Array, "1 Q K"], bounds: Int[Array, "S"], along: int) -> Any:
     """Builds the lookup arrays of splash's kernels: whether to compute each block, and which block to fetch for it.
 
     Args:
       along: the axis of `visible` in a kernel's inner loop, 2 for keys and 1 for queries.
     """
-    make: Callable[..., MaskInfo] = MaskInfo  # its fields are annotated as numpy arrays
+    make: Any = MaskInfo  # its fields are annotated as numpy arrays
     return make(
         data_next=next_visible(visible[0], along - 1)[None],
         mask_next=None,

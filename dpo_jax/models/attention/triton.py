@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import functools
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -108,7 +108,7 @@ def attention(
         blocks = choose_blocks(width, q.dtype)
     multiple = max(max(tile.queries, tile.keys) for tile in blocks)
     q, k, v, key_start, key_end = pad_rows(q, k, v, key_start, key_end, multiple)
-    out = _attend(q, k, v, key_start, key_end, soft_cap, blocks, interpret)
+    out: Any = _attend(q, k, v, key_start, key_end, soft_cap, blocks, interpret)
     return out[:, :length]
 
 
