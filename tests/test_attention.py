@@ -64,8 +64,8 @@ def test_blocks_equal_dense_attention_in_values_and_gradients(heads, kv_heads, s
         np.testing.assert_allclose(a, b, atol=1e-5)
 
 
-def test_intervals_that_lie_after_their_query_are_seen():
-    # Nothing here is causal: each query sees some other stretch of the row.
+def test_queries_attend_to_intervals_that_follow_them():
+    # Not causal: each query attends to an arbitrary interval of the row.
     rng = np.random.default_rng(0)
     start = jnp.asarray(rng.integers(0, 60, (1, 64)))
     end = jnp.minimum(start + jnp.asarray(rng.integers(1, 40, (1, 64))), 64)
@@ -82,7 +82,7 @@ def test_visible_blocks_are_exactly_those_with_a_visible_pair():
     assert np.array_equal(found, seen.reshape(3, 4, 32, 8, 16).any((2, 4)))
 
 
-def test_blocks_that_no_query_sees_are_not_computed():
+def test_blocks_without_a_visible_key_are_not_computed():
     # NaN in keys and values of another pair's blocks would come through 0 * NaN if they were multiplied.
     start, end = np.zeros((1, 64), int), np.full((1, 64), 32)
     start[:, 32:], end[:, 32:] = 32, 64
@@ -157,7 +157,7 @@ CONFIG = DecoderConfig(
 
 @functools.cache
 def five_losses(kernel, remat):
-    """Losses of five updates of a small model, attention by the given kernel, interpreted where it is not at home."""
+    """Losses of five updates of a small model with an attention kernel; kernels for other platforms are interpreted."""
     modules = {"xla": (blockwise, {}), "splash": (splash, {"interpret": True}), "triton": (triton, {"interpret": True})}
     module, options = modules[kernel]
 
@@ -189,7 +189,7 @@ def five_losses(kernel, remat):
 @pytest.mark.parametrize("kernel", ["xla", "splash", "triton"])
 @pytest.mark.parametrize("remat", decoder.REMAT)
 def test_every_kernel_and_remat_policy_gives_the_same_losses(kernel, remat):
-    # TRL's curve is laid over that of `xla` in test_trl_parity.py; here all the others are laid over it.
+    # test_trl_parity.py compares the curve of `xla` with TRL's; here every other curve is compared with that of `xla`.
     curve, expected = five_losses(kernel, remat), five_losses("xla", "none")
     assert max(expected) - min(expected) > 0.05
     np.testing.assert_allclose(curve, expected, atol=1e-5)

@@ -27,13 +27,13 @@ N, D, F, E, K = 40, 16, 24, 6, 2
 MESHES = {"fsdp 8": (1, 8, 1), "tensor 8": (1, 1, 8), "fsdp 4, tensor 2": (1, 4, 2), "2x2x2": (2, 2, 2)}
 
 silu = jax.nn.silu
-# Machine code that is there sooner: most of the time here goes into compiling.
+# Fast-compile flags: most of the time of these tests is compilation.
 jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 both_ways = pytest.mark.parametrize("block", WAYS.values(), ids=WAYS)
 
 
 class Drawn(NamedTuple):
-    """What `mixture` takes, in its order."""
+    """Array arguments of `mixture`, in its order."""
 
     x: Any
     weights: Any
@@ -53,7 +53,7 @@ def draw(tokens=N, width=D, hidden=F, count=E, top_k=K, dtype: Any = jnp.float32
 
 
 def formula(x, weights, chosen, gate, up, down, *, real):
-    """Every expert on every token, of which most then count for nothing."""
+    """Applies every expert to every token; all but the chosen ones get weight 0."""
     hidden = silu(jnp.einsum("nd,edf->nef", x, gate)) * jnp.einsum("nd,edf->nef", x, up)
     out = jnp.einsum("nef,efd->ned", hidden, down)
     share = jnp.sum(jax.nn.one_hot(chosen, len(gate), dtype=x.dtype) * weights[:, :, None], axis=1)
@@ -62,7 +62,7 @@ def formula(x, weights, chosen, gate, up, down, *, real):
 
 @functools.cache
 def compiled(block, shards):
-    """`formula` if `block` is 0, or `mixture`, with the gradients of an uneven sum of its values."""
+    """Compiles `formula`, if `block` is 0, or `mixture`, and the gradients of a weighted sum of its values."""
     function = formula if block == 0 else functools.partial(mixture, options=MixtureOptions(silu, block, shards))
 
     def loss(x, weights, gate, up, down, chosen, real):
@@ -73,7 +73,7 @@ def compiled(block, shards):
 
 
 def results(block, drawn: Drawn, real=None, shards=None) -> list[np.ndarray]:
-    """Values, and gradients by everything that has one."""
+    """Returns values, and the gradients by x, weights and matrices."""
     x, weights, chosen, *kernels = drawn
     real = jnp.ones(len(x), bool) if real is None else real
     grads, y = compiled(block, shards)(x, weights, *kernels, chosen, real)
@@ -81,7 +81,7 @@ def results(block, drawn: Drawn, real=None, shards=None) -> list[np.ndarray]:
 
 
 def assert_near(ours, theirs, bound):
-    """Relative to the largest number of each array."""
+    """Asserts that errors are within a bound, relative to the largest number of each array."""
     for name, one, other in zip(("y", "x", "weights", "gate", "up", "down"), ours, theirs, strict=True):
         assert one.shape == other.shape and one.dtype == other.dtype
         assert np.abs(one - other).max() <= bound * np.abs(other).max(), name
@@ -94,7 +94,7 @@ def x64():
 
 
 def skewed(drawn: Drawn, how: str) -> Drawn:
-    """Where each token's choices go: as drawn, all to one expert, or to all experts but one; or one token alone."""
+    """Redirects the choices: as drawn, all to one expert, to all experts but one; or drops all tokens but one."""
     chosen = drawn.experts
     if how == "one expert":
         chosen = jnp.full_like(chosen, 3)
@@ -167,11 +167,11 @@ def test_blocks_are_as_many_as_assignments_need(how):
     lines = jit(_sort, static_argnums=(1, 2))(chosen, E, block)
     sizes = np.bincount(np.asarray(chosen).ravel(), minlength=E)
     assert int(lines.blocks) == sum(-(-size // block) for size in sizes) <= len(lines.expert)
-    chosen, held, expert, place = map(np.asarray, (chosen, lines.assignment, lines.expert, lines.place))
-    assert sorted(held[held < chosen.size]) == list(range(chosen.size))  # each once
-    for line in np.flatnonzero(held < chosen.size):
-        assert chosen.ravel()[held[line]] == expert[line // block]
-        assert place.ravel()[held[line]] == line
+    chosen, assigned, expert, place = map(np.asarray, (chosen, lines.assignment, lines.expert, lines.place))
+    assert sorted(assigned[assigned < chosen.size]) == list(range(chosen.size))  # each once
+    for line in np.flatnonzero(assigned < chosen.size):
+        assert chosen.ravel()[assigned[line]] == expert[line // block]
+        assert place.ravel()[assigned[line]] == line
 
 
 def test_loops_run_over_the_blocks_in_use_only():
@@ -230,14 +230,14 @@ def test_mesh_gives_what_one_device_does(block, name):
 
 
 @pytest.mark.slow
-def test_sides_that_the_mesh_does_not_divide_lie_whole_on_every_device():
+def test_sides_that_the_mesh_does_not_divide_are_replicated():
     drawn = draw(width=15, hidden=9)
     shards = shard_over((1, 4, 2), 15, 9)
     assert shards.width is None and shards.hidden is None
     assert_near(results(16, placed(drawn, shards), None, shards), results(16, drawn), 1e-5)
 
 
-def test_layouts_that_would_give_wrong_sums_are_refused():
+def test_shardings_that_would_give_wrong_sums_are_refused():
     shards = shard_over((1, 4, 2))
     for wrong in (shards._replace(width="tensor"), shards._replace(hidden="fsdp")):
         with pytest.raises(ValueError, match="experts.ExpertSharding: width"):
@@ -313,7 +313,7 @@ def test_balance_loss_of_even_routing_is_the_number_of_choices():
 
 
 def peer(family: str):
-    """One block of transformers with random weights, and whether its router normalizes."""
+    """Returns a block of transformers with random weights, and whether its router normalizes."""
     pytest.importorskip("torch")
     transformers = pytest.importorskip("transformers")
     import importlib
