@@ -166,7 +166,7 @@ def five_losses(kernel, remat):
         return module.attention(q * q.shape[-1] ** -0.5, k, v, start, end, soft_cap=soft_cap, **options)
 
     def logps_fn(params, rows):
-        hidden = decoder.forward(params, CONFIG, *rows[:4], decoder.BlockOptions(remat=remat, attend=attend))
+        hidden = decoder.forward(params, CONFIG, *rows[:4], options=decoder.BlockOptions(remat=remat, attend=attend))
         return completions.completion_logps(hidden, params["head"]["embedding"], rows, pairs=6)[0]
 
     rng = np.random.default_rng(0)

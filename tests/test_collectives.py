@@ -274,7 +274,7 @@ def test_norms_of_queries_and_keys_gather_no_heads(qk_norm):
     options = decoder.BlockOptions(kernel_shardings=shardings)
 
     def loss(params, x, *index):
-        return decoder.hidden_states(params, model, x, *index, options)[0].sum()
+        return decoder.hidden_states(params, model, x, *index, options=options)[0].sum()
 
     text = jax.jit(jax.grad(loss, (0, 1))).lower(params, x, index, index, index).compile().as_text()
     assert text is not None

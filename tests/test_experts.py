@@ -149,7 +149,7 @@ def test_bfloat16_is_as_exact_as_its_numbers_and_sums_gradients_in_float32(block
     slope = jnp.cos(jnp.arange(D, dtype=jnp.float32))[None]
 
     def loss(*kernels):
-        y = mixture(x.astype(jnp.bfloat16), weights, chosen, *kernels, MixtureOptions(silu, block))
+        y = mixture(x.astype(jnp.bfloat16), weights, chosen, *kernels, options=MixtureOptions(silu, block))
         return jnp.sum(y.astype(jnp.float32) * slope), y
 
     grads, y = jit(jax.grad(loss, (0, 1, 2), has_aux=True))(*one[3:])
@@ -183,7 +183,9 @@ def test_loops_run_over_the_blocks_in_use_only():
 
     x, weights, chosen, *kernels = skewed(draw(), "an idle expert")
     real = jnp.arange(N) < 10
-    loss = lambda *kernels: jnp.sum(mixture(x, weights, chosen, *kernels, MixtureOptions(activation, 16), real=real))
+    loss = lambda *kernels: jnp.sum(
+        mixture(x, weights, chosen, *kernels, options=MixtureOptions(activation, 16), real=real)
+    )
     jax.block_until_ready(jit(jax.grad(loss, (0, 1, 2)))(*kernels))
     jax.effects_barrier()
     used = len(np.unique(chosen[:10]))  # the few assignments of each fit one block
@@ -194,7 +196,7 @@ def test_loops_run_over_the_blocks_in_use_only():
 def test_block_costs_the_products_of_one_expert(count, lines):
     # XLA counts the body of a loop once: here three products forward and six backward.
     drawn = draw(tokens=256, width=64, hidden=64, count=count)
-    loss = lambda *kernels: jnp.sum(mixture(*drawn[:3], *kernels, MixtureOptions(silu, 64)) ** 2)
+    loss = lambda *kernels: jnp.sum(mixture(*drawn[:3], *kernels, options=MixtureOptions(silu, 64)) ** 2)
     analysis: Any = jit(jax.grad(loss, (0, 1, 2))).lower(*drawn[3:]).compile().cost_analysis()
     needed = 9 * 2 * lines * 64 * 64
     assert needed / 2 < analysis["flops"] < 1.2 * needed
@@ -241,7 +243,7 @@ def test_shardings_that_would_give_wrong_sums_are_refused():
     shards = shard_over((1, 4, 2))
     for wrong in (shards._replace(width="tensor"), shards._replace(hidden="fsdp")):
         with pytest.raises(ValueError, match="experts.ExpertSharding: width"):
-            mixture(*draw(), MixtureOptions(silu, sharding=wrong))
+            mixture(*draw(), options=MixtureOptions(silu, sharding=wrong))
 
 
 @pytest.mark.slow
@@ -254,7 +256,7 @@ def test_matrices_are_gathered_in_the_compute_type_and_tokens_stay_where_they_ar
 
     def loss(x, router, *kernels):
         weights, chosen, _ = route(x, router, top_k=K, normalize=True, sharding=shards)
-        return jnp.sum(mixture(x, weights, chosen, *kernels, MixtureOptions(silu, 16, shards)) ** 2)
+        return jnp.sum(mixture(x, weights, chosen, *kernels, options=MixtureOptions(silu, 16, shards)) ** 2)
 
     lowered = jit(jax.grad(loss, (0, 2, 3, 4))).lower(drawn.x, router, *drawn[3:])
     # Before XLA's passes: its CPU backend gathers in float32 whatever is asked.

@@ -147,7 +147,7 @@ def test_rows_that_the_kernel_cannot_take_are_refused(length):
 
 
 def compile_for(topology, width, *, length=2048, soft_cap=None):
-    """Temporary bytes per chip, forward and backward: 4 query heads per kv head, rows and heads sharded over 4 chips."""
+    """Temporary bytes per chip, forward and backward: 4 query heads per kv head, sharded over 4 chips."""
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
     topologies = pytest.importorskip("jax.experimental.topologies")
     try:
