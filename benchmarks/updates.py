@@ -13,16 +13,17 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks.common import memory, minor_faults, reset_peak
-from dpo_jax import parallel
 from dpo_jax.config import Config, freeze
 from dpo_jax.data import layout
 from dpo_jax.hf import checkpoints
 from dpo_jax.models.config import DecoderConfig
+from dpo_jax.parallel import ModelOptions
 from dpo_jax.run import choices, programs
 from dpo_jax.run import inputs as run_inputs
 from dpo_jax.run import state as state_module
 from dpo_jax.run.reference_values import reference_store, score_missing
 from dpo_jax.runtime import xla
+from dpo_jax.scoring import make_logps_fn
 from dpo_jax.steps import init_state, make_score_step, make_train_step
 from dpo_jax.types import Batch, Encoded
 
@@ -84,13 +85,8 @@ def make_update(
       reference_inside: whether the update scores the reference, whose parameters are `frozen`; else `frozen` is None.
     """
     config, shape = parts.config, parts.programs.update_shape
-    logps_fn = parallel.make_logps_fn(
-        model or parts.inputs.model,
-        pairs=shape.pairs,
-        dtype=parts.programs.dtype,
-        remat=config.model.remat,
-        attention=parts.programs.attention,
-    )
+    options = ModelOptions(parts.programs.dtype, config.model.remat, parts.programs.attention)
+    logps_fn = make_logps_fn(model or parts.inputs.model, pairs=shape.pairs, options=options)
     cut = programs.crops(shape) if crops else []
     tx, _ = choices.optimizer_of(config.optimizer, total_steps=config.train.steps or 1)
     train = make_train_step(logps_fn, parts.inputs.objective, tx, has_aux=True, in_place=True, crops=cut)

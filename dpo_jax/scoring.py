@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple
+import functools
+from collections.abc import Callable, Collection, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,8 +14,20 @@ from jaxtyping import Array, Float, Int, PyTree
 from dpo_jax import aliases
 from dpo_jax.data.layout import answer_starts, collate
 from dpo_jax.data.packing import Shape, unit_lengths
+from dpo_jax.logprobs.completions import completion_logps, sum_by_slot
+from dpo_jax.logprobs.vocabulary import ACCELERATOR_BLOCKS, CPU_BLOCKS, Head
+from dpo_jax.models.config import DecoderConfig
+from dpo_jax.parallel import (
+    DEFAULT_OPTIONS,
+    ONE_DEVICE,
+    ModelOptions,
+    Placement,
+    make_hidden_fn,
+    model_sharding,
+    split_params,
+)
 from dpo_jax.runtime import prefetch
-from dpo_jax.types import AnswerTokens, Batch, Pairs
+from dpo_jax.types import AnswerTokens, Batch, InputError, Pairs
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
@@ -89,9 +102,78 @@ def _answer_tokens(
     ]
 
 
+def make_logps_fn(
+    config: DecoderConfig,
+    *,
+    pairs: int,
+    answers: int = 2,
+    options: ModelOptions = DEFAULT_OPTIONS,
+    placement: Placement = ONE_DEVICE,
+    sums: Collection[str] = (),
+    tokens: int | None = None,
+) -> Callable[..., Any]:
+    """Returns `logps_fn(params, rows) -> (logps [P, K], {"logits": [P, K], ...})` of a decoder.
+
+    logps are log-probs in nats, summed over answer tokens; the second value holds other sums over answer tokens: of the
+    mean logit, of the router statistics of `experts.routing`, and those named in `sums`.
+
+    With a third argument, running sums of the gradients of `params` as in `accumulate`, it returns
+    `((logps, ...), sums)`, and its backward pass adds to the sums. With `frozen`, parameters that are not among
+    `params`, it reads those as well; they get no gradient.
+
+    Args:
+      pairs, answers, sums: see `logprobs.completion_logps`.
+      options: how the decoder is computed.
+      placement: mesh and rules by which rows and parameters are sharded.
+      tokens: C: also return {"tokens": (log-probs of the targets [R, T], the C likeliest tokens at each entry
+        [R, T, C], their log-probs)}, and nothing can be differentiated; None: not.
+    Raises: InputError if `tokens` exceeds the vocabulary.
+    """
+    if tokens is not None and tokens > config.vocab_size:
+        raise InputError(
+            "config.loss.kl_tokens",
+            got=f"got {tokens}, and the vocabulary has {config.vocab_size} tokens",
+            expected=f"at most {config.vocab_size}",
+            remedy="Lower it.",
+        )
+    sharding = model_sharding(config, placement)
+    hidden_fn = make_hidden_fn(config, options, placement.platform, sharding)
+    score = functools.partial(
+        completion_logps,
+        pairs=pairs,
+        answers=answers,
+        soft_cap=config.logit_soft_cap,
+        blocks=CPU_BLOCKS if placement.platform == "cpu" else ACCELERATOR_BLOCKS,
+        sharding=sharding.head,
+        sums=tuple(sums),
+        likely=tokens,
+    )
+
+    def logps_fn(params: Any, rows: Any, sums: Any = None, *, frozen: Any = None) -> Any:
+        split = split_params(params, sums, frozen)
+        hidden, statistics, embedding_sum = hidden_fn(split, rows)
+        new_sums: dict[str, Any] = split.vocabulary_sums | {"embed": embedding_sum}
+        name = "head" if "head" in split.vocabulary else "embed"
+        head_sums = None if sums is None else Head(new_sums.get(name), new_sums.get("logits"))
+        bias = split.vocabulary.get("logits")
+        logps, aux, head_sums = score(hidden, split.vocabulary[name], rows, bias=bias, total=head_sums)
+        at_source = {key: jnp.take_along_axis(values, rows.source, 1) for key, values in statistics.items()}
+        aux |= {key: sum_by_slot(values, rows.slot, pairs, answers) for key, values in at_source.items()}
+        if head_sums is None:
+            return logps, aux
+        new_sums |= {name: head_sums.weights, "logits": head_sums.bias}
+        return (logps, aux), split.join_sums(new_sums, trained=params)
+
+    return logps_fn
+
+
 __getattr__ = aliases.forward(
     __name__,
-    {"join": "dpo_jax.trees.join"}
-    | {name: f"dpo_jax.parallel.{name}" for name in ("WORDS", "kernel_across", "experts_across", "of_words")}
-    | {"make_logps_fn": "dpo_jax.parallel.make_logps_fn"},
+    {
+        "join": "dpo_jax.trees.join",
+        "WORDS": "dpo_jax.parallel.VOCABULARY_LEAVES",
+        "kernel_across": "dpo_jax.parallel.kernel_sharding",
+        "experts_across": "dpo_jax.parallel.expert_sharding",
+        "of_words": "dpo_jax.parallel.split_vocabulary",
+    },
 )

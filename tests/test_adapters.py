@@ -11,13 +11,15 @@ import optax
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from dpo_jax import commands, losses, parallel, sharding, steps, train, trees
+from dpo_jax import commands, losses, sharding, steps, train, trees
 from dpo_jax import config as configs
 from dpo_jax.data import layout, packing
 from dpo_jax.hf import checkpoints, peft
 from dpo_jax.hf.adapters import Adapters, choose, first_values, merge, module_of
 from dpo_jax.hf.families import FAMILIES
+from dpo_jax.parallel import ModelOptions, Placement
 from dpo_jax.run import checks
+from dpo_jax.scoring import make_logps_fn
 from dpo_jax.types import Encoded, InputError
 from tests.support.hf_folders import decoder_config, snapshot
 from tests.support.make_golden import JSON, write_folder
@@ -75,8 +77,8 @@ def test_adapters_at_their_start_change_no_bit(name, dtype, tmp_path):
     adapters = adapters_of(name)
     config, beside, frozen = loaded(name, tmp_path, adapters)
     rows = jax.tree.map(lambda x: jnp.asarray(x[0]), batch_of(config).rows)
-    plain = jax.jit(parallel.make_logps_fn(config, pairs=PAIRS, dtype=dtype))(frozen, rows)
-    logps_fn = jax.jit(parallel.make_logps_fn(config, pairs=PAIRS, dtype=dtype, adapters=adapters))
+    plain = jax.jit(make_logps_fn(config, pairs=PAIRS, options=ModelOptions(dtype)))(frozen, rows)
+    logps_fn = jax.jit(make_logps_fn(config, pairs=PAIRS, options=ModelOptions(dtype, adapters=adapters)))
     jax.tree.map(np.testing.assert_array_equal, logps_fn(trees.join(beside, frozen), rows), plain)
     other = trees.nest(moved(trees.flatten(beside)))
     assert np.abs(logps_fn(trees.join(other, frozen), rows)[0] - plain[0]).min() > 1e-2
@@ -85,7 +87,7 @@ def test_adapters_at_their_start_change_no_bit(name, dtype, tmp_path):
 def update(config, adapters, params, frozen, batch, mesh=None):
     """What one update subtracts, by gradient descent of rate 1."""
     tx = optax.sgd(1.0)
-    logps_fn = parallel.make_logps_fn(config, pairs=PAIRS, dtype=jnp.float32, adapters=adapters, mesh=mesh)
+    logps_fn = make_logps_fn(config, pairs=PAIRS, options=ModelOptions(adapters=adapters), placement=Placement(mesh))
     state = steps.init_state(params, tx)
     if mesh is not None:
         state = jax.device_put(state, sharding.shardings(mesh, state))
@@ -106,7 +108,7 @@ def update(config, adapters, params, frozen, batch, mesh=None):
 
 def plain_gradients(config, adapters, params, frozen, batch):
     """Those of the merged model, differentiated through the merge."""
-    logps_fn = parallel.make_logps_fn(config, pairs=PAIRS, dtype=jnp.float32)
+    logps_fn = make_logps_fn(config, pairs=PAIRS)
     loss_fn = losses.make_loss("sigmoid", {})
     batch = jax.tree.map(jnp.asarray, batch)
 

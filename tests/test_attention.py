@@ -64,8 +64,8 @@ def test_blocks_equal_dense_attention_in_values_and_gradients(heads, kv_heads, s
         np.testing.assert_allclose(a, b, atol=1e-5)
 
 
-def test_intervals_that_lie_after_their_query_are_seen():
-    # Nothing here is causal: each query sees some other stretch of the row.
+def test_queries_attend_to_intervals_that_follow_them():
+    # Not causal: each query attends to an arbitrary interval of the row.
     rng = np.random.default_rng(0)
     start = jnp.asarray(rng.integers(0, 60, (1, 64)))
     end = jnp.minimum(start + jnp.asarray(rng.integers(1, 40, (1, 64))), 64)
@@ -82,7 +82,7 @@ def test_visible_blocks_are_exactly_those_with_a_visible_pair():
     assert np.array_equal(found, seen.reshape(3, 4, 32, 8, 16).any((2, 4)))
 
 
-def test_blocks_that_no_query_sees_are_not_computed():
+def test_blocks_without_a_visible_key_are_not_computed():
     # NaN in keys and values of another pair's blocks would come through 0 * NaN if they were multiplied.
     start, end = np.zeros((1, 64), int), np.full((1, 64), 32)
     start[:, 32:], end[:, 32:] = 32, 64
@@ -106,13 +106,13 @@ def test_memory_grows_with_the_row_and_not_with_its_square():
     assert peak(8192) < 4.5 * peak(2048)
 
 
-def test_attention_across_a_mesh_equals_that_of_one_device():
+def test_attention_sharded_over_a_mesh_equals_that_of_one_device():
     mesh = sharding.make_mesh(1, 4, 2)
     q, k, v, weight = arrays(4, 64, 4, 2, 8)
     bounds = packed(4, 64)
-    across = choose.make_attention(spread=choose.Spread(mesh, sharding.ROW_AXES, "tensor"))
+    sharded = choose.make_attention(sharding=choose.AttentionSharding(mesh, sharding.ROW_AXES, "tensor"))
     grads = [
-        jax.jit(jax.grad(lambda *x, f=f: (f(*x, *bounds) * weight).sum(), (0, 1, 2))) for f in (across, choose.PLAIN)
+        jax.jit(jax.grad(lambda *x, f=f: (f(*x, *bounds) * weight).sum(), (0, 1, 2))) for f in (sharded, choose.PLAIN)
     ]
     for a, b in zip(*(grad(q, k, v) for grad in grads), strict=True):
         np.testing.assert_allclose(a, b, atol=1e-5)
@@ -149,15 +149,15 @@ def test_kernel_that_cannot_run_is_refused(name, platform, length, message):
         choose.choose(name, platform, head_dim=64, row_length=length)
 
 
-TURNING = (LayerKind(rope.usual(64)),)
+ROTARY = (LayerKind(rope.usual(64)),)
 CONFIG = DecoderConfig(
-    vocab_size=64, width=64, layers=2, heads=2, kv_heads=1, head_dim=64, mlp_width=64, max_positions=128, kinds=TURNING
+    vocab_size=64, width=64, layers=2, heads=2, kv_heads=1, head_dim=64, mlp_width=64, max_positions=128, kinds=ROTARY
 )
 
 
 @functools.cache
 def five_losses(kernel, remat):
-    """Losses of five updates of a small model, attention by the given kernel, interpreted where it is not at home."""
+    """Losses of five updates of a small model with an attention kernel; kernels for other platforms are interpreted."""
     modules = {"xla": (blockwise, {}), "splash": (splash, {"interpret": True}), "triton": (triton, {"interpret": True})}
     module, options = modules[kernel]
 
@@ -166,7 +166,7 @@ def five_losses(kernel, remat):
         return module.attention(q * q.shape[-1] ** -0.5, k, v, start, end, soft_cap=soft_cap, **options)
 
     def logps_fn(params, rows):
-        hidden = decoder.forward(params, CONFIG, *rows[:4], remat=remat, attend=attend)
+        hidden = decoder.forward(params, CONFIG, *rows[:4], options=decoder.BlockOptions(remat=remat, attend=attend))
         return completions.completion_logps(hidden, params["head"]["embedding"], rows, pairs=6)[0]
 
     rng = np.random.default_rng(0)
@@ -189,7 +189,7 @@ def five_losses(kernel, remat):
 @pytest.mark.parametrize("kernel", ["xla", "splash", "triton"])
 @pytest.mark.parametrize("remat", decoder.REMAT)
 def test_every_kernel_and_remat_policy_gives_the_same_losses(kernel, remat):
-    # TRL's curve is laid over that of `xla` in test_trl_parity.py; here all the others are laid over it.
+    # test_trl_parity.py compares the curve of `xla` with TRL's; here every other curve is compared with that of `xla`.
     curve, expected = five_losses(kernel, remat), five_losses("xla", "none")
     assert max(expected) - min(expected) > 0.05
     np.testing.assert_allclose(curve, expected, atol=1e-5)

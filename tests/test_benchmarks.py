@@ -205,7 +205,7 @@ def test_padded_batch_scores_as_the_packed_one_does():
     from dpo_jax.data.packing import choose_shape
     from dpo_jax.models import decoder
     from dpo_jax.models.config import DecoderConfig
-    from dpo_jax.parallel import make_logps_fn
+    from dpo_jax.scoring import make_logps_fn
     from dpo_jax.steps import make_score_step
 
     lengths = np.array([pair.lengths for pair in PAIRS])
@@ -218,7 +218,7 @@ def test_padded_batch_scores_as_the_packed_one_does():
         vocab_size=40, width=16, layers=1, heads=2, kv_heads=2, head_dim=8, mlp_width=32, max_positions=64
     )
     params = decoder.init(jax.random.key(0), model)
-    score = jax.jit(make_score_step(make_logps_fn(model, pairs=2, dtype=np.float32), has_aux=True))
+    score = jax.jit(make_score_step(make_logps_fn(model, pairs=2), has_aux=True))
     packed, padded = (np.asarray(score(params, batch)[0]) for batch in (batches[0], batches[2]))
     assert np.all(packed < 0)
     np.testing.assert_allclose(padded, packed, rtol=1e-5)

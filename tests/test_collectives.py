@@ -270,10 +270,11 @@ def test_norms_of_queries_and_keys_gather_no_heads(qk_norm):
     params, rows = placed(shapes, sharding.shardings(mesh, shapes)), NamedSharding(mesh, P(sharding.ROW_AXES))
     x = jax.ShapeDtypeStruct((8, 16, 32), jnp.float32, sharding=rows)
     index = jax.ShapeDtypeStruct((8, 16), jnp.int32, sharding=rows)
-    across = functools.partial(parallel.kernel_across, model, mesh, sharding.RULES)
+    shardings = functools.partial(parallel.kernel_sharding, model, mesh, sharding.RULES)
+    options = decoder.BlockOptions(kernel_shardings=shardings)
 
     def loss(params, x, *index):
-        return decoder.hidden_states(params, model, x, *index, across=across)[0].sum()
+        return decoder.hidden_states(params, model, x, *index, options=options)[0].sum()
 
     text = jax.jit(jax.grad(loss, (0, 1))).lower(params, x, index, index, index).compile().as_text()
     assert text is not None

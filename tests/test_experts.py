@@ -10,7 +10,16 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from dpo_jax import sharding
-from dpo_jax.models.experts import Spread, _block_size, _Plan, _sort, balance_loss, mixture, route, router_load
+from dpo_jax.models.experts import (
+    ExpertSharding,
+    MixtureOptions,
+    _block_size,
+    _sort,
+    balance_loss,
+    mixture,
+    route,
+    router_load,
+)
 
 WAYS = {"ragged": None, "blocks": 16}
 FORMULA = 0
@@ -18,13 +27,13 @@ N, D, F, E, K = 40, 16, 24, 6, 2
 MESHES = {"fsdp 8": (1, 8, 1), "tensor 8": (1, 1, 8), "fsdp 4, tensor 2": (1, 4, 2), "2x2x2": (2, 2, 2)}
 
 silu = jax.nn.silu
-# Machine code that is there sooner: most of the time here goes into compiling.
+# Fast-compile flags: most of the time of these tests is compilation.
 jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 both_ways = pytest.mark.parametrize("block", WAYS.values(), ids=WAYS)
 
 
 class Drawn(NamedTuple):
-    """What `mixture` takes, in its order."""
+    """Array arguments of `mixture`, in its order."""
 
     x: Any
     weights: Any
@@ -44,7 +53,7 @@ def draw(tokens=N, width=D, hidden=F, count=E, top_k=K, dtype: Any = jnp.float32
 
 
 def formula(x, weights, chosen, gate, up, down, *, real):
-    """Every expert on every token, of which most then count for nothing."""
+    """Applies every expert to every token; all but the chosen ones get weight 0."""
     hidden = silu(jnp.einsum("nd,edf->nef", x, gate)) * jnp.einsum("nd,edf->nef", x, up)
     out = jnp.einsum("nef,efd->ned", hidden, down)
     share = jnp.sum(jax.nn.one_hot(chosen, len(gate), dtype=x.dtype) * weights[:, :, None], axis=1)
@@ -52,9 +61,9 @@ def formula(x, weights, chosen, gate, up, down, *, real):
 
 
 @functools.cache
-def compiled(block, spread):
-    """`formula` if `block` is 0, or `mixture`, with the gradients of an uneven sum of its values."""
-    function = formula if block == 0 else functools.partial(mixture, activation=silu, block=block, spread=spread)
+def compiled(block, shards):
+    """Compiles `formula`, if `block` is 0, or `mixture`, and the gradients of a weighted sum of its values."""
+    function = formula if block == 0 else functools.partial(mixture, options=MixtureOptions(silu, block, shards))
 
     def loss(x, weights, gate, up, down, chosen, real):
         y = function(x, weights, chosen, gate, up, down, real=real)
@@ -63,16 +72,16 @@ def compiled(block, spread):
     return jit(jax.grad(loss, (0, 1, 2, 3, 4), has_aux=True))
 
 
-def results(block, drawn: Drawn, real=None, spread=None) -> list[np.ndarray]:
-    """Values, and gradients by everything that has one."""
+def results(block, drawn: Drawn, real=None, shards=None) -> list[np.ndarray]:
+    """Returns values, and the gradients by x, weights and matrices."""
     x, weights, chosen, *kernels = drawn
     real = jnp.ones(len(x), bool) if real is None else real
-    grads, y = compiled(block, spread)(x, weights, *kernels, chosen, real)
+    grads, y = compiled(block, shards)(x, weights, *kernels, chosen, real)
     return [np.asarray(each) for each in (y, *grads)]
 
 
 def assert_near(ours, theirs, bound):
-    """Relative to the largest number of each array."""
+    """Asserts that errors are within a bound, relative to the largest number of each array."""
     for name, one, other in zip(("y", "x", "weights", "gate", "up", "down"), ours, theirs, strict=True):
         assert one.shape == other.shape and one.dtype == other.dtype
         assert np.abs(one - other).max() <= bound * np.abs(other).max(), name
@@ -85,7 +94,7 @@ def x64():
 
 
 def skewed(drawn: Drawn, how: str) -> Drawn:
-    """Where each token's choices go: as drawn, all to one expert, or to all experts but one; or one token alone."""
+    """Redirects the choices: as drawn, all to one expert, to all experts but one; or drops all tokens but one."""
     chosen = drawn.experts
     if how == "one expert":
         chosen = jnp.full_like(chosen, 3)
@@ -123,7 +132,7 @@ def test_no_token_at_all_is_real(block):
 @both_ways
 def test_token_gets_the_same_result_whatever_stands_beside_it(block):
     drawn = draw(tokens=200)
-    run = jit(functools.partial(mixture, activation=silu, block=block))
+    run = jit(functools.partial(mixture, options=MixtureOptions(silu, block)))
     together = run(*drawn)
     for token in (0, 77, 199):
         alone = run(*(each[token : token + 1] for each in drawn[:3]), *drawn[3:])
@@ -140,7 +149,7 @@ def test_bfloat16_is_as_exact_as_its_numbers_and_sums_gradients_in_float32(block
     slope = jnp.cos(jnp.arange(D, dtype=jnp.float32))[None]
 
     def loss(*kernels):
-        y = mixture(x.astype(jnp.bfloat16), weights, chosen, *kernels, activation=silu, block=block)
+        y = mixture(x.astype(jnp.bfloat16), weights, chosen, *kernels, options=MixtureOptions(silu, block))
         return jnp.sum(y.astype(jnp.float32) * slope), y
 
     grads, y = jit(jax.grad(loss, (0, 1, 2), has_aux=True))(*one[3:])
@@ -158,11 +167,11 @@ def test_blocks_are_as_many_as_assignments_need(how):
     lines = jit(_sort, static_argnums=(1, 2))(chosen, E, block)
     sizes = np.bincount(np.asarray(chosen).ravel(), minlength=E)
     assert int(lines.blocks) == sum(-(-size // block) for size in sizes) <= len(lines.expert)
-    chosen, held, expert, place = map(np.asarray, (chosen, lines.assignment, lines.expert, lines.place))
-    assert sorted(held[held < chosen.size]) == list(range(chosen.size))  # each once
-    for line in np.flatnonzero(held < chosen.size):
-        assert chosen.ravel()[held[line]] == expert[line // block]
-        assert place.ravel()[held[line]] == line
+    chosen, assigned, expert, place = map(np.asarray, (chosen, lines.assignment, lines.expert, lines.place))
+    assert sorted(assigned[assigned < chosen.size]) == list(range(chosen.size))  # each once
+    for line in np.flatnonzero(assigned < chosen.size):
+        assert chosen.ravel()[assigned[line]] == expert[line // block]
+        assert place.ravel()[assigned[line]] == line
 
 
 def test_loops_run_over_the_blocks_in_use_only():
@@ -174,7 +183,9 @@ def test_loops_run_over_the_blocks_in_use_only():
 
     x, weights, chosen, *kernels = skewed(draw(), "an idle expert")
     real = jnp.arange(N) < 10
-    loss = lambda *kernels: jnp.sum(mixture(x, weights, chosen, *kernels, activation=activation, real=real, block=16))
+    loss = lambda *kernels: jnp.sum(
+        mixture(x, weights, chosen, *kernels, options=MixtureOptions(activation, 16), real=real)
+    )
     jax.block_until_ready(jit(jax.grad(loss, (0, 1, 2)))(*kernels))
     jax.effects_barrier()
     used = len(np.unique(chosen[:10]))  # the few assignments of each fit one block
@@ -185,26 +196,28 @@ def test_loops_run_over_the_blocks_in_use_only():
 def test_block_costs_the_products_of_one_expert(count, lines):
     # XLA counts the body of a loop once: here three products forward and six backward.
     drawn = draw(tokens=256, width=64, hidden=64, count=count)
-    loss = lambda *kernels: jnp.sum(mixture(*drawn[:3], *kernels, activation=silu, block=64) ** 2)
+    loss = lambda *kernels: jnp.sum(mixture(*drawn[:3], *kernels, options=MixtureOptions(silu, 64)) ** 2)
     analysis: Any = jit(jax.grad(loss, (0, 1, 2))).lower(*drawn[3:]).compile().cost_analysis()
     needed = 9 * 2 * lines * 64 * 64
     assert needed / 2 < analysis["flops"] < 1.2 * needed
 
 
 def test_blocks_are_of_no_more_lines_than_experts_get():
-    plan = _Plan(silu, 128, None)
-    assert [_block_size(plan, 8 * lines, 8) for lines in (1, 16, 17, 100, 128, 4000)] == [*(16, 16, 32, 128, 128, 128)]
-    assert _block_size(_Plan(silu, None, None), 100, 8) is None
+    options = MixtureOptions(silu, 128)
+    assert [_block_size(options, 8 * lines, 8) for lines in (1, 16, 17, 100, 128, 4000)] == [
+        *(16, 16, 32, 128, 128, 128)
+    ]
+    assert _block_size(MixtureOptions(silu, None), 100, 8) is None
 
 
-def spread_over(sizes, width=D, hidden=F):
+def shard_over(sizes, width=D, hidden=F):
     mesh = sharding.make_mesh(*sizes)
     axes = sharding.divides("fsdp", mesh, width), sharding.divides("tensor", mesh, hidden)
-    return Spread(mesh, sharding.ROW_AXES, *axes, scatter=functools.partial(sharding.sum_scattered, mesh))
+    return ExpertSharding(mesh, sharding.ROW_AXES, *axes, scatter=functools.partial(sharding.sum_scattered, mesh))
 
 
-def placed(drawn: Drawn, spread) -> Drawn:
-    mesh, rows, width, hidden, _ = spread
+def placed(drawn: Drawn, shards) -> Drawn:
+    mesh, rows, width, hidden, _ = shards
     wide, tall = PartitionSpec(None, width, hidden), PartitionSpec(None, hidden, width)
     specs = [PartitionSpec(rows)] * 3 + [wide, wide, tall]
     return Drawn(*(jax.device_put(a, NamedSharding(mesh, s)) for a, s in zip(drawn, specs, strict=True)))
@@ -214,36 +227,36 @@ def placed(drawn: Drawn, spread) -> Drawn:
 @pytest.mark.parametrize("block, name", [(16, name) for name in MESHES] + [(None, "fsdp 4, tensor 2")])
 def test_mesh_gives_what_one_device_does(block, name):
     drawn, real = draw(), jnp.arange(N) % 7 != 3
-    spread = spread_over(MESHES[name])
-    assert_near(results(block, placed(drawn, spread), real, spread), results(block, drawn, real), 1e-5)
+    shards = shard_over(MESHES[name])
+    assert_near(results(block, placed(drawn, shards), real, shards), results(block, drawn, real), 1e-5)
 
 
 @pytest.mark.slow
-def test_sides_that_the_mesh_does_not_divide_lie_whole_on_every_device():
+def test_sides_that_the_mesh_does_not_divide_are_replicated():
     drawn = draw(width=15, hidden=9)
-    spread = spread_over((1, 4, 2), 15, 9)
-    assert spread.width is None and spread.hidden is None
-    assert_near(results(16, placed(drawn, spread), None, spread), results(16, drawn), 1e-5)
+    shards = shard_over((1, 4, 2), 15, 9)
+    assert shards.width is None and shards.hidden is None
+    assert_near(results(16, placed(drawn, shards), None, shards), results(16, drawn), 1e-5)
 
 
-def test_layouts_that_would_give_wrong_sums_are_refused():
-    spread = spread_over((1, 4, 2))
-    for wrong in (spread._replace(width="tensor"), spread._replace(hidden="fsdp")):
-        with pytest.raises(ValueError, match="experts.Spread: width"):
-            mixture(*draw(), activation=silu, spread=wrong)
+def test_shardings_that_would_give_wrong_sums_are_refused():
+    shards = shard_over((1, 4, 2))
+    for wrong in (shards._replace(width="tensor"), shards._replace(hidden="fsdp")):
+        with pytest.raises(ValueError, match="experts.ExpertSharding: width"):
+            mixture(*draw(), options=MixtureOptions(silu, sharding=wrong))
 
 
 @pytest.mark.slow
 def test_matrices_are_gathered_in_the_compute_type_and_tokens_stay_where_they_are():
     drawn = draw(tokens=256, dtype=jnp.bfloat16)
     drawn = drawn._replace(**{k: getattr(drawn, k).astype(jnp.float32) for k in ("gate", "up", "down")})
-    spread = spread_over((1, 4, 2))
-    drawn = placed(drawn, spread)
+    shards = shard_over((1, 4, 2))
+    drawn = placed(drawn, shards)
     router = jnp.ones((D, E), jnp.bfloat16)
 
     def loss(x, router, *kernels):
-        weights, chosen, _ = route(x, router, top_k=K, normalize=True, spread=spread)
-        return jnp.sum(mixture(x, weights, chosen, *kernels, activation=silu, block=16, spread=spread) ** 2)
+        weights, chosen, _ = route(x, router, top_k=K, normalize=True, sharding=shards)
+        return jnp.sum(mixture(x, weights, chosen, *kernels, options=MixtureOptions(silu, 16, shards)) ** 2)
 
     lowered = jit(jax.grad(loss, (0, 2, 3, 4))).lower(drawn.x, router, *drawn[3:])
     # Before XLA's passes: its CPU backend gathers in float32 whatever is asked.
@@ -302,7 +315,7 @@ def test_balance_loss_of_even_routing_is_the_number_of_choices():
 
 
 def peer(family: str):
-    """One block of transformers with random weights, and whether its router normalizes."""
+    """Returns a block of transformers with random weights, and whether its router normalizes."""
     pytest.importorskip("torch")
     transformers = pytest.importorskip("transformers")
     import importlib
@@ -340,7 +353,7 @@ def test_block_parity_with_transformers(family, block):
 
     def run(x, router, gate, up, down):
         weights, chosen, _ = route(x, router, top_k=K, normalize=normalized)
-        y = mixture(x, weights, chosen, gate, up, down, activation=silu, block=block)
+        y = mixture(x, weights, chosen, gate, up, down, MixtureOptions(silu, block))
         return jnp.sum(y * slope.reshape(-1, D)), y
 
     with jax.default_matmul_precision("highest"):

@@ -13,8 +13,8 @@ from dpo_jax.data import layout, packing
 from dpo_jax.hf import checkpoints
 from dpo_jax.hf.families import FAMILIES
 from dpo_jax.models import decoder
-from dpo_jax.parallel import make_logps_fn
 from dpo_jax.run import checks
+from dpo_jax.scoring import make_logps_fn
 from dpo_jax.types import Encoded
 from tests.support.family_cases import CASES
 from tests.support.make_golden import JSON, LOGITS, TOKENS, write_folder
@@ -75,7 +75,7 @@ def test_every_layout_gives_the_log_probs_of_separate_sequences(name, tmp_path):
     """Packed rows, of prompts shared and repeated, against each completion in a row of its own."""
     write_folder(tmp_path, GOLDEN["cases"][name])
     params, config = load(tmp_path)
-    logps_fn = jax.jit(make_logps_fn(config, pairs=SHAPE.pairs, dtype=jnp.float32))
+    logps_fn = jax.jit(make_logps_fn(config, pairs=SHAPE.pairs))
 
     def score(pairs, layout_name):
         batch = layout.collate(pairs, None, SHAPE, layout=layout_name)

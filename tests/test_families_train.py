@@ -10,11 +10,13 @@ import optax
 import pytest
 
 from dpo_jax import config as configs
-from dpo_jax import losses, parallel, sharding, steps
+from dpo_jax import losses, sharding, steps
 from dpo_jax.data import layout, packing
 from dpo_jax.hf import checkpoints
 from dpo_jax.models import decoder
+from dpo_jax.parallel import Placement
 from dpo_jax.run import checks
+from dpo_jax.scoring import make_logps_fn
 from dpo_jax.types import Encoded, InputError
 from tests.support.hf_folders import decoder_config
 from tests.support.make_golden import JSON, write_folder
@@ -44,7 +46,7 @@ def batch_of(config, rows=4):
 
 def update(config, params, batch, *, mesh=None, penalties=None):
     tx = optax.sgd(1.0)
-    logps_fn = parallel.make_logps_fn(config, pairs=PAIRS, dtype=jnp.float32, mesh=mesh)
+    logps_fn = make_logps_fn(config, pairs=PAIRS, placement=Placement(mesh))
     step = steps.make_train_step(
         logps_fn, losses.make_loss("sigmoid", {}), tx, has_aux=True, in_place=True, penalties=penalties or {}
     )
@@ -73,7 +75,7 @@ def test_gradients_equal_those_of_all_logits_at_once(name, tmp_path):
 
     def logps(params):
         x = jnp.take(params["embed"]["embedding"], rows.tokens, axis=0)
-        hidden, _ = decoder.hidden_states(params, config, x, *given, unfed=1)
+        hidden, _ = decoder.hidden_states(params, config, x, *given, dropped_tokens=1)
         at_source = jnp.take_along_axis(
             jax.nn.log_softmax(decoder.logits(params, config, hidden)), rows.source[..., None], 1
         )
@@ -132,7 +134,7 @@ def test_router_metrics_and_what_weighs_the_balance(tmp_path):
 def balance_of(config, params, batch):
     """The mean over answer tokens of what `router_balance` is the mean of."""
     total = 0.0
-    logps_fn = parallel.make_logps_fn(config, pairs=PAIRS, dtype=jnp.float32)
+    logps_fn = make_logps_fn(config, pairs=PAIRS)
     for i in range(int(batch.count)):
         rows = jax.tree.map(lambda x, i=i: jnp.asarray(x[i]), batch.rows)
         total += logps_fn(params, rows)[1]["router_balance"].sum()

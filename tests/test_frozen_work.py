@@ -1,4 +1,4 @@
-"""What does not train costs no gradient: neither in what is counted nor in the compiled update."""
+"""Frozen parameters cost no gradient, neither in the operations counted nor in the compiled update."""
 
 import json
 import math
@@ -19,7 +19,7 @@ from dpo_jax.trees import flatten
 from tests.support.family_cases import CASES
 
 LENGTHS = np.array([[20, 10, 12], [16, 9, 9]])
-# Sides that no number of positions, of lines in a block or of tokens in one has.
+# Sizes that differ from every number of positions, of lines in a block and of tokens in a block.
 SIZES = dict(hidden_size=40, intermediate_size=56, vocab_size=94, num_hidden_layers=2)
 KERNEL = re.compile(r"blocks/.*/kernel")
 
@@ -47,7 +47,7 @@ def config_of(fields):
 
 
 def shares(name, **fields):
-    """Of a small model, and its operations of a token's products and of a scored one's, forward."""
+    """Shares of a small model that train, and those whose gradients are computed."""
     model, table, shapes = case(name)
     selection = choices.selection_of(chosen(**fields), table, model)
     found = selection.leaf_shapes(model)
@@ -71,7 +71,7 @@ def test_share_of_a_kernel_is_that_of_its_operations(name):
 def test_shares_of_layers_and_experts_are_those_that_train():
     whole, _ = shares("mixtral-all", **{"train.freeze": r"embed_tokens"})
     assert whole == flops.Shares(1.0, 0.0, 0.0), "its head is its embedding"
-    # Of four layers the first does not train, in leaves of which gradients are made all the same.
+    # One of four layers is frozen; leaves stack all layers, so gradients of all are computed.
     some, made = shares("llama-plain", **{"train.freeze": r"layers\.0\."})
     assert some == flops.Shares(3 / 4, 1.0, 0.0) and made == flops.WHOLE
     model, _, _ = case("mixtral-all")
@@ -106,7 +106,7 @@ def test_update_with_adapters_in_closed_form():
 
 
 def compiled(folder, name, sizes, **fields):
-    """The text of a compiled update, by path the shapes of what a device has of leaves, and the paths that train."""
+    """Text of a compiled update, shapes of one device's shards of the leaves by path, and paths of those that train."""
     kind, hf = CASES[name]
     (folder / "config.json").write_text(json.dumps(dict(hf, model_type=kind) | SIZES))
     fields = {"model.path": str(folder), "train.batch_pairs": 2, "optimizer.name": "sgd"} | fields
@@ -120,7 +120,7 @@ def compiled(folder, name, sizes, **fields):
     tx, _ = choices.optimizer_of(how.optimizer, total_steps=6, selection=selection)
     state, (_, frozen) = abstract_state(built, tx), abstract_params(built)
     update = programs.make_update(built, tx, state)
-    # What XLA does to the program is looked at, not what LLVM does to its loops.
+    # The test reads the program that XLA optimized; LLVM's optimizations of its loops do not matter.
     quick = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
     batch = estimate.abstract_batch(built, built.update_shape, update=True)
     program = update.compile(state, frozen, batch, options=quick)
@@ -130,16 +130,16 @@ def compiled(folder, name, sizes, **fields):
 
 
 def made(text, shape):
-    """Operations that make an array of a shape: all but those that pass on one that is there."""
+    """Operations that compute an array of a shape, without those that pass on an existing one."""
     found = re.findall(rf"(\S+) = f32\[{','.join(map(str, shape))}\]\S* ([\w-]+)\(", text)
     return {op for name, op in found if "copy" not in name and op not in ("parameter", "get-tuple-element", "bitcast")}
 
 
 def gradient_products(text, path, shape):
-    """Products that make an array of a matrix's size, of one layer and one expert, either way round."""
+    """Matrix products whose result has the shape of one layer's and one expert's kernel, transposed or not."""
     inner = shape[1 + ("experts/" in path and "router" not in path) :] if path.startswith("blocks/") else shape
-    cut = 2 if path.endswith("attention/o/kernel") else 1
-    sides = math.prod(inner[:cut]), math.prod(inner[cut:])
+    inputs = 2 if path.endswith("attention/o/kernel") else 1
+    sides = math.prod(inner[:inputs]), math.prod(inner[inputs:])
     return [side for side in (sides, sides[::-1]) if f"= f32[{side[0]},{side[1]}]" in dots(text)]
 
 
@@ -163,7 +163,7 @@ def test_update_of_adapters_makes_no_gradient_of_what_does_not_train(name, sizes
     assert train and all(path.endswith(("/lora_a", "/lora_b")) for path in train)
     for path in matrices(shapes):
         assert not gradient_products(text, path, shapes[path]), path
-        assert sizes == MESH or not made(text, shapes[path]), path  # on a mesh, parts are moved
+        assert sizes == MESH or not made(text, shapes[path]), path  # on a mesh, shards are communicated
 
 
 @pytest.mark.slow

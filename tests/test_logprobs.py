@@ -1,4 +1,4 @@
-"""The head in blocks against a dense log-softmax, in values, gradients and memory, on one device and across a mesh."""
+"""The head in blocks against a dense log-softmax: values, gradients and memory, on one device and on a mesh."""
 
 import functools
 
@@ -41,7 +41,7 @@ def dense(hidden, head, rows, soft_cap=None):
 BLOCKS = [
     Blocks(64, 2**20, 2**20),
     Blocks(8, 4 * 8 * V, 0),
-    Blocks(8, 4 * 8 * 9, 3 * 4 * 8 * 36),  # keeps some of them
+    Blocks(8, 4 * 8 * 9, 3 * 4 * 8 * 36),  # saves some of them
     Blocks(5, 4 * 5 * 4, 0),
 ]
 
@@ -66,11 +66,13 @@ def test_completion_logps_and_gradients_equal_dense_log_softmax(blocks, soft_cap
 @pytest.mark.parametrize(
     ("sizes", "vocab"), [((1, 8, 1), 64), ((1, 1, 8), 64), ((2, 2, 2), 64), ((2, 2, 2), 31)], ids=str
 )
-def test_head_cut_across_a_mesh_equals_the_whole_one(sizes, vocab):
+def test_head_sharded_over_a_mesh_equals_the_whole_one(sizes, vocab):
     mesh = sharding.make_mesh(*sizes)
     axes = sharding.partition("head/embedding", (vocab, D), mesh.shape)
-    spread = vocabulary.Spread(mesh, sharding.ROW_AXES, *axes)
-    ours = functools.partial(completions.completion_logps, pairs=P, blocks=Blocks(8, 4 * 8 * 5, 2**20), spread=spread)
+    head_sharding = vocabulary.HeadSharding(mesh, sharding.ROW_AXES, *axes)
+    ours = functools.partial(
+        completions.completion_logps, pairs=P, blocks=Blocks(8, 4 * 8 * 5, 2**20), sharding=head_sharding
+    )
     assert_equals_dense(jax.jit(ours), dense, problem(rows=8, vocab=vocab))
 
 
@@ -81,20 +83,20 @@ def wide():
 
 
 def with_likely(case, likely, seed=7):
-    """The problem with a reference's log-probs of some tokens at every entry, drawn from a softmax over all of them."""
+    """Adds a random reference's log-probs of `likely` tokens at every entry to the problem."""
     hidden, head, rows = case
     rng, vocab = np.random.default_rng(seed), len(head)
     logps = jax.nn.log_softmax(rng.normal(size=(*rows.slot.shape, vocab)))
     ids = np.argsort(rng.random(logps.shape), axis=-1)[..., :likely]
     given = jnp.take_along_axis(logps, ids, axis=-1)
-    # What is not scored holds what `layout.collate` leaves there.
+    # Entries that are not scored hold zeros, as from `layout.collate`.
     used = (rows.slot >= 0)[..., None]
     rows = rows._replace(likely=jnp.where(used, ids, 0), likely_logps=jnp.where(used, given, 0))
     return hidden.astype(float), head.astype(float), rows
 
 
 def dense_sums(hidden, head, bias, rows, *, pairs, answers, soft_cap=None):
-    """Each sum from all logits, as the papers write it."""
+    """Computes each sum from all logits, by the formulas of the papers."""
     logits = jnp.take_along_axis(hidden, rows.source[..., None], axis=1) @ head.T + bias[None, None]
     if soft_cap is not None:
         logits = soft_cap * jnp.tanh(logits / soft_cap)
@@ -151,7 +153,7 @@ def assert_sums_equal_dense(case, *, answers=2, soft_cap=None, tolerance=1e-9, *
     [(BLOCKS[0], None, 5, 2), (BLOCKS[1], 3.0, 1, 3), (BLOCKS[2], 3.0, 5, 2), (BLOCKS[3], None, V, 3)],
     ids=str,
 )
-def test_further_sums_and_gradients_equal_dense_ones(wide, blocks, soft_cap, likely, answers):
+def test_extra_outputs_and_gradients_equal_dense_ones(wide, blocks, soft_cap, likely, answers):
     case = with_likely(problem(dtype=np.float64), likely)
     assert_sums_equal_dense(case, answers=answers, soft_cap=soft_cap, blocks=blocks)
 
@@ -164,15 +166,15 @@ def test_further_sums_and_gradients_equal_dense_ones(wide, blocks, soft_cap, lik
     ],
     ids=str,
 )
-def test_further_sums_of_a_head_cut_across_a_mesh_equal_dense_ones(wide, sizes, vocab, likely):
+def test_extra_outputs_of_a_head_sharded_over_a_mesh_equal_dense_ones(wide, sizes, vocab, likely):
     mesh = sharding.make_mesh(*sizes)
     axes = sharding.partition("head/embedding", (vocab, D), mesh.shape)
-    spread = vocabulary.Spread(mesh, sharding.ROW_AXES, *axes)
+    head_sharding = vocabulary.HeadSharding(mesh, sharding.ROW_AXES, *axes)
     case = with_likely(problem(rows=8, vocab=vocab, dtype=np.float64), likely)
-    assert_sums_equal_dense(case, blocks=Blocks(8, 4 * 8 * 5, 2**20), spread=spread)
+    assert_sums_equal_dense(case, blocks=Blocks(8, 4 * 8 * 5, 2**20), sharding=head_sharding)
 
 
-def test_answers_that_are_not_there_do_not_shorten_the_others(wide):
+def test_missing_answers_do_not_shorten_the_shared_length(wide):
     hidden, head, rows = with_likely(problem(dtype=np.float64), 5)
     rows = rows._replace(slot=jnp.where(rows.slot == 3, -1, rows.slot))  # of pair 1 the answer of one token
     logps, aux, _ = jax.jit(functools.partial(completions.completion_logps, pairs=P, sums=("shared_logps",)))(
@@ -183,7 +185,7 @@ def test_answers_that_are_not_there_do_not_shorten_the_others(wide):
 
 
 @pytest.mark.slow
-def test_further_gradients_are_added_to_sums_where_they_lie(wide):
+def test_gradients_of_extra_outputs_are_added_to_running_sums(wide):
     hidden, head, rows = with_likely(problem(dtype=np.float64), 5)
     loss = lambda found: found[1]["sequence_kl"].sum() + found[1]["shared_logps"].sum()
     asked = functools.partial(completions.completion_logps, pairs=P, blocks=BLOCKS[2], sums=completions.SUMS)
@@ -200,19 +202,19 @@ def test_further_gradients_are_added_to_sums_where_they_lie(wide):
 
 
 @pytest.mark.parametrize("least", [0.0, 1e-4])
-def test_divergence_is_finite_where_likely_tokens_are_all_there_is(least):
-    # In float32, of policies that give others 1e-9, and of references that give them nothing or more than that.
+def test_divergence_is_finite_where_likely_tokens_have_all_the_probability(least):
+    # The policy gives all other tokens 1e-9, the reference 0 or 1e-4, in float32.
     policy = jnp.log(jnp.array([[[1 - 1e-4 - 1e-9, 1e-4]]]))
     given = jnp.log(jnp.array([[[1 - 2 * least - 1e-4, 1e-4]]]))
-    value, slope = jax.value_and_grad(lambda x: completions._kl(given, x, rest=True).sum())(policy)
+    value, slope = jax.value_and_grad(lambda x: completions._kl(given, x, any_other=True).sum())(policy)
     assert np.isfinite(value) and np.isfinite(slope).all() and (least or abs(value) < 1e-6)
-    # What the others lack is still asked for: the likely ones are pushed down.
+    # The gradient still moves probability to the other tokens: it lowers the likely ones.
     assert not least or (slope[..., 0] > 1)
 
 
-def test_certain_references_have_no_rest_and_impossible_tokens_no_share():
+def test_divergence_from_a_certain_reference_ignores_impossible_tokens():
     given, policy = jnp.array([[[0.0, -jnp.inf]]]), jnp.log(jnp.array([[[0.5, 0.25]]]))
-    value, slope = jax.value_and_grad(lambda x: completions._kl(given, x, rest=True).sum())(policy)
+    value, slope = jax.value_and_grad(lambda x: completions._kl(given, x, any_other=True).sum())(policy)
     assert float(value) == pytest.approx(np.log(2)) and slope.tolist() == [[[-1, 0]]]
 
 
@@ -221,7 +223,7 @@ def lowered(**asked):
     return jax.jit(lambda h, w: completions.completion_logps(h, w, rows, pairs=P, **asked)[:2]).lower(hidden, head)
 
 
-def test_what_nobody_asks_for_is_not_computed():
+def test_outputs_that_are_not_requested_are_not_computed():
     hidden, head, rows = problem()
     assert completions.completion_logps(hidden, head, rows, pairs=P)[1].keys() == {"logits"}
     plain, sums, tokens, likely = (
@@ -230,22 +232,24 @@ def test_what_nobody_asks_for_is_not_computed():
     ways = ("top_k", "stablehlo.sort")
     assert not any(way in each.as_text() for way in ways for each in (plain, sums, tokens))
     assert any(way in likely.as_text() for way in ways)
-    # Squares are made of exponentials that there are.
+    # Squared probabilities reuse the exponentials of the softmax.
     plain, sums = (each.as_text().count("stablehlo.exponential") for each in (plain, sums))
     assert plain == sums == 2
 
 
 @pytest.mark.parametrize(("sizes", "likely"), [(None, 1), (None, 20), ((1, 2, 4), 20), ((2, 2, 2), 4)], ids=str)
 def test_likely_tokens_are_those_of_all_logits(sizes, likely):
-    # Whole numbers add up to the same in any order: of equal logits, of which there are many, the first is taken.
+    # Integers sum to the same in any order, so many logits are equal; among equals the first token is taken.
     rng, vocab, rows = np.random.default_rng(0), 64, problem(rows=8, vocab=64)[2]
     hidden, head = (jnp.asarray(rng.integers(-1, 2, shape), jnp.float32) for shape in ((8, S, D), (vocab, D)))
-    spread, blocks = None, Blocks(8, 4 * 8 * 9, 0)
+    head_sharding, blocks = None, Blocks(8, 4 * 8 * 9, 0)
     if sizes is not None:
         mesh = sharding.make_mesh(*sizes)
-        spread = vocabulary.Spread(mesh, sharding.ROW_AXES, "tensor", "fsdp")
+        head_sharding = vocabulary.HeadSharding(mesh, sharding.ROW_AXES, "tensor", "fsdp")
         blocks = Blocks(8, 4 * 8 * 5, 0)
-    ours = functools.partial(completions.completion_logps, pairs=P, blocks=blocks, spread=spread, likely=likely)
+    ours = functools.partial(
+        completions.completion_logps, pairs=P, blocks=blocks, sharding=head_sharding, likely=likely
+    )
     logps, aux, _ = jax.jit(ours)(hidden, head, rows)
     own, ids, found = aux["tokens"]
     used = np.asarray(rows.slot >= 0)
@@ -259,15 +263,16 @@ def test_likely_tokens_are_those_of_all_logits(sizes, likely):
     assert not np.any(ids[~used]) and not np.any(found[~used])
 
 
-def test_no_logits_and_no_whole_head_travel_between_devices():
-    # Of the vocabulary matrix, blocks of columns are gathered; no array of tokens times vocabulary crosses at all.
+def test_no_logits_and_no_full_head_are_communicated():
+    # Parts of the vocabulary matrix are gathered along its columns; no array of tokens times vocabulary is.
     mesh = sharding.make_mesh(1, 2, 4)
-    spread = vocabulary.Spread(mesh, sharding.ROW_AXES, "tensor", "fsdp")
+    head_sharding = vocabulary.HeadSharding(mesh, sharding.ROW_AXES, "tensor", "fsdp")
     hidden, head, rows = problem(rows=8, vocab=1024)
     place = jax.sharding.NamedSharding(mesh, sharding.partition("head/embedding", head.shape, mesh.shape))
     blocks = Blocks(8, 4 * 8 * 64, 0)
     grad = jax.grad(
-        lambda h, w: completions.completion_logps(h, w, rows, pairs=P, blocks=blocks, spread=spread)[0].sum(), (0, 1)
+        lambda h, w: completions.completion_logps(h, w, rows, pairs=P, blocks=blocks, sharding=head_sharding)[0].sum(),
+        (0, 1),
     )
     text = jax.jit(grad).lower(hidden, jax.device_put(head, place)).compile().as_text()
     assert text is not None
@@ -279,10 +284,10 @@ def test_no_logits_and_no_whole_head_travel_between_devices():
 def test_blocks_without_a_scored_token_are_not_computed():
     # NaN in the head's rows would reach any block that is computed: only the two with scored tokens may see it.
     hidden, head, rows = problem()
-    plan = completions._Plan(Blocks(8, 2**20, 0), None, None)
+    options = completions._Options(Blocks(8, 2**20, 0), None, None)
     few = (jnp.arange(T) < 12)[None] & (jnp.arange(R) == 0)[:, None]
     logps = completions.score_tokens(
-        hidden, Head(head.at[0].set(jnp.nan)), None, rows.source, rows.target, None, few, plan
+        hidden, Head(head.at[0].set(jnp.nan)), None, rows.source, rows.target, None, few, options
     )[0].logps
     assert np.isnan(logps[0, :12]).all() and not np.any(logps[0, 12:]) and not np.any(logps[1])
     tokens = completions._tokens(hidden, rows.source, rows.target, None, few, 8)
@@ -295,9 +300,9 @@ def test_log_softmax_is_float32_whatever_the_compute_type():
     hidden = jnp.asarray(rng.normal(size=(1, 512, 64)), jnp.bfloat16)
     head = jnp.asarray(rng.normal(size=(1000, 64)) / 4, jnp.bfloat16)
     target = jnp.asarray(rng.integers(0, 1000, (1, 512)))
-    plan = completions._Plan(Blocks(64, 2**16, 0), None, None)
+    options = completions._Options(Blocks(64, 2**16, 0), None, None)
     source = jnp.arange(512)[None]
-    ours = completions.score_tokens(hidden, Head(head), None, source, target, None, jnp.ones((1, 512), bool), plan)[
+    ours = completions.score_tokens(hidden, Head(head), None, source, target, None, jnp.ones((1, 512), bool), options)[
         0
     ].logps.sum()
     exact = jax.nn.log_softmax(np.asarray(hidden, np.float64) @ np.asarray(head, np.float64).T)
@@ -322,7 +327,7 @@ def test_peak_memory_grows_with_tokens_and_vocabulary_and_not_with_their_product
     # Sixteen times the logits: 2 GiB of them in float32 at the larger size.
     small, large = peak_bytes(2048, 16_384), peak_bytes(8192, 65_536)
     copies = 4 * 4 * 16 * (8192 + 65_536)
-    budget = vocabulary.CPU_BLOCKS.kept_bytes + 4 * vocabulary.CPU_BLOCKS.logits_bytes
+    budget = vocabulary.CPU_BLOCKS.saved_bytes + 4 * vocabulary.CPU_BLOCKS.logits_bytes
     assert large < small + copies + budget < 8192 * 65_536 * 4 / 5
 
 

@@ -44,7 +44,9 @@ def logits(params, config, adapters=None):
     x = jnp.take(params["embed"]["embedding"], tokens, axis=0)
     given = params if adapters is None else with_shared_factors(params, adapters)
     scale = 1.0 if adapters is None else adapters.scale
-    hidden, _ = decoder.hidden_states(given, config, x, at, jnp.zeros_like(at), at + 1, adapter_scale=scale)
+    hidden, _ = decoder.hidden_states(
+        given, config, x, at, jnp.zeros_like(at), at + 1, decoder.BlockOptions(adapter_scale=scale)
+    )
     return np.asarray(decoder.logits(params, config, hidden))
 
 

@@ -1,4 +1,4 @@
-"""Frozen models in few bits: what is lost, what is held, and runs that train adapters on them."""
+"""Quantized frozen models: rounding error, memory, and runs that train adapters on them."""
 
 import math
 
@@ -24,23 +24,23 @@ def qwix():
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize(("kind", "bits", "lost"), [("int8", 8, 0.01), ("nf4", 4, 0.1)])
-def test_kernels_come_back_nearly_as_they_were(qwix, shape, kind, bits, lost):
+def test_decoded_kernels_are_near_the_originals(qwix, shape, kind, bits, lost):
     """NormalFloat's 16 levels leave 9% of normal numbers' size in error, 8 bits leave less than bfloat16's rounding
     of their products does."""
     kernel = jnp.asarray(np.random.default_rng(0).normal(0, 0.02, shape), jnp.float32)
-    held = quantized.encode(kernel, kind)
-    assert held["codes"].nbytes * 8 == kernel.size * bits
-    assert held["scales"].size * min(shape[-1], 16) <= kernel.size
-    again = quantized.decode(held)
+    encoded = quantized.encode(kernel, kind)
+    assert encoded["codes"].nbytes * 8 == kernel.size * bits
+    assert encoded["scales"].size * min(shape[-1], 16) <= kernel.size
+    again = quantized.decode(encoded)
     assert again.dtype == kernel.dtype and again.shape == shape
     error = float(jnp.sqrt(jnp.mean((again - kernel) ** 2)) / jnp.std(kernel))
     assert lost / 20 < error < lost
-    # A layer at a time as all at once, as a scan takes them.
-    one = quantized.decode(jax.tree.map(lambda x: x[1], held))
+    # Decoding one layer, as a scan does, equals decoding all of them.
+    one = quantized.decode(jax.tree.map(lambda x: x[1], encoded))
     np.testing.assert_array_equal(one, again[1])
 
 
-def test_leaves_that_can_be_held_so_are_the_matrices_of_blocks():
+def test_leaves_that_can_be_quantized_are_the_kernels_of_blocks():
     can = "blocks/attention/q/kernel blocks/mlp/down/kernel blocks/experts/gate/kernel".split()
     cannot = "embed/embedding blocks/experts/router/kernel blocks/mlp/up/bias blocks/attention/q/lora_a".split()
     assert all(map(quantized.KERNEL.fullmatch, can)) and not any(map(quantized.KERNEL.fullmatch, cannot))
@@ -55,8 +55,8 @@ def inputs(tmp_path_factory):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", quantized.KINDS)
-def test_adapters_train_on_a_model_in_few_bits(qwix, kind, inputs, tmp_path):
-    """It is its own reference; the merged model is the one that trained, matrices as decoded."""
+def test_adapters_train_on_a_quantized_model(qwix, kind, inputs, tmp_path):
+    """The quantized model is its own reference; the merged model equals the trained one, with decoded kernels."""
     config = make_config(inputs, lora__rank=2, lora__base=kind)
     train.run(config, tmp_path / "run")
     rows = read_rows(tmp_path / "run/eval.jsonl")
@@ -72,7 +72,7 @@ def test_adapters_train_on_a_model_in_few_bits(qwix, kind, inputs, tmp_path):
         commands.score_reference(plain, tmp_path)
 
 
-def test_what_is_held_is_counted(qwix, inputs):
+def test_memory_of_quantized_parameters(qwix, inputs):
     """Abstract and loaded parameters are the same tree, of a quarter of the bytes of float32 for matrices in int8."""
     sizes: dict = {}
     for kind in ("", "int8"):
@@ -96,7 +96,7 @@ def test_what_is_held_is_counted(qwix, inputs):
     assert many == sum(x.size + 4 * x.size // math.gcd(x.shape[-1], 64) for x in one) < sum(x.nbytes for x in one) / 2
 
 
-def test_without_qwix_it_is_said_before_a_device_is_touched(monkeypatch, inputs):
+def test_missing_qwix_is_an_error_before_a_device_is_touched(monkeypatch, inputs):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(InputError, match="quantize"):
         checks.check_names(make_config(inputs, lora__rank=2, lora__base="int8"), make_loss("sigmoid", {}))

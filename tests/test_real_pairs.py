@@ -139,7 +139,7 @@ def alone(found):
 
 def scorer(shape, dtype, count):
     def logps(params, rows):
-        hidden = decoder.forward(params, shape, *rows[:4], dtype=dtype)
+        hidden = decoder.forward(params, shape, *rows[:4], options=decoder.BlockOptions(dtype))
         return completions.completion_logps(hidden, params["head"]["embedding"], rows, pairs=count)[:2]
 
     return logps

@@ -35,7 +35,7 @@ def theirs(q, k, v, weight, start, end, soft_cap=None):
 
 def assert_equal(drawn, bounds, **options):
     q, k, v, weight = drawn
-    # Of a size at which float32 resolves 1e-5: what sees itself alone has a gradient that is a difference of two sums.
+    # Scaled so that float32 resolves 1e-5: the gradient of a token that sees itself alone is a difference of two sums.
     q, k, v, weight = 0.3 * q * q.shape[-1] ** -0.5, 0.3 * k, 0.3 * v, 0.3 * weight
     expected = theirs(q, k, v, weight, bounds[0], bounds[1], options.get("soft_cap"))
     for a, b in zip(ours(q, k, v, weight, bounds[0], bounds[1], **options), expected, strict=True):
@@ -76,26 +76,26 @@ def test_rows_may_be_mapped_over_and_their_intervals_are_data(over_rows):
     q, k, v, weight = (0.3 * x for x in arrays(2, 256, 2, 1, 64))
     seeds = [packed(2, 256, seed) for seed in (0, 1)]
     given = lambda weight, q, k, v, *bounds: pulled(lambda *x: over_rows(*x, *bounds), weight, q, k, v)
-    run = jax.jit(given).lower(weight, q, k, v, *seeds[0]).compile()  # which cannot compile again
+    run = jax.jit(given).lower(weight, q, k, v, *seeds[0]).compile()  # a compiled program: it cannot recompile
     for bounds in seeds:
         expected = pulled(lambda *x, bounds=bounds: dense(*x, *bounds), weight, q, k, v)
         for a, b in zip(run(weight, q, k, v, *bounds), expected, strict=True):
             np.testing.assert_allclose(a, b, atol=1e-5)
 
 
-def test_result_is_of_the_type_of_the_values():
+def test_result_has_the_type_of_the_values():
     q, k = (jax.ShapeDtypeStruct((1, 256, 2, 64), dtype) for dtype in (jnp.float32, jnp.bfloat16))
     i = jax.ShapeDtypeStruct((1, 256), jnp.int32)
     assert jax.eval_shape(splash.attention, q, k, k, i, i).dtype == jnp.bfloat16
 
 
 def separate(length, parts):
-    """Bounds of a row of equal parts that see only themselves."""
+    """Bounds of a row of equal parts, each of which attends to itself only."""
     start = np.arange(length) // (length // parts) * (length // parts)
     return jnp.asarray(start)[None], jnp.asarray(start + length // parts)[None]
 
 
-def test_blocks_that_no_query_sees_are_not_visited():
+def test_blocks_without_a_visible_key_are_not_visited():
     # NaN in the other half's keys and values would come through 0 * NaN if a block of them were computed, and a block
     # that is computed in place of a skipped one would count twice.
     q, k, v, weight = (0.3 * x for x in arrays(1, 512, 2, 2, 64))
@@ -107,14 +107,14 @@ def test_blocks_that_no_query_sees_are_not_visited():
         np.testing.assert_allclose(a[:, :256], b, atol=1e-5)
 
 
-def test_next_block_is_the_next_that_is_needed():
+def test_next_block_is_the_next_visible_one():
     visible = jnp.asarray([[0, 1, 0, 1], [0, 0, 0, 0], [1, 0, 0, 0]], bool)
     assert splash.next_visible(visible, 1).tolist() == [[1, 1, 3, 3], [0, 0, 0, 0], [0, 0, 0, 0]]
     assert splash.next_visible(visible, 0).tolist() == [[2, 0, 0, 0], [2, 0, 0, 0], [2, 0, 0, 0]]
 
 
 def test_no_block_is_fetched_that_is_not_computed():
-    # A pipeline fetches where what is named changes. dk and dv walk every head's queries before the next keys.
+    # A pipeline fetches when the block's index changes. dk and dv loop over all heads' queries before the next keys.
     bounds, heads = packed(1, 2048), range(3)
     visible = visible_blocks(*bounds, 256, 128)[0]
     by_query, by_key = (np.asarray(splash.next_visible(visible, along)) for along in (1, 0))
@@ -134,9 +134,9 @@ def test_eight_packed_pairs_visit_a_third_of_what_causal_attention_would():
     shape = packing.Shape(pairs=8, rows=1, row_length=4096, microbatches=1)
     batch = layout.collate(pairs, None, shape, layout="shared")
     bounds = jnp.asarray(batch.rows.key_start[0]), jnp.asarray(batch.rows.key_end[0])
-    given, causal = splash.visited(*bounds, splash.choose_blocks(4096))
-    print(f"{given} blocks of {causal}: {given / causal:.3f}")
-    assert given / causal <= 0.35
+    computed, causal = splash.visited(*bounds, splash.choose_blocks(4096))
+    print(f"{computed} blocks of {causal}: {computed / causal:.3f}")
+    assert computed / causal <= 0.35
 
 
 @pytest.mark.parametrize("length", [1000, 2**15])
@@ -147,7 +147,7 @@ def test_rows_that_the_kernel_cannot_take_are_refused(length):
 
 
 def compile_for(topology, width, *, length=2048, soft_cap=None):
-    """Bytes that forward and backward hold on a chip, 4 query heads to a key head, rows and heads across four chips."""
+    """Temporary bytes per chip, forward and backward: 4 query heads per kv head, sharded over 4 chips."""
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
     topologies = pytest.importorskip("jax.experimental.topologies")
     try:
@@ -155,10 +155,10 @@ def compile_for(topology, width, *, length=2048, soft_cap=None):
     except Exception as error:
         pytest.skip(f"no TPU compiler here: {error}")
     mesh = Mesh(np.array(found[:4]).reshape(1, 2, 2), ("replica", "fsdp", "tensor"))
-    spread = choose.Spread(mesh, ("replica", "fsdp"), "tensor")
+    rows_and_heads = choose.AttentionSharding(mesh, ("replica", "fsdp"), "tensor")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(splash, "attention", functools.partial(splash.attention, soft_cap=soft_cap))
-        attend = choose.make_attention("splash", platform="tpu", spread=spread)
+        attend = choose.make_attention("splash", platform="tpu", sharding=rows_and_heads)
     step = jax.grad(lambda q, k, v, *bounds: (attend(q, k, v, *bounds).astype(jnp.float32) ** 2).sum(), (0, 1, 2))
 
     def shaped(shape, dtype, *spec):
@@ -183,6 +183,6 @@ def test_update_compiles_for_tpus(topology, width, length):
 @pytest.mark.tpu_aot
 @pytest.mark.parametrize("topology", ["v5e:2x2", "v5p:2x2x1", "v6e:2x2"])
 def test_soft_cap_and_the_longest_row_compile_for_tpus(topology):
-    # The longest row has the most blocks to look up, and scalar memory must hold what is looked up.
+    # The longest row has the largest lookup arrays, which must fit scalar memory.
     assert compile_for(topology, 128, soft_cap=30.0) < 2**30
     assert compile_for(topology, 128, length=2**15 - 128) < 2**31

@@ -9,11 +9,13 @@ import numpy as np
 import optax
 import pytest
 
-from dpo_jax import losses, parallel, sharding, steps
+from dpo_jax import losses, sharding, steps
 from dpo_jax.data import layout, packing
 from dpo_jax.logprobs import vocabulary
 from dpo_jax.models import decoder, rope
 from dpo_jax.models.config import DecoderConfig, LayerKind
+from dpo_jax.parallel import Placement
+from dpo_jax.scoring import make_logps_fn
 from dpo_jax.types import Batch, Encoded
 
 KINDS = (LayerKind(rope.usual(8)),)
@@ -41,7 +43,7 @@ def make_batch(pairs, rows, *, total=PAIRS, layout_name="shared"):
 
 
 def make_step(loss="sigmoid", tx=None, total=PAIRS, mesh=None, config=CONFIG, in_place=True, crops=(), **options):
-    logps_fn = parallel.make_logps_fn(config, pairs=total, dtype=jnp.float32, mesh=mesh)
+    logps_fn = make_logps_fn(config, pairs=total, placement=Placement(mesh))
     loss_fn = losses.make_loss(loss, options)
     return steps.make_train_step(logps_fn, loss_fn, tx or optax.sgd(0.1), has_aux=True, in_place=in_place, crops=crops)
 
@@ -142,9 +144,7 @@ def test_only_microbatches_in_use_are_computed():
     positions[used:] = np.nan
 
     def logps_fn(params, rows):
-        logps, aux = parallel.make_logps_fn(CONFIG, pairs=4, dtype=jnp.float32)(
-            params, rows._replace(positions=jnp.zeros_like(rows.tokens))
-        )
+        logps, aux = make_logps_fn(CONFIG, pairs=4)(params, rows._replace(positions=jnp.zeros_like(rows.tokens)))
         return logps + rows.positions.sum() * 0, aux
 
     tx = optax.sgd(0.1)
@@ -167,7 +167,7 @@ def test_answers_of_a_ranking_score_as_they_do_alone(layout_name):
     def logps(pairs, name, **sizes):
         shape = packing.Shape(pairs=len(pairs), rows=len(pairs), row_length=256, microbatches=1, **sizes)
         rows = jax.tree.map(lambda x: x[0], layout.collate(pairs, None, shape, layout=name).rows)
-        logps_fn = parallel.make_logps_fn(CONFIG, pairs=shape.pairs, answers=shape.answers, dtype=jnp.float32)
+        logps_fn = make_logps_fn(CONFIG, pairs=shape.pairs, answers=shape.answers)
         return np.asarray(jax.jit(logps_fn)(params(), rows)[0])
 
     found, expected = logps(rankings, layout_name, answers=4), np.zeros((4, 4))
@@ -192,7 +192,7 @@ def test_mesh_shape_changes_nothing(whole, sizes):
 
 def test_policy_equal_to_reference_gives_log_two_and_no_margin():
     batch = make_batch(random_pairs(), 2)
-    logps_fn = parallel.make_logps_fn(CONFIG, pairs=PAIRS, dtype=jnp.float32)
+    logps_fn = make_logps_fn(CONFIG, pairs=PAIRS)
     logps, _ = jax.jit(steps.make_score_step(logps_fn, has_aux=True))(params(), batch)
     _, metrics = update(batch._replace(reference=np.asarray(logps)))
     assert float(metrics["loss"]) == pytest.approx(np.log(2), abs=1e-6)
@@ -202,7 +202,7 @@ def test_policy_equal_to_reference_gives_log_two_and_no_margin():
 @pytest.mark.slow
 def test_reported_gradient_norm_is_that_of_the_mean_loss():
     batch = make_batch(random_pairs(), PAIRS)
-    logps_fn = parallel.make_logps_fn(CONFIG, pairs=PAIRS, dtype=jnp.float32)
+    logps_fn = make_logps_fn(CONFIG, pairs=PAIRS)
     one = jax.tree.map(lambda x: jnp.asarray(x[0]), batch.rows)
     loss = lambda p: losses.sigmoid(logps_fn(p, one)[0], jnp.asarray(batch.reference)).mean()
     _, metrics = update(batch)

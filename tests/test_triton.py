@@ -18,7 +18,7 @@ EVEN = Blocks(*[Tile(16, 16, 4, 2)] * 3)
 
 
 def packed_bounds(length, lengths=((9, 14, 11), (20, 8, 17), (5, 3, 30), (12, 6, 6)), rows=2, layout="shared"):
-    """Bounds of pairs of (prompt, chosen, rejected) tokens, packed; what no pair takes is padding."""
+    """Bounds of packed pairs, given token counts of prompt, chosen and rejected; unused positions are padding."""
     pairs = [Encoded.of(*(np.arange(1, n + 1) for n in pair)) for pair in lengths]
     shape = Shape(pairs=len(pairs), rows=rows, row_length=length, microbatches=-(-len(pairs) // rows))
     packed = collate(pairs, None, shape, layout=layout).rows
@@ -26,7 +26,7 @@ def packed_bounds(length, lengths=((9, 14, 11), (20, 8, 17), (5, 3, 30), (12, 6,
 
 
 def any_bounds(rows, length, seed=0):
-    """Intervals that know neither causality nor packing."""
+    """Random intervals, neither causal nor packed."""
     ends = np.sort(np.random.default_rng(seed).integers(0, length, (2, rows, length)).astype(np.int32), axis=0)
     return ends[0], ends[1] + 1
 
@@ -39,7 +39,7 @@ def arrays(bounds, *, heads, kv_heads, width, dtype=jnp.float32, seed=0):
 
 
 def dense(q, k, v, key_start, key_end, *, soft_cap=None):
-    """The definition, in float32."""
+    """Dense attention by its definition, in float32."""
     q, k, v = (x.astype(jnp.float32) for x in (q, k, v))
     k, v = (jnp.repeat(x, q.shape[2] // k.shape[2], axis=2) for x in (k, v))
     scores = jnp.einsum("rqhd,rkhd->rhqk", q, k, precision="highest")
@@ -120,7 +120,7 @@ def assert_near(got, want, tolerance):
         assert error < tolerance, f"{name}: {error:.2e} of the norm"
 
 
-def test_blocks_that_no_query_sees_are_not_read():
+def test_blocks_without_a_visible_key_are_not_read():
     # Even queries see the first 16 keys, odd ones the last 16: the hull of every block of queries is the whole row.
     index = np.arange(64)[None]
     bounds = np.where(index % 2, 48, 0).astype(np.int32), np.where(index % 2, 64, 16).astype(np.int32)
@@ -133,8 +133,8 @@ def test_blocks_that_no_query_sees_are_not_read():
     assert not spoilt[2][:, 16:48].any() and not spoilt[3][:, 16:48].any(), "no query moves these keys"
 
 
-def test_what_one_pair_holds_does_not_reach_another():
-    # The first pair takes 31 + 2 + 31 = 64 positions, four blocks to the edge, and its 32 tokens a side leave no gap.
+def test_tokens_of_one_pair_do_not_affect_another():
+    # The first pair takes 31 + 2 + 31 = 64 positions, exactly four blocks, so no block holds tokens of both pairs.
     bounds = packed_bounds(128, ((2, 32, 32), (10, 20, 20)), rows=1)
     inputs = arrays(bounds, heads=2, kv_heads=1, width=16)
     kernel = functools.partial(attention, blocks=EVEN, interpret=True)
@@ -160,19 +160,19 @@ def test_visits_list_each_visible_block_once(bounds):
 
 
 def test_packed_rows_visit_far_fewer_blocks_than_causal_rows():
-    # Of each pair's four blocks the chosen one sees itself and both of the prompt, the prompt 1 and 2, the rejected 3.
+    # A pair takes four blocks: the chosen one visits 3, the prompt's visit 1 and 2, the rejected one visits 3.
     start, end = map(jnp.asarray, packed_bounds(1024, [(128, 65, 65)] * 4, rows=1))
     count = visits(visible_blocks(start, end, 64, 64)).count
     np.testing.assert_array_equal(count[0], [3, 1, 2, 3] * 4)  # 36; a causal row would have 136
 
 
-def test_runs_in_a_map_on_each_share_of_a_mesh():
+def test_runs_in_a_map_on_each_shard_of_a_mesh():
     bounds = packed_bounds(64, rows=4)
     kernel = functools.partial(attention, blocks=EVEN, interpret=True)
     mesh = Mesh(np.asarray(jax.devices()[:4]).reshape(2, 2), ("rows", "heads"))
-    of_heads, of_rows = PartitionSpec("rows", None, "heads"), PartitionSpec("rows")
-    spread = jax.shard_map(
-        kernel, mesh=mesh, in_specs=(*[of_heads] * 3, of_rows, of_rows), out_specs=of_heads, check_vma=False
+    head_spec, row_spec = PartitionSpec("rows", None, "heads"), PartitionSpec("rows")
+    sharded = jax.shard_map(
+        kernel, mesh=mesh, in_specs=(*[head_spec] * 3, row_spec, row_spec), out_specs=head_spec, check_vma=False
     )
 
     def mapped(function):
@@ -183,20 +183,20 @@ def test_runs_in_a_map_on_each_share_of_a_mesh():
         return run
 
     inputs = arrays(bounds, heads=4, kv_heads=2, width=16)
-    got, want = (out_and_grads(mapped(function), inputs, bounds) for function in (spread, dense))
+    got, want = (out_and_grads(mapped(function), inputs, bounds) for function in (sharded, dense))
     for one, other in zip(got, want, strict=True):
         np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-5)
 
 
-def test_a_kept_result_is_not_computed_again():
+def test_a_saved_result_is_not_recomputed():
     bounds = packed_bounds(64, rows=4)
     q, k, v, _ = arrays(bounds, heads=2, kv_heads=1, width=16)
     start, end = map(jnp.asarray, bounds)
     kernel = functools.partial(attention, blocks=EVEN, interpret=True)
 
     def calls(policy):
-        kept = jax.checkpoint(lambda q: kernel(q, k, v, start, end).sum(), policy=policy)
-        return str(jax.make_jaxpr(jax.grad(kept))(q)).count("pallas_call[")
+        rematerialized = jax.checkpoint(lambda q: kernel(q, k, v, start, end).sum(), policy=policy)
+        return str(jax.make_jaxpr(jax.grad(rematerialized))(q)).count("pallas_call[")
 
     assert calls(jax.checkpoint_policies.save_only_these_names("attention")) == 3
     assert calls(jax.checkpoint_policies.nothing_saveable) == 4
@@ -209,12 +209,12 @@ def test_heads_that_no_tiling_is_for_are_refused(width, dtype):
 
 
 def hopper():
-    """A context in which an H100 is lowered for on a machine without one; skips where jax has no such thing."""
+    """Context that lowers for an H100 on a machine without one; skips if this version of jax cannot."""
     try:
         device = jax.sharding.AbstractDevice(device_kind="NVIDIA H100", num_cores=None, platform="cuda")
         return jax.sharding.use_abstract_mesh(AbstractMesh((), (), abstract_device=device))
     except (AttributeError, TypeError, ValueError) as error:
-        pytest.skip(f"jax {jax.__version__} lowers for no GPU that is not there: {error}")
+        pytest.skip(f"jax {jax.__version__} cannot lower for an absent GPU: {error}")
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", pytest.param("float32", marks=pytest.mark.slow)])

@@ -1,53 +1,53 @@
 """Log-probabilities of completion tokens, without a logits array over all tokens.
 
-Only scored tokens meet the vocabulary matrix: they are gathered into one list, and the product is made a block of
-tokens by a block of the vocabulary at a time, each small enough for a cache. The backward pass makes each block
-again, but for the first ones, kept within a budget. The vocabulary runs outermost, so a block of the matrix is read
-once, and its gradient written once.
+Only scored tokens are multiplied by the vocabulary matrix: they are gathered into one list, and the product is computed
+a block of tokens by a part of the vocabulary at a time, each small enough for a cache. The backward pass recomputes the
+blocks, except for the first ones, which are saved within a budget. The loop over the vocabulary is outermost, so each
+part of the matrix is read once, and its gradient written once.
 
-    log p(target) = h . w_target - log sum_v exp(h . w_v), the sum carried from block to block as (max, sum of exp)
-    d loss / d logit_v = (1[v = target] - p_v) * d loss / d log p
+    log p(target) = h . w_target - log sum_v exp(h . w_v), the sum accumulated over parts as (max, sum of exp)
+    dL/dlogit_v = (1[v = target] - p_v) * dL/dlog p
 
-What an objective reads besides is made in the same pass: of further tokens at each entry the log-probs, with gradient;
-the sum of squared probabilities; and, forward only, the likeliest tokens.
+Extra outputs of an objective come from the same pass: log-probs of candidate tokens at each entry, with gradient; the
+sum of squared probabilities; and, forward only, the likeliest tokens.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
-from dpo_jax.logprobs.vocabulary import CPU_BLOCKS, Blocks, Head, Spread, Vocabulary
+from dpo_jax.logprobs.vocabulary import CPU_BLOCKS, Blocks, Head, HeadSharding, Vocabulary
 from dpo_jax.types import Rows
 
-SUMS = ("shared_logps", "log_collision", "sequence_kl")  # that `completion_logps` makes where they are asked for
+SUMS = ("shared_logps", "log_collision", "sequence_kl")  # extra outputs that `completion_logps` can compute
 
 
-class _Plan(NamedTuple):
-    """Everything static that the two passes go by."""
+class _Options(NamedTuple):
+    """Static options of both passes."""
 
     blocks: Blocks
     soft_cap: float | None
-    spread: Spread | None
-    collision: bool = False  # whether squared probabilities are summed
-    likely: int = 0  # tokens to find at each entry, the likeliest
+    sharding: HeadSharding | None
+    collision: bool = False  # whether to sum squared probabilities
+    likely: int = 0  # L, how many of the likeliest tokens to return at each entry
 
 
-class _Found(NamedTuple):
-    """What is read at each entry, 0 where none is scored; None for what nobody asked for."""
+class TokenValues(NamedTuple):
+    """Outputs at each entry [R, T], 0 where no token is scored; optional ones are None unless requested."""
 
-    logps: Any  # [R, T]
-    logits: Any  # [R, T], the mean over the vocabulary
-    others: Any  # [R, T, C], log-probs of further tokens
-    collision: Any  # [R, T], log sum_v p_v^2
-    likely: Any  # [R, T, L], tokens from the likeliest on, and their log-probs
-    likely_logps: Any
+    logps: Float[Array, "R T"]  # log-probs of the targets
+    logits: Float[Array, "R T"]  # mean over the vocabulary
+    candidates: Float[Array, "R T C"] | None  # log-probs of the candidate tokens
+    collision: Float[Array, "R T"] | None  # log sum_v p_v^2
+    likely: Int[Array, "R T L"] | None  # the likeliest tokens, in descending order
+    likely_logps: Float[Array, "R T L"] | None
 
 
 def completion_logps(
@@ -59,74 +59,77 @@ def completion_logps(
     bias: Float[Array, "V"] | None = None,
     soft_cap: float | None = None,
     blocks: Blocks = CPU_BLOCKS,
-    spread: Spread | None = None,
+    sharding: HeadSharding | None = None,
     total: Head | None = None,
     answers: int = 2,
     sums: Collection[str] = (),
     likely: int | None = None,
 ) -> tuple[Float[Array, "P K"], dict[str, Any], Head | None]:
-    """Summed log-probability of every completion, and what else there is to sum over its tokens.
+    """Log-probability of every completion, summed over its tokens, and extra outputs summed over the same tokens.
 
-    Of `sums`, which are 0 where no completion is:
+    Extra outputs that `sums` may name, 0 for a missing completion:
 
-    - shared_logps: log p over the first n tokens, n those of the pair's shortest answer.
+    - shared_logps: log p over the first n tokens, n the length of the pair's shortest answer.
     - log_collision: log sum_v p_v^2, without gradient.
-    - sequence_kl: KL(reference || policy) of the next token on {each of the C likely ones, any other}; no more than KL
-      on the vocabulary, and equal where C = V. The probability of any other is held above the rounding of a sum that
-      is 1, and its gradient goes on below.
+    - sequence_kl: KL(reference || policy) of the next token over C + 1 outcomes, the C likely tokens and any other; at
+      most the KL over the vocabulary, and equal if C = V. The probability of any other token is clamped from below at
+      the rounding error of a sum of 1; its gradient passes through the clamp.
 
     Args:
       hidden: final hidden states of the rows, in the compute type.
       head: the vocabulary matrix, cast to the type of `hidden`.
-      rows: where hidden states predict which tokens, of which completion.
+      rows: which hidden states predict which tokens, of which completion.
       pairs: P; completions that these rows do not hold get 0.
       bias: added to the logits.
-      soft_cap: logits become cap * tanh(logits / cap); None: they stay as they are.
-      blocks: what is computed at once.
-      spread: how rows and head lie on a mesh; None: on one device.
-      total: what the gradients of head and bias are added to, see `gradients`; None: they are their cotangents. One
-        that it lacks is not made.
+      soft_cap: logits become cap * tanh(logits / cap); None: no cap.
+      blocks: sizes of the blocks that are computed at once.
+      sharding: how rows and head are sharded over a mesh; None: on one device.
+      total: running sums that the gradients of head and bias are added to, see `accumulate`; a sum that is None is not
+        computed. None: the gradients are the cotangents of head and bias.
       answers: K.
-      sums: which of SUMS to make; sequence_kl reads `rows.likely`.
-      likely: how many of the likeliest tokens to find at each entry, which nothing can be differentiated through; None:
-        neither they nor the entries' own log-probs are returned.
-    Returns: logps in nats, float32 or wider, column 0 chosen, 1 rejected, or best first; the sums, and "logits", the
-      mean logit, without gradient, all [P, K], and "tokens", where `likely` is given: (log-probs of the targets
-      [R, T], the likeliest tokens [R, T, likely], and their log-probs); `total`.
+      sums: which of SUMS to compute; sequence_kl reads `rows.likely`.
+      likely: how many of the likeliest tokens to return at each entry; the result cannot be differentiated. None: no
+        "tokens" are returned.
+    Returns: logps in nats, float32 or wider, column 0 chosen, 1 rejected, or best first; a dict of the sums and of
+      "logits", the mean logit, without gradient, all [P, K], and, if `likely` is given, "tokens": (log-probs of the
+      targets [R, T], the likeliest tokens [R, T, likely], and their log-probs); and `total`.
     Source: shared_logps: Liu et al. 2024 (2409.06411); log_collision: Zhou et al. 2024 (2406.11827); sequence_kl: Zeng
       et al. 2024 (2404.11999).
     """
     assert set(sums) <= set(SUMS)
-    plan = _Plan(blocks, soft_cap, spread, "log_collision" in sums, likely or 0)
-    others = rows.likely if "sequence_kl" in sums else None
-    read = score_tokens if likely is None else _read
-    found, total = read(hidden, Head(head, bias), total, rows.source, rows.target, others, rows.slot >= 0, plan)
+    options = _Options(blocks, soft_cap, sharding, "log_collision" in sums, likely or 0)
+    candidates = rows.likely if "sequence_kl" in sums else None
+    score = score_tokens if likely is None else _score_forward_only
+    scored = rows.slot >= 0
+    values, total = score(hidden, Head(head, bias), total, rows.source, rows.target, candidates, scored, options)
     by_slot = functools.partial(sum_by_slot, slot=rows.slot, pairs=pairs, answers=answers)
-    aux: dict[str, Any] = {"logits": jax.lax.stop_gradient(by_slot(found.logits))}
+    aux: dict[str, Any] = {"logits": jax.lax.stop_gradient(by_slot(values.logits))}
     if "shared_logps" in sums:
-        aux["shared_logps"] = by_slot(jnp.where(_is_shared(rows.slot, pairs, answers), found.logps, 0))
+        aux["shared_logps"] = by_slot(jnp.where(_is_shared(rows.slot, pairs, answers), values.logps, 0))
     if "log_collision" in sums:
-        aux["log_collision"] = jax.lax.stop_gradient(by_slot(found.collision))
+        aux["log_collision"] = jax.lax.stop_gradient(by_slot(values.collision))
     if "sequence_kl" in sums:
         assert rows.likely is not None and rows.likely_logps is not None
-        rest = rows.likely.shape[-1] < head.shape[0]
-        aux["sequence_kl"] = by_slot(_kl(jax.lax.stop_gradient(rows.likely_logps), found.others, rest=rest))
+        any_other = rows.likely.shape[-1] < head.shape[0]
+        reference = jax.lax.stop_gradient(rows.likely_logps)
+        aux["sequence_kl"] = by_slot(_kl(reference, values.candidates, any_other=any_other))
     if likely is not None:
-        none = jnp.zeros((*found.logps.shape, 0), jnp.int32), jnp.zeros((*found.logps.shape, 0), found.logps.dtype)
-        aux["tokens"] = found.logps, *((found.likely, found.likely_logps) if likely else none)
-    return by_slot(found.logps), aux, total
+        logps = values.logps
+        empty = jnp.zeros((*logps.shape, 0), jnp.int32), jnp.zeros((*logps.shape, 0), logps.dtype)
+        aux["tokens"] = logps, *((values.likely, values.likely_logps) if likely else empty)
+    return by_slot(values.logps), aux, total
 
 
 def sum_by_slot(
     values: Float[Array, "R T"], slot: Int[Array, "R T"], pairs: int, answers: int = 2
 ) -> Float[Array, "P K"]:
-    """Adds up the values of each completion, of which a pair has `answers`; entries with slot -1 belong to none."""
+    """Sums values over the tokens of each completion, `answers` = K to a pair; entries with slot -1 belong to none."""
     into = jnp.where(slot >= 0, slot, answers * pairs).ravel()
     return jax.ops.segment_sum(values.ravel(), into, answers * pairs + 1)[:-1].reshape(pairs, answers)
 
 
 def _is_shared(slot, pairs, answers):
-    """Which entries are no further in their answer than the shortest of their pair goes. [R, T]"""
+    """Whether each entry is among the first n of its answer, n the length of the pair's shortest answer [R, T]."""
     slots = answers * pairs
     into = jnp.where(slot >= 0, slot, slots).ravel()
     place = jnp.arange(slot.size)  # entries of an answer follow one another
@@ -137,84 +140,102 @@ def _is_shared(slot, pairs, answers):
     return (place < end[into]).reshape(slot.shape)
 
 
-def _kl(reference, policy, *, rest):
-    """KL(reference || policy) of log-probs [..., C], over C outcomes and, if `rest`, one of all that they lack."""
+def _kl(reference, policy, *, any_other):
+    """KL(reference || policy) of log-probs [..., C], over C outcomes and, if `any_other`, one more for all others."""
     reference = reference.astype(policy.dtype)
-    given = jnp.exp(reference)
-    found = jnp.where(given > 0, given * (reference - policy), 0).sum(-1)
-    if not rest:
-        return found
-    given = jnp.maximum(1 - given.sum(-1), 0)
-    left = 1 - jnp.exp(policy).sum(-1)
-    held = left + jax.lax.stop_gradient(jnp.maximum(left, jnp.finfo(policy.dtype).eps) - left)
-    return found + given * (jnp.log(jnp.where(given > 0, given, 1)) - jnp.log(held))
+    probs = jnp.exp(reference)
+    kl = jnp.where(probs > 0, probs * (reference - policy), 0).sum(-1)
+    if not any_other:
+        return kl
+    reference_other = jnp.maximum(1 - probs.sum(-1), 0)
+    policy_other = 1 - jnp.exp(policy).sum(-1)
+    # Clamped forward only: the gradient is that of the unclamped probability.
+    eps = jnp.finfo(policy.dtype).eps
+    clamped = policy_other + jax.lax.stop_gradient(jnp.maximum(policy_other, eps) - policy_other)
+    return kl + reference_other * (jnp.log(jnp.where(reference_other > 0, reference_other, 1)) - jnp.log(clamped))
 
 
 custom_vjp: Any = jax.custom_vjp  # its own annotations say nothing of what a function returns
 
 
 @functools.partial(custom_vjp, nondiff_argnums=(7,))
-def score_tokens(hidden, head, total, source, target, others, scored, plan):
-    """Of softmax(hidden[source] . head^T + bias), at each entry: what `_Found` has, and `total`.
+def score_tokens(hidden, head, total, source, target, candidates, scored, options):
+    """Computes `TokenValues` of softmax(hidden[source] . head^T + bias) at each entry, and passes on `total`.
 
     Blocks of tokens beyond the number of scored ones are neither computed nor differentiated.
+
+    Args:
+      hidden [R, S, D], head, total: see `completion_logps`.
+      source, target: index of the hidden state that predicts each entry's token, and the token [R, T].
+      candidates: tokens [R, T, C] whose log-probs are computed too, or None.
+      scored: whether each entry has a token [R, T].
     """
-    return _read(hidden, head, total, source, target, others, scored, plan)
+    return _score_forward_only(hidden, head, total, source, target, candidates, scored, options)
 
 
-def _read(hidden, head, total, source, target, others, scored, plan):
-    """`score_tokens` without a backward pass, and so nothing kept for it."""
-    plan = plan._replace(blocks=plan.blocks._replace(kept_bytes=0))
-    return _forward(hidden, head, total, source, target, others, scored, plan)[0]
+def _score_forward_only(hidden, head, total, source, target, candidates, scored, options):
+    """`score_tokens` without a backward pass, so that no logits are saved for it."""
+    options = options._replace(blocks=options.blocks._replace(saved_bytes=0))
+    return _forward(hidden, head, total, source, target, candidates, scored, options)[0]
 
 
-def _forward(hidden, head, total, source, target, others, scored, plan):
-    forward = _everywhere(_forward_here, plan, "rwrrrr", "rrk")
-    found, log_z, kept = forward(hidden, head, source, target, others, scored)
-    return (found, total), (hidden, head, source, target, others, scored, log_z, kept)
+class _Saved(NamedTuple):
+    """Arrays that the forward pass saves for the backward pass."""
+
+    hidden: Float[Array, "R S D"]
+    head: Head
+    source: Int[Array, "R T"]
+    target: Int[Array, "R T"]
+    candidates: Int[Array, "R T C"] | None
+    scored: Bool[Array, "R T"]
+    log_z: Float[Array, "R T"]  # log sum_v exp(logit_v)
+    logits: Float[Array, "parts blocks t length"]  # of the first blocks of tokens, and one place for all others
 
 
-def _backward(plan, saved, cotangents):
-    cotangent, total = cotangents
-    hidden, head, log_z = saved[0], saved[1], saved[6]
-    before = jax.tree.map(lambda x: jnp.zeros(x.shape, log_z.dtype), head) if total is None else total
-    backward = _everywhere(_backward_here, plan, "rwrrrrrkrrw", "rw")
-    to_hidden, after = backward(*saved, cotangent.logps, cotangent.others, before)
+def _forward(hidden, head, total, source, target, candidates, scored, options):
+    forward = _on_each_device(_forward_local, options, "rwrrrr", "rrk")
+    values, log_z, logits = forward(hidden, head, source, target, candidates, scored)
+    return (values, total), _Saved(hidden, head, source, target, candidates, scored, log_z, logits)
+
+
+def _backward(options, saved, cotangents):
+    to_values, total = cotangents  # dL/dlog p [R, T] and [R, T, C]; running sums [V, D] and [V], or None
+    head = saved.head
+    before = jax.tree.map(lambda x: jnp.zeros(x.shape, saved.log_z.dtype), head) if total is None else total
+    backward = _on_each_device(_backward_local, options, (_Saved._make("rwrrrrrk"), "r", "r", "w"), "rw")
+    to_hidden, after = backward(saved, to_values.logps, to_values.candidates, before)
+    # [V, D] and [V]: dL/dhead as its cotangent, or the running sums + dL/dhead as theirs
     grads = (jax.tree.map(lambda x, like: x.astype(like.dtype), after, head), None) if total is None else (None, after)
-    return to_hidden.astype(hidden.dtype), *grads, None, None, None, None
+    return to_hidden.astype(saved.hidden.dtype), *grads, None, None, None, None  # [R, S, D] dL/dhidden
 
 
 score_tokens.defvjp(_forward, _backward)
 
 
-def _everywhere(function, plan, takes, gives) -> Any:
-    """`function` on each device's share: what is marked r lies as rows do, w as the head, k as both."""
-    here = functools.partial(function, plan)
-    if plan.spread is None:
-        return here
-    mesh, rows, vocab, width, _ = plan.spread
-    of_head = Head(*cast(Any, (PartitionSpec(vocab, width), PartitionSpec(vocab))))
-    specs = {"r": PartitionSpec(rows), "w": of_head, "k": PartitionSpec(vocab, rows)}
-    return jax.shard_map(
-        here,
-        mesh=mesh,
-        in_specs=tuple(specs[letter] for letter in takes),
-        out_specs=tuple(specs[letter] for letter in gives),
-        check_vma=False,
-    )
+def _on_each_device(function, options, inputs, outputs) -> Callable:
+    """Runs `function` on each device's shard of inputs and outputs, whose letters name their sharding:
+    r: as rows; w: as the head; k: vocabulary and rows."""
+    local = functools.partial(function, options)
+    if options.sharding is None:
+        return local
+    mesh, rows, vocab, width, _ = options.sharding
+    head = Head(*cast(Any, (PartitionSpec(vocab, width), PartitionSpec(vocab))))
+    specs = {"r": PartitionSpec(rows), "w": head, "k": PartitionSpec(vocab, rows)}
+    in_specs, out_specs = jax.tree.map(specs.__getitem__, (tuple(inputs), tuple(outputs)))
+    return jax.shard_map(local, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
 
 
 class _Tokens(NamedTuple):
-    """The scored tokens of a device's rows, first in a list; the entries after them count for nothing."""
+    """List of the scored tokens of a device's rows, padded at its end to whole blocks."""
 
-    place: Int[Array, "N"]  # of the token among the R * T entries; out of bounds after the last
+    place: Int[Array, "N"]  # of the token among the R * T entries; out of bounds for padding
     index: Int[Array, "N"]  # of the hidden state that predicts it among the R * S
     target: Int[Array, "N"]
-    others: Int[Array, "N C"] | None
-    blocks: Int[Array, ""]  # that hold a scored token
+    candidates: Int[Array, "N C"] | None
+    blocks: Int[Array, ""]  # number of blocks that hold a scored token
 
 
-def _tokens(hidden, source, target, others, scored, size) -> _Tokens:
+def _tokens(hidden, source, target, candidates, scored, size) -> _Tokens:
     rows, length, _ = hidden.shape
     entries = scored.size
     listed = -(-entries // size) * size
@@ -222,128 +243,138 @@ def _tokens(hidden, source, target, others, scored, size) -> _Tokens:
     index = source + length * jnp.arange(rows)[:, None]
     take = functools.partial(_take, place=place)
     used = (jnp.sum(scored, dtype=jnp.int32) + size - 1) // size
-    return _Tokens(place, take(index), take(target), None if others is None else take(others), used)
+    return _Tokens(place, take(index), take(target), None if candidates is None else take(candidates), used)
 
 
 def _take(values, place):
-    """Values [R, T, ...] of listed tokens."""
+    """Selects values [R, T, ...] of the listed tokens [N, ...]; 0 for padding."""
     return jnp.take(values.reshape(-1, *values.shape[2:]), place, axis=0, mode="fill", fill_value=0)
 
 
 class _Sums(NamedTuple):
-    """What the forward pass carries from block to block of the vocabulary; None for what nobody asked for."""
+    """Running statistics over the parts of the vocabulary, for n tokens; optional ones are None unless requested."""
 
-    most: Any  # [N], the largest logit
-    exp_sum: Any  # [N], of exp(logit - most)
-    square_sum: Any  # [N], of its square
-    picked: Any  # [N], the target's logit
-    others: Any  # [N, C], those of further tokens
-    logit_sum: Any  # [N]
-    likely: Any  # [N, L], the largest logits, from the first on, and whose they are
-    likely_ids: Any
-    kept: Any  # blocks of logits for the backward pass
+    max_logit: Float[Array, "n"]
+    exp_sum: Float[Array, "n"]  # sum_v exp(logit - max_logit)
+    square_sum: Float[Array, "n"] | None  # sum_v exp(logit - max_logit)^2
+    target: Float[Array, "n"]  # the target's logit
+    candidates: Float[Array, "n C"] | None  # logits of the candidate tokens
+    logit_sum: Float[Array, "n"]
+    likely: Float[Array, "n L"] | None  # the largest logits, in descending order
+    likely_ids: Int[Array, "n L"] | None  # their tokens
+    saved: Float[Array, "parts blocks t length"] | None  # logits for the backward pass
 
 
-def _forward_here(plan, hidden, head, source, target, others, scored):
-    size, spread = plan.blocks.tokens, plan.spread
-    tokens = _tokens(hidden, source, target, others, scored, size)
+def _forward_local(options, hidden, head, source, target, candidates, scored):
+    size, sharding = options.blocks.tokens, options.sharding
+    tokens = _tokens(hidden, source, target, candidates, scored, size)
     h = hidden.reshape(-1, hidden.shape[2])[tokens.index]
     wide = jnp.promote_types(hidden.dtype, jnp.float32)
-    vocab = Vocabulary(head, hidden.dtype, plan.blocks, plan.soft_cap, plan.spread)
+    vocab = Vocabulary(head, hidden.dtype, options.blocks, options.soft_cap, options.sharding)
 
-    kept_blocks = _kept_blocks(plan, vocab, len(tokens.index))
+    saved_blocks = _saved_blocks(options, vocab, len(tokens.index))
 
     def one_part(j, sums):
         weights = vocab.part(j)
 
         def one_block(i, sums):
-            logits, kept = vocab.logits(_block(h, i, size), weights), sums.kept
-            if kept_blocks:  # the place after the last is for all that is not kept
-                kept = kept.at[j, jnp.minimum(i, kept_blocks)].set(logits)
-            without, read = sums._replace(kept=None), functools.partial(_block, i=i, size=size)
-            ids = read(tokens.target), None if tokens.others is None else read(tokens.others)
-            block = _further(plan, jax.tree.map(read, without), logits, *vocab.columns(j), *ids)
-            return jax.tree.map(lambda x, new: _put(x, new, i, size), without, block)._replace(kept=kept)
+            logits, saved = vocab.logits(_block(h, i, size), weights), sums.saved
+            if saved_blocks:  # all other blocks overwrite one another in the last place
+                saved = saved.at[j, jnp.minimum(i, saved_blocks)].set(logits)
+            statistics, read = sums._replace(saved=None), functools.partial(_block, i=i, size=size)
+            ids = read(tokens.target), None if tokens.candidates is None else read(tokens.candidates)
+            block = _accumulate(options, jax.tree.map(read, statistics), logits, *vocab.columns(j), *ids)
+            return jax.tree.map(lambda x, new: _put(x, new, i, size), statistics, block)._replace(saved=saved)
 
         return jax.lax.fori_loop(0, tokens.blocks, one_block, sums)
 
     zeros = jnp.zeros(tokens.index.shape, wide)
     start = _Sums(
-        most=jnp.full_like(zeros, jnp.finfo(wide).min),
+        max_logit=jnp.full_like(zeros, jnp.finfo(wide).min),
         exp_sum=zeros,
-        square_sum=zeros if plan.collision else None,
-        picked=zeros,
-        others=None if tokens.others is None else jnp.zeros(tokens.others.shape, wide),
+        square_sum=zeros if options.collision else None,
+        target=zeros,
+        candidates=None if tokens.candidates is None else jnp.zeros(tokens.candidates.shape, wide),
         logit_sum=zeros,
-        likely=jnp.full((len(zeros), plan.likely), -jnp.inf, wide) if plan.likely else None,
-        likely_ids=jnp.zeros((len(zeros), plan.likely), jnp.int32) if plan.likely else None,
-        kept=jnp.zeros((vocab.parts, kept_blocks + 1 if kept_blocks else 0, size, vocab.length), wide),
+        likely=jnp.full((len(zeros), options.likely), -jnp.inf, wide) if options.likely else None,
+        likely_ids=jnp.zeros((len(zeros), options.likely), jnp.int32) if options.likely else None,
+        saved=jnp.zeros((vocab.parts, saved_blocks + 1 if saved_blocks else 0, size, vocab.length), wide),
     )
     sums = jax.lax.fori_loop(0, vocab.parts, one_part, start)
-    if spread is not None and spread.vocab:
-        sums = _over_parts(sums, spread.vocab)
-    log_z = sums.most + jnp.log(sums.exp_sum)
+    if sharding is not None and sharding.vocab:
+        sums = _combine_shards(sums, sharding.vocab)
+    return _token_values(sums, tokens, scored, vocab.size)
+
+
+def _token_values(sums, tokens, scored, vocab_size):
+    """Returns `TokenValues`, log Z and the saved logits, from the statistics over the whole vocabulary."""
+    log_z = sums.max_logit + jnp.log(sums.exp_sum)
 
     def entries(values):
         empty = jnp.zeros((scored.size, *values.shape[1:]), values.dtype)
         return empty.at[tokens.place].set(values, mode="drop").reshape(*scored.shape, *values.shape[1:])
 
-    found = _Found(
-        logps=sums.picked - log_z,
-        logits=sums.logit_sum / vocab.size,
-        others=None if sums.others is None else sums.others - log_z[:, None],
+    values = TokenValues(
+        logps=sums.target - log_z,
+        logits=sums.logit_sum / vocab_size,
+        candidates=None if sums.candidates is None else sums.candidates - log_z[:, None],
         collision=None if sums.square_sum is None else jnp.log(sums.square_sum) - 2 * jnp.log(sums.exp_sum),
         likely=sums.likely_ids,
         likely_logps=None if sums.likely is None else sums.likely - log_z[:, None],
     )
-    return jax.tree.map(entries, found), entries(log_z), sums.kept
+    return jax.tree.map(entries, values), entries(log_z), sums.saved
 
 
-def _further(plan, sums, logits, real, column, target, others):
-    """The sums of a block of tokens with those of a part of the vocabulary added."""
+def _accumulate(options, sums, logits, real, column, target, candidates):
+    """Adds the logits [n, length] of a part of the vocabulary to the running statistics of a block of tokens."""
     masked = logits if real is None else jnp.where(real, logits, -jnp.inf)
-    most = jnp.maximum(sums.most, masked.max(-1))
-    shrunk, exp = jnp.exp(sums.most - most), jnp.exp(masked - most[:, None])
-    found = sums._replace(
-        most=most,
-        exp_sum=sums.exp_sum * shrunk + exp.sum(-1),
-        picked=sums.picked + _picked(logits, real, column, target[:, None])[:, 0],
+    max_logit = jnp.maximum(sums.max_logit, masked.max(-1))
+    rescale, exp = jnp.exp(sums.max_logit - max_logit), jnp.exp(masked - max_logit[:, None])
+    updated = sums._replace(
+        max_logit=max_logit,
+        exp_sum=sums.exp_sum * rescale + exp.sum(-1),
+        target=sums.target + _logits_of(logits, real, column, target[:, None])[:, 0],
         logit_sum=sums.logit_sum + (logits if real is None else jnp.where(real, logits, 0)).sum(-1),
     )
-    if plan.collision:
-        found = found._replace(square_sum=sums.square_sum * jnp.square(shrunk) + jnp.square(exp).sum(-1))
-    if others is not None:
-        found = found._replace(others=sums.others + _picked(logits, real, column, others))
-    if plan.likely:
-        here, at = jax.lax.top_k(masked, min(plan.likely, len(column)))
-        # Those found before stand first: of equals, the first in the vocabulary is taken.
-        likely, ids = jnp.concatenate([sums.likely, here], 1), jnp.concatenate([sums.likely_ids, column[at]], 1)
-        found = found._replace(**_likeliest(likely, ids, plan.likely))
-    return found
+    if options.collision:
+        updated = updated._replace(square_sum=sums.square_sum * jnp.square(rescale) + jnp.square(exp).sum(-1))
+    if candidates is not None:
+        updated = updated._replace(candidates=sums.candidates + _logits_of(logits, real, column, candidates))
+    if options.likely:
+        part, at = jax.lax.top_k(masked, min(options.likely, len(column)))
+        # Earlier parts stand first, so that among equal logits the first in the vocabulary is taken.
+        likely, ids = jnp.concatenate([sums.likely, part], 1), jnp.concatenate([sums.likely_ids, column[at]], 1)
+        updated = updated._replace(**_likeliest(likely, ids, options.likely))
+    return updated
 
 
-def _picked(logits, real, column, ids):
-    """Of each token's logits, those of some ids [n, m], and 0 for what no real column of the part holds."""
+def _logits_of(logits, real, column, ids):
+    """Selects the logits of tokens `ids` [n, m]; 0 for tokens that are not in the part, or in its overlap."""
     at = ids - column[0]
-    inside = jnp.clip(at, 0, len(column) - 1)
-    there = (at >= 0) & (at < len(column)) & (True if real is None else real[0, inside])
-    return jnp.where(there, jnp.take_along_axis(logits, inside, axis=1), 0)
+    index = jnp.clip(at, 0, len(column) - 1)
+    present = (at >= 0) & (at < len(column)) & (True if real is None else real[0, index])
+    return jnp.where(present, jnp.take_along_axis(logits, index, axis=1), 0)
 
 
 def _likeliest(logits, ids, count):
-    most, at = jax.lax.top_k(logits, count)
-    return dict(likely=most, likely_ids=jnp.take_along_axis(ids, at, axis=1))
+    largest, at = jax.lax.top_k(logits, count)
+    return dict(likely=largest, likely_ids=jnp.take_along_axis(ids, at, axis=1))
 
 
-def _over_parts(sums, axis):
-    """Sums over the whole vocabulary, of which each device along an axis has those of its part."""
-    most = jax.lax.pmax(sums.most, axis)
-    shrunk = jnp.exp(sums.most - most)
-    squares = None if sums.square_sum is None else sums.square_sum * jnp.square(shrunk)
-    added = sums.exp_sum * shrunk, squares, sums.picked, sums.others, sums.logit_sum
-    exp_sum, squares, picked, others, logit_sum = jax.lax.psum(added, axis)
+def _combine_shards(sums, axis):
+    """Reduces the statistics of each device's part of the vocabulary along a mesh axis to those of the whole."""
+    max_logit = jax.lax.pmax(sums.max_logit, axis)
+    rescale = jnp.exp(sums.max_logit - max_logit)
+    squares = None if sums.square_sum is None else sums.square_sum * jnp.square(rescale)
+    local = sums.exp_sum * rescale, squares, sums.target, sums.candidates, sums.logit_sum
+    exp_sum, squares, target, candidates, logit_sum = jax.lax.psum(local, axis)
     sums = sums._replace(
-        most=most, exp_sum=exp_sum, square_sum=squares, picked=picked, others=others, logit_sum=logit_sum
+        max_logit=max_logit,
+        exp_sum=exp_sum,
+        square_sum=squares,
+        target=target,
+        candidates=candidates,
+        logit_sum=logit_sum,
     )
     if sums.likely is None:
         return sums
@@ -351,28 +382,30 @@ def _over_parts(sums, axis):
     return sums._replace(**_likeliest(likely, ids, sums.likely.shape[1]))
 
 
-def _kept_blocks(plan, vocab, tokens) -> int:
-    """Blocks of tokens whose logits of the whole vocabulary fit the budget."""
-    of_one = 4 * plan.blocks.tokens * vocab.parts * vocab.length
-    return min(tokens // plan.blocks.tokens, plan.blocks.kept_bytes // of_one)
+def _saved_blocks(options, vocab, tokens) -> int:
+    """Number of blocks of tokens whose logits over the whole vocabulary fit the budget."""
+    bytes_per_block = 4 * options.blocks.tokens * vocab.parts * vocab.length
+    return min(tokens // options.blocks.tokens, options.blocks.saved_bytes // bytes_per_block)
 
 
-def _backward_here(plan, hidden, head, source, target, others, scored, log_z, kept, cotangent, to_others, total):
-    size, spread = plan.blocks.tokens, plan.spread
-    tokens = _tokens(hidden, source, target, others, scored, size)
-    flat = hidden.reshape(-1, hidden.shape[2])
-    h = flat[tokens.index]
+def _backward_local(options, saved, to_logps, to_candidates, total):
+    hidden, head, source, target, candidates, scored, log_z, saved_logits = saved
+    size, sharding = options.blocks.tokens, options.sharding
+    tokens = _tokens(hidden, source, target, candidates, scored, size)
+    flat = hidden.reshape(-1, hidden.shape[2])  # [R S, D]
+    h = flat[tokens.index]  # [N, D]
     wide = log_z.dtype
-    vocab = Vocabulary(head, hidden.dtype, plan.blocks, plan.soft_cap, plan.spread)
-    log_z, cotangent, to_others = jax.tree.map(lambda x: _take(x, tokens.place), (log_z, cotangent, to_others))
+    vocab = Vocabulary(head, hidden.dtype, options.blocks, options.soft_cap, options.sharding)
+    # [N] log Z, [N] dL/dlog p, [N, C] dL/dlog p of the candidates
+    by_token = jax.tree.map(lambda x: _take(x, tokens.place), (log_z, to_logps, to_candidates))
 
-    kept_blocks = _kept_blocks(plan, vocab, len(tokens.index))
+    saved_blocks = _saved_blocks(options, vocab, len(tokens.index))
 
     def logits_of(states, weights, i, j):
-        if not kept_blocks:
+        if not saved_blocks:
             return vocab.logits(states, weights)
-        read, make = lambda: kept[j, jnp.minimum(i, kept_blocks)], lambda: vocab.logits(states, weights)
-        return jax.lax.cond(i < kept_blocks, read, make)
+        read, recompute = lambda: saved_logits[j, jnp.minimum(i, saved_blocks)], lambda: vocab.logits(states, weights)
+        return jax.lax.cond(i < saved_blocks, read, recompute)
 
     def one_part(j, carry):
         hidden_grad, total = carry
@@ -380,46 +413,59 @@ def _backward_here(plan, hidden, head, source, target, others, scored, log_z, ke
 
         def one_block(i, carry):
             hidden_grad, part_grad = carry
-            states = _block(h, i, size)
-            real, column = vocab.columns(j)
+            states = _block(h, i, size)  # [t, D]
+            columns = vocab.columns(j)
             logits = logits_of(states, weights, i, j)
-            hit = column[None] == _block(tokens.target, i, size)[:, None]
-            probs = jnp.exp(logits - _block(log_z, i, size)[:, None])
-            slope = (jnp.where(hit, 1.0, 0.0) - probs) * _block(cotangent, i, size)[:, None]
-            if tokens.others is not None:
-                pull = _block(to_others, i, size)
-                slope = _added(slope, column, _block(tokens.others, i, size), pull) - probs * pull.sum(-1)[:, None]
-            if plan.soft_cap is not None:
-                slope = slope * (1 - jnp.square(logits / plan.soft_cap))
-            if real is not None:
-                slope = jnp.where(real, slope, 0)
-            to_bias = None if total.bias is None else slope.sum(0)
-            slope = slope.astype(hidden.dtype)
-            pulled = jnp.einsum("tv,vd->td", slope, weights.weights, preferred_element_type=wide)
-            hidden_grad = _put(hidden_grad, _block(hidden_grad, i, size) + pulled, i, size)
+            read = functools.partial(_block, i=i, size=size)
+            to_logits = _to_logits(options, logits, *columns, read, tokens, by_token)
+            to_bias = None if total.bias is None else to_logits.sum(0)  # [v] dL/dbias = sum_t dL/dlogit
+            to_logits = to_logits.astype(hidden.dtype)
+            # [t, D] this part's share of dL/dh = sum_v dL/dlogit w_v
+            to_states = jnp.einsum("tv,vd->td", to_logits, weights.weights, preferred_element_type=wide)
+            hidden_grad = _put(hidden_grad, _block(hidden_grad, i, size) + to_states, i, size)
             to_weights = None
-            if total.weights is not None:
-                to_weights = jnp.einsum("tv,td->vd", slope, states, preferred_element_type=wide)
+            if total.weights is not None:  # [v, D] dL/dw = sum_t dL/dlogit h_t
+                to_weights = jnp.einsum("tv,td->vd", to_logits, states, preferred_element_type=wide)
             return hidden_grad, jax.tree.map(jnp.add, part_grad, Head(to_weights, to_bias))
 
-        whole = zip(total, cast(Any, weights), strict=True)
-        none = Head(*(None if sum_of is None else jnp.zeros_like(each, wide) for sum_of, each in whole))
-        hidden_grad, part_grad = jax.lax.fori_loop(0, tokens.blocks, one_block, (hidden_grad, none))
+        sums_and_parts = zip(total, cast(Any, weights), strict=True)
+        zeros = Head(*(None if sum_of is None else jnp.zeros_like(part, wide) for sum_of, part in sums_and_parts))
+        hidden_grad, part_grad = jax.lax.fori_loop(0, tokens.blocks, one_block, (hidden_grad, zeros))
         return hidden_grad, vocab.add(total, part_grad, j)
 
     hidden_grad, total = jax.lax.fori_loop(0, vocab.parts, one_part, (jnp.zeros(h.shape, wide), total))
-    if spread is not None and spread.vocab:
-        hidden_grad = jax.lax.psum(hidden_grad, spread.vocab)
-    # Entries after the last scored token have cotangent 0, so where they are added does not matter.
+    if sharding is not None and sharding.vocab:
+        hidden_grad = jax.lax.psum(hidden_grad, sharding.vocab)  # [N, D] dL/dh, over all parts of the vocabulary
+    # [R, S, D] dL/dhidden = sum over the tokens that read it. Padding has gradient 0, so its index does not matter.
     hidden_grad = jnp.zeros(flat.shape, wide).at[tokens.index].add(hidden_grad).reshape(hidden.shape)
     return hidden_grad, total
 
 
-def _added(slope, column, ids, values):
-    """A part's [n, V] with values [n, m] added at some ids."""
+def _to_logits(options, logits, real, column, read, tokens, by_token):
+    """Computes dL/dlogit [t, v] of a block of tokens with a part of the vocabulary.
+
+    Args:
+      read: selects the block [t, ...] of an array over all tokens [N, ...].
+      by_token: log Z [N], dL/dlog p [N], and dL/dlog p of the candidates [N, C].
+    """
+    log_z, to_logps, to_candidates = by_token
+    is_target = column[None] == read(tokens.target)[:, None]
+    probs = jnp.exp(logits - read(log_z)[:, None])  # [t, v] p
+    # [t, v] dL/dlogit = (1[v = target] - p) dL/dlog p
+    to_logits = (jnp.where(is_target, 1.0, 0.0) - probs) * read(to_logps)[:, None]
+    if tokens.candidates is not None:  # [t, v] the same of each candidate c: sum_c (1[v = c] - p) dL/dlog p_c
+        grad = read(to_candidates)
+        to_logits = _scatter_add(to_logits, column, read(tokens.candidates), grad) - probs * grad.sum(-1)[:, None]
+    if options.soft_cap is not None:
+        to_logits = to_logits * (1 - jnp.square(logits / options.soft_cap))  # [t, v] times d cap tanh(z / cap) / dz
+    return to_logits if real is None else jnp.where(real, to_logits, 0)  # 0 where the part overlaps the one before
+
+
+def _scatter_add(to_logits, column, ids, values):
+    """Adds values [n, m] to the columns of tokens `ids` in a part's gradient [n, length]."""
     at = ids - column[0]
     at = jnp.where((at >= 0) & (at < len(column)), at, len(column))  # out of bounds: dropped
-    return slope.at[jnp.arange(len(at))[:, None], at].add(values, mode="drop")
+    return to_logits.at[jnp.arange(len(at))[:, None], at].add(values, mode="drop")
 
 
 def _block(array, i, size):

@@ -1,40 +1,40 @@
-"""The shape of a decoder: every choice a family makes, and nothing about how it runs."""
+"""Architecture of a decoder: every choice that a model family makes, and nothing about how it runs."""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Literal, TypedDict
 
 
 @dataclasses.dataclass(frozen=True)
 class Rope:
-    """How far each pair of a head's dimensions turns from one position to the next; `rope` makes them.
+    """Rotary frequencies of a model, one for each pair of a head's dimensions; the functions of `rope` make them.
 
-    Most models turn alike whatever the sequence. Where `trained_length` is set, a longer sequence turns otherwise, by
-    its own length: at `long_frequencies` (LongRoPE), or with theta raised (dynamic NTK).
+    Most models have the same frequencies for every sequence. If `trained_length` is set, a sequence longer than that
+    has others: `long_frequencies` (LongRoPE), or those of a theta that grows with its length (dynamic NTK).
     """
 
-    frequencies: tuple[float, ...]  # radians a position
+    frequencies: tuple[float, ...]  # radians per position
     amplitude: float = 1.0  # of cosine and sine
-    interleaved: bool = False  # dimensions 2i and 2i + 1 are a pair, and not i and i + half
-    trained_length: int | None = None
-    long_frequencies: tuple[float, ...] = ()
-    theta: float = 0.0  # dynamic NTK: the base, and
-    factor: float = 1.0  # how much longer sequences may become
+    interleaved: bool = False  # a pair is dimensions 2i and 2i + 1, instead of i and i + half
+    trained_length: int | None = None  # tokens; None: frequencies do not depend on the sequence
+    long_frequencies: tuple[float, ...] = ()  # LongRoPE: radians per position, for longer sequences
+    theta: float = 0.0  # dynamic NTK: the base of the frequencies
+    factor: float = 1.0  # dynamic NTK: longest sequence over trained_length
 
     @property
     def dim(self) -> int:
-        """Leading dimensions of each head that turn."""
+        """Number of leading dimensions of each head that are rotated."""
         return 2 * len(self.frequencies)
 
 
 @dataclasses.dataclass(frozen=True)
 class LayerKind:
-    """What may differ from layer to layer."""
+    """Attributes that may differ from layer to layer."""
 
-    rope: Rope | None = None  # None: nothing turns
-    window: int | None = None  # keys a token sees at most, itself among them; None: all before it
+    rope: Rope | None = None  # None: no rotary positions
+    window: int | None = None  # most keys a token attends to, itself included; None: full causal
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,26 +72,26 @@ class DecoderConfig:
     mlp_width: int  # F
     max_positions: int  # positions the checkpoint was trained for
     kinds: tuple[LayerKind, ...] = (LayerKind(),)
-    pattern: tuple[int, ...] = ()  # of each layer, which kind; empty: all are of the one there is
+    pattern: tuple[int, ...] = ()  # index into kinds of each layer; empty: there is one kind
     norm: Literal["rmsnorm", "layernorm"] = "rmsnorm"
     norm_eps: float = 1e-5
     norm_offset: float = 0.0  # added to every scale
-    norms: Literal["before", "after", "both"] = "before"  # where, of attention and of the feed-forward block
-    shared_norm: bool = False  # with parallel_residual: the feed-forward block reads what attention reads
-    qk_norm: Literal["", "head", "all"] = ""  # of queries and keys: none, over each head, over all heads at once
-    qkv_clip: float | None = None  # queries, keys and values are cut to this magnitude
-    query_scale: float | None = None  # of scores; None: head_dim^-0.5
-    scale_by_layer: bool = False  # the scores of layer l, from 1, are divided by l
+    norms: Literal["before", "after", "both"] = "before"  # of attention and of the feed-forward block
+    shared_norm: bool = False  # with parallel_residual: both blocks read the same normalized input
+    qk_norm: Literal["", "head", "all"] = ""  # RMSNorm of queries and keys: none, over each head, over all heads
+    qkv_clip: float | None = None  # queries, keys and values are clipped to this magnitude
+    query_scale: float | None = None  # factor of attention scores; None: head_dim^-0.5
+    scale_by_layer: bool = False  # attention scores of layer l, from 1, are divided by l
     attention_soft_cap: float | None = None  # scores become cap * tanh(scores / cap)
-    logit_soft_cap: float | None = None
-    embedding_scale: float = 1.0  # of embedded tokens
+    logit_soft_cap: float | None = None  # logits become cap * tanh(logits / cap)
+    embedding_scale: float = 1.0  # factor of embedded tokens
     activation: Literal["silu", "gelu", "gelu_tanh", "relu"] = "silu"
     gated: bool = True  # down(act(gate(x)) * up(x)) instead of down(act(up(x)))
-    experts: int = 0  # E, feed-forward blocks of which each token goes through a few; 0: all through the one there is
+    experts: int = 0  # E, feed-forward blocks that a router chooses from; 0: a single dense one
     experts_per_token: int = 0
-    normalize_router: bool = False  # the weights of a token's experts add up to 1
+    normalize_router: bool = False  # the weights of a token's experts sum to 1
     parallel_residual: bool = False  # x + attention(norm(x)) + mlp(norm(x))
-    learned_positions: bool = False  # a vector for each position is added to the embedded token
+    learned_positions: bool = False  # absolute position embeddings are added to the tokens'
     qkv_bias: bool = False
     output_bias: bool = False  # bias of the attention's output projection
     mlp_bias: bool = False
@@ -99,38 +99,46 @@ class DecoderConfig:
     tie_embeddings: bool = False
 
     def for_length(self, longest: int) -> DecoderConfig:
-        """The same for sequences of at most so many tokens: windows and turns that they do not reach are left out."""
-        kinds = [_within(kind, longest) for kind in self.kinds]
+        """Returns the equivalent configuration for sequences of at most `longest` tokens: it drops windows and
+        length-dependent frequencies that no such sequence reaches."""
+        kinds = [_simplify(kind, longest) for kind in self.kinds]
         return dataclasses.replace(self, **by_layer([kinds[i] for i in self.pattern] or kinds))
 
     @property
     def active_width(self) -> int:
-        """F of all the feed-forward blocks that one token goes through."""
+        """Total F of the feed-forward blocks that one token passes through."""
         return self.mlp_width * (self.experts_per_token or 1)
 
     @property
     def windows(self) -> list[int | None]:
-        """That of every layer."""
+        """Attention window of each layer, in keys; None: full causal."""
         return [self.kinds[i].window for i in self.pattern or (0,) * self.layers]
 
     @property
     def stacks(self) -> dict[str, int]:
-        """Sizes of the leading axes that leaves are stacked by."""
+        """Sizes of the leading axes that parameters are stacked along."""
         return {"layer": self.layers, "expert": self.experts}
 
     @property
     def needs_whole_sequences(self) -> bool:
-        """Whether what a token sees depends on its own sequence alone being there, so no prompt can be shared."""
+        """Whether each answer needs its own copy of the prompt: windows and lengths count a whole sequence."""
         return any(k.window is not None or (k.rope is not None and k.rope.trained_length) for k in self.kinds)
 
 
-def by_layer(kinds: Sequence[LayerKind]) -> dict[str, Any]:
-    """`kinds` and `pattern` of a DecoderConfig, from the kind of every layer."""
+class KindFields(TypedDict):
+    """Fields of a DecoderConfig that `by_layer` returns."""
+
+    kinds: tuple[LayerKind, ...]
+    pattern: tuple[int, ...]
+
+
+def by_layer(kinds: Sequence[LayerKind]) -> KindFields:
+    """Returns `kinds` and `pattern` of a DecoderConfig, from the kind of every layer."""
     distinct = tuple(dict.fromkeys(kinds))
     return {"kinds": distinct, "pattern": tuple(map(distinct.index, kinds)) if len(distinct) > 1 else ()}
 
 
-def _within(kind: LayerKind, longest: int) -> LayerKind:
+def _simplify(kind: LayerKind, longest: int) -> LayerKind:
     window, rope = kind.window, kind.rope
     if window is not None and longest <= window:
         window = None

@@ -1,70 +1,84 @@
-"""Layers of several kinds in one scan: what differs is made once for each kind, and a layer picks its own."""
+"""Layers of several kinds in one scan: rotary tables and bounds are computed once a kind, and each layer selects its
+own."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import Any, NamedTuple
+from collections.abc import Hashable, Iterable, Sequence
+from typing import NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Int
 
 from dpo_jax.models import rope
 from dpo_jax.models.config import DecoderConfig
 
+Kind = TypeVar("Kind", bound=Hashable)
+Tree = TypeVar("Tree")
 
-class Layers(NamedTuple):
-    """What layers know besides their parameters; a tuple has an entry for each kind of layer, or one for all."""
 
-    rotations: tuple[Any, ...]
+class LayerInputs(NamedTuple):
+    """Inputs that all layers share; a tuple has one entry for each kind of layer, or a single one for all kinds."""
+
+    rotary_tables: tuple[rope.RotaryTables | None, ...]
     key_starts: tuple[Int[Array, "R S"], ...]
     key_end: Int[Array, "R S"]
-    counted: Bool[Array, "R S"]  # tokens that statistics are of
+    counted: Bool[Array, "R S"]  # tokens that router statistics count
 
 
-def all_layers(
+class LayerIndex(NamedTuple):
+    """Position of a layer, or of all of them along a leading axis [L]; None where no layer needs it."""
+
+    kind: Int[Array, ""] | Int[np.ndarray, "L"] | None
+    number: Int[Array, ""] | Int[np.ndarray, "L"] | None  # from 1
+
+
+def layer_inputs(
     config: DecoderConfig,
     positions: Int[Array, "R S"],
     key_start: Int[Array, "R S"],
     key_end: Int[Array, "R S"],
-    dtype: Any,
-    unfed: int,
-) -> Layers:
-    """How far tokens turn and which keys they see, in layers of every kind."""
-    ropes = one_for_all(kind.rope for kind in config.kinds)
-    windows = one_for_all(kind.window for kind in config.kinds)
-    turning = next((each for each in ropes if each is not None), None)
-    # Where some layers turn and others do not, these turn by nothing.
-    rotations = [
-        None if turning is None else rope.rotation(each, turning.dim, positions, key_start, dtype, unfed=unfed)
+    dtype: DTypeLike,
+    dropped_tokens: int,
+) -> LayerInputs:
+    """Computes rotary tables and attention bounds for layers of every kind; see `decoder.hidden_states`."""
+    ropes = unique_or_all(kind.rope for kind in config.kinds)
+    windows = unique_or_all(kind.window for kind in config.kinds)
+    rotary = next((each for each in ropes if each is not None), None)
+    # If only some kinds have rotary positions, the others get angles of 0, so that every kind has tables to select.
+    tables = [
+        None
+        if rotary is None
+        else rope.rotary_tables(each, rotary.dim, positions, key_start, dtype, dropped_tokens=dropped_tokens)
         for each in ropes
     ]
     index = jnp.arange(key_start.shape[1], dtype=key_start.dtype)[None]
     starts = [key_start if window is None else jnp.maximum(key_start, index - (window - 1)) for window in windows]
-    # All but padding, and, which cannot be told from it, the first of each sequence.
-    return Layers(tuple(rotations), tuple(starts), key_end, positions > 0)
+    # Excludes padding, and with it the first token of each sequence, which also has position 0.
+    return LayerInputs(tuple(tables), tuple(starts), key_end, positions > 0)
 
 
-def each_layer(config: DecoderConfig) -> tuple[Any, Any]:
-    """The kind of every layer [L], None where there is one, and its number from 1 [L], None where nothing asks."""
+def layer_index(config: DecoderConfig) -> LayerIndex:
+    """Returns kind [L] and number [L] of all layers; None if there is one kind, or nothing reads numbers."""
     numbers = np.arange(1, config.layers + 1, dtype=np.int32) if config.scale_by_layer else None
-    return np.array(config.pattern, np.int32) if config.pattern else None, numbers
+    return LayerIndex(np.array(config.pattern, np.int32) if config.pattern else None, numbers)
 
 
-def one_for_all(options: Iterable[Any]) -> list[Any]:
-    """The options, or the one that there is if all are the same."""
+def unique_or_all(options: Iterable[Kind]) -> list[Kind]:
+    """Returns a single option if all are equal, otherwise all of them."""
     options = list(options)
     return options[:1] if len(set(options)) == 1 else options
 
 
-def of_kind(options: tuple[Any, ...], kind: Array | None) -> Any:
-    """That of a layer's kind, or the one that there is."""
+def select(options: Sequence[Tree], kind: Array | np.ndarray | None) -> Tree:
+    """Returns the option of a layer's kind; a single option serves all kinds."""
     if kind is None or len(options) == 1:
         return options[0]
     return jax.tree.map(lambda *each: jax.lax.select_n(kind, *each), *options)
 
 
 def interleaved(config: DecoderConfig) -> bool:
-    """Whether the dimensions that turn together are neighbors."""
+    """Whether the two dimensions of a rotary pair are neighbors."""
     return any(kind.rope is not None and kind.rope.interleaved for kind in config.kinds)

@@ -1,7 +1,7 @@
-"""Kernels that do not train, held in few bits: qwix's int8, or NormalFloat in 4 bits (Dettmers et al. 2023, QLoRA).
+"""Quantized kernels of frozen layers: int8, or NormalFloat of 4 bits (Dettmers et al. 2023, QLoRA), by qwix.
 
-Up to BLOCK numbers in a line of a kernel's last axis share a scale. The kernel's place in the parameters is taken by a
-dict of `codes`, two of 4 bits to a byte, and `scales`; what multiplies by it decodes it, a layer at a time.
+Up to BLOCK neighbors along a kernel's last axis share a scale. In the parameters the kernel is replaced by a dict of
+`codes`, two to a byte if they have 4 bits, and `scales`. A layer decodes its own kernel just before it multiplies.
 """
 
 from __future__ import annotations
@@ -15,17 +15,18 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float, Shaped
 
 from dpo_jax.types import InputError
 
-KINDS = {"int8": "int8", "nf4": "uint8"}  # and the type of its codes
-BLOCK = 64
-KERNEL = re.compile(r"blocks/(attention|mlp|experts)/(?!router/)\w+/kernel")  # leaves that can be held so
+KINDS = {"int8": "int8", "nf4": "uint8"}  # kind -> dtype of its codes
+BLOCK = 64  # most numbers that share a scale
+KERNEL = re.compile(r"blocks/(attention|mlp|experts)/(?!router/)\w+/kernel")  # paths of leaves that may be quantized
 PARTS = ("codes", "scales")
 
 
 def check_available(kind: str) -> None:
-    """Raises InputError if kernels are to be held so and qwix is not there."""
+    """Raises InputError if a kind of quantization is configured and qwix is missing."""
     if kind and importlib.util.find_spec("qwix") is None:
         raise InputError(
             "config.lora.base",
@@ -36,26 +37,26 @@ def check_available(kind: str) -> None:
 
 
 @functools.partial(jax.jit, static_argnums=1)
-def encode(kernel: Any, kind: str) -> dict[str, Any]:
-    """Codes [..., F], or [..., F / 2], and scales [..., F / block] of a kernel [..., F], the scales of its type."""
+def encode(kernel: Float[Array, "*N F"], kind: str) -> dict[str, Shaped[Array, "*N _"]]:
+    """Quantizes a kernel [..., F]: codes [..., F], or [..., F / 2] for nf4, and scales [..., F / block] of its type."""
     import qwix
 
     last = kernel.ndim - 1
     block = math.gcd(kernel.shape[last], BLOCK)
-    made: Any = qwix.quantize(kernel, kind, channelwise_axes=range(last), tiled_axes={last: block})
-    codes = made.qvalue
+    quantized: Any = qwix.quantize(kernel, kind, channelwise_axes=range(last), tiled_axes={last: block})
+    codes = quantized.qvalue
     if kind == "nf4":
-        # Of a line's two halves: pairs of neighbors would be an axis of 2, for which TPUs take the memory of 128.
+        # A byte holds one code of each half: neighbors in a byte would take an axis of 2, which TPUs pad to 128.
         low, high = jnp.split(codes.astype(jnp.uint8), 2, axis=-1)
         codes = low | high << 4
-    return dict(zip(PARTS, (codes, made.scale), strict=True))
+    return dict(zip(PARTS, (codes, quantized.scale), strict=True))
 
 
-def decode(held: Mapping[str, Any]) -> Any:
-    """The kernel, of the type of its scales."""
+def decode(quantized: Mapping[str, Array]) -> Float[Array, "*N F"]:
+    """Dequantizes what `encode` returned; the kernel has the type of its scales."""
     import qwix
 
-    codes, scales = (held[part] for part in PARTS)
+    codes, scales = (quantized[part] for part in PARTS)
     kind = next(name for name, dtype in KINDS.items() if dtype == codes.dtype.name)
     if kind == "nf4":
         codes = jnp.concatenate([codes & 15, codes >> 4], axis=-1)
@@ -63,7 +64,7 @@ def decode(held: Mapping[str, Any]) -> Any:
 
 
 def decoded(tree: Mapping[str, Any]) -> dict[str, Any]:
-    """Parameters with all kernels decoded."""
+    """Returns the parameters with every quantized kernel decoded."""
     return {
         name: value
         if not isinstance(value, Mapping)
@@ -75,5 +76,5 @@ def decoded(tree: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def leaf_of(path: str) -> str:
-    """The path of the kernel whose codes or scales are at this one; of all else, the path itself."""
+    """Returns the kernel's path, given that of its codes or scales; any other path is returned unchanged."""
     return re.sub(rf"/({'|'.join(PARTS)})$", "", path)

@@ -11,19 +11,20 @@ import numpy as np
 from jax.sharding import AbstractMesh, AxisType
 from jaxtyping import Int
 
-from dpo_jax import parallel, sharding
+from dpo_jax import sharding
 from dpo_jax.config import Config
 from dpo_jax.data import packing
 from dpo_jax.data.layout import crop_rows
 from dpo_jax.losses import Objective
 from dpo_jax.models.attention import choose
 from dpo_jax.models.config import DecoderConfig
+from dpo_jax.parallel import ModelOptions, Placement
 from dpo_jax.reference.scoring_pass import PART_PAIRS
 from dpo_jax.run.checks import fit
 from dpo_jax.run.trainable import EVERYTHING, Trainable
 from dpo_jax.runtime.clocks import Stopwatch
 from dpo_jax.runtime.xla import COMPILER_OPTIONS, Compiled, keep_compiled
-from dpo_jax.scoring import compute_dtype
+from dpo_jax.scoring import compute_dtype, make_logps_fn
 from dpo_jax.steps import TrainState, make_score_step, make_train_step
 from dpo_jax.types import Batch
 
@@ -214,16 +215,12 @@ def logps_of(programs: Programs, shape: packing.Shape, **outputs: Any) -> Callab
     Args:
       outputs: extra ones, `sums` or `tokens` of `scoring.make_logps_fn`.
     """
-    return parallel.make_logps_fn(
+    return make_logps_fn(
         programs.model,
         pairs=shape.pairs,
         answers=shape.answers,
-        dtype=programs.dtype,
-        remat=programs.remat,
-        attention=programs.attention,
-        mesh=programs.mesh,
-        rules=programs.rules,
-        adapters=programs.selection.adapters,
+        options=ModelOptions(programs.dtype, programs.remat, programs.attention, programs.selection.adapters),
+        placement=Placement(programs.mesh, programs.rules),
         **outputs,
     )
 

@@ -1,9 +1,10 @@
 """Interval attention in plain XLA, a block of queries by a block of keys at a time.
 
-Blocks that no query can see are not computed, forward or backward, and no array of S * S exists: the softmax is carried
-from block to block as in flash attention (Dao et al. 2022, algorithms 1 and 4), and the backward pass makes each block
-of scores again. Weights are not rounded to the compute type: they are relative to the largest score so far, so what a
-token gets would depend on where it stands in its row, and the policy would not be the reference at step 0.
+Blocks that no query may attend to are skipped, forward and backward, and no S x S array exists: the softmax is
+accumulated from block to block as in flash attention (Dao et al. 2022, algorithms 1 and 4), and the backward pass
+recomputes each block of scores. Weights are not rounded to the compute type: they are relative to the largest score so
+far, so rounding them would make a token's result depend on its place in the row, and at step 0 the policy would differ
+from the reference.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int
 
-BLOCK = 64  # queries and keys in a block: a packed row is near its real work, and a block of scores fits a cache
+BLOCK = 64  # queries and keys in a block: small enough to skip most of a packed row, and scores fit a cache
 
 
 def attention(
@@ -32,21 +33,21 @@ def attention(
     """Softmax attention of every query over its interval of keys; see `attention.make_attention`.
 
     Args:
-      q: scaled by d^-0.5 already.
-      soft_cap: scores become cap * tanh(scores / cap); None: they stay as they are.
+      q: already multiplied by the scale, d^-0.5 by default.
+      soft_cap: scores become cap * tanh(scores / cap); None: no cap.
       block: queries and keys in a block.
     """
     rows, length, heads, width = q.shape
     kv_heads = k.shape[2]
     q, k, v, key_start, key_end = pad_rows(q, k, v, key_start, key_end, block)
-    q = jnp.moveaxis(q.reshape(rows, -1, kv_heads, heads // kv_heads, width), 1, 3)
-    k, v = jnp.moveaxis(k, 1, 2), jnp.moveaxis(v, 1, 2)
+    q = jnp.moveaxis(q.reshape(rows, -1, kv_heads, heads // kv_heads, width), 1, 3)  # [R, K, G, S, d], G = H / K
+    k, v = jnp.moveaxis(k, 1, 2), jnp.moveaxis(v, 1, 2)  # [R, K, S, d]
     out = _attend(q, k, v, key_start, key_end, soft_cap, block)
     return jnp.moveaxis(out, 3, 1).reshape(rows, -1, heads, width)[:, :length]
 
 
-def pad_rows(q, k, v, key_start, key_end, multiple: int) -> Any:
-    """The same with rows of a multiple of so many positions; what is added sees itself alone."""
+def pad_rows(q: Array, k: Array, v: Array, key_start: Array, key_end: Array, multiple: int) -> tuple[Array, ...]:
+    """Pads rows to a multiple of so many positions; each added position attends to itself alone."""
     rows, length = key_start.shape
     pad = -length % multiple
     if not pad:
@@ -59,9 +60,10 @@ def pad_rows(q, k, v, key_start, key_end, multiple: int) -> Any:
 def visible_blocks(
     key_start: Int[Array, "R S"], key_end: Int[Array, "R S"], query_block: int, key_block: int
 ) -> Bool[Array, "R Q K"]:
-    """Which blocks of keys some query of a block may see; S is a multiple of both sizes.
+    """Whether any query of block q may attend to any key of block k [R, Q, K]; both sizes divide S.
 
-    Every interval adds one to the blocks from its first to its last key: +1 where it begins, -1 behind its end.
+    Counts intervals: each adds 1 to the blocks from its first to its last key, as +1 at its first block and -1 after
+    its last, summed from left to right.
     """
     rows, length = key_start.shape
     queries, keys = length // query_block, length // key_block
@@ -72,19 +74,19 @@ def visible_blocks(
     return jnp.cumsum(edges, axis=2)[:, :, :-1] > 0
 
 
-class _Visit(NamedTuple):
-    """The pairs of blocks to compute, a query block's together."""
+class _Visits(NamedTuple):
+    """List of (query block, key block) pairs to compute; the pairs of one query block are adjacent."""
 
     row: Int[Array, "n"]
     query: Int[Array, "n"]
     key: Int[Array, "n"]
-    count: Int[Array, ""]
+    count: Int[Array, ""]  # entries in use, the first ones
 
 
-def _visits(key_start, key_end, block) -> _Visit:
+def _visits(key_start, key_end, block) -> _Visits:
     visible = visible_blocks(key_start, key_end, block, block)
     row, query, key = jnp.nonzero(visible, size=visible.size, fill_value=0)
-    return _Visit(row, query, key, visible.sum())
+    return _Visits(row, query, key, visible.sum())
 
 
 custom_vjp: Any = jax.custom_vjp  # its own annotations say nothing of what a function returns
@@ -96,7 +98,7 @@ def _attend(q, k, v, key_start, key_end, soft_cap, block):
 
 
 def _scores(q, k, key_start, key_end, at, soft_cap, block):
-    """Scores of one pair of blocks [K, G, q, k], and which of them count."""
+    """Returns scores of two blocks [K, G, q, k], and whether each key is in its query's interval [1, 1, q, k]."""
     wide = jnp.promote_types(q.dtype, jnp.float32)
     scores = jnp.einsum("hgqd,hkd->hgqk", q, k, preferred_element_type=wide)
     if soft_cap is not None:
@@ -110,55 +112,63 @@ def _scores(q, k, key_start, key_end, at, soft_cap, block):
 def _forward(q, k, v, key_start, key_end, soft_cap, block):
     wide = jnp.promote_types(q.dtype, jnp.float32)
     visits = _visits(key_start, key_end, block)
-    of_query, of_key = functools.partial(_Block, axis=3, size=block), functools.partial(_Block, axis=2, size=block)
+    query_block, key_block = (
+        functools.partial(_Block, axis=3, size=block),
+        functools.partial(_Block, axis=2, size=block),
+    )
 
     def visit(n, carry):
-        most, exp_sum, out = carry
+        max_score, exp_sum, out = carry
         row, query, key = at = visits.row[n], visits.query[n], visits.key[n]
-        here, there = of_query(row, query), of_key(row, key)
-        scores, seen = _scores(here.get(q), there.get(k), key_start, key_end, at, soft_cap, block)
-        scores = jnp.where(seen, scores, jnp.finfo(wide).min)
-        before = here.get(most)
-        now = jnp.maximum(before, scores.max(-1))
-        # A query that sees nothing yet counts each masked key as exp(0); the first real score takes that back to 0.
-        weights, shrink = jnp.exp(scores - now[..., None]), jnp.exp(before - now)
-        new = jnp.einsum("hgqk,hkd->hgqd", weights, there.get(v).astype(wide))
-        exp_sum = here.put(exp_sum, here.get(exp_sum) * shrink + weights.sum(-1))
-        return here.put(most, now), exp_sum, here.put(out, here.get(out) * shrink[..., None] + new)
+        queries, keys = query_block(row, query), key_block(row, key)
+        scores, visible = _scores(queries.get(q), keys.get(k), key_start, key_end, at, soft_cap, block)
+        scores = jnp.where(visible, scores, jnp.finfo(wide).min)
+        old_max = queries.get(max_score)
+        new_max = jnp.maximum(old_max, scores.max(-1))
+        # A query with no visible key so far counts each masked one as exp(0); its first real score rescales that to 0.
+        weights, rescale = jnp.exp(scores - new_max[..., None]), jnp.exp(old_max - new_max)
+        added = jnp.einsum("hgqk,hkd->hgqd", weights, keys.get(v).astype(wide))
+        exp_sum = queries.put(exp_sum, queries.get(exp_sum) * rescale + weights.sum(-1))
+        return queries.put(max_score, new_max), exp_sum, queries.put(out, queries.get(out) * rescale[..., None] + added)
 
     zeros = jnp.zeros(q.shape[:-1], wide)
     start = jnp.full_like(zeros, jnp.finfo(wide).min), zeros, jnp.zeros(q.shape, wide)
-    most, exp_sum, out = jax.lax.fori_loop(0, visits.count, visit, start)
-    # Named, so that a remat policy which keeps products keeps these too.
+    max_score, exp_sum, out = jax.lax.fori_loop(0, visits.count, visit, start)
+    # Named so that remat policies which save products save these too.
     out = checkpoint_name((out / exp_sum[..., None]).astype(v.dtype), "attention")
-    log_z = checkpoint_name(most + jnp.log(exp_sum), "attention")
+    log_z = checkpoint_name(max_score + jnp.log(exp_sum), "attention")
     return out, (q, k, v, key_start, key_end, out, log_z)
 
 
 def _backward(soft_cap, block, saved, cotangent):
-    q, k, v, key_start, key_end, out, log_z = saved
+    q, k, v, key_start, key_end, out, log_z = saved  # q, out [R, K, G, S, d]; k, v [R, K, S, d]; log_z [R, K, G, S]
     wide = log_z.dtype
     visits = _visits(key_start, key_end, block)
-    of_query, of_key = functools.partial(_Block, axis=3, size=block), functools.partial(_Block, axis=2, size=block)
-    spent = jnp.einsum("rhgqd,rhgqd->rhgq", out, cotangent, preferred_element_type=wide)
+    query_block, key_block = (
+        functools.partial(_Block, axis=3, size=block),
+        functools.partial(_Block, axis=2, size=block),
+    )
+    # [R, K, G, S] out . dL/dout = sum_k w_k dL/dw_k, the common term of the softmax's gradient
+    out_dot_grad = jnp.einsum("rhgqd,rhgqd->rhgq", out, cotangent, preferred_element_type=wide)
 
     def visit(n, carry):
         q_grad, k_grad, v_grad = carry
         row, query, key = at = visits.row[n], visits.query[n], visits.key[n]
-        here, there = of_query(row, query), of_key(row, key)
-        q_here, out_grad, k_there, v_there = (
-            x.astype(wide) for x in (here.get(q), here.get(cotangent), there.get(k), there.get(v))
+        queries, keys = query_block(row, query), key_block(row, key)
+        q_part, out_grad, k_part, v_part = (  # [K, G, q, d], [K, G, q, d], [K, k, d], [K, k, d]
+            x.astype(wide) for x in (queries.get(q), queries.get(cotangent), keys.get(k), keys.get(v))
         )
-        scores, seen = _scores(q_here, k_there, key_start, key_end, at, soft_cap, block)
-        weights = jnp.where(seen, jnp.exp(scores - here.get(log_z)[..., None]), 0)
-        pulled = jnp.einsum("hgqd,hkd->hgqk", out_grad, v_there)
-        slope = weights * (pulled - here.get(spent)[..., None])
+        scores, visible = _scores(q_part, k_part, key_start, key_end, at, soft_cap, block)
+        weights = jnp.where(visible, jnp.exp(scores - queries.get(log_z)[..., None]), 0)  # [K, G, q, k] softmax
+        to_weights = jnp.einsum("hgqd,hkd->hgqk", out_grad, v_part)  # [K, G, q, k] dL/dw = dL/dout . v
+        # [K, G, q, k] dL/dscore = w (dL/dw - sum_k w_k dL/dw_k)
+        to_scores = weights * (to_weights - queries.get(out_dot_grad)[..., None])
         if soft_cap is not None:
-            slope = slope * (1 - jnp.square(scores / soft_cap))
-        to_q = jnp.einsum("hgqk,hkd->hgqd", slope, k_there)
-        to_k = jnp.einsum("hgqk,hgqd->hkd", slope, q_here)
-        to_v = jnp.einsum("hgqk,hgqd->hkd", weights, out_grad)
-        return here.add(q_grad, to_q), there.add(k_grad, to_k), there.add(v_grad, to_v)
+            to_scores = to_scores * (1 - jnp.square(scores / soft_cap))  # [K, G, q, k] times d cap tanh(s / cap) / ds
+        to_q = jnp.einsum("hgqk,hkd->hgqd", to_scores, k_part)  # [K, G, q, d] dL/dq = sum_k dL/dscore k
+        to_k = jnp.einsum("hgqk,hgqd->hkd", to_scores, q_part)  # [K, k, d] dL/dk = sum_{g, q} dL/dscore q
+        to_v = jnp.einsum("hgqk,hgqd->hkd", weights, out_grad)  # [K, k, d] dL/dv = sum_{g, q} w dL/dout
+        return queries.add(q_grad, to_q), keys.add(k_grad, to_k), keys.add(v_grad, to_v)
 
     start = tuple(jnp.zeros(x.shape, wide) for x in (q, k, v))
     grads = jax.lax.fori_loop(0, visits.count, visit, start)
@@ -169,10 +179,10 @@ _attend.defvjp(_forward, _backward)
 
 
 class _Block(NamedTuple):
-    """One row's block of queries or keys, along `axis` of arrays [R, K, ...]."""
+    """A block of one row's queries or keys, to read and write along `axis` of arrays [R, K, ...]."""
 
-    row: Any
-    index: Any
+    row: Int[Array, ""]
+    index: Int[Array, ""]  # of the block
     axis: int
     size: int
 

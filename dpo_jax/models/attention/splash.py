@@ -1,9 +1,9 @@
-"""Interval attention on TPUs: JAX's own splash attention, given masks that are data.
+"""Interval attention on TPUs: JAX's own splash attention, with masks that are data.
 
-Splash computes a mask inside the kernel from one integer a query, its `q_sequence`, and the index of the key. Here
-that integer holds both bounds of the query's interval. Which blocks it visits at all it looks up in small integer
-arrays in scalar memory; they are made from the bounds too, for each row, so a block that no query can see is neither
-computed nor fetched, and rows with other intervals run through the same program.
+Splash computes its mask inside the kernel from one integer per query, `q_sequence`, and the index of the key. Here that
+integer holds both bounds of the query's interval. The kernel looks up which blocks to visit in small integer arrays in
+scalar memory. They are computed from the bounds of each row as well, so a block that no query may attend to is neither
+computed nor fetched, and rows with other intervals run the same compiled program.
 """
 
 from __future__ import annotations
@@ -23,18 +23,18 @@ BITS = 15  # of each bound: rows hold fewer than 2**15 positions
 
 
 class Blocks(NamedTuple):
-    """Queries and keys in a block, of all three kernels."""
+    """Block sizes of all three kernels: forward, gradient of q, gradients of k and v."""
 
     queries: int
     keys: int
 
 
 def choose_blocks(length: int) -> Blocks:
-    """Block sizes for rows of so many positions, a multiple of 128.
+    """Returns block sizes for rows of so many positions, a multiple of 128.
 
-    Smaller than what suits causal attention over one long sequence: packed pairs are some hundred positions long, and
-    the part of a block that nobody sees is computed in vain. 256 queries fill the matrix unit of every generation; with
-    128 keys to each, rows of short pairs keep near their real work. Chosen by counting blocks, not by timing.
+    They are smaller than usual for causal attention over one long sequence: packed pairs are some hundred positions
+    long, and the masked part of a visited block is wasted work. 256 queries fill the matrix unit of every TPU
+    generation; 128 keys waste little on rows of short pairs. Chosen by counting blocks, not by timing.
     """
     return Blocks(256 if length % 256 == 0 else 128, 128)
 
@@ -53,25 +53,25 @@ def attention(
     """Softmax attention of every query over its interval of keys; see `attention.make_attention`.
 
     Args:
-      q: scaled by d^-0.5 already.
-      soft_cap: scores become cap * tanh(scores / cap); None: they stay as they are.
-      blocks: sizes that divide S; None: those of `choose_blocks`.
-      interpret: run the kernel's program without a TPU, for tests.
+      q: already multiplied by the scale, d^-0.5 by default.
+      soft_cap: scores become cap * tanh(scores / cap); None: no cap.
+      blocks: sizes that divide S; None: `choose_blocks`.
+      interpret: emulate the kernel on any device, for tests.
     Raises: ValueError unless S is a multiple of 128 and below 2**15.
     """
     length = q.shape[1]
     if length % 128 or length >= 1 << BITS:
         raise ValueError(f"splash attention takes rows of a multiple of 128 below {1 << BITS}, not of {length}")
     blocks = blocks or choose_blocks(length)
-    make = functools.partial(_row, soft_cap=soft_cap, blocks=blocks, interpret=interpret)
-    # Heads go first before the loop and not in it, or the loop would hold one more array of the queries' size.
+    attend_row = functools.partial(_attend_row, soft_cap=soft_cap, blocks=blocks, interpret=interpret)
+    # Heads are moved first outside the loop: inside it, the loop would hold one more array of the queries' size.
     by_head = (jnp.swapaxes(x, 1, 2) for x in (q, k, v))
-    # One row after the other: the arrays in scalar memory differ.
-    out = jax.lax.map(lambda row: make(*row), (*by_head, key_start, key_end))
+    # One row at a time, because each has its own arrays in scalar memory.
+    out = jax.lax.map(lambda row: attend_row(*row), (*by_head, key_start, key_end))
     return jnp.swapaxes(out, 1, 2).astype(v.dtype)
 
 
-def _row(q, k, v, key_start, key_end, *, soft_cap, blocks, interpret):
+def _attend_row(q, k, v, key_start, key_end, *, soft_cap, blocks, interpret):
     visible = visible_blocks(key_start[None], key_end[None], *blocks)
     bounds = ((key_start << BITS) | key_end).astype(jnp.int32)
     by_query, by_key = (_mask_info(visible, bounds, along) for along in (2, 1))
@@ -92,23 +92,23 @@ def _row(q, k, v, key_start, key_end, *, soft_cap, blocks, interpret):
         mask_value=splash.DEFAULT_MASK_VALUE,
         attn_logits_soft_cap=soft_cap,
         residual_checkpoint_name="attention",
-        mask_function=_sees,
+        mask_function=_is_visible,
         interpret=interpret,
     )
     return kernel(q, k, v)
 
 
-def _sees(bounds, key):
+def _is_visible(bounds, key):
     return (key >= (bounds >> BITS)) & (key < (bounds & ((1 << BITS) - 1)))
 
 
 def _mask_info(visible: Bool[Array, "1 Q K"], bounds: Int[Array, "S"], along: int) -> Any:
-    """What splash's kernels look up: whether to compute a block, and which to fetch for it.
+    """Builds the lookup arrays of splash's kernels: whether to compute each block, and which block to fetch for it.
 
     Args:
-      along: the axis of `visible` that a kernel walks along, 2 for keys and 1 for queries.
+      along: the axis of `visible` in a kernel's inner loop, 2 for keys and 1 for queries.
     """
-    make: Any = MaskInfo  # typed as numpy's
+    make: Any = MaskInfo  # its fields are annotated as numpy arrays
     return make(
         data_next=next_visible(visible[0], along - 1)[None],
         mask_next=None,
@@ -119,25 +119,27 @@ def _mask_info(visible: Bool[Array, "1 Q K"], bounds: Int[Array, "S"], along: in
 
 
 def next_visible(visible: Bool[Array, "Q K"], along: int) -> Int[Array, "Q K"]:
-    """Index along the axis of the next visible block in walking order, at a visible one its own; after the last, its.
+    """Index along the axis of the first visible block at or after each block, in iteration order; at most the last one.
 
-    A kernel fetches the block that is named here, so at a skipped one it fetches what it needs next, once. Along keys
-    the walk goes on to the next block of queries. Along queries it begins again at the same block of keys for every
-    head, and a head's queries are its own, so past the last one needed nothing more is fetched.
+    A kernel fetches the block that is named here, so while it skips blocks it fetches the next one it needs, once.
+    Along keys (1) the iteration continues into the next block of queries. Along queries (0) it starts again at the same
+    block of keys for every head, and each head has its own queries, so nothing is fetched after the last visible one.
     """
-    walks = visible.reshape(1, -1) if along == 1 else visible.T
-    place = jnp.arange(walks.shape[1])[None]
-    ahead = jax.lax.cummin(jnp.where(walks, place, walks.shape[1]), axis=1, reverse=True)
-    last = jnp.max(jnp.where(walks, place, 0), axis=1, keepdims=True)
-    found = jnp.minimum(ahead, last).astype(jnp.int32)
-    return found.reshape(visible.shape) % visible.shape[1] if along == 1 else found.T
+    sequence = visible.reshape(1, -1) if along == 1 else visible.T
+    index = jnp.arange(sequence.shape[1])[None]
+    following = jax.lax.cummin(jnp.where(sequence, index, sequence.shape[1]), axis=1, reverse=True)
+    last = jnp.max(jnp.where(sequence, index, 0), axis=1, keepdims=True)
+    fetched = jnp.minimum(following, last).astype(jnp.int32)
+    return fetched.reshape(visible.shape) % visible.shape[1] if along == 1 else fetched.T
 
 
 def visited(key_start: Int[Array, "R S"], key_end: Int[Array, "R S"], blocks: Blocks) -> tuple[int, int]:
-    """Blocks that each kernel computes for these rows, and those that causal attention over whole rows would."""
+    """Counts the blocks that each kernel computes for these rows, and those of causal attention over whole rows."""
     rows, length = key_start.shape
     bounds = ((key_start << BITS) | key_end).astype(jnp.int32)
     visible = visible_blocks(key_start, key_end, *blocks)
-    given = sum(int(_mask_info(row[None], line, 2).block_mask.sum()) for row, line in zip(visible, bounds, strict=True))
+    computed = sum(
+        int(_mask_info(row[None], line, 2).block_mask.sum()) for row, line in zip(visible, bounds, strict=True)
+    )
     index = jnp.broadcast_to(jnp.arange(length), (rows, length))
-    return given, int(visible_blocks(jnp.zeros_like(index), index + 1, *blocks).sum())
+    return computed, int(visible_blocks(jnp.zeros_like(index), index + 1, *blocks).sum())

@@ -1,14 +1,14 @@
 """Interval attention in Pallas kernels for NVIDIA GPUs, compiled by Triton.
 
-Flash attention (Dao et al. 2022; Dao 2023 for the order of the loops) that visits only the blocks of scores which
-some query sees. Which these are is data: each program of the grid walks a list, made from the bounds beforehand.
+Flash attention (Dao et al. 2022; Dao 2023 for the order of the loops) that computes only the blocks of scores with a
+visible key. Which ones is data: each program of the grid loops over a list that is made from the bounds beforehand.
 
-    grid       a program keeps                  and walks
-    out        a block of queries of one head   the blocks of keys that its queries see
-    q_grad     the same                         the same
-    kv_grad    a block of keys of one kv head   the blocks of queries that see its keys, each once a head of the group
+    kernel     a program holds                  and loops over
+    out        a block of queries of one head   the blocks of keys visible to its queries
+    q_grad     a block of queries of one head   the blocks of keys visible to its queries
+    kv_grad    a block of keys of one kv head   the blocks of queries that its keys are visible to, of each head in turn
 
-The softmax runs in base 2, which is what the hardware has: exp(s - lse) = 2^(s * log2(e) - lse2).
+The softmax is in base 2, which GPUs compute in hardware: exp(s - lse) = 2^(s * log2(e) - lse2).
 """
 
 from __future__ import annotations
@@ -22,38 +22,39 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
+from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
 from dpo_jax.models.attention.blockwise import pad_rows, visible_blocks
 from dpo_jax.types import InputError
 
 LOG2_E = math.log2(math.e)
-LOWEST = float(jnp.finfo(jnp.float32).min)  # finite, so that a query which sees nothing yet makes no NaN
-NARROWEST, WIDEST = 16, 256  # head widths: what tensor cores take, what shared memory holds
+LOWEST = float(jnp.finfo(jnp.float32).min)  # finite: a query with no visible key so far must not give NaN
+NARROWEST, WIDEST = 16, 256  # head widths: least for tensor cores, most for shared memory
 
 
 class Tile(NamedTuple):
-    """How one kernel cuts scores: powers of two from 16."""
+    """Block sizes and launch options of one kernel; sizes are powers of two from 16."""
 
     queries: int
     keys: int
     warps: int  # of 32 threads, in a program
-    stages: int  # iterations of the loop whose loads are in flight at once
+    stages: int  # loop iterations whose loads are in flight at once
 
 
 class Blocks(NamedTuple):
-    """A tile for each kernel."""
+    """Tiles of the three kernels."""
 
     out: Tile
     q_grad: Tile
     kv_grad: Tile
 
 
-# By bytes of an element and padded head width. They start from the tilings that the Triton tutorial
-# 06-fused-attention and PyTorch's FlexAttention (inductor's template heuristics) publish for Ampere and Hopper, made
-# smaller until, compiled for sm_80 to sm_120, registers hardly spill and cards with 99 KiB of shared memory a program
-# have enough of it. No GPU was at hand, so none was timed: measure again with `benchmarks/gpu_attention.py --sweep`.
-# Float32 is exact and takes no tensor cores; its products are unrolled, so its tiles are small.
+# (bytes of an element, padded head width) -> tiles. They start from the tilings that the Triton tutorial
+# 06-fused-attention and PyTorch's FlexAttention (inductor's template heuristics) publish for Ampere and Hopper, reduced
+# until, compiled for sm_80 to sm_120, registers hardly spill and a program fits 99 KiB of shared memory.
+# No GPU was available, so none was timed: measure again with `benchmarks/gpu_attention.py --sweep`.
+# Float32 products are exact and without tensor cores; they are unrolled, so their tiles are small.
 TILINGS = {
     (2, 64): Blocks(Tile(128, 64, 4, 3), Tile(64, 64, 4, 3), Tile(64, 64, 4, 3)),
     (2, 128): Blocks(Tile(128, 64, 8, 3), Tile(64, 64, 8, 2), Tile(64, 64, 8, 2)),
@@ -64,8 +65,8 @@ TILINGS = {
 }
 
 
-def choose_blocks(head_dim: int, dtype: Any) -> Blocks:
-    """The tiles for heads of a width, in elements, and a type of q, k and v.
+def choose_blocks(head_dim: int, dtype: DTypeLike) -> Blocks:
+    """Returns the tiles for a head width and a type of q, k and v.
 
     Raises: InputError for heads wider than WIDEST, or a type of neither 2 nor 4 bytes.
     """
@@ -95,11 +96,11 @@ def attention(
     """Softmax attention of every query over its interval of keys; see `attention.make_attention`.
 
     Args:
-      q: scaled by d^-0.5 already. S may be any length; one that no tile divides is padded, which copies.
-      soft_cap: scores become cap * tanh(scores / cap); None: they stay as they are.
+      q: already multiplied by the scale, d^-0.5 by default. Any S; one that tiles do not divide is padded, with a copy.
+      soft_cap: scores become cap * tanh(scores / cap); None: no cap.
       blocks: the tiles; None: `choose_blocks`.
-      interpret: run in plain JAX on any device, for tests.
-    Returns: the result in v's type; statistics of the softmax and sums are float32.
+      interpret: emulate the kernels on any device, for tests.
+    Returns: the result in v's type; the softmax and all sums are float32.
     Raises: InputError for heads wider than WIDEST, or a type of neither 2 nor 4 bytes.
     """
     _, length, _, width = q.shape
@@ -112,14 +113,14 @@ def attention(
 
 
 class Visits(NamedTuple):
-    """For each block, which others to visit: the first `count` of `blocks`, ascending."""
+    """For each block along A, the blocks along B to visit: the first `count` of `blocks`, ascending."""
 
     blocks: Int[Array, "R A B"]
     count: Int[Array, "R A"]
 
 
 def visits(visible: Bool[Array, "R A B"]) -> Visits:
-    """Lists the blocks along the last axis that each block along the one before it needs."""
+    """Lists, for each block along A, the visible blocks along B."""
     return Visits(jnp.argsort(~visible, axis=-1, stable=True).astype(jnp.int32), visible.sum(-1, dtype=jnp.int32))
 
 
@@ -130,12 +131,12 @@ def _attend(q, k, v, key_start, key_end, soft_cap, blocks, interpret):
 
 def _forward(q, k, v, key_start, key_end, soft_cap, blocks, interpret):
     out, lse = _call_out(q, k, v, key_start, key_end, soft_cap, blocks.out, interpret)
-    # Named, so that a remat policy which keeps products keeps these too.
+    # Named so that remat policies which save products save these too.
     out, lse = checkpoint_name(out, "attention"), checkpoint_name(lse, "attention")
     return out, (q, k, v, key_start, key_end, out, lse)
 
 
-# Jitted, since jax 0.10 leaves an unused call of a kernel in what remat computes again, but not an unused jit.
+# Jitted because jax 0.10 recomputes an unused kernel call under remat, but drops an unused jit.
 @functools.partial(jax.jit, static_argnums=(5, 6, 7))
 def _call_out(q, k, v, key_start, key_end, soft_cap, tile, interpret):
     rows, length, heads, width = q.shape
@@ -155,10 +156,11 @@ def _call_out(q, k, v, key_start, key_end, soft_cap, tile, interpret):
 
 
 def _backward(soft_cap, blocks, interpret, saved, grad):
-    q, k, v, key_start, key_end, out, lse = saved
+    q, k, v, key_start, key_end, out, lse = saved  # q, out, grad [R, S, H, d]; k, v [R, S, K, d]; lse [R, H, S]
     rows, length, heads, width = q.shape
-    spent = jnp.einsum("rshd,rshd->rhs", out, grad, preferred_element_type=jnp.float32)
-    args = q, k, v, grad, lse, spent, key_start, key_end
+    # [R, H, S] out . dL/dout = sum_k w_k dL/dw_k, the common term of the softmax's gradient
+    out_dot_grad = jnp.einsum("rshd,rshd->rhs", out, grad, preferred_element_type=jnp.float32)
+    args = q, k, v, grad, lse, out_dot_grad, key_start, key_end
 
     tile, spec = blocks.q_grad, _specs_by_query(q, k, blocks.q_grad)
     reads = [spec.q, spec.k, spec.k, spec.q, spec.stat, spec.stat, spec.bound, spec.bound, spec.list, spec.count]
@@ -190,7 +192,7 @@ _attend.defvjp(_forward, _backward)
 
 
 class _Specs(NamedTuple):
-    """What one program of a grid sees of each kind of array."""
+    """Block specs of each kind of array: the part that one program of the grid reads or writes."""
 
     q: pl.BlockSpec  # [R, S, H, d]
     k: pl.BlockSpec  # [R, S, K, d]
@@ -201,7 +203,7 @@ class _Specs(NamedTuple):
 
 
 def _specs_by_query(q, k, tile):
-    """Of a program that keeps block `n` of the queries of head `h` in row `r`."""
+    """Specs of the program that holds block `n` of the queries of head `h` in row `r`."""
     length, heads, width = q.shape[1:]
     group, padded = heads // k.shape[2], _padded(width)
     return _Specs(
@@ -215,7 +217,7 @@ def _specs_by_query(q, k, tile):
 
 
 def _specs_by_key(q, k, tile):
-    """Of a program that keeps block `n` of the keys of kv head `h` in row `r`, and the queries of its whole group."""
+    """Specs of the program that holds block `n` of the keys of kv head `h` in row `r`; it reads its group's queries."""
     length, heads, width = q.shape[1:]
     group, padded = heads // k.shape[2], _padded(width)
     return _Specs(
@@ -232,67 +234,74 @@ def _params(tile):
     return plgpu.CompilerParams(num_warps=tile.warps, num_stages=tile.stages)
 
 
-def _out_kernel(tile, soft_cap, width, q_ref, k_ref, v_ref, start_ref, end_ref, list_ref, count_ref, out_ref, lse_ref):
+def _out_kernel(tile, soft_cap, width, *refs):
+    """Writes out [q, d] and the base-2 log-sum-exp of its scores [q], for one block of queries."""
+    q_ref, k_ref, v_ref, start_ref, end_ref, list_ref, count_ref, out_ref, lse_ref = refs
     q = _load(q_ref, slice(None), width)
     start, end = start_ref[...][:, None], end_ref[...][:, None]
 
     def visit(n, carry):
-        out, most, exp_sum = carry
+        out, max_score, exp_sum = carry
         at = list_ref[n] * tile.keys
         k, v = (_load(ref, pl.ds(at, tile.keys), width) for ref in (k_ref, v_ref))
         keys = at + jnp.arange(tile.keys)[None]
         scores = _cap(_dot(q, k, trans_b=True), soft_cap) * LOG2_E
         scores = jnp.where((keys >= start) & (keys < end), scores, LOWEST)
-        now = jnp.maximum(most, scores.max(1))
-        # A query that sees nothing yet counts each masked key as 2^0; the first real score takes that back to 0.
-        weights, shrink = jnp.exp2(scores - now[:, None]), jnp.exp2(most - now)
-        out = out * shrink[:, None] + _dot(weights.astype(v.dtype), v)
-        return out, now, exp_sum * shrink + weights.sum(1)
+        new_max = jnp.maximum(max_score, scores.max(1))
+        # A query with no visible key so far counts each masked one as 2^0; its first real score rescales that to 0.
+        weights, rescale = jnp.exp2(scores - new_max[:, None]), jnp.exp2(max_score - new_max)
+        out = out * rescale[:, None] + _dot(weights.astype(v.dtype), v)
+        return out, new_max, exp_sum * rescale + weights.sum(1)
 
     zeros = jnp.zeros(tile.queries, jnp.float32)
     first = jnp.zeros(q.shape, jnp.float32), jnp.full_like(zeros, LOWEST), zeros
-    out, most, exp_sum = jax.lax.fori_loop(0, count_ref[...], visit, first)
+    out, max_score, exp_sum = jax.lax.fori_loop(0, count_ref[...], visit, first)
     _store(out_ref, out / exp_sum[:, None], width)
-    lse_ref[...] = most + jnp.log2(exp_sum)
+    lse_ref[...] = max_score + jnp.log2(exp_sum)
 
 
-def _q_grad_kernel(tile, soft_cap, width, q_ref, k_ref, v_ref, grad_ref, lse_ref, spent_ref, *refs):
-    start_ref, end_ref, list_ref, count_ref, q_grad_ref = refs
+def _q_grad_kernel(tile, soft_cap, width, *refs):
+    """Writes dL/dq [q, d] of one block of queries."""
+    q_ref, k_ref, v_ref, grad_ref, lse_ref, out_dot_grad_ref, start_ref, end_ref, list_ref, count_ref, q_grad_ref = refs
     q, grad = _load(q_ref, slice(None), width), _load(grad_ref, slice(None), width)
-    lse, spent, start, end = (ref[...][:, None] for ref in (lse_ref, spent_ref, start_ref, end_ref))
+    lse, out_dot_grad, start, end = (ref[...][:, None] for ref in (lse_ref, out_dot_grad_ref, start_ref, end_ref))
 
     def visit(n, q_grad):
         at = list_ref[n] * tile.keys
         k, v = (_load(ref, pl.ds(at, tile.keys), width) for ref in (k_ref, v_ref))
         keys = at + jnp.arange(tile.keys)[None]
-        scores = _cap(_dot(q, k, trans_b=True), soft_cap)
-        weights = jnp.where((keys >= start) & (keys < end), jnp.exp2(scores * LOG2_E - lse), 0)
-        slope = weights * (_dot(grad, v, trans_b=True) - spent) * _cap_slope(scores, soft_cap)
-        return q_grad + _dot(slope.astype(k.dtype), k)
+        scores = _cap(_dot(q, k, trans_b=True), soft_cap)  # [q, k]
+        weights = jnp.where((keys >= start) & (keys < end), jnp.exp2(scores * LOG2_E - lse), 0)  # [q, k] softmax
+        # [q, k] dL/d(q . k) = w (dL/dw - sum_k w_k dL/dw_k) cap', with dL/dw = dL/dout . v
+        to_scores = weights * (_dot(grad, v, trans_b=True) - out_dot_grad) * _cap_slope(scores, soft_cap)
+        return q_grad + _dot(to_scores.astype(k.dtype), k)  # [q, d] dL/dq = sum_k dL/d(q . k) k
 
     _store(q_grad_ref, jax.lax.fori_loop(0, count_ref[...], visit, jnp.zeros(q.shape, jnp.float32)), width)
 
 
-def _kv_grad_kernel(tile, soft_cap, width, q_ref, k_ref, v_ref, grad_ref, lse_ref, spent_ref, *refs):
-    start_ref, end_ref, list_ref, count_ref, k_grad_ref, v_grad_ref = refs
+def _kv_grad_kernel(tile, soft_cap, width, *refs):
+    """Writes dL/dk and dL/dv [k, d] of one block of keys, summed over the query heads of its group."""
+    q_ref, k_ref, v_ref, grad_ref, lse_ref, out_dot_grad_ref, start_ref, end_ref, list_ref, count_ref, *outputs = refs
+    k_grad_ref, v_grad_ref = outputs
     k, v = _load(k_ref, slice(None), width), _load(v_ref, slice(None), width)
     keys = (pl.program_id(0) * tile.keys + jnp.arange(tile.keys))[:, None]
     group = q_ref.shape[1]
 
     def visit(n, carry):
         k_grad, v_grad = carry
-        # All heads of a block before the next block: what they hold of a position is side by side in memory.
+        # All heads of a block before the next block: the heads of a position are adjacent in memory.
         block, head = jax.lax.div(n, group), jax.lax.rem(n, group)
         at = pl.ds(list_ref[block] * tile.queries, tile.queries)
         q, grad = (_load(ref, (at, head), width) for ref in (q_ref, grad_ref))
-        lse, spent = (ref[head, at][None] for ref in (lse_ref, spent_ref))
+        lse, out_dot_grad = (ref[head, at][None] for ref in (lse_ref, out_dot_grad_ref))
         start, end = (ref[at][None] for ref in (start_ref, end_ref))
-        # Scores lie keys by queries, so that no product needs its left side transposed in registers.
-        scores = _cap(_dot(k, q, trans_b=True), soft_cap)
-        weights = jnp.where((keys >= start) & (keys < end), jnp.exp2(scores * LOG2_E - lse), 0)
-        slope = weights * (_dot(v, grad, trans_b=True) - spent) * _cap_slope(scores, soft_cap)
-        v_grad = v_grad + _dot(weights.astype(grad.dtype), grad)
-        return k_grad + _dot(slope.astype(q.dtype), q), v_grad
+        # Scores are [k, q], so that no product needs its left side transposed in registers.
+        scores = _cap(_dot(k, q, trans_b=True), soft_cap)  # [k, q]
+        weights = jnp.where((keys >= start) & (keys < end), jnp.exp2(scores * LOG2_E - lse), 0)  # [k, q] softmax
+        # [k, q] dL/d(q . k) = w (dL/dw - sum_k w_k dL/dw_k) cap', with dL/dw = v . dL/dout
+        to_scores = weights * (_dot(v, grad, trans_b=True) - out_dot_grad) * _cap_slope(scores, soft_cap)
+        v_grad = v_grad + _dot(weights.astype(grad.dtype), grad)  # [k, d] dL/dv = sum_q w dL/dout
+        return k_grad + _dot(to_scores.astype(q.dtype), q), v_grad  # [k, d] dL/dk = sum_q dL/d(q . k) q
 
     zeros = jnp.zeros(k.shape, jnp.float32)
     k_grad, v_grad = jax.lax.fori_loop(0, count_ref[...] * group, visit, (zeros, zeros))
@@ -301,7 +310,7 @@ def _kv_grad_kernel(tile, soft_cap, width, q_ref, k_ref, v_ref, grad_ref, lse_re
 
 
 def _dot(a, b, **options):
-    return plgpu.dot(a, b, allow_tf32=False, **options)  # says something to float32 alone
+    return plgpu.dot(a, b, allow_tf32=False, **options)  # matters for float32 only
 
 
 def _cap(scores, soft_cap):
@@ -313,7 +322,7 @@ def _cap_slope(scores, soft_cap):
 
 
 def _load(ref, at, width):
-    """Some positions of a block, zeros in the lanes beyond the head's width."""
+    """Loads positions of a block; lanes beyond the head's width are zeros."""
     ref = ref.at[at]
     return ref[...] if ref.shape[-1] == width else plgpu.load(ref, mask=_lanes(ref, width), other=0)
 
