@@ -16,7 +16,8 @@ import json
 import jax
 
 from dpo_jax import flags
-from dpo_jax.plan.estimate import Estimate, estimate, parse_topology
+from dpo_jax.plan.estimate import Estimate, estimate
+from dpo_jax.plan.topology import parse_topology
 
 
 def rows(args: argparse.Namespace) -> list[dict]:

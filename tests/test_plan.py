@@ -17,6 +17,7 @@ from dpo_jax.data.packing import Shape, unit_lengths
 from dpo_jax.losses import make_loss
 from dpo_jax.plan import estimate
 from dpo_jax.plan.command import DOES_NOT_FIT, SWEPT_REMAT, show, sweep, verdict
+from dpo_jax.plan.topology import parse_topology
 from dpo_jax.types import InputError
 
 ROOT = Path(__file__).parents[1]
@@ -36,7 +37,7 @@ def recipe(name, *overrides):
     "text, count", [("v5p:4x4x4", 64), ("v5e:16x16,slices=2", 512), ("h100:64", 64), ("v6e:8x8", 64)]
 )
 def test_topology_is_read_from_its_name(text, count):
-    assert estimate.parse_topology(text).count == count
+    assert parse_topology(text).count == count
 
 
 @pytest.mark.parametrize(
@@ -44,7 +45,7 @@ def test_topology_is_read_from_its_name(text, count):
 )
 def test_topology_that_is_none_is_refused(text):
     with pytest.raises(InputError, match="--topology"):
-        estimate.parse_topology(text)
+        parse_topology(text)
 
 
 def test_drawn_lengths_keep_the_limits_of_the_data_and_reach_them():
@@ -111,7 +112,7 @@ def test_gradients_of_what_trains_alone_are_scattered_and_held():
 
 @pytest.mark.slow
 def test_plan_of_adapters_holds_their_optimizer_state_and_gradients_alone():
-    topology = estimate.parse_topology("h100:8")
+    topology = parse_topology("h100:8")
     fixed = "mesh.tensor=1", "model.param_dtype=bfloat16"
     full, found = (estimate.estimate(recipe("llama3_8b", *fixed, *more), topology) for more in ([], ["lora.rank=16"]))
     # Llama 3 8B: q, k, v, o, gate, up, down.
@@ -135,7 +136,7 @@ def test_plan_of_adapters_holds_their_optimizer_state_and_gradients_alone():
 @pytest.mark.slow
 def test_plan_of_kernels_in_few_bits_holds_less_and_computes_the_same():
     pytest.importorskip("qwix")
-    topology, fixed = estimate.parse_topology("h100:8"), ("mesh.tensor=1", "lora.rank=16")
+    topology, fixed = parse_topology("h100:8"), ("mesh.tensor=1", "lora.rank=16")
     whole, held = (estimate.estimate(recipe("llama3_8b", *fixed, *more), topology) for more in ([], ["lora.base=nf4"]))
     assert (held.training, held.parameters) == (whole.training, whole.parameters)
     update, other = held.parts["update"], whole.parts["update"]
@@ -180,7 +181,7 @@ def test_activations_of_experts_are_their_products_and_while_at_work_their_lines
 
 def test_plan_of_experts_holds_and_reads_them_all():
     chosen = recipe("llama3_8b", f"plan.architecture={MIXTRAL}", "mesh.tensor=1")
-    found = estimate.estimate(chosen, estimate.parse_topology("h100:64"))
+    found = estimate.estimate(chosen, parse_topology("h100:64"))
     update, every = found.parts["update"], 46_702_792_704  # parameters of Mixtral 8x7B
     assert update.memory.weights == pytest.approx(4 * every / 64, rel=1e-3)
     # Besides activations and what a chip has of its own, every weight is written and read, forward and backward.
@@ -237,7 +238,7 @@ def test_plan_without_a_topology_or_for_a_mesh_that_cannot_be_is_refused():
 
 
 def test_weights_and_optimizer_of_a_plan_are_those_that_a_run_holds():
-    found = estimate.estimate(recipe("llama3_8b", "mesh.tensor=1"), estimate.parse_topology("h100:64"))
+    found = estimate.estimate(recipe("llama3_8b", "mesh.tensor=1"), parse_topology("h100:64"))
     memory = found.parts["update"].memory
     norms = 65 * 4096 * 4
     every = 8_030_261_248 * 4  # all parameters of Llama 3 8B
@@ -245,12 +246,12 @@ def test_weights_and_optimizer_of_a_plan_are_those_that_a_run_holds():
     assert memory.optimizer == pytest.approx(2 * memory.weights, abs=16)  # two moments, and counters
     assert memory.gradients == memory.weights
     half = recipe("llama3_8b", "mesh.tensor=1", "model.param_dtype=bfloat16")
-    smaller = estimate.estimate(half, estimate.parse_topology("h100:64")).parts["update"].memory
+    smaller = estimate.estimate(half, parse_topology("h100:64")).parts["update"].memory
     assert smaller.weights == memory.weights // 2 and smaller.gradients == memory.gradients
 
 
 def test_advice_follows_what_takes_the_memory():
-    found = estimate.estimate(recipe("llama3_8b"), estimate.parse_topology("h100:64"))
+    found = estimate.estimate(recipe("llama3_8b"), parse_topology("h100:64"))
     update = found.parts["update"]
     crowded = update._replace(memory=estimate.Memory(1, 1, 1, 2**40))
     for changes, words in (
@@ -263,7 +264,7 @@ def test_advice_follows_what_takes_the_memory():
 
 @pytest.mark.slow
 def test_sweep_ranks_what_fits_by_time_and_names_every_kind_of_knob():
-    topology = estimate.parse_topology("h100:16")
+    topology = parse_topology("h100:16")
     # Of rows of one length: to pack pairs into many is most of the work.
     ranked = sweep(recipe("llama3_8b", "data.row_length=4096"), topology, lambda line: None)
     assert [each.fits for each in ranked] == sorted((each.fits for each in ranked), reverse=True)
@@ -278,7 +279,7 @@ def test_every_chip_of_the_table_can_be_planned_for():
     assert {chip.name for chip in chips.CHIPS} >= {"v4", "v5e", "v5p", "v6e", "h100", "h200"}
     counted = [chip for chip in chips.CHIPS if not chip.dimensions]
     for chip in counted:
-        found = estimate.estimate(recipe("pythia_2b8_hh"), estimate.parse_topology(f"{chip.name}:8"))
+        found = estimate.estimate(recipe("pythia_2b8_hh"), parse_topology(f"{chip.name}:8"))
         assert found.fits and 0 < found.mfu < 1, chip.name
     assert jax.process_count() == 1
 
@@ -298,7 +299,7 @@ def test_drawn_pairs_take_about_as_many_positions_as_their_medians_say():
 )
 def test_forward_passes_of_an_objective_are_counted(loss, updates, scored):
     # Of the update, those besides the one that is differentiated; of the reference, how often it scores every pair.
-    topology = estimate.parse_topology("h100:8")
+    topology = parse_topology("h100:8")
     found, usual = (
         estimate.estimate(recipe("pythia_2b8_hh", f"loss.name={name}", "plan.pairs=64000"), topology)
         for name in (loss, "sigmoid")
@@ -324,5 +325,5 @@ def test_reference_that_follows_is_scored_again_for_the_pairs_to_come():
 @pytest.mark.parametrize("loss", ["kto", "tdpo2", "simpo"])
 def test_reference_in_the_update_is_refused_where_log_probs_do_not_suffice(loss):
     with pytest.raises(InputError, match="--reference_in_step"):
-        topology = estimate.parse_topology("h100:8")
+        topology = parse_topology("h100:8")
         estimate.estimate(recipe("pythia_2b8_hh", f"loss.name={loss}"), topology, reference_in_step=True)

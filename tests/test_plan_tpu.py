@@ -12,6 +12,7 @@ import pytest
 from dpo_jax import flags
 from dpo_jax.cost import roofline
 from dpo_jax.plan import command, estimate
+from dpo_jax.plan.topology import devices_of, parse_topology
 from dpo_jax.runtime import hosts
 from dpo_jax.types import InputError
 
@@ -32,14 +33,14 @@ pytestmark = pytest.mark.tpu_aot
 def at_the_root(monkeypatch):
     monkeypatch.chdir(ROOT)
     try:
-        estimate.devices_of(estimate.parse_topology("v5e:2x2"))
+        devices_of(parse_topology("v5e:2x2"))
     except InputError as error:
         pytest.skip(str(error))
 
 
 @pytest.mark.parametrize("topology, name, overrides", PODS)
 def test_recipe_compiles_for_a_pod_and_fits_and_sends_what_it_should(topology, name, overrides):
-    found = estimate.estimate(flags.load(f"configs/{name}.py", overrides), estimate.parse_topology(topology))
+    found = estimate.estimate(flags.load(f"configs/{name}.py", overrides), parse_topology(topology))
     model = assert_fits_and_sends_weights_alone(found)
 
     # Neither logits nor the whole vocabulary cross: no array is half of what a device has of its matrix.
@@ -50,7 +51,7 @@ def test_recipe_compiles_for_a_pod_and_fits_and_sends_what_it_should(topology, n
 
 def test_experts_compile_for_a_pod_where_tokens_stay_and_take_what_is_counted():
     chosen = flags.load("configs/llama3_8b.py", ["plan.architecture=configs/architectures/mixtral_8x7b.json"])
-    found = estimate.estimate(chosen, estimate.parse_topology("v5p:4x4x4"))
+    found = estimate.estimate(chosen, parse_topology("v5p:4x4x4"))
     model = assert_fits_and_sends_weights_alone(found)
     update, tensor = found.parts["update"], found.mesh["tensor"]
 
@@ -112,7 +113,7 @@ def test_adapters_fit_where_the_model_could_not_train():
 
     def of(*overrides):
         chosen = flags.load("configs/llama3_8b.py", ["mesh.tensor=1", "model.param_dtype=bfloat16", *overrides])
-        return estimate.estimate(chosen, estimate.parse_topology("v5e:2x4"))
+        return estimate.estimate(chosen, parse_topology("v5e:2x4"))
 
     adapters, coded = of("lora.rank=16"), of("lora.rank=16", "lora.base=nf4")
     assert adapters.fits and coded.fits
@@ -125,7 +126,7 @@ def test_adapters_fit_where_the_model_could_not_train():
 
 def test_plan_that_does_not_fit_its_pod_says_so():
     chosen = flags.load("configs/llama3_8b.py", ["mesh.tensor=1", "train.microbatch_rows=64", "model.remat=none"])
-    found = estimate.estimate(chosen, estimate.parse_topology("v5e:4x4"))
+    found = estimate.estimate(chosen, parse_topology("v5e:4x4"))
     assert not found.fits and found.bytes > found.topology.chip.hbm_bytes
     assert command.verdict(found).startswith("does not fit: ")
 

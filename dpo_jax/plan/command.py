@@ -1,4 +1,4 @@
-"""The command `plan`: what a run would take on hardware that need not be there, in words.
+"""Text of the command `plan`: memory, time and cost of a run on hardware that need not be there.
 
 Neither weights nor data are read, and no device is touched. `estimate` finds the numbers.
 """
@@ -16,13 +16,12 @@ from dpo_jax.cost.chips import Chip
 from dpo_jax.plan.estimate import (
     Estimate,
     Memory,
-    Topology,
     architecture,
     drawn_lengths,
     estimate,
-    parse_topology,
     updates,
 )
+from dpo_jax.plan.topology import Topology, parse_topology
 from dpo_jax.run import checks, programs
 from dpo_jax.run.choices import objective_of
 from dpo_jax.runtime.terminal import say
@@ -33,7 +32,7 @@ SWEPT_TENSOR, SWEPT_REMAT = (1, 2, 4, 8, 16), ("dots", "block")
 
 
 def show(found: Estimate, *, beside: Estimate | None = None) -> list[str]:
-    """The lines of an estimate, without the last; `beside`: the same with the reference in the update."""
+    """Returns the lines of an estimate but the verdict; `beside` adds a column with the reference in the update."""
     chip, update = found.topology.chip, found.parts["update"]
     mesh = " x ".join(f"{axis} {size}" for axis, size in found.mesh.items())
     those = "" if found.training == found.parameters else f", of which {found.training:,} train"
@@ -81,13 +80,13 @@ def network(chip: Chip) -> str:
 
 
 def verdict(found: Estimate) -> str:
-    """The last line."""
+    """Returns the last line of a plan: whether the configuration fits, and if not, what to change."""
     need = f"{gib(found.bytes)} of {gib(found.topology.chip.hbm_bytes)} a chip"
     return f"fits: {need}" if found.fits else f"does not fit: {need}; {advice(found)}"
 
 
 def advice(found: Estimate) -> str:
-    """Which knob to turn when memory does not suffice."""
+    """Names the settings to change where memory does not suffice."""
     part = max(found.parts.values(), key=lambda part: part.memory.total)
     memory, model = part.memory, found.config.model
     lasting = memory.weights + memory.optimizer + memory.gradients
@@ -110,7 +109,7 @@ def advice(found: Estimate) -> str:
 
 
 def swept(config: Config, topology: Topology) -> Iterator[Config]:
-    """The configuration on other meshes, with other remat policies and half the microbatch, those that can be."""
+    """Yields the configuration on other meshes, with other remat policies and microbatches, where the model allows."""
     model = architecture(config)
     for tensor, remat in itertools.product(SWEPT_TENSOR, SWEPT_REMAT):
         if topology.count % (topology.slices * tensor) or model.kv_heads % tensor:
@@ -127,7 +126,7 @@ def swept(config: Config, topology: Topology) -> Iterator[Config]:
 
 
 def sweep(config: Config, topology: Topology, report: Callable[[str], None]) -> list[Estimate]:
-    """Estimates of all that `swept` gives, of those that fit the fastest first, then those that do not."""
+    """Estimates all that `swept` yields and returns those that fit, the fastest first, then the others."""
     found: list[Estimate] = []
     seen: set[tuple] = set()
     for each in swept(config, topology):
@@ -143,7 +142,7 @@ def sweep(config: Config, topology: Topology, report: Callable[[str], None]) -> 
 
 
 def without_compiling(config: Config, topology: Topology) -> tuple:
-    """What tells one of a sweep's programs from another: mesh, shape and remat policy."""
+    """Returns mesh, shape and remat policy, by which a sweep skips a program that it has seen."""
     platform = "tpu" if topology.chip.dimensions else "gpu"
     lengths = drawn_lengths(config)
     model, objective = architecture(config), objective_of(config.loss)
@@ -152,7 +151,7 @@ def without_compiling(config: Config, topology: Topology) -> tuple:
 
 
 def line_of(found: Estimate) -> str:
-    """One estimate of a sweep."""
+    """Returns the line of one estimate of a sweep."""
     update = found.parts["update"]
     mesh = " x ".join(f"{axis} {size}" for axis, size in found.mesh.items())
     return (

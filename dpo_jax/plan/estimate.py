@@ -1,4 +1,4 @@
-"""What a run would take on hardware that need not be there: memory of a chip, least time of a step, days.
+"""Estimates for absent hardware: memory of a chip, least time of a step, and days that a run takes.
 
 For TPUs the real update and the real scoring program are compiled ahead of time, by libtpu, for the topology that is
 named; memory is then the compiler's own account, and what crosses chips is read from the compiled programs. For GPUs,
@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import math
 import re
 import tempfile
 from collections.abc import Sequence
@@ -19,13 +18,11 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.experimental import topologies
 from jaxtyping import Int
 
 from dpo_jax import sharding, steps, trees
 from dpo_jax.config import Config
-from dpo_jax.cost import chips, flops, roofline
-from dpo_jax.cost.chips import Chip
+from dpo_jax.cost import flops, roofline
 from dpo_jax.cost.collectives import Collective, bytes_across, collectives
 from dpo_jax.cost.roofline import Cost, Work
 from dpo_jax.data import packing
@@ -34,31 +31,16 @@ from dpo_jax.hf import folders
 from dpo_jax.hf.families import family
 from dpo_jax.losses import Objective
 from dpo_jax.models.config import DecoderConfig
+from dpo_jax.plan.topology import Topology, devices_of, extents
 from dpo_jax.run import choices, programs
 from dpo_jax.run.programs import Programs
 from dpo_jax.run.state import abstract_params, abstract_state, placed
 from dpo_jax.run.trainable import Trainable
-from dpo_jax.runtime import hosts, xla
+from dpo_jax.runtime import xla
 from dpo_jax.types import Encoded, InputError
 
 DRAWN_PAIRS = 4096  # at most, that stand for the data
 SPREAD = 0.7  # standard deviation of the logarithm of a length, about that of HH and of UltraFeedback
-
-
-class Topology(NamedTuple):
-    """Some chips and how they are connected."""
-
-    name: str  # of one slice
-    chip: Chip
-    shape: tuple[int, ...]  # of one slice
-    slices: int
-
-    @property
-    def count(self) -> int:
-        return self.slices * math.prod(self.shape)
-
-    def __str__(self) -> str:
-        return f"{self.slices} x {self.name}" if self.slices > 1 else self.name
 
 
 class Memory(NamedTuple):
@@ -85,7 +67,7 @@ class Part(NamedTuple):
 
 
 class Estimate(NamedTuple):
-    """What was found for one configuration."""
+    """Memory and least time of each program of one configuration."""
 
     config: Config
     topology: Topology
@@ -98,7 +80,7 @@ class Estimate(NamedTuple):
 
     @property
     def bytes(self) -> int:
-        """On a chip, of the program that takes more."""
+        """Bytes on a chip of the program that takes more."""
         return max(part.memory.total for part in self.parts.values())
 
     @property
@@ -106,51 +88,28 @@ class Estimate(NamedTuple):
         return self.bytes <= self.topology.chip.hbm_bytes
 
     def seconds(self, part: str) -> dict[str, float]:
-        """The least time of a call, by what it would be bound by."""
+        """Returns the least time of a call by each resource that could bound it."""
         return self.parts[part].cost.seconds(self.topology.chip)
 
     def pairs_per_s(self, part: str) -> float:
-        """At most."""
+        """Returns the most pairs a second that a program can process."""
         return self.parts[part].shape.pairs / max(self.seconds(part).values())
 
     @property
     def mfu(self) -> float:
-        """Of the update at its least time: operations that its real tokens need, over what the chips could do."""
+        """MFU of the update at its least time: operations that its real tokens need over the peak of all chips."""
         update, chip = self.parts["update"], self.topology.chip
         return update.work.training / (max(self.seconds("update").values()) * chip.flops * self.topology.count)
 
     @property
     def run_seconds(self) -> float:
-        """The least time of the reference pass, with all that is scored again where it follows, and of all updates."""
+        """Least time of the reference pass, every pass after a reference sync included, and of all updates."""
         scoring = self.reference_pairs / self.pairs_per_s("scoring") if "scoring" in self.parts else 0.0
         return scoring + updates(self.config) * max(self.seconds("update").values())
 
 
-def parse_topology(text: str) -> Topology:
-    """`v5p:4x4x4`, `v5e:16x16,slices=2` or, for GPUs, `h100:64`. Raises: InputError for anything else."""
-    name, *options = text.split(",")
-    slices = 1
-    problem = ""
-    for option in options:
-        match = re.fullmatch(r"slices=([1-9]\d*)", option)
-        problem, slices = ("", int(match[1])) if match else (f"option {option!r}", 1)
-    try:
-        chip, shape = chips.parse_topology(name)
-    except ValueError as error:
-        problem = problem or str(error)
-        chip, shape = chips.CHIPS[0], ()
-    if problem:
-        raise InputError(
-            "--topology",
-            got=f"{text!r} ({problem})",
-            expected="CHIP:SHAPE, and ,slices=N for several of them",
-            remedy="Give for example v5p:4x4x4, v5e:16x16,slices=2 or h100:64.",
-        )
-    return Topology(name, chip, shape, slices)
-
-
 def architecture(config: Config) -> DecoderConfig:
-    """The model's shape, from `plan.architecture` or from the folder `model.path`; never from the network.
+    """Reads the model's shape from `plan.architecture` or the folder `model.path`; never from the network.
 
     Raises: InputError if neither is there.
     """
@@ -159,13 +118,13 @@ def architecture(config: Config) -> DecoderConfig:
 
 
 def selected(config: Config, model: DecoderConfig) -> Trainable:
-    """What trains of it."""
+    """Returns which parameters of the model train."""
     hf, place = described(config)
     return choices.selection_of(config, family(hf, place).tensors(model), model)
 
 
 def described(config: Config) -> tuple[dict, str]:
-    """The contents of the model's config.json, and its path."""
+    """Returns the contents of the model's config.json, and its path."""
     path = Path(config.plan.architecture or Path(config.model.path) / folders.CONFIG)
     if not path.is_file():
         raise InputError(
@@ -178,7 +137,7 @@ def described(config: Config) -> tuple[dict, str]:
 
 
 def drawn_lengths(config: Config) -> Int[np.ndarray, "N 3"]:
-    """Token counts of pairs such as the data's: spread about the medians of `plan`, cut as `data` says.
+    """Draws token counts of pairs around the medians of `plan`, truncated as `data` says.
 
     One pair is as long as the limits allow, for one such pair decides how long rows are.
     """
@@ -192,30 +151,13 @@ def drawn_lengths(config: Config) -> Int[np.ndarray, "N 3"]:
     return np.concatenate([prompt[:, None], answers], 1)
 
 
-def devices_of(topology: Topology) -> Sequence[Any]:
-    """The devices of a TPU topology, to compile for. Raises: InputError if libtpu is not there or knows no such."""
-    options = topology.chip.topology_options(topology.shape)
-    if topology.slices > 1:
-        options["num_slices"] = topology.slices
-    hosts.without_tpu()
-    try:
-        return topologies.get_topology_desc(topology.name, platform="tpu", **options).devices
-    except Exception as error:  # of several types, by what is missing
-        raise InputError(
-            "--topology",
-            got=f"libtpu cannot compile for {topology} ({' '.join(str(error).split())[:300]})",
-            expected="libtpu, and a topology it knows",
-            remedy="Run pip install 'dpo-jax[plan]'.",
-        ) from error
-
-
 def updates(config: Config) -> int:
-    """Updates of the run, if its data are as many pairs as `plan` says."""
+    """Returns the updates of a run on `plan.pairs` pairs."""
     return config.train.steps or max(1, int(config.train.epochs * config.plan.pairs) // config.train.batch_pairs)
 
 
 def reference_pairs(config: Config, objective: Objective) -> int:
-    """Pairs that the reference scores in the run, if its data are as many as `plan` says."""
+    """Returns the pairs that the reference scores in a run on `plan.pairs` pairs."""
     pairs, total, every = config.plan.pairs, updates(config), config.reference.sync_steps
     starts = range(every, total, every) if every else ()
     scored = pairs + sum(min(pairs, min(every, total - start) * config.train.batch_pairs) for start in starts)
@@ -280,7 +222,7 @@ def estimate(config: Config, topology: Topology, *, reference_in_step: bool = Fa
 
 
 def with_reference(built: Programs, tx: Any, state: Any) -> xla.Compiled:
-    """The update(state, frozen, reference, batch) that scores with the reference's parameters first."""
+    """Returns the update(state, frozen, reference, batch) that scores with the reference's parameters first."""
     step, logps_fn = programs.update_step(built, tx)
     score = steps.make_score_step(logps_fn, has_aux=True, crops=programs.crops(built.update_shape))
 
@@ -299,7 +241,7 @@ def part_of(
     program: xla.Compiled | None,
     held: tuple,
 ) -> Part:
-    """What one program takes.
+    """Returns memory and cost of one program.
 
     Args:
       program: None: count it.
@@ -350,18 +292,18 @@ def part_of(
 
 
 def forward_passes(built: Programs, shape: packing.Shape, reference_in_step: bool) -> int:
-    """How often an update scores as many pairs as it has, besides differentiating."""
+    """Counts the forward passes over its pairs that an update makes besides differentiating."""
     mismatched = "kl" in built.objective.needs
     return reference_in_step + mismatched + steps.scores_first(built.objective, shape.microbatches)
 
 
 def as_type(tree: Any, dtype: Any) -> Any:
-    """Shapes and places of arrays like these, of another type."""
+    """Returns shapes and shardings of arrays like these, of another type."""
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype, sharding=x.sharding), tree)
 
 
 def abstract_batch(built: Programs, shape: packing.Shape, *, update: bool) -> Any:
-    """Shapes, types and places of a batch to score or, with what the objective reads besides, of one to update on."""
+    """Returns shapes, types and shardings of a batch to score, or of one to update on with all the objective reads."""
     token, objective = np.zeros(1, np.int32), built.objective
     pairs: Any = [Encoded(token, token, token)]
     known, other = None, None
@@ -380,7 +322,7 @@ def abstract_batch(built: Programs, shape: packing.Shape, *, update: bool) -> An
 
 
 def compiled(program: xla.Compiled, args: tuple) -> tuple[int, str]:
-    """The bytes a chip needs by the compiler's account, and the optimized program; empty where they are too many."""
+    """Returns the bytes a chip needs by the compiler's account, and the optimized program, empty if it does not fit."""
     with tempfile.TemporaryDirectory() as folder:
         # `as_text` fails on what libtpu does asynchronously; a dump does not.
         dump = {"xla_dump_to": folder, "xla_dump_hlo_as_text": True}
@@ -396,13 +338,13 @@ def compiled(program: xla.Compiled, args: tuple) -> tuple[int, str]:
 
 
 def memory_of(found: Any) -> int:
-    """Bytes on a chip at the most: donated arrays count once."""
+    """Returns the peak of bytes on a chip; donated arrays count once."""
     new = found.output_size_in_bytes - found.alias_size_in_bytes
     return found.argument_size_in_bytes + new + found.temp_size_in_bytes + found.generated_code_size_in_bytes
 
 
 def sent(cost: Cost, moved: Sequence[Collective], topology: Topology, mesh: Any) -> Cost:
-    """The cost with what the compiled program sends in place of what was counted."""
+    """Returns the cost with the bytes that the compiled program sends in place of counted ones."""
     devices = list(mesh.devices.flat)
     seconds = ici = dcn = 0.0
     for each in moved:
@@ -414,8 +356,3 @@ def sent(cost: Cost, moved: Sequence[Collective], topology: Topology, mesh: Any)
         seconds += each.times * within / rate
         ici, dcn = ici + each.times * within, dcn + each.times * across
     return dataclasses.replace(cost, ici_seconds=seconds, ici_bytes=ici, dcn_bytes=dcn)
-
-
-def extents(coordinates: Sequence[Sequence[int]], topology: Topology) -> list[int]:
-    """Over how many places of each dimension of the torus some chips lie."""
-    return [len(set(values)) for values in zip(*coordinates, strict=True)][: topology.chip.dimensions]
