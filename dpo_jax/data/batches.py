@@ -69,7 +69,6 @@ def make_batch(
     known: ReferenceValues | None,
     shape: Shape,
     *,
-    layout: str,
     mismatched: Pairs | None = None,
 ) -> Batch:
     """The batch of these pairs, in this order.
@@ -81,7 +80,7 @@ def make_batch(
     found = None if known is None else known.of(chosen)
 
     def lay_out(pairs: Pairs, **stored: Any) -> Batch:
-        return collate([pairs[i] for i in chosen.tolist()], shape=shape, layout=layout, **stored)
+        return collate([pairs[i] for i in chosen.tolist()], shape=shape, **stored)
 
     if found is None:
         return lay_out(pairs, reference=None)

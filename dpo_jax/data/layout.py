@@ -108,7 +108,6 @@ def collate(
     reference: np.ndarray | None,
     shape: Shape,
     *,
-    layout: str,
     reference_sums: Mapping[str, np.ndarray] | None = None,
     tokens: Any = None,
 ) -> Batch:
@@ -128,8 +127,8 @@ def collate(
     lengths = np.zeros((len(pairs), 1 + shape.answers), np.int64)
     for i, pair in enumerate(pairs):
         lengths[i, : len(pair.lengths)] = pair.lengths
-    room = piece_room(lengths, layout, shape.row_length)
-    planned = plan(lengths, shape, layout)
+    room = piece_room(lengths, shape.layout, shape.row_length)
+    planned = plan(lengths, shape)
     grid = (shape.microbatches * shape.rows, shape.row_length)
     index = np.arange(shape.row_length, dtype=np.int32)
     rows = Rows(
@@ -148,7 +147,7 @@ def collate(
         crop[micro] = microbatch.crop
         for at, members in zip(_dealt(shape), microbatch.rows, strict=False):
             if shape.here is None or at // (shape.rows // shape.shards) in shape.here:
-                units = [_pieces(pairs[p], layout, len(room[p]))[j] for p, j in members]
+                units = [_pieces(pairs[p], shape.layout, len(room[p]))[j] for p, j in members]
                 pieces = [(p, unit, room[p][j]) for (p, j), unit in zip(members, units, strict=True)]
                 _write_row(rows, micro * shape.rows + at, pieces, shape.answers)
             present[micro, [pair for pair, _ in members]] = True
@@ -176,14 +175,14 @@ def collate(
     )
 
 
-def answer_starts(lengths: Int[np.ndarray, "P _"], shape: Shape, layout: str) -> Int[np.ndarray, "P K 3"]:
+def answer_starts(lengths: Int[np.ndarray, "P _"], shape: Shape) -> Int[np.ndarray, "P K 3"]:
     """Where the entries of each answer's tokens begin in a batch: microbatch, row, and index in the row.
 
     They follow one another from there. What an answer that is not there has means nothing.
     """
     lengths = np.asarray(lengths)
-    room, found = piece_room(lengths, layout, shape.row_length), np.zeros((*lengths[:, 1:].shape, 3), np.int64)
-    for micro, microbatch in enumerate(plan(lengths, shape, layout)):
+    room, found = piece_room(lengths, shape.layout, shape.row_length), np.zeros((*lengths[:, 1:].shape, 3), np.int64)
+    for micro, microbatch in enumerate(plan(lengths, shape)):
         for row, members in zip(_dealt(shape), microbatch.rows, strict=False):
             at = 0
             for pair, piece in members:
@@ -248,12 +247,12 @@ def positions_computed(batch: Batch, shape: Shape) -> int:
     return sum(math.prod(shape.sizes[0 if batch.crop is None else int(batch.crop[micro])]) for micro in used)
 
 
-def work_counts(batch: Batch, lengths: Int[np.ndarray, "P _"], shape: Shape, layout: str) -> dict[str, int]:
+def work_counts(batch: Batch, lengths: Int[np.ndarray, "P _"], shape: Shape) -> dict[str, int]:
     """Positions that an update computes, padding and empty rows included, and how many of them hold a token."""
-    pieces = piece_room(lengths, layout, shape.row_length)
+    pieces = piece_room(lengths, shape.layout, shape.row_length)
     apart = sum(sum(each) for each in pieces if len(each) > 1)
     whole = [i for i, each in enumerate(pieces) if len(each) == 1]
     return {
         "positions_computed": positions_computed(batch, shape),
-        "tokens_real": int(unit_lengths(np.asarray(lengths)[whole], layout).sum()) + apart,
+        "tokens_real": int(unit_lengths(np.asarray(lengths)[whole], shape.layout).sum()) + apart,
     }

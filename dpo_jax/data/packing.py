@@ -31,6 +31,7 @@ class Shape:
     rows: int  # R, rows in a microbatch
     row_length: int  # S, positions in a row
     microbatches: int  # A, the most a batch can need
+    layout: str  # of each pair, one of layout.LAYOUTS: how often its prompt is stored
     shards: int = 1  # devices that the rows of a microbatch are spread over
     crops: tuple[Crop, ...] = ()  # sizes that a microbatch may be cut to, the whole one first; empty: none is cut
     here: tuple[int, ...] | None = None  # of the shards, those whose rows this process needs; None: all
@@ -234,7 +235,7 @@ def _fullest(lengths: np.ndarray, layout: str, pairs: int, sizes: Sequence[Crop]
         # Rows that come in twos leave one empty where their number is odd, and in threes or more, some of each.
         filled = rows // longest * longest if longest <= 2 else rows - longest + 1
         microbatches = min(pairs, -(-needed // filled))  # each holds at least one pair whole
-        return Shape(pairs, rows, row_length, microbatches, shards, crops, answers=answers)
+        return Shape(pairs, rows, row_length, microbatches, layout, shards, crops, answers=answers)
 
     @functools.cache
     def worst(row_length: int) -> tuple[int, int]:
@@ -293,9 +294,9 @@ class Microbatch(NamedTuple):
     positions: int
 
 
-def plan(lengths: Int[np.ndarray, "P _"], shape: Shape, layout: str) -> list[Microbatch]:
+def plan(lengths: Int[np.ndarray, "P _"], shape: Shape) -> list[Microbatch]:
     """Packs pairs into rows, and rows into microbatches."""
-    return into_microbatches(pack(lengths, shape.row_length, layout), shape)
+    return into_microbatches(pack(lengths, shape.row_length, shape.layout), shape)
 
 
 class Packed(NamedTuple):

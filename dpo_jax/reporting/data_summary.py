@@ -126,7 +126,7 @@ def packing(config: Config, inputs: Inputs, name: str) -> list[str]:
             shards=1,
             target_positions=target,
         )
-        computed, real, padded = np.sum([*counts(config, train, shape, name)], axis=0)
+        computed, real, padded = np.sum([*counts(config, train, shape)], axis=0)
         found.append(
             f"on one device, {backend}: {shape.rows} rows of {shape.row_length} at a time, {computed:,} positions, "
             f"{real / computed:.3f} of them real"
@@ -138,17 +138,17 @@ def packing(config: Config, inputs: Inputs, name: str) -> list[str]:
     return found
 
 
-def counts(config: Config, pairs: PairSet, shape: Shape, name: str) -> Iterator[tuple[int, int, int]]:
+def counts(config: Config, pairs: PairSet, shape: Shape) -> Iterator[tuple[int, int, int]]:
     """Of each step of the first epoch, at most SAMPLED_STEPS: positions computed, real ones, and padded instead."""
     order = make_order(
         pairs.source, pairs.weights, batch_pairs=shape.pairs, seed=config.seed, shuffle=config.data.shuffle
     )
     for step in range(min(SAMPLED_STEPS, epoch_size(pairs.source, pairs.weights) // shape.pairs)):
         tokens = np.asarray(pairs.lengths[order(step)])
-        computed = sum(microbatch.positions for microbatch in plan(tokens, shape, name))
+        computed = sum(microbatch.positions for microbatch in plan(tokens, shape))
         longest = tokens[:, 0] + tokens[:, 1:].max(1)
         answers = (tokens[:, 1:] > 0).sum(1)
         groups = [slice(at, at + PADDED_PAIRS) for at in range(0, len(longest), PADDED_PAIRS)]
         padded = sum(answers[group].sum() * longest[group].max() for group in groups)
-        real = int(unit_lengths(tokens, name).sum())
+        real = int(unit_lengths(tokens, shape.layout).sum())
         yield computed, real, int(padded)
