@@ -152,7 +152,7 @@ def test_full_rows_have_room_for_what_prompts_of_one_token_score(name):
     rng = np.random.default_rng(0)
     pairs = [Encoded.of(*(rng.integers(1, 99, n) for n in (1, *rng.integers(1, 20, 2)))) for _ in range(40)]
     lengths = np.array([p.lengths for p in pairs])
-    row_length = int(packing.unit_room(lengths, name).max())
+    row_length = int(packing.row_space(lengths, name).max())
     shape = packing.Shape(pairs=40, rows=1, row_length=row_length, microbatches=40, layout=name)
     batch = layout.collate(pairs, None, shape)
     assert np.bincount(batch.rows.slot[batch.rows.slot >= 0]).tolist() == lengths[:, 1:].ravel().tolist()
@@ -306,7 +306,7 @@ def test_shape_has_microbatches_for_any_batch_of_rankings_longer_than_a_row(rows
         lengths, layout="shared", pairs=8, row_length=120, rows=rows, shards=1, target_positions=1024
     )
     assert shape.answers == 4 and shape.rows == rows
-    worst = [lengths[np.argsort(-packing.unit_room(lengths, "shared"))[:8]]]
+    worst = [lengths[np.argsort(-packing.row_space(lengths, "shared"))[:8]]]
     needed = [len(packing.plan(each, shape)) for each in [*worst, *(rng.permutation(lengths)[:8] for _ in range(200))]]
     assert max(needed) <= shape.microbatches <= 2 * max(needed)
 

@@ -235,7 +235,7 @@ def test_processes_together_write_the_whole_batch(rows, processes):
 
     def collate(here):
         values = np.arange(80.0).reshape(40, 2)
-        part, sums = dataclasses.replace(shape, here=here), {"shared_logps": values / 2}
+        part, sums = dataclasses.replace(shape, local_shards=here), {"shared_logps": values / 2}
         tokens = tokens_of(pairs, 3)
         return layout.collate(pairs, values, part, reference_sums=sums, tokens=tokens)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -139,7 +140,6 @@ def _without_scoring(
         layout=layout,
         row_length=config.data.row_length,
         shards=sharding.row_shards(mesh),
-        here=here,
     )
     batch_pairs, rows = config.train.batch_pairs, config.train.microbatch_rows
     update_shape = choose_shape(pairs=batch_pairs, rows=rows, target_positions=positions)
@@ -159,8 +159,8 @@ def _without_scoring(
         selection=selection,
         mesh=mesh,
         rules=sharding.parse_rules(config.mesh.rules),
-        update_shape=update_shape,
-        score_shape=score_shape,
+        update_shape=dataclasses.replace(update_shape, local_shards=here),
+        score_shape=dataclasses.replace(score_shape, local_shards=here),
         dtype=compute_dtype(config.model.dtype, platform),
         param_dtype=config.model.param_dtype,
         quantize=config.lora.base,
