@@ -109,7 +109,7 @@ def _lay_out(
 class TokenValues:
     """Reference log-probs of all M answer tokens of N pairs, and of the C likeliest tokens in place of each.
 
-    4 + 8C bytes per token; selections made by `of` share the arrays. Item i holds, for each answer of pair i, the likely
+    4 + 8C bytes per token; selections made by `of` share the arrays. Item i holds, for each answer of pair i, likely
     tokens and their log-probs, as `layout.collate` reads them.
     """
 

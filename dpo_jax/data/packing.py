@@ -176,8 +176,8 @@ def choose_shape(
       shards: devices that rows are sharded over; rows are a multiple of it.
       target_positions: approximate upper limit of the positions of a microbatch on one device.
       field: the configuration field that holds `rows`, for errors.
-    Raises: InputError if `rows` is not a positive multiple of `shards`; if `row_length` is not a multiple of 8; or if it
-      is shorter than the longest pair (the longest sequence, if a microbatch has a row for each answer of a pair).
+    Raises: InputError if `rows` is not a positive multiple of `shards`; if `row_length` is not a multiple of 8; or if
+      it is shorter than the longest pair (the longest sequence, if a microbatch has a row for each answer of a pair).
     """
     longest, answers = int(row_space(lengths, layout).max()), lengths.shape[1] - 1
     unsplit = rows is not None and rows < answers  # too few rows for the pieces of a split pair

@@ -105,15 +105,15 @@ def encode(
     """Tokenizes pairs: for each the token ids, or the error that says what is wrong with it.
 
     Boundary: prompt and answer are tokenized together, and the ids after the prompt's own are the answer. If a token
-    would span the boundary for any answer, the prompt and all its answers are tokenized separately. A missing answer has
-    no tokens.
+    would span the boundary for any answer, the prompt and all its answers are tokenized separately. A missing answer
+    has no tokens.
 
     Special tokens: plain text starts with the ids that the tokenizer itself puts first (usually BOS), and each answer
     ends in exactly one EOS. Text that a chat template wrote has its special tokens already; none are added.
 
-    Truncation, as in the original DPO: if the prompt and the longest answer exceed `max_length`, the prompt is truncated
-    to `max_prompt_length`, keeping a leading BOS; then each answer is truncated to the remaining length. A truncated
-    answer has no EOS.
+    Truncation, as in the original DPO: if the prompt and the longest answer exceed `max_length`, the prompt is
+    truncated to `max_prompt_length`, keeping a leading BOS; then each answer is truncated to the remaining length. A
+    truncated answer has no EOS.
 
     Returns: an Outcome for each pair; or an InputError if the prompt is too long and `truncate_prompt` is error, if
       prompt or answer has no token, if two answers are the same tokens after truncation, or if a pair with reference
