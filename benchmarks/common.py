@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import ctypes
-import functools
 import importlib
 import importlib.metadata
 import json
@@ -327,18 +326,18 @@ class Kept(NamedTuple):
 def read_pairs(source: str, tokenizer: Path) -> Iterator[Kept]:
     """Yields the pairs of a source in order and without truncation; skips rows that cannot be used."""
     from dpo_jax.data import formats, sources
-    from dpo_jax.data.tokenize import encode, load_tokenizer
+    from dpo_jax.data.tokenize import TokenizationRules, encode, load_tokenizer
     from dpo_jax.types import InputError
 
     loaded = load_tokenizer(str(tokenizer))
     most = 10**6  # tokens, so that nothing is truncated
-    whole = functools.partial(encode, max_length=most, max_prompt_length=most - 1, truncate_prompt="keep_end")
+    rules = TokenizationRules(len(loaded), most, most - 1, "keep_end")
     for row in sources.read(source, split="train")[0].rows:
         try:
             pairs = formats.render(row, format=formats.detect(row), tokenizer=loaded)
         except InputError:
             continue
-        for pair, found in zip(pairs, whole(pairs, loaded, vocab_size=len(loaded)), strict=True):
+        for pair, found in zip(pairs, encode(pairs, loaded, rules), strict=True):
             if not isinstance(found, InputError):
                 yield Kept({"prompt": pair.prompt, "chosen": pair.chosen, "rejected": pair.rejected}, found.encoded)
 

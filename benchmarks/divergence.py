@@ -48,7 +48,6 @@ def divergence(workdir: Path, likely: int) -> dict[str, float]:
         make_summary(built.objective),
         EvalSet(pairs, pairs.lengths, values["eval"]),
         shape=built.score_shape,
-        layout=built.layout,
     )
     return {side: row[f"eval/sequence_kl/{side}"] for side in SIDES}
 

@@ -1,20 +1,20 @@
-"""What the layout is worth: a pair as one sequence, against prompts repeated and packed, against padded batches.
+"""Compares layouts: each pair as one sequence, prompts repeated and packed, and padded batches.
 
     python -m benchmarks.layouts --data=train.jsonl.gz --tokenizer=DIR --pairs=8 --steps=12
 
-The same model and optimizer train on the same pairs, each side in a process of its own, in turn, --rounds times:
+A model is trained on a fixed list of pairs in several ways (sides), each in its own process, in turn, --rounds times:
 
-    shared       dpo_jax as it is: the prompt once a pair, pairs packed into rows
-    repeated     dpo_jax with data.layout=repeated: prompt and answer once a completion, packed
-    padded       one completion a row, all rows of a batch padded to its longest, the batch at once
-    padded-micro the same rows, as few pairs at a time as there are positions in a microbatch of `shared`
-    precomputed  the update of `shared` by itself, its reference scored before
-    in-step      the same, the reference's weights held and its forward pass made in the update
+    shared       dpo_jax by default: the prompt once per pair, pairs packed into rows
+    repeated     dpo_jax with data.layout=repeated: the prompt once per completion, packed
+    padded       one completion per row, padded to the longest of the batch, the batch in one microbatch
+    padded-micro padded, in microbatches with about as many positions as those of `shared`
+    precomputed  the update of `shared` alone, with reference log-probs computed before
+    in-step      like precomputed, but with the reference's weights in memory and its forward pass inside the update
 
-The padded sides compute with dpo_jax's own decoder, head and update; their batches are ready and their shapes compiled
-before the first step. The first two are whole runs, which make batches as they go. The last two say what a reference
-inside the update costs in memory: the most that the process holds while it makes steps, after what compilation left
-over is given back, and the compiler's account of the update.
+The padded sides use dpo_jax's own decoder, head and update; their batches are made and their shapes compiled before the
+first step. `shared` and `repeated` are complete runs that make batches as they go. The last two sides show what a
+reference inside the update costs in memory: the peak of the process during steps, after memory that compilation left
+over is returned, and the compiler's own numbers for the update.
 
 Prints positions, tokens, medians of step times and ratios; writes them to --out as JSON and PNG.
 """
@@ -31,14 +31,14 @@ LAYOUTS = SIDES[:4]
 
 
 def run_side(work: Path, args: Any) -> dict[str, Any]:
-    """One side, in its own process."""
+    """Runs one side, in its own process; returns its measurements."""
     chosen = common.base_config(args, work)
     if args.side in ("shared", "repeated"):
         chosen.data.layout = args.side
         return common.train_ours(work, chosen)
     from benchmarks import updates
 
-    chosen.reference.path = str(work.parent / "reference")  # scored by the first side that needs it
+    chosen.reference.path = str(work.parent / "reference")  # computed by the first side that reads it
     parts = updates.read(chosen, work)
     inside, padded = args.side == "in-step", args.side.startswith("padded")
     reference = None if inside else updates.reference_values(parts, work)
@@ -55,7 +55,7 @@ def run_side(work: Path, args: Any) -> dict[str, Any]:
 
 
 def padded_batch(pairs: Any, reference: Any, target: int | None) -> Any:
-    """A batch with one completion a row, padded to the longest of the batch.
+    """Makes a batch with one completion per row, padded to the longest of the batch.
 
         row 2 i      prompt i, chosen i, padding
         row 2 i + 1  prompt i, rejected i, padding
@@ -63,7 +63,7 @@ def padded_batch(pairs: Any, reference: Any, target: int | None) -> Any:
     Args:
       pairs: P encoded pairs.
       reference: stored log-probs [P, 2] in nats.
-      target: positions of a microbatch, about the most; None: one microbatch holds all.
+      target: approximate upper limit of the positions of a microbatch; None: one microbatch holds all pairs.
     """
     import numpy as np
 
@@ -81,7 +81,7 @@ def padded_batch(pairs: Any, reference: Any, target: int | None) -> Any:
     rows = Rows(
         tokens=np.zeros(grid, np.int32),
         positions=np.tile(index, (2 * count, 1)),
-        key_start=np.tile(index, (2 * count, 1)),  # padding sees itself alone
+        key_start=np.tile(index, (2 * count, 1)),  # padding attends only to itself
         key_end=np.tile(index + 1, (2 * count, 1)),
         source=np.zeros(scored, np.int32),
         target=np.zeros(scored, np.int32),
@@ -106,10 +106,10 @@ def padded_batch(pairs: Any, reference: Any, target: int | None) -> Any:
 
 
 def compare(results: dict[str, list[dict[str, Any]]], pairs: int, sequences: list[int]) -> dict[str, Any]:
-    """Medians of each side, and ratios to `shared`, and of the reference inside the update to precomputed.
+    """Computes medians of each side, ratios to `shared`, and ratios of in-step to precomputed.
 
     Args:
-      sequences: tokens of every prompt and answer that was trained on, prompts once a pair and once a completion.
+      sequences: tokens trained on, with prompts counted once per pair and once per completion.
     """
     sides: dict[str, Any] = {}
     for side, rounds in results.items():
@@ -136,7 +136,7 @@ def compare(results: dict[str, list[dict[str, Any]]], pairs: int, sequences: lis
     }
     found: dict[str, Any] = {
         "sides": sides,
-        "tokens": {"prompt once a pair": sequences[0], "prompt once a completion": sequences[1]},
+        "tokens": {"prompt once per pair": sequences[0], "prompt once per completion": sequences[1]},
         "ratios_to_shared": ratios,
         "loss_difference": {
             side: max(abs(a - b) for a, b in zip(curves["shared"], curve, strict=True))
@@ -144,18 +144,18 @@ def compare(results: dict[str, list[dict[str, Any]]], pairs: int, sequences: lis
             if "shared" in curves and side != "shared"
         },
     }
-    apart, inside = sides.get("precomputed", {}), sides.get("in-step", {})
-    if apart.get("compiler") and inside.get("compiler"):
+    precomputed, inside = sides.get("precomputed", {}), sides.get("in-step", {})
+    if precomputed.get("compiler") and inside.get("compiler"):
         found["in_step_to_precomputed"] = {
-            "step_peak_bytes": inside["step_peak_bytes"] / apart["step_peak_bytes"],
-            "compiler_total_bytes": inside["compiler"]["total_bytes"] / apart["compiler"]["total_bytes"],
-            "step_s": inside["step_s"] / apart["step_s"],
+            "step_peak_bytes": inside["step_peak_bytes"] / precomputed["step_peak_bytes"],
+            "compiler_total_bytes": inside["compiler"]["total_bytes"] / precomputed["compiler"]["total_bytes"],
+            "step_s": inside["step_s"] / precomputed["step_s"],
         }
     return found
 
 
 def report(out: Path, found: dict[str, Any]) -> None:
-    """Prints the table and ratios, and draws the plot."""
+    """Prints the table and the ratios, and draws the plot."""
     rows = []
     for side, one in found["sides"].items():
         compiler = one.get("compiler") or {}
@@ -165,10 +165,10 @@ def report(out: Path, found: dict[str, Any]) -> None:
                 "pairs/s": one.get("pairs_per_s", one.get("failed")),
                 "step s": one.get("step_s"),
                 "positions": one.get("positions"),
-                "whole peak MiB": common.mib(one.get("peak_bytes")),
-                "of steps": common.mib(one.get("step_peak_bytes")),
+                "peak MiB": common.mib(one.get("peak_bytes")),
+                "peak MiB in steps": common.mib(one.get("step_peak_bytes")),
                 "update MiB": common.mib(compiler.get("total_bytes")),
-                "of it temporary": common.mib(compiler.get("temp_bytes")),
+                "temporary MiB": common.mib(compiler.get("temp_bytes")),
                 "faults/step": one.get("faults_per_step"),
             }
         )
@@ -193,7 +193,7 @@ def main() -> None:
     parser.add_argument("--sides", default=",".join(SIDES), help=f"of {','.join(SIDES)}")
     parser.add_argument("--pairs", type=int, default=8, help="pairs in a batch")
     parser.add_argument("--steps", type=int, default=12)
-    parser.add_argument("--rounds", type=int, default=1, help="times that each side runs, in turn")
+    parser.add_argument("--rounds", type=int, default=1, help="times that each side runs")
     parser.add_argument("--max_length", type=int, default=512)
     parser.add_argument("--learning_rate", type=float, default=1e-4)
     args = parser.parse_args()

@@ -69,7 +69,7 @@ def reference_values(parts: Parts, work: Path) -> list[np.ndarray]:
 
 def packed_batches(parts: Parts, reference: Sequence[np.ndarray] | None) -> list[Batch]:
     """Packs the batch of each step as a run does, with reference log-probs if they are given."""
-    collate = functools.partial(layout.collate, shape=parts.programs.update_shape, layout=parts.programs.layout)
+    collate = functools.partial(layout.collate, shape=parts.programs.update_shape)
     values = reference or [None] * len(parts.pairs)
     return [collate(pairs, each) for pairs, each in zip(parts.pairs, values, strict=True)]
 
@@ -115,9 +115,9 @@ def lengths_of(pairs: Sequence[Encoded]) -> np.ndarray:
 
 def positions_of(parts: Parts, batches: Sequence[Batch]) -> list[int]:
     """Number of positions that the update computes for each packed batch."""
-    shape, name = parts.programs.update_shape, parts.programs.layout
+    shape = parts.programs.update_shape
     both = zip(batches, parts.pairs, strict=True)
-    return [layout.work_counts(batch, lengths_of(pairs), shape, name)["positions_computed"] for batch, pairs in both]
+    return [layout.work_counts(batch, lengths_of(pairs), shape)["positions_computed"] for batch, pairs in both]
 
 
 def time_steps(update: Any, tx: Any, params: Any, frozen: Any, batches: Sequence[Batch]) -> dict[str, Any]:

@@ -55,7 +55,6 @@ def score_pairs(
     lengths: Int[np.ndarray, "N _"],
     *,
     shape: Shape,
-    layout: str,
     skip: Callable[[np.ndarray], np.ndarray] | None = None,
     reference_tokens: Sequence[PyTree] | None = None,
 ) -> Iterator[Scored]:
@@ -68,7 +67,7 @@ def score_pairs(
         interruption, pairs are packed as they would have been, provided that whole parts were finished.
       reference_tokens: for every pair, as in `collate`, if `score` reads them.
     """
-    order = np.argsort(-unit_lengths(lengths, layout), kind="stable")
+    order = np.argsort(-unit_lengths(lengths, shape.layout), kind="stable")
     parts = [order[start : start + shape.pairs] for start in range(0, len(order), shape.pairs)]
     parts = [part if skip is None else part[~skip(part)] for part in parts]
     parts = [part for part in parts if len(part)]
@@ -76,26 +75,24 @@ def score_pairs(
     def make(index: int) -> Batch:
         part = parts[index].tolist()
         tokens = None if reference_tokens is None else [reference_tokens[i] for i in part]
-        return collate([pairs[i] for i in part], None, shape, layout=layout, tokens=tokens)
+        return collate([pairs[i] for i in part], None, shape, tokens=tokens)
 
     for part, (batch, _) in zip(parts, prefetch.ahead(make, range(len(parts))), strict=True):
         logps, sums = jax.device_get(score(batch))
         count = len(part)
         token_sums = {name: values[:count] for name, values in sums.items() if name != "tokens"}
-        tokens = _answer_tokens(sums["tokens"], lengths[part], shape, layout) if "tokens" in sums else None
+        tokens = _answer_tokens(sums["tokens"], lengths[part], shape) if "tokens" in sums else None
         yield Scored(part, logps[:count], token_sums, int(batch.count), tokens)
 
 
-def _answer_tokens(
-    entries: tuple[np.ndarray, ...], lengths: np.ndarray, shape: Shape, layout: str
-) -> list[list[AnswerTokens]]:
+def _answer_tokens(entries: tuple[np.ndarray, ...], lengths: np.ndarray, shape: Shape) -> list[list[AnswerTokens]]:
     """Splits arrays of scored tokens [A, R, T, ...] by pair and answer."""
 
     def of_answer(start: np.ndarray, tokens: int) -> AnswerTokens:
         micro, row, first = start
         return AnswerTokens(*(array[micro, row, first : first + tokens] for array in entries))
 
-    starts = answer_starts(lengths, shape, layout)
+    starts = answer_starts(lengths, shape)
     return [
         [of_answer(*answer) for answer in zip(*pair, strict=True)]
         for pair in zip(starts, lengths[:, 1:].tolist(), strict=True)

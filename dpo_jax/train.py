@@ -335,7 +335,6 @@ def evaluate_on_eval(
         summary,
         EvalSet(pairs, pairs.lengths, values.get("eval"), inputs.mismatched.get("eval")),
         shape=programs.score_shape,
-        layout=programs.layout,
         running=running,
     )
 

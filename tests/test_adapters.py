@@ -60,8 +60,8 @@ def batch_of(config, rows=4):
     pairs = [Encoded.of(*(rng.integers(3, 41, rng.integers(2, 15)) for _ in range(3))) for _ in range(PAIRS)]
     lengths = np.array([pair.lengths for pair in pairs])
     _, name = checks.fit(configs.Config(), config, lengths)
-    shape = packing.Shape(pairs=PAIRS, rows=rows, row_length=64, microbatches=4 // rows)
-    return layout.collate(pairs, np.full((PAIRS, 2), -40.0), shape, layout=name)
+    shape = packing.Shape(pairs=PAIRS, rows=rows, row_length=64, microbatches=4 // rows, layout=name)
+    return layout.collate(pairs, np.full((PAIRS, 2), -40.0), shape)
 
 
 # Plain matrices; several stored as one: per head, and one after another; [in, out] and learned positions; experts.

@@ -21,8 +21,8 @@ def packed(rows, length, seed=0, name="shared"):
     """Bounds of rows of random pairs, with padding at their ends."""
     rng = np.random.default_rng(seed)
     pairs = [Encoded.of(*(rng.integers(1, 9, rng.integers(3, length // 9)) for _ in range(3))) for _ in range(3 * rows)]
-    shape = packing.Shape(pairs=len(pairs), rows=rows, row_length=length, microbatches=3 * rows)
-    batch = layout.collate(pairs, None, shape, layout=name)
+    shape = packing.Shape(pairs=len(pairs), rows=rows, row_length=length, microbatches=3 * rows, layout=name)
+    batch = layout.collate(pairs, None, shape)
     return jnp.asarray(batch.rows.key_start[0]), jnp.asarray(batch.rows.key_end[0])
 
 
@@ -171,9 +171,9 @@ def five_losses(kernel, remat):
 
     rng = np.random.default_rng(0)
     pairs = [Encoded.of(*(rng.integers(1, 64, rng.integers(4, 24)) for _ in range(3))) for _ in range(6)]
-    shape = packing.Shape(pairs=6, rows=1, row_length=256, microbatches=6)
+    shape = packing.Shape(pairs=6, rows=1, row_length=256, microbatches=6, layout="shared")
     params = jax.jit(lambda key: jax.tree.map(lambda x: 4 * x, decoder.init(key, CONFIG)))(jax.random.key(0))
-    batch = layout.collate(pairs, np.full((6, 2), -60.0), shape, layout="shared")
+    batch = layout.collate(pairs, np.full((6, 2), -60.0), shape)
     reference = jax.jit(steps.make_score_step(logps_fn))(params, batch)[0]
     batch = batch._replace(reference=np.asarray(reference))
     tx = optax.adam(1e-3)

@@ -211,7 +211,7 @@ def test_padded_batch_scores_as_the_packed_one_does():
     lengths = np.array([pair.lengths for pair in PAIRS])
     shape = choose_shape(lengths, layout="shared", pairs=2, row_length=None, rows=1, shards=1, target_positions=128)
     assert not shape.crops
-    batches = [collate(PAIRS, None, shape, layout="shared")]
+    batches = [collate(PAIRS, None, shape)]
     batches += [layouts.padded_batch(PAIRS, np.zeros((2, 2)), target) for target in (None, 1)]
     assert [batch.rows.tokens.shape for batch in batches[1:]] == [(1, 4, 5), (2, 2, 5)]
     model = DecoderConfig(

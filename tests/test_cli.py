@@ -54,7 +54,12 @@ def test_train_evaluate_export_and_inspect_from_the_command_line(inputs, tmp_pat
     workdir = f"--workdir={tmp_path / 'run'}"
     run("inspect", *arguments(inputs, workdir, "--pairs=1"))
     shown = capsys.readouterr().out
-    assert "chosen, " in shown and "scored" in shown and "of them real" in shown and not (tmp_path / "run").exists()
+    assert (
+        "chosen, " in shown
+        and "scored" in shown
+        and "of them hold a token" in shown
+        and not (tmp_path / "run").exists()
+    )
     run("train", *arguments(inputs, workdir))
     capsys.readouterr()
     run("evaluate", workdir)
@@ -66,7 +71,7 @@ def test_train_evaluate_export_and_inspect_from_the_command_line(inputs, tmp_pat
 def test_data_that_make_an_epoch_by_their_weight_can_be_inspected(inputs, tmp_path, capsys):
     train = f"--config.data.train={inputs / 'train.jsonl'}*2"
     run("inspect", *arguments(inputs, train, "--config.train.batch_pairs=64", f"--workdir={tmp_path}"))
-    assert "rows of 64 pairs a step" in capsys.readouterr().out
+    assert "packing: 64 pairs per step" in capsys.readouterr().out
 
 
 def test_inspect_of_supervised_fine_tuning_shows_and_counts_chosen_answers_alone(inputs, tmp_path, capsys):

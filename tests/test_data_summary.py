@@ -1,13 +1,12 @@
-"""What `inspect` says of sets that are not pairs."""
+"""Output of `inspect` for sets that are not pairs."""
 
 import dataclasses
 import json
-from typing import Any
 
 import numpy as np
 import pytest
 
-from dpo_jax.data import dataset, special_tokens
+from dpo_jax.data import dataset, special_tokens, tokenize
 from dpo_jax.reporting import data_summary
 from tests.support.tokenizers_made import make_tokenizer
 
@@ -22,14 +21,14 @@ UNPAIRED = [{"prompt": "is ", "completion": each, "label": each == "b"} for each
 def load(folder, rows):
     path = folder / "data.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    limits: dict[str, Any] = {
-        "vocab_size": 1000,
-        "max_length": 64,
-        "max_prompt_length": 32,
-        "truncate_prompt": "keep_end",
-    }
-    options: dict[str, Any] = {"split": "train", "format": "auto", "on_bad_row": "error", "rankings": "whole"}
-    return dataset.load(str(path), tokenizer=TOKENIZER, cache_dir=str(folder / "cache"), **limits, **options)
+    return dataset.load(
+        str(path),
+        split="train",
+        reading=dataset.ReadingRules(format="auto", on_bad_row="error", rankings="whole"),
+        tokenizer=TOKENIZER,
+        tokenization=tokenize.TokenizationRules(1000, max_length=64, max_prompt_length=32, truncate_prompt="keep_end"),
+        cache_dir=str(folder / "cache"),
+    )
 
 
 def test_example_names_the_answers_of_a_ranking_by_their_place(tmp_path):
@@ -72,4 +71,4 @@ def test_endless_answers_are_found_on_either_side(tmp_path, label, side):
     assert lines(TOKENIZER.eos_token_id) == []
     tokens = np.where(np.asarray(found.tokens) == TOKENIZER.eos_token_id, 50, found.tokens)
     found = dataclasses.replace(found, tokens=tokens)
-    assert "2 of 2 answers looked at" in lines(TOKENIZER.eos_token_id)[0]
+    assert "2 of 2 answers checked" in lines(TOKENIZER.eos_token_id)[0]

@@ -1,3 +1,4 @@
+import dataclasses
 import datetime
 import json
 import shutil
@@ -21,7 +22,8 @@ from tests.support.tokenizers_made import BOS_AND_EOS, CHATML, THINKING, make_to
 SHARED = Path(__file__).parents[2] / "shared/data"
 HH, NEOX = SHARED / "hh_harmless_train.jsonl.gz", SHARED / "gpt_neox_20b_tokenizer.json"
 USER = {"role": "user", "content": "Is the sky blue?"}
-LIMITS = {"vocab_size": 1000, "max_length": 64, "max_prompt_length": 32, "truncate_prompt": "keep_end"}
+LIMITS = tokenize.TokenizationRules(vocab_size=1000, max_length=64, max_prompt_length=32, truncate_prompt="keep_end")
+READING = dataset.ReadingRules(format="auto", on_bad_row="error", rankings="all")
 
 
 def plain(count, start=0) -> list[dict[str, Any]]:
@@ -41,16 +43,19 @@ def write(path, rows):
     return str(path)
 
 
-def load(spec, cache, *, tokenizer=None, **options):
-    defaults = {
-        **LIMITS,
-        "split": "train",
-        "format": "auto",
-        "on_bad_row": "error",
-        "rankings": "all",
-        "cache_dir": str(cache),
-    }
-    return dataset.load(spec, tokenizer=tokenizer or make_tokenizer(template=CHATML), **{**defaults, **options})
+def load(spec, cache, *, tokenizer=None, split="train", **options):
+    """The pairs of a data specification, by READING and LIMITS but for the options that are named."""
+
+    def changed(rules):
+        names = {field.name for field in dataclasses.fields(rules)} & options.keys()
+        return dataclasses.replace(rules, **{name: options.pop(name) for name in names})
+
+    reading, limits = changed(READING), changed(LIMITS)
+    assert not options
+    tokenizer = tokenizer or make_tokenizer(template=CHATML)
+    return dataset.load(
+        spec, split=split, reading=reading, tokenizer=tokenizer, tokenization=limits, cache_dir=str(cache)
+    )
 
 
 def ids(pair):
@@ -70,7 +75,7 @@ def test_load_gives_the_pairs_of_every_source_in_order(tmp_path):
 
     texts = [pair for row in rows for pair in formats.render(Row("", row), format="plain", tokenizer=tokenizer)]
     texts += [pair for row in chat(2) for pair in formats.render(Row("", row), format="chat", tokenizer=tokenizer)]
-    outcomes = tokenize.encode(texts, tokenizer, **LIMITS)
+    outcomes = tokenize.encode(texts, tokenizer, LIMITS)
     expected = [outcome.encoded for outcome in outcomes if isinstance(outcome, tokenize.Outcome)]
     assert len(found) == 5 and contents(found) == [ids(pair) for pair in expected]
     assert found.lengths.tolist() == [pair.lengths for pair in expected]
@@ -175,7 +180,7 @@ def test_load_refuses_data_without_a_usable_row(tmp_path):
 
 @pytest.mark.parametrize(("option", "value"), [("format", "sharegpt"), ("on_bad_row", "drop"), ("rankings", "first")])
 def test_load_refuses_unknown_choices_before_it_reads(tmp_path, option, value):
-    with pytest.raises(InputError, match=f"data.{option}: '{value}'; expected one of"):
+    with pytest.raises(InputError, match=f"data.{option}: got '{value}'; expected one of"):
         load("none.jsonl", tmp_path, **{option: value})
 
 
@@ -220,7 +225,7 @@ def test_load_keeps_rankings_whole_with_a_column_for_each_answer(tmp_path):
     rows = rankings(4)
     found = load(write(tmp_path / "a.jsonl", rows), tmp_path / "cache", rankings="whole")
     texts = [formats.render(Row("", row), format="ranked", tokenizer=tokenizer, rankings="whole")[0] for row in rows]
-    expected = [o.encoded for o in tokenize.encode(texts, tokenizer, **LIMITS) if isinstance(o, tokenize.Outcome)]
+    expected = [o.encoded for o in tokenize.encode(texts, tokenizer, LIMITS) if isinstance(o, tokenize.Outcome)]
     assert found.kind == "ranked" and contents(found) == [ids(pair) for pair in expected]
     assert found.lengths.tolist() == [[*pair.lengths, *[0] * (5 - len(pair.lengths))] for pair in expected]
     assert [tuple(key) for key in found.keys.tolist()] == [dataset.content_key(found[i]) for i in range(4)]
@@ -309,7 +314,7 @@ def test_mismatched_set_has_the_prompts_with_answers_of_others_within_the_limit(
     found = load(write(tmp_path / "a.jsonl", unpaired(6)), tmp_path / "cache")
     other = found.mismatched(max_length=int(found.lengths[:, 0].max()) + 2)
     assert len(other) == 6 and other.lengths[:, 1:].max() == 2
-    for i, partner in enumerate(other.partner.tolist()):
+    for i, partner in enumerate(other.answers_of.tolist()):
         assert other[i].prompt.tolist() == found[i].prompt.tolist() and partner != i
         assert other[i].chosen.tolist() == found[partner].chosen[:2].tolist()
 
@@ -489,7 +494,7 @@ def test_memory_stays_flat_as_the_data_grows(tmp_path, monkeypatch):
 def test_load_keeps_the_header_and_one_eos_on_every_real_pair(tmp_path):
     end = "<|endoftext|>"
     tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(NEOX), bos_token=end, eos_token=end, pad_token=end)
-    limits = {"vocab_size": 50304, "max_length": 512, "max_prompt_length": 256}
+    limits: dict[str, Any] = {"vocab_size": 50304, "max_length": 512, "max_prompt_length": 256}
     found = load(str(HH), tmp_path / "cache", tokenizer=tokenizer, on_bad_row="skip", **limits)
     report = found.report
     assert report["sources"][0]["format"] == "hh" and report["boundary_split"] == 0

@@ -40,8 +40,8 @@ def batch_of(config, rows=4):
     pairs = [Encoded.of(*(rng.integers(3, 41, rng.integers(2, 15)) for _ in range(3))) for _ in range(PAIRS)]
     lengths = np.array([pair.lengths for pair in pairs])
     _, name = checks.fit(configs.Config(), config, lengths)
-    shape = packing.Shape(pairs=PAIRS, rows=rows, row_length=64, microbatches=8 // rows)
-    return layout.collate(pairs, np.full((PAIRS, 2), -40.0), shape, layout=name)
+    shape = packing.Shape(pairs=PAIRS, rows=rows, row_length=64, microbatches=8 // rows, layout=name)
+    return layout.collate(pairs, np.full((PAIRS, 2), -40.0), shape)
 
 
 def update(config, params, batch, *, mesh=None, penalties=None):

@@ -10,7 +10,7 @@ from dpo_jax.data import layout, packing
 from dpo_jax.types import Encoded, InputError
 
 PAIR = Encoded(np.array([10, 11, 12]), np.array([20, 21, 22]), np.array([30, 31, 32]))
-SHAPE = packing.Shape(pairs=8, rows=2, row_length=64, microbatches=4)
+SHAPE = packing.Shape(pairs=8, rows=2, row_length=64, microbatches=4, layout="shared")
 
 
 def random_pairs(count, seed=0, longest=20):
@@ -112,8 +112,8 @@ def test_every_target_is_predicted_from_exactly_its_own_prefix(name, kind):
     # completion, and nothing of its neighbors in the row. So scores are those of sequences computed one by one.
     pairs = SETS[kind]
     answers = lengths_of(pairs).shape[1] - 1
-    shape = dataclasses.replace(SHAPE, row_length=128, answers=answers)
-    batch = layout.collate(pairs, None, shape, layout=name)
+    shape = dataclasses.replace(SHAPE, row_length=128, layout=name, answers=answers)
+    batch = layout.collate(pairs, None, shape)
     rows = layout.map_rows(lambda x: x.reshape(-1, 128), batch.rows)
     seen = {(pair, side): 0 for pair in range(8) for side in range(answers)}
     for row, entry in np.argwhere(rows.slot >= 0):
@@ -131,7 +131,7 @@ def test_every_target_is_predicted_from_exactly_its_own_prefix(name, kind):
 
 @pytest.mark.parametrize("name", layout.LAYOUTS)
 def test_every_position_attends_to_itself_and_padding_to_nothing_else(name):
-    batch = layout.collate(random_pairs(5), None, SHAPE, layout=name)
+    batch = layout.collate(random_pairs(5), None, dataclasses.replace(SHAPE, layout=name))
     rows, index = batch.rows, np.arange(64)
     assert np.all((rows.key_start <= index) & (index < rows.key_end) & (rows.key_end <= 64))
     real = packing.unit_lengths(np.array([p.lengths for p in random_pairs(5)]), name).sum()
@@ -152,10 +152,11 @@ def test_full_rows_have_room_for_what_prompts_of_one_token_score(name):
     rng = np.random.default_rng(0)
     pairs = [Encoded.of(*(rng.integers(1, 99, n) for n in (1, *rng.integers(1, 20, 2)))) for _ in range(40)]
     lengths = np.array([p.lengths for p in pairs])
-    shape = packing.Shape(pairs=40, rows=1, row_length=int(packing.unit_room(lengths, name).max()), microbatches=40)
-    batch = layout.collate(pairs, None, shape, layout=name)
+    row_length = int(packing.row_space(lengths, name).max())
+    shape = packing.Shape(pairs=40, rows=1, row_length=row_length, microbatches=40, layout=name)
+    batch = layout.collate(pairs, None, shape)
     assert np.bincount(batch.rows.slot[batch.rows.slot >= 0]).tolist() == lengths[:, 1:].ravel().tolist()
-    assert layout.work_counts(batch, lengths, shape, name)["tokens_real"] == packing.unit_lengths(lengths, name).sum()
+    assert layout.work_counts(batch, lengths, shape)["tokens_real"] == packing.unit_lengths(lengths, name).sum()
 
 
 @pytest.mark.parametrize("kind", SETS)
@@ -168,26 +169,26 @@ def test_unit_lengths_count_what_is_laid_out(kind):
 
 def test_pair_without_answers_takes_nothing_and_counts_as_padding():
     (none,) = unpaired([PAIR])
-    shape = packing.Shape(pairs=3, rows=1, row_length=64, microbatches=1)
-    batch = layout.collate([none, PAIR], None, shape, layout="shared")
-    alone = layout.collate([PAIR], None, shape, layout="shared")
+    shape = packing.Shape(pairs=3, rows=1, row_length=64, microbatches=1, layout="shared")
+    batch = layout.collate([none, PAIR], None, shape)
+    alone = layout.collate([PAIR], None, shape)
     assert batch.present.tolist() == [[False, True, False]]
     assert batch.rows.tokens.tolist() == alone.rows.tokens.tolist()
     assert packing.unit_lengths(np.array([none.lengths]), "shared").tolist() == [0]
-    assert layout.work_counts(batch, lengths_of([none, PAIR]), shape, "shared")["tokens_real"] == 7
+    assert layout.work_counts(batch, lengths_of([none, PAIR]), shape)["tokens_real"] == 7
 
 
 def test_batch_has_columns_for_as_many_answers_as_its_shape():
-    shape = packing.Shape(pairs=3, rows=1, row_length=128, microbatches=1, answers=4)
+    shape = packing.Shape(pairs=3, rows=1, row_length=128, microbatches=1, layout="shared", answers=4)
     pairs = [PAIR, rankings(1, 4, longest=9)[0]]
-    batch = layout.collate(pairs, np.arange(8).reshape(2, 4), shape, layout="shared")
+    batch = layout.collate(pairs, np.arange(8).reshape(2, 4), shape)
     assert batch.reference.tolist() == [[0, 1, 2, 3], [4, 5, 6, 7], [0] * 4]
     assert batch.lengths.tolist() == [[3, 3, 0, 0], pairs[1].lengths[1:], [0] * 4]
     assert set(batch.rows.slot.ravel().tolist()) == {-1, 0, 1, 4, 5, 6, 7}
 
 
 def test_arrays_that_rows_lack_stay_missing_when_they_are_cut():
-    batch = layout.collate([PAIR], None, SHAPE, layout="shared")
+    batch = layout.collate([PAIR], None, SHAPE)
     first = layout.map_rows(lambda x: x[0], batch.rows)
     assert layout.crop_rows(first, (1, 8)).likely is None
     some = first._replace(likely=np.zeros((2, 64, 5), int), likely_logps=np.zeros((2, 64, 5)))
@@ -197,7 +198,7 @@ def test_arrays_that_rows_lack_stay_missing_when_they_are_cut():
 
 def test_batch_marks_pairs_present_in_one_microbatch_each_and_padding_in_none():
     pairs = random_pairs(5)
-    batch = layout.collate(pairs, np.arange(10).reshape(5, 2), SHAPE, layout="shared")
+    batch = layout.collate(pairs, np.arange(10).reshape(5, 2), SHAPE)
     assert batch.present.sum(0).tolist() == [1, 1, 1, 1, 1, 0, 0, 0]
     assert batch.reference[:5].tolist() == np.arange(10).reshape(5, 2).tolist() and not batch.reference[5:].any()
     assert batch.lengths.tolist() == [[len(p.chosen), len(p.rejected)] for p in pairs] + [[0, 0]] * 3
@@ -247,8 +248,8 @@ def long_pair(prompt, chosen, rejected, seed=9):
 def test_pair_longer_than_a_row_stands_in_two_of_one_microbatch():
     # 90 positions with the prompt once, rows of 64: each answer after a prompt of its own.
     pairs = [*random_pairs(6), long_pair(30, 31, 31), *random_pairs(6, seed=1), long_pair(20, 40, 25)]
-    shape = packing.Shape(pairs=14, rows=2, row_length=64, microbatches=14)
-    batch = layout.collate(pairs, None, shape, layout="shared")
+    shape = packing.Shape(pairs=14, rows=2, row_length=64, microbatches=14, layout="shared")
+    batch = layout.collate(pairs, None, shape)
     seen = {}
     for micro, row, entry in np.argwhere(batch.rows.slot >= 0):
         rows = layout.map_rows(lambda x, micro=micro: x[micro], batch.rows)
@@ -262,7 +263,7 @@ def test_pair_longer_than_a_row_stands_in_two_of_one_microbatch():
     assert batch.present.sum(0).tolist() == [1] * 14
     lengths = np.array([p.lengths for p in pairs])
     real = packing.unit_lengths(lengths, "shared").sum() + 30 + 20
-    assert layout.work_counts(batch, lengths, shape, "shared")["tokens_real"] == real
+    assert layout.work_counts(batch, lengths, shape)["tokens_real"] == real
 
 
 def long_ranking(prompt, *answers, seed=3):
@@ -273,8 +274,8 @@ def long_ranking(prompt, *answers, seed=3):
 def test_ranking_longer_than_a_row_stands_in_rows_of_one_microbatch():
     # Of four answers the two short ones share a row; a fifth pair fills what is left.
     pairs = [*rankings(5, 4, longest=8), long_ranking(20, 40, 10, 30, 9), *random_pairs(3), long_ranking(9, 50, 50, 50)]
-    shape = packing.Shape(pairs=10, rows=3, row_length=64, microbatches=6, answers=4)
-    batch = layout.collate(pairs, None, shape, layout="shared")
+    shape = packing.Shape(pairs=10, rows=3, row_length=64, microbatches=6, layout="shared", answers=4)
+    batch = layout.collate(pairs, None, shape)
     rows = {pair: set() for pair in range(10)}
     scored = {}
     for micro, row, entry in np.argwhere(batch.rows.slot >= 0):
@@ -292,7 +293,7 @@ def test_ranking_longer_than_a_row_stands_in_rows_of_one_microbatch():
     lengths = lengths_of(pairs)
     apart = [sum(p.lengths[0] + n - 1 for n in p.lengths[1:]) for p in (pairs[5], pairs[9])]
     others = packing.unit_lengths(lengths[[0, 1, 2, 3, 4, 6, 7, 8]], "shared").sum()
-    assert layout.work_counts(batch, lengths, shape, "shared")["tokens_real"] == others + sum(apart)
+    assert layout.work_counts(batch, lengths, shape)["tokens_real"] == others + sum(apart)
 
 
 @pytest.mark.parametrize("rows", [4, 5, 8])
@@ -305,11 +306,8 @@ def test_shape_has_microbatches_for_any_batch_of_rankings_longer_than_a_row(rows
         lengths, layout="shared", pairs=8, row_length=120, rows=rows, shards=1, target_positions=1024
     )
     assert shape.answers == 4 and shape.rows == rows
-    worst = [lengths[np.argsort(-packing.unit_room(lengths, "shared"))[:8]]]
-    needed = [
-        len(packing.plan(each, shape, "shared"))
-        for each in [*worst, *(rng.permutation(lengths)[:8] for _ in range(200))]
-    ]
+    worst = [lengths[np.argsort(-packing.row_space(lengths, "shared"))[:8]]]
+    needed = [len(packing.plan(each, shape)) for each in [*worst, *(rng.permutation(lengths)[:8] for _ in range(200))]]
     assert max(needed) <= shape.microbatches <= 2 * max(needed)
 
 
@@ -319,14 +317,14 @@ def test_rows_that_come_in_threes_leave_some_of_a_microbatch_empty():
     shape = packing.choose_shape(
         lengths, layout="shared", pairs=16, row_length=120, rows=8, shards=1, target_positions=1024
     )
-    assert len(packing.plan(lengths[1:], shape, "shared")) == 8 <= shape.microbatches
+    assert len(packing.plan(lengths[1:], shape)) == 8 <= shape.microbatches
 
 
 def test_pair_that_scores_more_than_a_row_holds_stands_in_two_rows():
     # After a prompt of one token a pair has 64 positions and 65 scored tokens: a row of 64 has no place for the last.
     pairs = [long_pair(1, 33, 32)]
-    shape = packing.Shape(pairs=1, rows=2, row_length=64, microbatches=1)
-    batch = layout.collate(pairs, None, shape, layout="shared")
+    shape = packing.Shape(pairs=1, rows=2, row_length=64, microbatches=1, layout="shared")
+    batch = layout.collate(pairs, None, shape)
     assert np.bincount(batch.rows.slot[batch.rows.slot >= 0]).tolist() == [33, 32]
 
 
@@ -356,7 +354,7 @@ def test_shape_has_rows_for_the_longest_pair_and_microbatches_for_the_worst_batc
     assert shape.row_length >= max(units) and shape.rows == 1
     worst = sorted(units)[-64:]
     lengths = lengths_taking(worst)
-    assert len(packing.plan(lengths, shape, "shared")) <= shape.microbatches
+    assert len(packing.plan(lengths, shape)) <= shape.microbatches
 
 
 @pytest.mark.parametrize("pairs", [8, 64, 256])
@@ -369,7 +367,7 @@ def test_batches_of_the_chosen_shape_are_full(pairs, target, shards):
     for seed in range(60):
         drawn = np.random.default_rng(100 + seed).choice(units, pairs)
         lengths = lengths_taking(drawn)
-        planned = packing.plan(lengths, shape, "shared")
+        planned = packing.plan(lengths, shape)
         computed += sum(microbatch.positions for microbatch in planned)
         real += drawn.sum()
         assert len(planned) <= shape.microbatches
@@ -394,7 +392,7 @@ def test_choosing_packs_no_rows_of_a_length_that_cannot_be_full(monkeypatch):
 
     def fill(shape):
         draws = [np.random.default_rng(seed).choice(units, 2) for seed in range(40)]
-        planned = [each for drawn in draws for each in packing.plan(lengths_taking(drawn), shape, "shared")]
+        planned = [each for drawn in draws for each in packing.plan(lengths_taking(drawn), shape)]
         return sum(map(sum, draws)) / sum(each.positions for each in planned)
 
     assert all(fill(choose(units, row_length=length, **few)) < fill(found) for length in others)
@@ -404,14 +402,14 @@ def test_small_batches_are_cut_to_what_they_hold():
     shape = choose(hh_like(500), pairs=8, target_positions=1536)
     assert len(shape.crops) > 1 and shape.crops[0] == (shape.rows, shape.row_length)
     pairs = [long_pair(20, 31, 31)]
-    batch = layout.collate(pairs, None, shape, layout="shared")
+    batch = layout.collate(pairs, None, shape)
     assert batch.crop is not None
     rows, length = shape.crops[int(batch.crop[0])]
     assert 80 <= rows * length < shape.positions
     cut = layout.crop_rows(layout.map_rows(lambda x: x[0], batch.rows), (rows, length))
     assert (cut.slot >= 0).sum() == 62 and cut.key_end.max() <= length
     lengths = np.array([p.lengths for p in pairs])
-    assert layout.work_counts(batch, lengths, shape, "shared") == {
+    assert layout.work_counts(batch, lengths, shape) == {
         "positions_computed": rows * length,
         "tokens_real": 80,
     }
@@ -420,8 +418,8 @@ def test_small_batches_are_cut_to_what_they_hold():
 def test_rows_of_a_microbatch_score_about_as_much():
     # Sorted by what they score: the rows that devices work at side by side differ least.
     pairs = [long_pair(10, 1 + n, 39 - n if n % 2 else 1, seed=n) for n in range(1, 33)]
-    shape = packing.Shape(pairs=32, rows=4, row_length=64, microbatches=8, shards=4)
-    batch = layout.collate(pairs, None, shape, layout="shared")
+    shape = packing.Shape(pairs=32, rows=4, row_length=64, microbatches=8, layout="shared", shards=4)
+    batch = layout.collate(pairs, None, shape)
     scored = (batch.rows.slot >= 0).sum(-1)[: int(batch.count)]
     assert all(before.min() >= after.max() for before, after in zip(scored, scored[1:], strict=False))
 
@@ -465,9 +463,9 @@ def test_shape_that_cannot_be_is_refused(changes, message):
 def test_answers_begin_where_their_slots_do(name, pairs):
     pairs = [*pairs, long_pair(30, 31, 31)]
     lengths = lengths_of(pairs)
-    shape = packing.Shape(9, rows=4, row_length=64, microbatches=9, answers=lengths.shape[1] - 1)
-    slot = layout.collate(pairs, None, shape, layout=name).rows.slot
-    starts = layout.answer_starts(lengths, shape, name)
+    shape = packing.Shape(9, rows=4, row_length=64, microbatches=9, layout=name, answers=lengths.shape[1] - 1)
+    slot = layout.collate(pairs, None, shape).rows.slot
+    starts = layout.answer_starts(lengths, shape)
     for pair, side in np.argwhere(lengths[:, 1:]):
         micro, row, at = starts[pair, side]
         expected = shape.answers * pair + side
@@ -479,8 +477,8 @@ def test_answers_begin_where_their_slots_do(name, pairs):
 @pytest.mark.parametrize("name", layout.LAYOUTS)
 def test_likely_tokens_stand_beside_the_targets_that_they_could_have_been(name, pairs):
     pairs = [*pairs, long_pair(30, 31, 31)]
-    shape = packing.Shape(9, rows=4, row_length=64, microbatches=9, answers=lengths_of(pairs).shape[1] - 1)
-    rows = layout.collate(pairs, None, shape, layout=name, tokens=tokens_of(pairs, 3)).rows
+    shape = packing.Shape(9, rows=4, row_length=64, microbatches=9, layout=name, answers=lengths_of(pairs).shape[1] - 1)
+    rows = layout.collate(pairs, None, shape, tokens=tokens_of(pairs, 3)).rows
     assert rows.likely is not None and rows.likely_logps is not None
     expected = np.where((rows.slot >= 0)[..., None], rows.target[..., None] + np.arange(3), 0)
     np.testing.assert_array_equal(rows.likely, expected)
@@ -492,8 +490,8 @@ def test_likely_tokens_stand_beside_the_targets_that_they_could_have_been(name, 
 
 def test_further_sums_are_padded_as_the_reference_is():
     sums = {"shared_logps": np.arange(10).reshape(5, 2)}
-    batch = layout.collate(random_pairs(5), None, SHAPE, layout="shared", reference_sums=sums)
+    batch = layout.collate(random_pairs(5), None, SHAPE, reference_sums=sums)
     assert batch.reference_sums.keys() == sums.keys() and batch.reference_sums["shared_logps"].dtype == np.float32
     assert batch.reference_sums["shared_logps"].tolist() == [*sums["shared_logps"].tolist(), *[[0, 0]] * 3]
-    without = layout.collate(random_pairs(5), None, SHAPE, layout="shared")
+    without = layout.collate(random_pairs(5), None, SHAPE)
     assert without.reference_sums is None and without.rows.likely is None and without.rows.likely_logps is None

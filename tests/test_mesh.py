@@ -219,7 +219,7 @@ def test_update_on_cpus_sums_without_the_collective_that_fails_there(inputs):
     tx, _ = choices.optimizer_of(chosen.optimizer, total_steps=STEPS)
     state = abstract_state(built, tx)
     shape = built.update_shape
-    batch = layout.collate([read.sets["train"][i] for i in range(shape.pairs)], None, shape, layout=built.layout)
+    batch = layout.collate([read.sets["train"][i] for i in range(shape.pairs)], None, shape)
     update = programs.make_update(built, tx, state)
     text = update.compile(state, {}, sharding.put(batch, built.mesh)).as_text()
     assert " all-reduce(" in text and "reduce-scatter" not in text
@@ -229,15 +229,15 @@ def test_update_on_cpus_sums_without_the_collective_that_fails_there(inputs):
 @pytest.mark.parametrize("rows", [8, 16])
 def test_processes_together_write_the_whole_batch(rows, processes):
     pairs = random_pairs(40)
-    shape = packing.Shape(pairs=40, rows=rows, row_length=64, microbatches=8, shards=8)
+    shape = packing.Shape(pairs=40, rows=rows, row_length=64, microbatches=8, layout="shared", shards=8)
     each = 8 // processes
     shares = [tuple(range(i * each, (i + 1) * each)) for i in range(processes)]
 
     def collate(here):
         values = np.arange(80.0).reshape(40, 2)
-        part, sums = dataclasses.replace(shape, here=here), {"shared_logps": values / 2}
+        part, sums = dataclasses.replace(shape, local_shards=here), {"shared_logps": values / 2}
         tokens = tokens_of(pairs, 3)
-        return layout.collate(pairs, values, part, layout="shared", reference_sums=sums, tokens=tokens)
+        return layout.collate(pairs, values, part, reference_sums=sums, tokens=tokens)
 
     whole, nothing = collate(None), collate(())
     parts = [collate(here) for here in shares]

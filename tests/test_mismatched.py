@@ -31,8 +31,8 @@ def sides(pair):
 def test_every_pair_lends_its_answers_once_to_another_prompt(prompts):
     pairs, lengths = make_pairs(prompts)
     found = mismatched(pairs, lengths, max_length=64)
-    assert len(found) == len(pairs) and sorted(found.partner.tolist()) == [*range(len(pairs))]
-    for i, partner in enumerate(found.partner.tolist()):
+    assert len(found) == len(pairs) and sorted(found.answers_of.tolist()) == [*range(len(pairs))]
+    for i, partner in enumerate(found.answers_of.tolist()):
         assert prompts[partner] != prompts[i]
         assert sides(found[i]) == [pairs[i].prompt.tolist(), *sides(pairs[partner])[1:]]
 
@@ -40,17 +40,17 @@ def test_every_pair_lends_its_answers_once_to_another_prompt(prompts):
 def test_prompt_of_more_than_half_of_the_pairs_keeps_as_few_of_its_own_as_must_be():
     prompts = [1] * 7 + [2, 3, 4]
     pairs, lengths = make_pairs(prompts)
-    partner = mismatched(pairs, lengths, max_length=64).partner
+    partner = mismatched(pairs, lengths, max_length=64).answers_of
     assert sorted(partner.tolist()) == [*range(10)] and (partner != np.arange(10)).all()
     assert sum(prompts[i] == prompts[j] for i, j in enumerate(partner.tolist())) == 7 - 3
 
 
-def test_partners_are_the_same_each_time_and_not_the_neighbors():
+def test_assigned_answers_are_the_same_each_time_and_not_the_neighbors():
     pairs, lengths = make_pairs(range(40))
-    first, again = (mismatched(pairs, lengths, max_length=64).partner for _ in range(2))
+    first, again = (mismatched(pairs, lengths, max_length=64).answers_of for _ in range(2))
     assert first.tolist() == again.tolist()
     assert np.mean(np.abs(first - np.arange(40)) == 1) < 0.2
-    two = mismatched(*make_pairs([1] * 40 + [2] * 40), max_length=64).partner
+    two = mismatched(*make_pairs([1] * 40 + [2] * 40), max_length=64).answers_of
     assert np.mean(np.abs(two - np.arange(80)) == 40) < 0.2
 
 
@@ -60,7 +60,7 @@ def test_answers_are_cut_to_what_the_prompt_leaves_and_lengths_say_so():
     lengths[3, 0] = 8
     found = mismatched(pairs, lengths, max_length=8)
     assert found.lengths.dtype == np.int32
-    for i, partner in enumerate(found.partner.tolist()):
+    for i, partner in enumerate(found.answers_of.tolist()):
         room = 8 - len(pairs[i].prompt)
         assert sides(found[i])[1:] == [ids.tolist()[:room] for ids in pairs[partner].answers]
         assert found.lengths[i].tolist() == found[i].lengths
@@ -73,14 +73,14 @@ def test_an_answer_that_is_not_there_is_not_there_for_the_other_prompt():
     pairs = [pair._replace(**{"rejected" if i % 2 else "chosen": none}) for i, pair in enumerate(pairs)]
     lengths = np.array([pair.lengths for pair in pairs])
     found = mismatched(pairs, lengths, max_length=64)
-    assert (found.lengths[:, 1] > 0).tolist() == [bool(j % 2) for j in found.partner.tolist()]
+    assert (found.lengths[:, 1] > 0).tolist() == [bool(j % 2) for j in found.answers_of.tolist()]
 
 
 def test_rankings_lend_all_their_answers():
     pairs, lengths = make_pairs(range(5), answers=4)
     found = mismatched(pairs, lengths, max_length=64)
     assert found.lengths.shape == (5, 5) and found.reference.shape == (5, 4)
-    assert sides(found[2])[1:] == sides(pairs[found.partner[2]])[1:]
+    assert sides(found[2])[1:] == sides(pairs[found.answers_of[2]])[1:]
 
 
 def test_keys_are_those_of_the_tokens_and_no_value_is_given():
@@ -96,4 +96,4 @@ def test_keys_are_those_of_the_tokens_and_no_value_is_given():
 def test_one_prompt_alone_is_refused(prompts):
     with pytest.raises(InputError, match="data.train: the prompt is the same in all") as caught:
         mismatched(*make_pairs(prompts), max_length=64)
-    assert "two prompts or more" in caught.value.expected
+    assert "two different prompts" in caught.value.expected

@@ -185,7 +185,6 @@ def test_soft_reference_is_the_mixture_of_parameters(folders, tmp_path):
             pairs,
             pairs.lengths,
             shape=built.score_shape,
-            layout=built.layout,
         ):
             scored[part.indices] = part.logps
         stored = np.array([found[key.tobytes().hex()] for key in pairs.keys])

@@ -66,8 +66,8 @@ def test_architecture_is_read_without_weights_and_missing_ones_are_named(tmp_pat
 def test_work_and_flops_of_an_update_in_closed_form():
     # Every batch is the same: 8 pairs of 100 + 2 * 51 tokens, of which two stand in a row of 512.
     model = estimate.architecture(recipe("llama3_8b"))
-    lengths, shape = np.tile([[100, 51, 51]], (32, 1)), Shape(8, 2, 512, 4)
-    work = roofline.mean_work(model, lengths, shape, "shared")
+    lengths, shape = np.tile([[100, 51, 51]], (32, 1)), Shape(8, 2, 512, 4, "shared")
+    work = roofline.mean_work(model, lengths, shape)
     assert (work.microbatches, work.positions) == (2, 2 * 2 * 512)
     assert work.tokens == 8 * 200 and work.scored == 8 * 102
     block = 4096 * 4096 * 2 + 2 * 4096 * 1024 + 3 * 4096 * 14336

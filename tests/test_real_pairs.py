@@ -164,7 +164,7 @@ def test_packed_and_shared_equals_each_completion_alone(models, family, dtype, b
         )
         score = jax.jit(steps.make_score_step(scorer(shape, jnp.dtype(dtype), 250), has_aux=True))
         packed = np.zeros((1000, 2))
-        for part in scoring.score_pairs(functools.partial(score, params), some, lengths, shape=grid, layout="shared"):
+        for part in scoring.score_pairs(functools.partial(score, params), some, lengths, shape=grid):
             packed[part.indices] = part.logps
         single = np.zeros((1000, 2))
         one = jax.jit(scorer(shape, jnp.dtype(dtype), 8))
@@ -190,7 +190,7 @@ def test_gradient_of_a_packed_batch_equals_that_of_completions_alone(models, fam
         reference = np.array([[-200.0, -210.0]] * 8)
         shape_of: dict[str, Any] = dict(layout="shared", pairs=8, row_length=None, rows=8, shards=1, target_positions=1)
         grid = packing.choose_shape(lengths, **shape_of)
-        batch = jax.tree.map(jnp.asarray, layout.collate(some, reference, grid, layout="shared"))
+        batch = jax.tree.map(jnp.asarray, layout.collate(some, reference, grid))
         ((group, rows),) = alone(some)
         order = np.array([2 * i + side for i, side, *_ in group])
 

@@ -14,7 +14,7 @@ from dpo_jax.reference.scoring_pass import PairsToScore
 from dpo_jax.types import Encoded, InputError
 
 IDENTITY = {"weights": "w", "tokenizer": "t", "template": "p", "max_length": 64}
-SHAPE = packing.Shape(pairs=4, rows=2, row_length=64, microbatches=2)
+SHAPE = packing.Shape(pairs=4, rows=2, row_length=64, microbatches=2, layout="shared")
 
 
 def make_set(count, seed=0):
@@ -106,7 +106,7 @@ def run(folder, *sets, identity=IDENTITY, score=None, answers=2, tokens=None):
     score = score or (Scorer(shape=shape) if tokens is None else TokenScorer(tokens, shape=shape))
     named = dict(zip("abc", sets, strict=False))
     place = store.Store(folder, identity)
-    done = scoring_pass.run_pass(place, named, score, shape=shape, layout="shared", tokens=tokens)
+    done = scoring_pass.run_pass(place, named, score, shape=shape, tokens=tokens)
     return done, score.calls
 
 

@@ -198,7 +198,7 @@ def test_template_whose_answers_end_where_generation_does_not_is_a_warning(tmp_p
     lines = warnings(tmp_path, CHAT, make_tokenizer(template=template), generation={"eos_token_id": stops})
     assert len(lines) == endless
     if endless:
-        assert f"4 of 4 answers looked at in train end in no token that stops generation ({SPECIALS[1]}" in lines[0]
+        assert f"4 of 4 answers checked in train end in no token that stops generation ({SPECIALS[1]}" in lines[0]
         assert f"{tmp_path / 'train.jsonl'}:1 ends in " in lines[0]
 
 
@@ -210,14 +210,11 @@ def test_answers_that_were_cut_are_not_said_to_be_endless(tmp_path):
     found = dataset.load(
         str(path),
         split="train",
-        format="plain",
+        reading=dataset.ReadingRules(format="plain", on_bad_row="error", rankings="all"),
         tokenizer=tokenizer,
-        vocab_size=TOKENS,
-        max_length=32,
-        max_prompt_length=16,
-        truncate_prompt="keep_end",
-        on_bad_row="error",
-        rankings="all",
+        tokenization=tokenize.TokenizationRules(
+            TOKENS, max_length=32, max_prompt_length=16, truncate_prompt="keep_end"
+        ),
         cache_dir=str(tmp_path / "cache"),
     )
     assert found.report["answers_cut"] == 1

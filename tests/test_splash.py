@@ -131,8 +131,8 @@ def test_eight_packed_pairs_visit_a_third_of_what_causal_attention_would():
     rng = np.random.default_rng(0)
     sizes = [(int(rng.integers(120, 260)), int(rng.integers(60, 240))) for _ in range(8)]
     pairs = [Encoded.of(*(np.ones(n, int) for n in (prompt, c, 512 - prompt - c))) for prompt, c in sizes]
-    shape = packing.Shape(pairs=8, rows=1, row_length=4096, microbatches=1)
-    batch = layout.collate(pairs, None, shape, layout="shared")
+    shape = packing.Shape(pairs=8, rows=1, row_length=4096, microbatches=1, layout="shared")
+    batch = layout.collate(pairs, None, shape)
     bounds = jnp.asarray(batch.rows.key_start[0]), jnp.asarray(batch.rows.key_end[0])
     computed, causal = splash.visited(*bounds, splash.choose_blocks(4096))
     print(f"{computed} blocks of {causal}: {computed / causal:.3f}")

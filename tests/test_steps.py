@@ -38,8 +38,8 @@ def params():
 
 def make_batch(pairs, rows, *, total=PAIRS, layout_name="shared"):
     reference = np.random.default_rng(1).normal(-60, 3, (len(pairs), 2))
-    shape = packing.Shape(pairs=total, rows=rows, row_length=LENGTH, microbatches=-(-total // rows))
-    return layout.collate(pairs, reference, shape, layout=layout_name)
+    shape = packing.Shape(pairs=total, rows=rows, row_length=LENGTH, microbatches=-(-total // rows), layout=layout_name)
+    return layout.collate(pairs, reference, shape)
 
 
 def make_step(loss="sigmoid", tx=None, total=PAIRS, mesh=None, config=CONFIG, in_place=True, crops=(), **options):
@@ -111,8 +111,8 @@ def test_vocabulary_takes_memory_for_one_sum_of_gradients(tied, sizes):
     # A further vocabulary entry may take its sum's width, and the logits of the scored tokens that the head keeps.
     def temporaries(vocab):
         config = dataclasses.replace(CONFIG, vocab_size=vocab, width=512, tie_embeddings=tied)
-        shape = packing.Shape(PAIRS, rows=1, row_length=LENGTH, microbatches=PAIRS, shards=1, crops=sizes)
-        batch = layout.collate(random_pairs(), np.zeros((PAIRS, 2)), shape, layout="shared")
+        shape = packing.Shape(PAIRS, rows=1, row_length=LENGTH, microbatches=PAIRS, layout="shared", crops=sizes)
+        batch = layout.collate(random_pairs(), np.zeros((PAIRS, 2)), shape)
         crops = [functools.partial(layout.crop_rows, crop=crop) for crop in shape.crops]
         tx = optax.sgd(0.1)
         state = jax.eval_shape(lambda: steps.init_state(decoder.init(jax.random.key(0), config), tx))
@@ -165,8 +165,8 @@ def test_answers_of_a_ranking_score_as_they_do_alone(layout_name):
     alone = [Encoded(rankings[p].prompt, rankings[p].answers[side], none) for p, side in places]
 
     def logps(pairs, name, **sizes):
-        shape = packing.Shape(pairs=len(pairs), rows=len(pairs), row_length=256, microbatches=1, **sizes)
-        rows = jax.tree.map(lambda x: x[0], layout.collate(pairs, None, shape, layout=name).rows)
+        shape = packing.Shape(pairs=len(pairs), rows=len(pairs), row_length=256, microbatches=1, layout=name, **sizes)
+        rows = jax.tree.map(lambda x: x[0], layout.collate(pairs, None, shape).rows)
         logps_fn = make_logps_fn(CONFIG, pairs=shape.pairs, answers=shape.answers)
         return np.asarray(jax.jit(logps_fn)(params(), rows)[0])
 

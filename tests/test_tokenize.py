@@ -1,3 +1,4 @@
+import dataclasses
 import re
 from pathlib import Path
 
@@ -18,11 +19,11 @@ CHAT = {
     "chosen": [{"role": "assistant", "content": "yes"}],
     "rejected": [{"role": "assistant", "content": "no"}],
 }
-LIMITS = {"vocab_size": 1000, "max_length": 512, "max_prompt_length": 256, "truncate_prompt": "keep_end"}
+LIMITS = tokenize.TokenizationRules(vocab_size=1000, max_length=512, max_prompt_length=256, truncate_prompt="keep_end")
 
 
 def encode(pairs, tokenizer, **limits):
-    return tokenize.encode(pairs, tokenizer, **{**LIMITS, **limits})
+    return tokenize.encode(pairs, tokenizer, dataclasses.replace(LIMITS, **limits))
 
 
 def encode_one(pair, tokenizer, **limits):

@@ -20,8 +20,8 @@ EVEN = Blocks(*[Tile(16, 16, 4, 2)] * 3)
 def packed_bounds(length, lengths=((9, 14, 11), (20, 8, 17), (5, 3, 30), (12, 6, 6)), rows=2, layout="shared"):
     """Bounds of packed pairs, given token counts of prompt, chosen and rejected; unused positions are padding."""
     pairs = [Encoded.of(*(np.arange(1, n + 1) for n in pair)) for pair in lengths]
-    shape = Shape(pairs=len(pairs), rows=rows, row_length=length, microbatches=-(-len(pairs) // rows))
-    packed = collate(pairs, None, shape, layout=layout).rows
+    shape = Shape(pairs=len(pairs), rows=rows, row_length=length, microbatches=-(-len(pairs) // rows), layout=layout)
+    packed = collate(pairs, None, shape).rows
     return packed.key_start[0], packed.key_end[0]
 
 

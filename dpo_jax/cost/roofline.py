@@ -90,7 +90,6 @@ def mean_work(
     model: DecoderConfig,
     lengths: Int[np.ndarray, "N _"],
     shape: Shape,
-    name: str,
     trained: Shares = WHOLE,
     differentiated: Shares = WHOLE,
 ) -> Work:
@@ -98,21 +97,20 @@ def mean_work(
 
     Args:
       lengths: token counts of the prompt and the answers of every pair.
-      name: the layout of pairs, one of `layout.LAYOUTS`.
       trained: shares that train.
       differentiated: shares whose gradients are computed: whole leaves, also where only some layers of them train.
     """
     rng = np.random.default_rng(0)
-    batches = []
+    batches, layout = [], shape.layout
     for _ in range(DRAWN_BATCHES):
         drawn = lengths[rng.integers(0, len(lengths), shape.pairs)]
-        microbatches = packing.plan(drawn, shape, name)
+        microbatches = packing.plan(drawn, shape)
         positions = sum(each.positions for each in microbatches)
-        tokens, scored = tokens_of(drawn, name)
-        forward = forward_flops(model, drawn, name, trained)
+        tokens, scored = tokens_of(drawn, layout)
+        forward = forward_flops(model, drawn, layout, trained)
         padding = product_flops(model, positions - tokens, 0, trained)
         head = product_flops(model, 0, scored)
-        training = train_flops(model, drawn, name, trained)
+        training = train_flops(model, drawn, layout, trained)
         frozen = frozen_flops(model, positions, scored, differentiated)
         batches.append((len(microbatches), positions, tokens, scored, forward, padding, head, training, frozen))
     return Work(shape.pairs, *np.mean(batches, 0).tolist())

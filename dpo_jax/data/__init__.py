@@ -1,1 +1,1 @@
-"""From preference files to packed batches: numpy and the tokenizer, never a model."""
+"""Turns preference files into packed batches, with numpy and the tokenizer; nothing here imports a model."""

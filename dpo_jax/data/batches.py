@@ -1,31 +1,33 @@
-"""From the indices of pairs to a batch: their ids laid out, with what is known of the reference."""
+"""Makes batches from indices of pairs: their token ids laid out, with the stored reference log-probs."""
 
 from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Float, Float32, Float64, Int, Int32
+from jaxtyping import Float, Float32, Float64, Int, Int32, UInt64
 
-from dpo_jax.data.layout import collate
+from dpo_jax.data.dataset import PairSet
+from dpo_jax.data.layout import LikelyTokens, collate
+from dpo_jax.data.mismatched import MismatchedPairs
 from dpo_jax.data.packing import Shape
 from dpo_jax.types import AnswerTokens, Batch, Encoded, Pairs
 
 
 class ReferenceValues(NamedTuple):
-    """What the reference says of some of a set of N pairs, n of them."""
+    """Stored reference log-probs for n of a dataset's N pairs."""
 
-    place: Int[np.ndarray, "N"]  # of each pair among the n; -1: nothing is known of it
+    place: Int[np.ndarray, "N"]  # index of each pair among the n; -1: it has no stored values
     logps: Float[np.ndarray, "n K"]  # nats, summed over answers
-    sums: dict[str, Float[np.ndarray, "n K"]]  # further sums over answers, of `losses.SUMS`
-    tokens: TokenValues | None = None  # likely tokens' log-probs
-    mismatched: Float[np.ndarray, "n K"] | None = None  # as `logps`, of answers that belong to other prompts
+    sums: dict[str, Float[np.ndarray, "n K"]]  # further sums over answers, named in `losses.SUMS`
+    tokens: TokenValues | None = None  # log-probs of likely tokens
+    mismatched: Float[np.ndarray, "n K"] | None = None  # like `logps`, of the answers of mismatched prompts
 
     def of(self, chosen: Int[np.ndarray, "P"]) -> ReferenceValues:
-        """The same of these pairs alone, in this order."""
+        """Selects the values of some pairs, in the order of their indices."""
         at = self.place[chosen]
         assert (at >= 0).all(), "a pair that the reference has not scored"
         return ReferenceValues(
@@ -39,74 +41,90 @@ class ReferenceValues(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class PairSubset:
-    """Some of a set of pairs, as a set, none with reference values of its own."""
+    """Pairs of a set selected by index, to be scored: reference log-probs that came with the data are ignored."""
 
-    pairs: Any  # as `types.Pairs`, with `lengths` and `keys`
+    pairs: PairSet | MismatchedPairs
     indices: Int[np.ndarray, "n"]
 
     def __len__(self) -> int:
         return len(self.indices)
 
-    def __getitem__(self, index: Any) -> Encoded:
+    def __getitem__(self, index: int) -> Encoded:
         return self.pairs[int(self.indices[index])]
 
     @property
-    def lengths(self) -> np.ndarray:
+    def lengths(self) -> Int32[np.ndarray, "n _"]:
+        """Token counts of prompt and answers, [n, 1 + K]."""
         return self.pairs.lengths[self.indices]
 
     @property
-    def keys(self) -> np.ndarray:
+    def keys(self) -> UInt64[np.ndarray, "n 2"]:
+        """Digests of the pairs' token ids."""
         return self.pairs.keys[self.indices]
 
     @property
-    def reference(self) -> np.ndarray:
+    def reference(self) -> Float64[np.ndarray, "n 2"]:
+        """Reference log-probs given with the data: nan, none."""
         return np.full((len(self), 2), np.nan)
 
 
 def make_batch(
     chosen: Int[np.ndarray, "P"],
     pairs: Pairs,
-    known: ReferenceValues | None,
+    reference: ReferenceValues | None,
     shape: Shape,
     *,
-    layout: str,
     mismatched: Pairs | None = None,
 ) -> Batch:
-    """The batch of these pairs, in this order.
+    """Makes the batch of the pairs with these indices, in this order.
 
     Args:
-      known: None: nothing is read of the reference.
-      mismatched: the set of the same prompts with other answers, if the objective asks for them.
+      reference: stored reference log-probs; None: the objective reads none.
+      mismatched: the same prompts with answers of other prompts, if the objective reads them.
     """
-    found = None if known is None else known.of(chosen)
-
-    def lay_out(pairs: Pairs, **stored: Any) -> Batch:
-        return collate([pairs[i] for i in chosen.tolist()], shape=shape, layout=layout, **stored)
-
-    if found is None:
-        return lay_out(pairs, reference=None)
-    batch = lay_out(pairs, reference=found.logps, reference_sums=found.sums or None, tokens=found.tokens)
+    if reference is None:
+        return _lay_out(chosen, pairs, shape, None)
+    values = reference.of(chosen)
+    tokens = None if values.tokens is None else [values.tokens[i] for i in range(len(chosen))]
+    batch = _lay_out(chosen, pairs, shape, values.logps, values.sums or None, tokens)
     if mismatched is None:
         return batch
-    return batch._replace(mismatched=lay_out(mismatched, reference=found.mismatched))
+    return batch._replace(mismatched=_lay_out(chosen, mismatched, shape, values.mismatched))
+
+
+def _lay_out(
+    chosen: np.ndarray,
+    pairs: Pairs,
+    shape: Shape,
+    reference: np.ndarray | None,
+    sums: Mapping[str, np.ndarray] | None = None,
+    tokens: Sequence[LikelyTokens] | None = None,
+) -> Batch:
+    """Reads the pairs with these indices and packs them into a batch; arguments as those of `layout.collate`."""
+    encoded = [pairs[i] for i in chosen.tolist()]
+    return collate(encoded, reference, shape, reference_sums=sums, tokens=tokens)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class TokenValues:
-    """What the reference says of every token of the answers of N pairs, and of the C likeliest tokens in its place.
+    """Reference log-probs of all M answer tokens of N pairs, and of the C likeliest tokens in place of each.
 
-    4 + 8C bytes a token; pairs that are taken `of` others have the same arrays. A sequence: of each pair, for every
-    answer, the likely tokens and their log-probs, as `layout.collate` reads them.
+    4 + 8C bytes per token; selections made by `of` share the arrays. Item i holds, for each answer of pair i, likely
+    tokens and their log-probs, as `layout.collate` reads them.
     """
 
-    bounds: Int[np.ndarray, "N K1"]  # of the M tokens, those of answer k are from [k] up to [k + 1]
+    bounds: Int[np.ndarray, "N K1"]  # the tokens of answer k of a pair are bounds[k] to bounds[k + 1] of the M
     logps: Float32[np.ndarray, "M"]  # nats
     likely: Int32[np.ndarray, "M C"]  # the likeliest first
     likely_logps: Float32[np.ndarray, "M C"]
 
     @classmethod
     def empty(cls, lengths: Int[np.ndarray, "N K"], likely: int) -> TokenValues:
-        """Room for pairs with answers of these lengths."""
+        """Zeros for pairs with answers of these lengths, to be filled by `write`.
+
+        Args:
+          likely: C, likely tokens in place of each token.
+        """
         ends = np.concatenate([[0], np.cumsum(lengths.ravel(), dtype=np.int64)])
         firsts = np.arange(len(lengths))[:, None] * lengths.shape[1]
         shape = int(ends[-1]), likely
@@ -120,18 +138,24 @@ class TokenValues:
         return [(self.likely[a:b], self.likely_logps[a:b]) for a, b in itertools.pairwise(self.bounds[pair].tolist())]
 
     def of(self, chosen: Int[np.ndarray, "P"]) -> TokenValues:
-        """The same of these pairs alone, in this order."""
+        """Selects the values of some pairs, in the order of their indices."""
         return dataclasses.replace(self, bounds=self.bounds[chosen])
 
     def write(self, pair: int, answers: Sequence[AnswerTokens]) -> None:
-        """Fills in a pair's values. Raises: ValueError if there are more or fewer of an answer's than tokens."""
+        """Writes the values of a pair.
+
+        Raises: ValueError if the number of values differs from the number of tokens of an answer.
+        """
         for (a, b), answer in zip(itertools.pairwise(self.bounds[pair].tolist()), answers, strict=False):
             if len(answer.logps) != b - a:
                 raise ValueError(f"{len(answer.logps)} values of {b - a} tokens")
             self.logps[a:b], self.likely[a:b], self.likely_logps[a:b] = answer
 
     def shared_logps(self) -> Float64[np.ndarray, "N K"]:
-        """Each answer's log-probs summed up to the length of the shortest of its pair that is there."""
+        """Log-probs of each answer summed over its first n tokens, n being the shortest answer of the pair.
+
+        Missing answers do not count as the shortest.
+        """
         counts = np.diff(self.bounds, axis=1)
         shortest = np.where(counts > 0, counts, np.iinfo(np.int64).max).min(1, keepdims=True)
         sums = np.concatenate([[0.0], np.cumsum(self.logps, dtype=np.float64)])

@@ -1,4 +1,4 @@
-"""Conversations: messages in the columns of a row, and the text that a chat template makes of them."""
+"""Reads conversations from the columns of a row and renders them with a chat template."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from dpo_jax.data.columns import DROP, check_different, column
 from dpo_jax.types import InputError, Row
 
-_PROBE = "dpojax"  # stands for an answer where only what a template writes around it matters
+_PROBE = "dpojax"  # placeholder answer, to find the text that a template writes around answers
 
 Message = dict[str, Any]
 
@@ -27,30 +27,32 @@ class Conversation(NamedTuple):
 
 
 class Templated(NamedTuple):
-    """A conversation as a template writes it."""
+    """Text of a conversation as a chat template writes it."""
 
     prompt: str
     answers: list[str]
-    left_out: str  # the end of the generation header that is not in finished answers, and so not in `prompt`
+    left_out: str  # end of the generation header that finished answers lack, and that `prompt` therefore lacks
 
 
 def of_pair(row: Row) -> Conversation:
-    """Prompt and answers of columns chosen and rejected, whether the prompt stands in its own column, in the answers
-    or in both."""
+    """Prompt and answers from columns chosen and rejected; the prompt is in its own column, in the answers, or in both.
+
+    Raises: InputError if the messages are damaged or do not make a prompt and two answers.
+    """
     chosen, rejected = (messages(row, column(row, name), repr(name)) for name in ("chosen", "rejected"))
     same = [a == b for a, b in zip(chosen, rejected, strict=False)]
     shared = same.index(False) if False in same else len(same)
-    given = row.fields.get("prompt")
-    if given is None:
+    own = row.fields.get("prompt")
+    if own is None:
         start, prompt = shared, chosen[:shared]
-    elif isinstance(given, str):
-        # Public sets often repeat the question as text beside whole conversations.
-        start, prompt = shared, chosen[:shared] or [{"role": "user", "content": given}]
-        if all(given.strip() != message["content"].strip() for message in prompt):
+    elif isinstance(own, str):
+        # Public data sets often repeat the question as text beside entire conversations.
+        start, prompt = shared, chosen[:shared] or [{"role": "user", "content": own}]
+        if all(own.strip() != message["content"].strip() for message in prompt):
             raise InputError(
                 row.place,
                 got="a text prompt that is not one of the messages both answers start with",
-                expected="answers that carry this prompt, or assistant messages only",
+                expected="answers that start with this prompt, or with an assistant message",
                 remedy="Give the prompt as messages.",
             )
     else:
@@ -59,10 +61,11 @@ def of_pair(row: Row) -> Conversation:
 
 
 def after_prompt(row: Row, answers: list[list[Message]], names: Sequence[str]) -> Conversation:
-    """The prompt of its own column, and the answers, which may all repeat it.
+    """Conversation with the prompt from its own column; answers may all repeat the prompt.
 
     Args:
-      names: of the answers, for errors.
+      names: names of the answers, for errors.
+    Raises: InputError if the messages are damaged, or an answer does not start with an assistant message.
     """
     prompt = messages(row, column(row, "prompt"), "'prompt'")
     repeated = all(answer[: len(prompt)] == prompt for answer in answers)
@@ -70,28 +73,29 @@ def after_prompt(row: Row, answers: list[list[Message]], names: Sequence[str]) -
 
 
 def messages(row: Row, value: Any, name: str) -> list[Message]:
-    """A list of chat messages, without what is null in them. Raises: InputError if the value is anything else."""
+    """Chat messages without their null fields. Raises: InputError if the value is no list of messages."""
     value = _without_nulls(value)
     if not isinstance(value, list):
         raise InputError(
             row.place, got=f"{name} is a {type(value).__name__}", expected="a list of chat messages", remedy=DROP
         )
-    found: list[Message] = []
+    checked: list[Message] = []
     for message in value:
-        kept = message if isinstance(message, dict) else {}
-        content = kept.get("content", "" if kept.get("tool_calls") else None)
-        if not isinstance(kept.get("role"), str) or not isinstance(content, str):
+        fields = message if isinstance(message, dict) else {}
+        content = fields.get("content", "" if fields.get("tool_calls") else None)
+        if not isinstance(fields.get("role"), str) or not isinstance(content, str):
             raise InputError(
                 row.place,
-                got=f"message {len(found) + 1} of {name} lacks a role or has content that is not text",
+                got=f"message {len(checked) + 1} of {name} lacks a role or has content that is not text",
                 expected='{"role": text, "content": text}',
                 remedy=DROP,
             )
-        found.append({**kept, "content": content})
-    return found
+        checked.append({**fields, "content": content})
+    return checked
 
 
 def _checked(row: Row, prompt: list[Message], answers: list[list[Message]], names: Sequence[str]) -> Conversation:
+    """Checks that there is a prompt and that the answers are different, not empty, and start with the assistant."""
     if not prompt:
         raise InputError(row.place, got="no prompt message", expected="at least one", remedy=DROP)
     check_different(row, answers)
@@ -100,7 +104,7 @@ def _checked(row: Row, prompt: list[Message], answers: list[list[Message]], name
             raise InputError(
                 row.place,
                 got=f"the answer in {name} starts with a {answer[0]['role']!r} message",
-                expected="prompts that are the same and answers that start with an assistant message",
+                expected="equal prompts, and answers that start with an assistant message",
                 remedy=DROP,
             )
         if not any(m["content"].strip() or m.get("tool_calls") for m in answer if m["role"] == "assistant"):
@@ -109,52 +113,52 @@ def _checked(row: Row, prompt: list[Message], answers: list[list[Message]], name
 
 
 def write(row: Row, conversation: Conversation, tokenizer: PreTrainedTokenizerBase) -> Templated:
-    """Prompt and answers as the tokenizer's chat template writes them, by the row's `tools` and `chat_template_kwargs`.
+    """Renders a conversation with the tokenizer's chat template and the row's `tools` and `chat_template_kwargs`.
 
-    Raises: InputError if there is no template, or it cannot write them, or writes the prompt in another way.
+    Raises: InputError if there is no template, it cannot write the messages, or it writes the prompt differently before
+      an answer.
     """
     prompt, answers = conversation
     write = functools.partial(_apply, tokenizer, row.place, _options(row))
-    # A prompt that ends in an assistant message is the beginning of the answer: no header comes between.
+    # An assistant message that ends the prompt is continued by the answer, without a generation header between them.
     continued = prompt[-1]["role"] == "assistant"
     head = write(prompt, add_generation_prompt=not continued, continue_final_message=continued)
     wholes = [write(_joined(prompt, answer)) for answer in answers]
     start = head
     if not all(whole.startswith(head) for whole in wholes) and not continued:
         # Some templates end the generation header with text that a finished answer lacks. The prompt then ends where
-        # header and finished turn part; a stand-in answer keeps the answers' own letters out of the comparison.
+        # header and finished turn differ; a placeholder answer keeps the answers' own text out of the comparison.
         turn = write([*prompt, {"role": "assistant", "content": _PROBE}])
         start = _common_tokens(tokenizer, head, turn[: turn.rfind(_PROBE)])
         if len(start) <= len(write(prompt)):
-            start = head  # not even the role is in common
+            start = head  # they differ before the end of the role
     if not all(whole.startswith(start) for whole in wholes):
         raise InputError(
             row.place,
             got="the chat template writes the prompt in another way when an answer follows",
-            expected="the prompt to be the beginning of prompt and answer",
-            remedy="Give chat_template_kwargs (such as enable_thinking) or a template under which it is.",
+            expected="text of prompt and answer that starts with the text of the prompt",
+            remedy="Give chat_template_kwargs (such as enable_thinking) or a template with which it does.",
         )
     return Templated(start, [whole[len(start) :] for whole in wholes], head[len(start) :])
 
 
 def _without_nulls(value: Any) -> Any:
-    """The same without the null keys that Arrow fills in, at any depth, where other rows have a value."""
+    """Removes null keys at any depth: Arrow adds them for keys that only other rows have."""
     if isinstance(value, dict):
         return {name: _without_nulls(each) for name, each in value.items() if each is not None}
     return [_without_nulls(each) for each in value] if isinstance(value, list) else value
 
 
 def _common_tokens(tokenizer: PreTrainedTokenizerBase, text: str, other: str) -> str:
-    """The beginning that two texts share in whole tokens, so that no special token is cut in two."""
+    """Longest beginning of two texts in common that ends at a token boundary, so that no special token is split."""
     encoded = tokenizer([text, other], add_special_tokens=False, return_offsets_mapping=True)
-    ids, others = cast("list[list[int]]", encoded["input_ids"])
-    shared = len(os.path.commonprefix([ids, others]))
+    shared = len(os.path.commonprefix(cast("list[list[int]]", encoded["input_ids"])))
     spans = cast("list[list[tuple[int, int]]]", encoded["offset_mapping"])[0]
     return text[: spans[shared - 1][1]] if shared else ""
 
 
 def _joined(prompt: list[Message], answer: list[Message]) -> list[Message]:
-    """The conversation with an answer; an assistant message that ends the prompt is continued by the answer's first."""
+    """Messages of prompt and answer; the answer's first message continues an assistant message that ends the prompt."""
     last, first = prompt[-1], answer[0]
     if last["role"] != "assistant":
         return prompt + answer
@@ -162,7 +166,7 @@ def _joined(prompt: list[Message], answer: list[Message]) -> list[Message]:
 
 
 def _options(row: Row) -> dict[str, Any]:
-    """Arguments of the template from the columns `tools` (a list, or JSON text of one) and `chat_template_kwargs`."""
+    """Template arguments from the columns `tools` (a list, or JSON text of one) and `chat_template_kwargs`."""
     tools, options = row.fields.get("tools"), row.fields.get("chat_template_kwargs") or {}
     if isinstance(tools, str):
         try:
@@ -177,13 +181,14 @@ def _options(row: Row) -> dict[str, Any]:
             expected="a list of tool schemas and a mapping",
             remedy=DROP,
         )
-    # An empty list makes some templates write a heading without tools.
+    # With an empty list some templates would write a heading for tools and then none.
     return {"tools": _without_nulls(tools) or None, **_without_nulls(options)}
 
 
 def _apply(
     tokenizer: PreTrainedTokenizerBase, place: str, options: dict[str, Any], messages: list[Message], **form: bool
 ) -> str:
+    """Text that the chat template writes for messages. Raises: InputError if there is no template or it fails."""
     if tokenizer.chat_template is None and "chat_template" not in options:
         raise InputError(
             place,

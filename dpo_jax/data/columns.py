@@ -1,4 +1,4 @@
-"""The columns of a row: what stands in them, or an error that says where something else does."""
+"""Reads and checks the columns of a row; errors name the row."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ DROP = 'Correct or drop the row, or set data.on_bad_row="skip".'
 
 
 def column(row: Row, name: str) -> Any:
-    """What stands in a column. Raises: InputError if there is nothing."""
+    """Value of a column. Raises: InputError if it is missing or null."""
     value = row.fields.get(name)
     if value is None:
         raise InputError(
@@ -26,22 +26,24 @@ def column(row: Row, name: str) -> Any:
 
 
 def text(row: Row, name: str) -> str:
-    """The text in a column. Raises: InputError if there is none."""
+    """Text of a column. Raises: InputError if it is missing or no text."""
     return as_text(row, column(row, name), repr(name))
 
 
-def as_text(row: Row, value: Any, name: str) -> str:
-    """The value itself. Raises: InputError if it is no text."""
+def as_text(row: Row, value: object, name: str) -> str:
+    """Returns the value. Raises: InputError if it is no text."""
     if not isinstance(value, str):
         raise InputError(row.place, got=f"{name} is a {type(value).__name__}", expected="text", remedy=DROP)
     return value
 
 
 def check_characters(row: Row, text: str) -> None:
-    """Raises InputError for half a character."""
+    """Raises InputError for text that UTF-8 cannot encode: half of a surrogate pair."""
     try:
         text.encode()
-    except UnicodeEncodeError as error:  # from JSON escapes such as \ud800; tokenizers fail on it without a place
+    except (
+        UnicodeEncodeError
+    ) as error:  # from JSON escapes such as \ud800; tokenizers fail on them without naming the row
         raise InputError(
             row.place,
             got=f"half a character (lone surrogate {text[error.start]!r})",
@@ -50,7 +52,7 @@ def check_characters(row: Row, text: str) -> None:
         ) from error
 
 
-def check_different(row: Row, answers: Sequence[Any]) -> None:
+def check_different(row: Row, answers: Sequence[object]) -> None:
     """Raises InputError if two answers, as text or as messages, are equal."""
     for n, answer in enumerate(answers):
         if answer in answers[:n]:
@@ -59,15 +61,15 @@ def check_different(row: Row, answers: Sequence[Any]) -> None:
             raise InputError(row.place, got=f"{which} are equal", expected=expected, remedy=DROP)
 
 
-def is_given(value: Any) -> bool:
-    """Whether a column that may be left out has a value: CSV has no other null than an empty text."""
+def is_given(value: object) -> bool:
+    """Whether an optional column has a value. Empty text counts as none, because CSV has no other null."""
     return value is not None and value != ""
 
 
-def number(value: Any) -> float | None:
-    """A finite number, or the text of one (all that CSV has), as a float; None for anything else."""
+def number(value: object) -> float | None:
+    """Converts a finite number, or the text of one (as in CSV), to float; None for anything else."""
     try:
-        found = float(value) if isinstance(value, (int, float, str)) and not isinstance(value, bool) else math.nan
+        converted = float(value) if isinstance(value, (int, float, str)) and not isinstance(value, bool) else math.nan
     except (ValueError, OverflowError):
         return None
-    return found if math.isfinite(found) else None
+    return converted if math.isfinite(converted) else None

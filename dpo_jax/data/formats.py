@@ -1,4 +1,4 @@
-"""The forms in which preference rows come, and the one form they are turned into: text of a prompt and its answers."""
+"""Formats of preference rows, and their rendering as text of a prompt and its answers."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from dpo_jax.types import InputError, Pair, Row
 
 FORMATS = ("plain", "chat", "hh", "ranked", "unpaired")
 RANKINGS = ("all", "best", "whole")
-HEADER = "\n\nAssistant:"  # ends the prompt of an HH transcript
+HEADER = "\n\nAssistant:"  # last text of the prompt in an HH transcript
 
 _REFERENCE = ("ref_chosen_logps", "ref_rejected_logps")
 _LABELS = {"true": True, "1": True, "1.0": True, "false": False, "0": False, "0.0": False}
 
 
 def detect(row: Row) -> str:
-    """The format of a row: `chat` for messages, `plain` for text with a prompt column, `hh` for HH transcripts,
-    `ranked` for a list of responses, `unpaired` for a single completion.
+    """Detects the format of a row.
 
-    Raises: InputError if it is none of them.
+    `chat` for messages, `plain` for text with a prompt column, `hh` for HH transcripts, `ranked` for a list of
+    responses, `unpaired` for a single completion. Raises: InputError if it is none of them.
     """
     if any(row.fields.get(name) is None for name in ("chosen", "rejected")):
         for name, format in (("responses", "ranked"), ("completion", "unpaired")):
@@ -41,42 +41,43 @@ def detect(row: Row) -> str:
         row.place,
         got="text answers without a 'prompt' column",
         expected=f"a prompt column, or transcripts with {HEADER!r} before each answer",
-        remedy="Add the prompt as a column of its own: where an answer starts cannot be told from plain text.",
+        remedy="Add the prompt as a column of its own: plain text does not show where an answer starts.",
     )
 
 
 def kind_of(format: str, rankings: str) -> str:
-    """What rows of a format become: `paired`, `unpaired` or, for rankings that stay whole, `ranked`."""
+    """Kind of pairs that rows of a format become: `paired`, `unpaired` or, if rankings stay whole, `ranked`."""
     if format == "ranked" and rankings == "whole":
         return "ranked"
     return "unpaired" if format == "unpaired" else "paired"
 
 
 def render(row: Row, *, format: str, tokenizer: PreTrainedTokenizerBase, rankings: str = "all") -> list[Pair]:
-    """The preferences in a row as text: one, or several of a ranking.
+    """Renders the preferences of a row as text: one pair, or several from a ranking.
 
-    plain: columns prompt, chosen, rejected, used as they stand; no separator is put between them.
-    hh: columns chosen, rejected, each the whole transcript. The prompt ends with the last `"\\n\\nAssistant:"` before
+    plain: columns prompt, chosen, rejected, used unchanged; no separator is put between them.
+    hh: columns chosen, rejected, each the entire transcript. The prompt ends with the last `"\\n\\nAssistant:"` before
       the first difference, wherever inside the answers that difference is.
     chat: the same columns as message lists, with or without a prompt, written out by the tokenizer's chat template.
       The generation header belongs to the prompt; an answer continues an assistant message that ends the prompt.
       Optional columns `tools`, `chat_template_kwargs`; null keys in any of these count as absent.
-    ranked: columns prompt, responses (a list of two and more), and a number for each: in `scores` (higher is better)
+    ranked: columns prompt, responses (a list of at least two), and a number for each: in `scores` (higher is better)
       or in `ranks` (from 1, the best).
     unpaired: columns prompt, completion, label (true for a desirable completion). The other answer is left empty.
 
-    Of the last two, the prompt is text, or messages; then responses and completions are assistant messages too, or
-    lists of them, and become text as in chat.
+    In ranked and unpaired rows the prompt is text or a list of messages. If it is messages, responses and completions
+    are assistant messages or lists of them, and become text as in chat.
 
-    Columns `ref_chosen_logps` and `ref_rejected_logps` of pairs are passed on; other columns are not looked at.
+    Columns `ref_chosen_logps` and `ref_rejected_logps` of pairs are passed on; other columns are ignored.
 
     Args:
       format: one of FORMATS; every row must be of it.
       tokenizer: for its chat template.
-      rankings: what a ranking becomes: all, every two answers of which one is better; best, the best with each that
-        is worse; whole, all answers at once, for which their order must be defined.
-    Raises: InputError for a row that is not of the format, an empty answer, two equal answers, half a reference or one
-      where no pair is, a ranking that says too little, or a conversation that the template cannot write.
+      rankings: pairs made of a ranking. all: every two answers of which one is better; best: the best answer with each
+        worse one; whole: one item with all answers, whose order must be defined.
+    Raises: InputError for a row of another format, an empty answer, two equal answers, one reference column without the
+      other or reference columns without a pair, a ranking with too few or invalid numbers, or a conversation that the
+      template cannot write.
     """
     if format not in FORMATS:
         raise InputError(
@@ -105,10 +106,10 @@ def render(row: Row, *, format: str, tokenizer: PreTrainedTokenizerBase, ranking
 
 
 def header_left_out(row: Row, *, format: str, tokenizer: PreTrainedTokenizerBase) -> str:
-    """The end of the generation header that the template does not write before a finished answer.
+    """Returns the end of the generation header that the template does not write before a finished answer.
 
-    Such as `<think>\\n` of DeepSeek-R1's template: generation starts after it, training text lacks it. Empty for most,
-    and for text.
+    An example is `<think>\\n` in DeepSeek-R1's template: generation starts after it, but training text lacks it. Empty
+    for most templates, and for text.
 
     Raises: as `render`.
     """
@@ -117,14 +118,14 @@ def header_left_out(row: Row, *, format: str, tokenizer: PreTrainedTokenizerBase
 
 
 def _names(format: str, count: int) -> list[str]:
-    """Of the answers in a row, for errors."""
+    """Names of the answers in a row, for errors."""
     if format == "ranked":
         return [f"response {n}" for n in range(1, count + 1)]
     return ["'completion'"] if format == "unpaired" else ["'chosen'", "'rejected'"]
 
 
 def _conversation(row: Row, format: str) -> chat.Conversation | None:
-    """The messages of a row; None if it is of text."""
+    """Messages of a row; None if it holds text."""
     if format == "chat":
         return chat.of_pair(row)
     if format not in ("ranked", "unpaired") or not isinstance(row.fields.get("prompt"), list):
@@ -136,7 +137,7 @@ def _conversation(row: Row, format: str) -> chat.Conversation | None:
 
 
 def _texts(row: Row, format: str) -> tuple[str, ...]:
-    """Prompt and answers of a row of text."""
+    """Prompt and answers of a row that holds text."""
     if format == "hh":
         return _transcript(row)
     if format == "plain":
@@ -149,15 +150,16 @@ def _texts(row: Row, format: str) -> tuple[str, ...]:
 
 
 def _responses(row: Row) -> list[Any]:
+    """Values of the column `responses`. Raises: InputError if they are fewer than two."""
     value = column(row, "responses")
     if not isinstance(value, list) or len(value) < 2:
         got = f"{len(value)} response(s)" if isinstance(value, list) else f"'responses' is a {type(value).__name__}"
-        raise InputError(row.place, got=got, expected="a list of two and more", remedy=DROP)
+        raise InputError(row.place, got=got, expected="a list of at least two", remedy=DROP)
     return value
 
 
 def _of_ranking(row: Row, prompt: str, answers: list[str], rankings: str, templated: bool) -> list[Pair]:
-    """The pairs that a ranking makes, or the one with all answers."""
+    """Pairs of a ranking, or one item with all its answers."""
     _check_no_reference(row, "a ranking")
     name, values = _values(row, len(answers))
     order = sorted(range(len(answers)), key=lambda i: -values[i])  # ties in the order of the row
@@ -167,7 +169,7 @@ def _of_ranking(row: Row, prompt: str, answers: list[str], rankings: str, templa
                 raise InputError(
                     row.place,
                     got=f"responses {i + 1} and {j + 1} have equal {name}: their order is not defined",
-                    expected=f"different {name}, for a loss that reads whole rankings",
+                    expected=f"different {name}, because the loss reads whole rankings",
                     remedy=DROP,
                 )
         chosen, rejected, *others = (answers[i] for i in order)
@@ -180,17 +182,17 @@ def _of_ranking(row: Row, prompt: str, answers: list[str], rankings: str, templa
 
 
 def _values(row: Row, count: int) -> tuple[str, list[float]]:
-    """The column that orders the answers of a ranking, and numbers that are larger for better ones."""
-    given = [name for name in ("scores", "ranks") if row.fields.get(name) is not None]
-    if len(given) != 1:
-        got = "both 'scores' and 'ranks'" if given else "neither 'scores' nor 'ranks'"
+    """Name of the column that orders the answers of a ranking, and numbers that are larger for better answers."""
+    present = [name for name in ("scores", "ranks") if row.fields.get(name) is not None]
+    if len(present) != 1:
+        got = "both 'scores' and 'ranks'" if present else "neither 'scores' nor 'ranks'"
         raise InputError(row.place, got=got, expected="one of the two", remedy=DROP)
-    (name,) = given
+    (name,) = present
     values = row.fields[name]
     if not isinstance(values, list) or len(values) != count:
         got = f"{len(values)} {name}" if isinstance(values, list) else f"{name!r} is a {type(values).__name__}"
         raise InputError(row.place, got=f"{got} for {count} responses", expected="one for each", remedy=DROP)
-    numbers = [found for value in values if (found := number(value)) is not None]
+    numbers = [converted for value in values if (converted := number(value)) is not None]
     if len(numbers) < count:
         wrong = next(value for value in values if number(value) is None)
         raise InputError(row.place, got=f"{wrong!r} in {name!r}", expected="finite numbers", remedy=DROP)
@@ -203,6 +205,7 @@ def _values(row: Row, count: int) -> tuple[str, list[float]]:
 
 
 def _is_desirable(row: Row) -> bool:
+    """Label of an unpaired completion. Raises: InputError if it is neither true nor false."""
     value = column(row, "label")
     label = _LABELS.get(str(value).strip().lower())
     if label is None:
@@ -211,32 +214,33 @@ def _is_desirable(row: Row) -> bool:
 
 
 def _check_no_reference(row: Row, what: str) -> None:
+    """Raises InputError if a row that holds `what`, which is no pair, has reference columns."""
     for name in _REFERENCE:
         if is_given(row.fields.get(name)):
             raise InputError(
                 row.place,
                 got=f"{name!r} beside {what}",
-                expected="reference log-probabilities with pairs only, whose two answers their columns name",
-                remedy="Take the columns away: they are computed.",
+                expected="reference log-probabilities only with pairs of a chosen and a rejected answer",
+                remedy="Remove the columns: the log-probabilities are computed.",
             )
 
 
 def _reference(row: Row) -> tuple[float, float] | None:
-    """Reference log-probabilities given with the row, in nats."""
-    given = [value if is_given(value := row.fields.get(name)) else None for name in _REFERENCE]
-    if given == [None, None]:
+    """Reference log-probabilities given with the row, in nats; None if it has none."""
+    columns = [value if is_given(value := row.fields.get(name)) else None for name in _REFERENCE]
+    if columns == [None, None]:
         return None
     values: list[float] = []
-    for name, value in zip(_REFERENCE, given, strict=True):
-        found = number(value)
-        if found is None:
+    for name, value in zip(_REFERENCE, columns, strict=True):
+        logp = number(value)
+        if logp is None:
             raise InputError(
                 row.place,
                 got=f"no {name!r} beside the other one" if value is None else f"{name!r} is {value!r}",
                 expected="both reference log-probabilities, finite numbers, or neither",
-                remedy="Give both columns or take both away.",
+                remedy="Give both columns or remove both.",
             )
-        values.append(found)
+        values.append(logp)
     return values[0], values[1]
 
 
@@ -248,9 +252,9 @@ def _transcript(row: Row) -> tuple[str, str, str]:
             row.place,
             got="a 'prompt' column",
             expected="HH transcripts, which carry their prompt",
-            remedy='Set data.format="plain", or take the column away.',
+            remedy='Set data.format="plain", or remove the column.',
         )
-    # What both share may run far into the answers, and even into later turns of a longer one.
+    # The common beginning may extend far into the answers, and even into later turns of a longer one.
     shared = os.path.commonprefix([chosen, rejected])
     end = shared.rfind(HEADER) + len(HEADER)
     if end < len(HEADER):

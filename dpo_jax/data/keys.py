@@ -1,4 +1,4 @@
-"""What names a pair wherever something is stored for it: a digest of its token ids."""
+"""Keys under which values of a pair are stored: digests of its token ids."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from dpo_jax.types import Encoded
 
 
 def content_key(pair: Encoded) -> tuple[int, int]:
-    """Digest of the token ids as two uint64: whatever is stored under it cannot reach another pair.
+    """Digest of the token ids as two uint64, so that a value stored under it cannot be read for another pair.
 
-    Of answers that are not there, only those after the second make no difference: sets may have columns for more.
+    Missing answers after the second do not change the digest, because sets may have columns for longer rankings.
     """
     parts = pair.prompt, pair.chosen, pair.rejected, *(ids for ids in pair.others if len(ids))
     digest = xxhash.xxh3_128(np.array([len(ids) for ids in parts], np.int64).tobytes())

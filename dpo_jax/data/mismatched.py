@@ -1,4 +1,4 @@
-"""Prompts with the answers of other prompts, which carry no preference: what a policy's divergence is estimated by.
+"""Mismatched pairs: prompts with the answers of other prompts, from which the policy's KL divergence is estimated.
 
 Source: Ethayarajh et al. 2024 (KTO, 2402.01306), where the estimate is z_0.
 """
@@ -18,53 +18,57 @@ from dpo_jax.types import Encoded, InputError, Pairs
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class MismatchedPairs:
-    """As many pairs as another set has: the i-th is its i-th prompt with the answers of `partner[i]`, cut to the limit.
+    """Mismatched prompts and answers: item i is prompt i of a set with the answers of its pair `answers_of[i]`.
 
-    An answer for which the prompt leaves no token is not there.
+    Answers are truncated to the length limit; an answer for which the prompt leaves no token is missing.
     """
 
     pairs: Pairs
-    partner: Int[np.ndarray, " N"]
+    answers_of: Int[np.ndarray, " N"]  # index of the pair whose answers each prompt gets
     lengths: Int32[np.ndarray, "N _"]  # tokens of prompt and answers
 
     def __len__(self) -> int:
-        return len(self.partner)
+        return len(self.answers_of)
 
     def __getitem__(self, i: int) -> Encoded:
-        answers = self.pairs[int(self.partner[i])].answers
-        cut = (ids[:most] for ids, most in zip(answers, self.lengths[i, 1:], strict=False))
-        return Encoded.of(self.pairs[i].prompt, *cut)
+        answers = self.pairs[int(self.answers_of[i])].answers
+        truncated = (ids[:size] for ids, size in zip(answers, self.lengths[i, 1:], strict=False))
+        return Encoded.of(self.pairs[i].prompt, *truncated)
 
     @functools.cached_property
     def keys(self) -> UInt64[np.ndarray, "N 2"]:
-        """Digest of each pair's token ids. Reads all of them."""
+        """Digest of each pair's token ids. The first access reads all tokens."""
         return np.array([content_key(self[i]) for i in range(len(self))], np.uint64)
 
     @property
     def reference(self) -> Float64[np.ndarray, "N K"]:
-        """Log-probabilities given with the data: nan, for there are none."""
+        """Reference log-probs given with the data: nan, none."""
         return np.full((len(self), self.lengths.shape[1] - 1), np.nan)
 
 
 def mismatched(pairs: Pairs, lengths: Int[np.ndarray, "N _"], *, max_length: int) -> MismatchedPairs:
-    """The prompts of a set with answers of its other prompts, the same ones at each call.
+    """Returns the prompts of a set with the answers of other prompts of it; every call assigns the same ones.
 
     Args:
       lengths: token counts of prompt and answers of every pair.
-      max_length: tokens of prompt and answer together that answers are cut to.
+      max_length: tokens of prompt and answer together, to which answers are truncated.
     Raises: InputError if all prompts are the same.
     """
-    partner = _partners([xxhash.xxh3_64_intdigest(pairs[i].prompt.tobytes()) for i in range(len(pairs))])
+    answers_of = _assign([xxhash.xxh3_64_intdigest(pairs[i].prompt.tobytes()) for i in range(len(pairs))])
     room = np.maximum(max_length - lengths[:, :1], 0)
-    answers = np.minimum(lengths[partner, 1:], room)
-    return MismatchedPairs(pairs, partner, np.concatenate([lengths[:, :1], answers], 1).astype(np.int32))
+    answers = np.minimum(lengths[answers_of, 1:], room)
+    return MismatchedPairs(pairs, answers_of, np.concatenate([lengths[:, :1], answers], 1).astype(np.int32))
 
 
-def _partners(prompts: list[int]) -> Int[np.ndarray, " N"]:
-    """A permutation without a fixed point that gives every pair one of another prompt, or as many as there can be.
+def _assign(prompts: list[int]) -> Int[np.ndarray, " N"]:
+    """Random permutation that assigns to each pair a pair with another prompt, to as many pairs as possible.
 
-    In an order in which equal prompts follow one another, at random otherwise, each pair's partner stands as many
-    places on as the commonest prompt has: beyond all of its own, unless that is the prompt of more than half of them.
+    Pairs are put in random order with equal prompts next to each other. Each pair is assigned the one n places later,
+    n being the number of pairs with the most frequent prompt. So their prompts differ, unless more than half of all
+    pairs share one. No pair is assigned to itself.
+
+    Args:
+      prompts: a digest of the prompt of each pair.
     """
     rng = np.random.default_rng(0)
     _, group, sizes = np.unique(np.array(prompts, np.uint64), return_inverse=True, return_counts=True)
@@ -72,11 +76,11 @@ def _partners(prompts: list[int]) -> Int[np.ndarray, " N"]:
         raise InputError(
             "data.train",
             got=f"the prompt is the same in all of the {len(prompts)} examples",
-            expected="two prompts or more, for answers that belong to another one",
-            remedy="Give more data, or take a loss that needs no such estimate.",
+            expected="at least two different prompts, because the loss needs answers of other prompts",
+            remedy="Give more data, or choose a loss without a KL estimate.",
         )
     shuffled = rng.permutation(len(prompts))
     order = shuffled[np.argsort(rng.permutation(len(sizes))[group[shuffled]], kind="stable")]
-    partner = np.empty(len(prompts), np.int64)
-    partner[order] = np.roll(order, -sizes.max())
-    return partner
+    answers_of = np.empty(len(prompts), np.int64)
+    answers_of[order] = np.roll(order, -sizes.max())
+    return answers_of

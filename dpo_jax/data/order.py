@@ -1,4 +1,4 @@
-"""Which pairs form which step: a pure function of the seed and the step, so resuming seeks instead of replaying."""
+"""Order of pairs: the pairs of a step are a pure function of seed and step, so resuming seeks instead of replaying."""
 
 from __future__ import annotations
 
@@ -20,12 +20,13 @@ def make_order(
     """Returns `indices(step)`, the pairs of that step.
 
     Steps run through epoch after epoch without a break, so every batch is full and one may span two epochs. A
-    source of weight w appears floor(w) times an epoch, and a part of it drawn anew each epoch once more.
+    source of weight w appears floor(w) times per epoch; the fractional part of w is drawn anew each epoch.
 
     Args:
-      source: which source each pair came from.
-      weights: of each source, > 0.
-      shuffle: a new order each epoch; without, pairs come in file order and a fractional weight takes the first ones.
+      source: index of the source of each pair.
+      weights: weight of each source, > 0.
+      shuffle: whether each epoch has a new random order; if not, pairs come in file order, and the fractional part of a
+        weight takes the first ones.
     """
     members = [np.flatnonzero(source == s) for s in range(len(weights))]
     size = epoch_size(source, weights)
@@ -45,11 +46,12 @@ def make_order(
 
 
 def share(pairs: int, weight: float) -> int:
-    """Times that pairs of a source with this weight stand in one epoch, all together."""
+    """Pairs that a source of this many pairs and this weight contributes to one epoch."""
     return int(round(weight * pairs))
 
 
 def _draw(pairs: np.ndarray, weight: float, rng: np.random.Generator | None) -> np.ndarray:
-    whole, rest = divmod(share(len(pairs), weight), max(1, len(pairs)))
-    part = pairs[:rest] if rng is None else rng.permutation(pairs)[:rest]
-    return np.concatenate([np.tile(pairs, whole), part])
+    """Pairs of one source in one epoch: all of them as often as the weight is whole, and a part of them once more."""
+    repeats, remainder = divmod(share(len(pairs), weight), max(1, len(pairs)))
+    part = pairs[:remainder] if rng is None else rng.permutation(pairs)[:remainder]
+    return np.concatenate([np.tile(pairs, repeats), part])

@@ -1,4 +1,4 @@
-"""Preference rows from files, folders that `datasets` wrote and the Hub, one at a time and as often as asked."""
+"""Reads rows of preferences from files, folders written by `datasets`, and the Hub, one at a time."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _BATCH_ROWS = 256  # rows of Parquet or Arrow in memory at a time
 
 @dataclasses.dataclass(frozen=True)
 class RowReader:
-    """Rows that can be read again from the start: each iteration opens the source anew."""
+    """Iterable of rows that can be read repeatedly: each iteration opens the source again."""
 
     start: Callable[[], Iterator[Row]]
 
@@ -38,14 +38,14 @@ class RowReader:
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """One part of a data specification, not empty.
+    """One part of a data specification, with at least one row.
 
     Row places are `name:number`: the line of a JSONL or CSV file, the row elsewhere, counted from 1.
     """
 
     name: str  # as written in the specification, weight left off
-    weight: float  # times its rows appear in an epoch, > 0
-    digest: str  # hexadecimal, over the content; the same wherever the content lies
+    weight: float  # how often its rows appear in an epoch, > 0
+    digest: str  # hexadecimal digest of the content, independent of its path
     rows: Iterable[Row]
 
 
@@ -56,16 +56,16 @@ def read(spec: str, *, split: str) -> list[Source]:
     id `owner/name`, `owner/name:split` or `owner/name:config:split`; `*weight` may follow, 1 if it does not.
 
     Args:
-      split: taken from Hub data sets that name none and from folders that hold several; a file has no splits.
-    Returns: the sources in the order written. Each file has been read once, for its digest; rows are read lazily.
-    Raises: InputError for a part that is missing, empty, of an unknown kind or broken in its first row; reading on
-      raises it at the first broken row.
+      split: split of Hub data sets that name none, and of folders that hold several; a file has no splits.
+    Returns: the sources in the order written. Each file is read once for its digest; rows are read lazily.
+    Raises: InputError for a part that is missing, empty, of an unknown kind or broken in its first row. Iterating over
+      the rows raises it at the first broken row.
     """
     return [_source(*_weighted(part.strip(), spec), split=split) for part in spec.split(",")]
 
 
 def _weighted(part: str, spec: str) -> tuple[str, float]:
-    """Parts `name*weight` into its two parts."""
+    """Splits `name*weight` into name and weight."""
     name, star, text = part.rpartition("*") if "*" in part else (part, "", "1")
     try:
         weight = float(text)
@@ -83,7 +83,7 @@ def _weighted(part: str, spec: str) -> tuple[str, float]:
             f"data {spec!r}",
             got="a part without a name",
             expected="files, folders or Hub ids between commas",
-            remedy="Name the data or take the extra comma out.",
+            remedy="Name the data or remove the extra comma.",
         )
     return name.strip(), weight
 
@@ -110,7 +110,7 @@ def _extension(name: str) -> str:
         name,
         got=f"a file with extension {Path(name).suffix!r}",
         expected=f"one of {', '.join(READERS)}",
-        remedy="Convert the file or give it the name of what it holds.",
+        remedy="Convert the file, or rename it with the extension of its format.",
     )
 
 
@@ -128,7 +128,7 @@ def _file_digest(path: Path, name: str) -> str:
 
 
 def _jsonl(path: Path, name: str) -> Iterator[Row]:
-    """One object a line; blank lines are passed over."""
+    """Rows of a file with one JSON object per line; blank lines are skipped."""
     number = 0
     with gzip.open(path, "rb") if path.name.lower().endswith(".gz") else path.open("rb") as lines:
         try:
@@ -145,10 +145,10 @@ def _jsonl(path: Path, name: str) -> Iterator[Row]:
 
 
 def _json(path: Path, name: str) -> Iterator[Row]:
-    """A list of objects, parsed whole, or one object a line."""
+    """Rows of a JSON file: a list of objects, parsed as a whole, or one object per line."""
     with path.open("rb") as file:
-        lead = file.read(4096).removeprefix(b"\xef\xbb\xbf").lstrip()
-    if not lead.startswith(b"["):
+        start = file.read(4096).removeprefix(b"\xef\xbb\xbf").lstrip()
+    if not start.startswith(b"["):
         yield from _jsonl(path, name)
         return
     for number, value in enumerate(_parse(path.read_bytes(), name), start=1):
@@ -156,6 +156,7 @@ def _json(path: Path, name: str) -> Iterator[Row]:
 
 
 def _parse(data: bytes, place: str) -> Any:
+    """Parses UTF-8 JSON. Raises: InputError that names the place."""
     try:
         return json.loads(data.decode("utf-8-sig"))
     except UnicodeDecodeError as error:
@@ -166,10 +167,11 @@ def _parse(data: bytes, place: str) -> Any:
         if isinstance(error, json.JSONDecodeError):
             where = f"line {error.lineno}, column {error.colno}" if error.lineno > 1 else f"column {error.colno}"
             got = f"broken JSON at {where} ({error.msg})"
-        raise InputError(place, got=got, expected="one whole JSON object", remedy="Correct or remove it.") from error
+        raise InputError(place, got=got, expected="one complete JSON object", remedy="Correct or remove it.") from error
 
 
-def _row(place: str, value: Any) -> Row:
+def _row(place: str, value: object) -> Row:
+    """A row from a parsed JSON value. Raises: InputError if it is no object."""
     if isinstance(value, dict):
         return Row(place, value)
     raise InputError(
@@ -198,16 +200,18 @@ def _parquet(path: Path, name: str) -> Iterator[Row]:
 
 
 def _csv(path: Path, name: str) -> Iterator[Row]:
-    """Columns named by the first line; every value is text."""
-    # The module's limit is 128 KiB a field, which long answers pass; it can only be set for the whole process.
+    """Rows of a CSV file whose first line names the columns; every value is text."""
+    # The csv module allows 128 KiB per field, which long answers exceed; the limit is global to the process.
     csv.field_size_limit(2**31 - 1)
     line = 1
     with path.open(encoding="utf-8-sig", newline="") as file:
         reader = csv.DictReader(file, strict=True)
         try:
             for fields in reader:
-                if None in fields or None in fields.values():  # further fields stand under None, missing ones are None
-                    raise csv.Error("the number of fields is not that of the first line")
+                if (
+                    None in fields or None in fields.values()
+                ):  # extra fields have the key None, missing ones the value None
+                    raise csv.Error("the number of fields differs from that of the first line")
                 yield Row(f"{name}:{line + 1}", fields)
                 line = reader.line_num
         except (csv.Error, UnicodeDecodeError) as error:
@@ -265,7 +269,7 @@ def _hub(name: str, split: str) -> datasets.Dataset:
 
     try:
         data = datasets.load_dataset(match["repo"], match["config"], split=match["split"] or split)
-    except Exception as error:  # whatever the connection, the Hub and the data set's own reader raise
+    except Exception as error:  # the connection, the Hub and the data set's own reader raise many types
         raise InputError(
             name,
             got=f"no such file or folder, and not a Hub data set that could be loaded ({error})",
@@ -276,7 +280,7 @@ def _hub(name: str, split: str) -> datasets.Dataset:
 
 
 def _from_datasets(data: datasets.Dataset, name: str) -> tuple[RowReader, str]:
-    """Rows and digest of an Arrow data set, memory-mapped by `datasets`."""
+    """Rows and digest of an Arrow data set that `datasets` memory-maps."""
 
     def rows() -> Iterator[Row]:
         for number, fields in enumerate(data.with_format(None), start=1):
@@ -285,8 +289,8 @@ def _from_datasets(data: datasets.Dataset, name: str) -> tuple[RowReader, str]:
     return RowReader(rows), _arrow_digest(data)
 
 
-class _Hashed:
-    """A file open for writing that keeps only the digest of what is written."""
+class _DigestFile:
+    """Writable file object that computes a digest of the written bytes and does not store them."""
 
     closed = False
 
@@ -304,8 +308,8 @@ class _Hashed:
 
 
 def _arrow_digest(data: datasets.Dataset) -> str:
-    """Digest of the values themselves: the fingerprint that `datasets` keeps changes with file times and versions."""
-    sink, writer = _Hashed(), None
+    """Digest of the values. The fingerprint of `datasets` would change with file times and versions."""
+    sink, writer = _DigestFile(), None
     for table in data.with_format("arrow").iter(batch_size=_BATCH_ROWS):
         table = cast("pyarrow.Table", table).replace_schema_metadata(None).combine_chunks()
         writer = writer or pyarrow.ipc.new_stream(sink, table.schema)

@@ -1,7 +1,8 @@
-"""Text to token ids: one rule for the boundary between prompt and answer, one for BOS and EOS, one for truncation."""
+"""Tokenizes pairs: rules for the boundary between prompt and answer, for BOS and EOS, and for truncation."""
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Sequence
 from typing import Any, NamedTuple, cast
@@ -14,24 +15,34 @@ from dpo_jax.types import Encoded, InputError, Pair
 
 TRUNCATIONS = ("keep_end", "keep_start", "error")
 
-_NAMED = 5  # tokens that a message names
+_NAMED = 5  # most tokens that a message names
 
 _DROP = 'Drop the row or set data.on_bad_row="skip".'
 
 
+@dataclasses.dataclass(frozen=True)
+class TokenizationRules:
+    """Limits that token ids must keep, and how longer pairs are truncated; see `encode`."""
+
+    vocab_size: int  # of the model; ids must be below it
+    max_length: int  # tokens of prompt and one answer
+    max_prompt_length: int  # tokens of a truncated prompt; at least 1 and below max_length
+    truncate_prompt: str  # end of a long prompt that is kept, keep_end or keep_start; error: the pair is a bad row
+
+
 class Outcome(NamedTuple):
-    """An encoded pair and what had to be done to it."""
+    """An encoded pair, and what was truncated."""
 
     encoded: Encoded
-    prompt_cut: int = 0  # tokens taken from the prompt
-    answer_cuts: tuple[int, ...] = ()  # tokens taken from the end of each answer, its EOS among them
-    boundary_split: bool = False  # prompt and answers would merge where they meet, so each was tokenized by itself
+    prompt_cut: int = 0  # tokens removed from the prompt
+    answer_cuts: tuple[int, ...] = ()  # tokens removed from the end of each answer, including its EOS
+    boundary_split: bool = False  # a token would have spanned prompt and answer, so they were tokenized separately
 
 
-class Specials(NamedTuple):
-    """Ids that plain text is given and templated text is not."""
+class SpecialTokens(NamedTuple):
+    """Ids that are added to plain text and not to text that a chat template wrote."""
 
-    lead: list[int]  # what the tokenizer's own post-processing puts first, such as BOS; often nothing
+    prefix: list[int]  # ids that the tokenizer's post-processing puts first, such as BOS; often none
     eos: int
 
 
@@ -39,15 +50,15 @@ class Parts(NamedTuple):
     """Token ids of one pair before truncation."""
 
     prompt: list[int]
-    answers: tuple[list[int], ...]  # best first; empty for one that is not there
-    split: bool  # the answers were tokenized by themselves
-    lead: int  # ids at the start of the prompt that truncation keeps: BOS
+    answers: tuple[list[int], ...]  # best first; empty for a missing answer
+    split: bool  # the answers were tokenized separately from the prompt
+    prefix: int  # number of ids at the start of the prompt that truncation keeps: BOS and template prefix
 
 
 def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
     """Loads a Hugging Face tokenizer from a folder or the Hub, without running code that comes with it.
 
-    Raises: InputError if there is none, or none with a `tokenizer.json` or what transformers can turn into one.
+    Raises: InputError if there is none, or none that has, or transformers can convert to, a `tokenizer.json`.
     """
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, use_fast=True, trust_remote_code=False)
@@ -69,9 +80,9 @@ def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
 
 
 def identity(tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
-    """Digests of all that decides the ids of a text: `tokenizer` (vocabulary, rules, special ids) and `template`."""
+    """Digests that change with the ids of any text: `tokenizer` (vocabulary, rules, special ids) and `template`."""
     backend = json.loads(cast(Any, tokenizer).backend_tokenizer.to_str())
-    for state in ("truncation", "padding"):  # calls leave these behind; encode uses neither
+    for state in ("truncation", "padding"):  # calls of the tokenizer set these; encode uses neither
         backend.pop(state, None)
     return {
         "tokenizer": _digest([backend, tokenizer.special_tokens_map]),
@@ -80,7 +91,7 @@ def identity(tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
 
 
 def named(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
-    """Tokens with their ids, for a message; the first ones of many."""
+    """Names tokens with their ids, for a message; at most the first five."""
     tokens = {i: token for token, i in tokenizer.get_vocab().items()}
     names = [f"{tokens[i]!r} (id {i})" if i in tokens else f"id {i}, which the tokenizer lacks" for i in ids[:_NAMED]]
     return ", ".join(names) + (f" and {len(ids) - _NAMED} more" if len(ids) > _NAMED else "")
@@ -89,37 +100,31 @@ def named(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
 def encode(
     pairs: Sequence[Pair],
     tokenizer: PreTrainedTokenizerBase,
-    *,
-    vocab_size: int,
-    max_length: int,
-    max_prompt_length: int,
-    truncate_prompt: str,
+    rules: TokenizationRules,
 ) -> list[Outcome | InputError]:
-    """Token ids of each pair, or what is wrong with it.
+    """Tokenizes pairs: for each the token ids, or the error that says what is wrong with it.
 
-    Boundary: prompt and answer are tokenized together and the prompt's own ids kept as the beginning; where a token
-    would reach across the boundary of any answer, all are tokenized by themselves. An answer without text is not there
-    and gets no token.
+    Boundary: prompt and answer are tokenized together, and the ids after the prompt's own are the answer. If a token
+    would span the boundary for any answer, the prompt and all its answers are tokenized separately. A missing answer
+    has no tokens.
 
-    Plain text starts with what the tokenizer itself puts first (BOS, for most that have one) and each answer ends in
-    exactly one EOS; templated text gets neither, it has what its template wrote.
+    Special tokens: plain text starts with the ids that the tokenizer itself puts first (usually BOS), and each answer
+    ends in exactly one EOS. Text that a chat template wrote has its special tokens already; none are added.
 
-    Truncation, as in the original DPO: if the prompt and the longest answer exceed `max_length`, the prompt is cut to
-    `max_prompt_length`, keeping a leading BOS; then each answer is cut to what is left. A cut answer has no EOS.
+    Truncation, as in the original DPO: if the prompt and the longest answer exceed `max_length`, the prompt is
+    truncated to `max_prompt_length`, keeping a leading BOS; then each answer is truncated to the remaining length. A
+    truncated answer has no EOS.
 
-    Args:
-      vocab_size: of the model; ids must be below it.
-      max_length, max_prompt_length: tokens, 1 <= max_prompt_length < max_length.
-      truncate_prompt: the end of a long prompt that survives, keep_end or keep_start; error: it is a bad row.
-    Returns: per pair an Outcome, or an InputError if the prompt is too long under `error`, if prompt or answer has no
-      token, if two answers are the same tokens once truncated, or if a pair that brings its reference is truncated.
-    Raises: InputError for bad options, plain text without an EOS to end it, and ids the model does not have.
+    Returns: an Outcome for each pair; or an InputError if the prompt is too long and `truncate_prompt` is error, if
+      prompt or answer has no token, if two answers are the same tokens after truncation, or if a pair with reference
+      log-probs of its own would be truncated.
+    Raises: InputError for bad rules, plain text and a tokenizer without EOS, and ids that the model does not have.
     """
-    _check_options(max_length, max_prompt_length, truncate_prompt)
+    _check_rules(rules)
     outcomes: list[Outcome | InputError] = []
     for pair, parts in zip(pairs, _tokenized(pairs, tokenizer), strict=True):
-        _check_ids(pair, parts, tokenizer, vocab_size)
-        outcomes.append(_truncated(pair, parts, max_length, max_prompt_length, truncate_prompt))
+        _check_ids(pair, parts, tokenizer, rules.vocab_size)
+        outcomes.append(_truncate(pair, parts, rules))
     return outcomes
 
 
@@ -127,25 +132,30 @@ def _digest(value: object) -> str:
     return xxhash.xxh3_128(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()
 
 
-def _check_options(max_length: int, max_prompt_length: int, truncate_prompt: str) -> None:
-    if truncate_prompt not in TRUNCATIONS:
+def _check_rules(rules: TokenizationRules) -> None:
+    if rules.truncate_prompt not in TRUNCATIONS:
         raise InputError(
             "data.truncate_prompt",
-            got=repr(truncate_prompt),
+            got=repr(rules.truncate_prompt),
             expected=f"one of {', '.join(TRUNCATIONS)}",
             remedy="Correct it.",
         )
-    if not 1 <= max_prompt_length < max_length:
+    if not 1 <= rules.max_prompt_length < rules.max_length:
         raise InputError(
             "data.max_prompt_length",
-            got=f"{max_prompt_length} with data.max_length {max_length}",
+            got=f"{rules.max_prompt_length} with data.max_length {rules.max_length}",
             expected="at least 1 and less than data.max_length",
             remedy="Leave room for an answer.",
         )
 
 
-def _specials(tokenizer: PreTrainedTokenizerBase, place: str, answer: str) -> Specials:
-    """What plain text is given, told by an answer that has a token."""
+def _special_tokens(tokenizer: PreTrainedTokenizerBase, place: str, answer: str) -> SpecialTokens:
+    """Special tokens of plain text, found by comparing an answer's ids with and without them.
+
+    Args:
+      place: of the answer, for errors.
+      answer: text that has at least one token.
+    """
     if tokenizer.eos_token_id is None:
         raise InputError(
             place,
@@ -155,26 +165,28 @@ def _specials(tokenizer: PreTrainedTokenizerBase, place: str, answer: str) -> Sp
             "names by eos_token_id.",
         )
     (bare,) = _ids(tokenizer, [answer])
-    dressed = cast("list[int]", tokenizer(answer, verbose=False)["input_ids"])
-    start = next(i for i in range(len(dressed)) if dressed[i : i + len(bare)] == bare)
-    return Specials(dressed[:start], cast(int, tokenizer.eos_token_id))
+    with_special = cast("list[int]", tokenizer(answer, verbose=False)["input_ids"])
+    start = next(i for i in range(len(with_special)) if with_special[i : i + len(bare)] == bare)
+    return SpecialTokens(with_special[:start], cast(int, tokenizer.eos_token_id))
 
 
 def _ids(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:
-    """Ids without special tokens, in one call: the tokenizer works through a list on several cores."""
+    """Ids without special tokens, in one call: the tokenizer uses several cores for a list."""
     return cast(Any, tokenizer)(texts, add_special_tokens=False, verbose=False)["input_ids"] if texts else []
 
 
 def _tokenized(pairs: Sequence[Pair], tokenizer: PreTrainedTokenizerBase) -> list[Parts]:
+    """Token ids of each pair, with special tokens and before truncation."""
     together = iter(_ids(tokenizer, [p.prompt + text for p in pairs for text in ("", *filter(None, p.answers))]))
     bos = cast("int | None", tokenizer.bos_token_id)
     parts = [
-        _parted(bos, next(together), [next(together) if answer else None for answer in pair.answers]) for pair in pairs
+        _split_at_boundary(bos, next(together), [next(together) if answer else None for answer in pair.answers])
+        for pair in pairs
     ]
-    apart = [i for i, part in enumerate(parts) if part.split]
-    alone = iter(_ids(tokenizer, [text for i in apart for text in filter(None, pairs[i].answers)]))
-    for i in apart:
-        parts[i] = parts[i]._replace(answers=tuple(next(alone) if text else [] for text in pairs[i].answers))
+    split = [i for i, part in enumerate(parts) if part.split]
+    separate = iter(_ids(tokenizer, [text for i in split for text in filter(None, pairs[i].answers)]))
+    for i in split:
+        parts[i] = parts[i]._replace(answers=tuple(next(separate) if text else [] for text in pairs[i].answers))
     plain = (
         (pair.place, text)
         for pair, part in zip(pairs, parts, strict=True)
@@ -184,27 +196,34 @@ def _tokenized(pairs: Sequence[Pair], tokenizer: PreTrainedTokenizerBase) -> lis
     first = next(plain, None)
     if first is None:
         return parts
-    specials = _specials(tokenizer, *first)
-    return [part if pair.templated else _dressed(part, specials) for pair, part in zip(pairs, parts, strict=True)]
+    special = _special_tokens(tokenizer, *first)
+    return [
+        part if pair.templated else _with_special_tokens(part, special) for pair, part in zip(pairs, parts, strict=True)
+    ]
 
 
-def _parted(bos: int | None, prompt: list[int], wholes: Sequence[list[int] | None]) -> Parts:
-    """Answers as what follows the prompt's ids in prompt and answer together; `split` where those do not start so."""
+def _split_at_boundary(bos: int | None, prompt: list[int], wholes: Sequence[list[int] | None]) -> Parts:
+    """Splits ids of prompt and answer into both; `split` is set if any do not start with the ids of the prompt alone.
+
+    Args:
+      wholes: ids of the prompt with each answer; None: the answer is missing.
+    """
     size = len(prompt)
     answers = tuple([] if whole is None else whole[size:] for whole in wholes)
     split = any(whole is not None and whole[:size] != prompt for whole in wholes)
-    return Parts(prompt, answers, split, lead=int(prompt[:1] == [bos]))
+    return Parts(prompt, answers, split, prefix=int(prompt[:1] == [bos]))
 
 
-def _dressed(parts: Parts, specials: Specials) -> Parts:
-    """BOS and EOS added, unless the text itself has them."""
-    lead, eos = specials
-    prompt = parts.prompt if parts.prompt[: len(lead)] == lead else lead + parts.prompt
+def _with_special_tokens(parts: Parts, special: SpecialTokens) -> Parts:
+    """Adds the prefix to the prompt and EOS to each answer, unless the text itself has them."""
+    prefix, eos = special
+    prompt = parts.prompt if parts.prompt[: len(prefix)] == prefix else prefix + parts.prompt
     answers = tuple(answer if answer[-1:] in ([], [eos]) else [*answer, eos] for answer in parts.answers)
-    return Parts(prompt, answers, parts.split, max(parts.lead, len(lead)))
+    return Parts(prompt, answers, parts.split, max(parts.prefix, len(prefix)))
 
 
 def _check_ids(pair: Pair, parts: Parts, tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> None:
+    """Raises InputError if the pair has ids that the model lacks."""
     over = [ids for ids in (parts.prompt, *parts.answers) if max(ids, default=0) >= vocab_size]
     if over:
         raise InputError(
@@ -216,21 +235,23 @@ def _check_ids(pair: Pair, parts: Parts, tokenizer: PreTrainedTokenizerBase, voc
         )
 
 
-def _truncated(pair: Pair, parts: Parts, max_length: int, max_prompt: int, mode: str) -> Outcome | InputError:
-    prompt, answers, split, lead = parts
-    for name, there, ids in zip(("prompt", *_names(pair)), (True, *pair.answers), (prompt, *answers), strict=True):
-        if there and not ids:
+def _truncate(pair: Pair, parts: Parts, rules: TokenizationRules) -> Outcome | InputError:
+    """Truncates a pair as `encode` says, or returns the error that makes it a bad row."""
+    prompt, answers, split, prefix = parts
+    max_length, max_prompt = rules.max_length, rules.max_prompt_length
+    for name, text, ids in zip(("prompt", *_names(pair)), (True, *pair.answers), (prompt, *answers), strict=True):
+        if text and not ids:
             return InputError(pair.place, got=f"{name!r} has no token", expected="at least one", remedy=_DROP)
     over = len(prompt) + max(map(len, answers)) > max_length
     if over and len(prompt) > max_prompt:
-        if mode == "error":
+        if rules.truncate_prompt == "error":
             return InputError(
                 pair.place,
                 got=f"a prompt of {len(prompt)} tokens, in a pair longer than data.max_length {max_length}",
                 expected=f"at most data.max_prompt_length {max_prompt}",
                 remedy=f'Raise the limits, or set data.truncate_prompt="keep_end". {_DROP}',
             )
-        prompt = _cut_prompt(prompt, lead, max_prompt, mode)
+        prompt = _truncate_prompt(prompt, prefix, max_prompt, rules.truncate_prompt)
     room = max_length - len(prompt)
     encoded = Encoded.of(np.array(prompt, np.int32), *(np.array(ids[:room], np.int32) for ids in answers))
     prompt_cut = len(parts.prompt) - len(prompt)
@@ -240,8 +261,8 @@ def _truncated(pair: Pair, parts: Parts, max_length: int, max_prompt: int, mode:
             pair.place,
             got=f"reference log-probs of a pair that data.max_length {max_length} cuts here by "
             f"{prompt_cut + sum(cuts)} tokens",
-            expected="those of the very tokens that are scored",
-            remedy=f"Raise the limits, or take the reference columns away. {_DROP}",
+            expected="reference log-probs of exactly the tokens that are scored",
+            remedy=f"Raise the limits, or remove the reference columns. {_DROP}",
         )
     if (same := _alike(encoded.answers)) is not None:
         which = "the answers" if len(answers) == 2 else "answers {} and {}".format(*same)
@@ -256,12 +277,12 @@ def _truncated(pair: Pair, parts: Parts, max_length: int, max_prompt: int, mode:
 
 
 def _names(pair: Pair) -> list[str]:
-    """Of the answers, for errors."""
+    """Names of the answers, for errors."""
     return [f"answer {n}" for n, _ in enumerate(pair.answers, start=1)] if pair.others else ["chosen", "rejected"]
 
 
 def _alike(answers: Sequence[np.ndarray]) -> tuple[int, int] | None:
-    """The first two answers of the same tokens, counted from 1."""
+    """Numbers, from 1, of the first two answers with the same tokens; None if all differ."""
     seen: dict[bytes, int] = {}
     for n, ids in enumerate(answers, start=1):
         if (first := seen.setdefault(ids.tobytes(), n)) != n:
@@ -269,7 +290,7 @@ def _alike(answers: Sequence[np.ndarray]) -> tuple[int, int] | None:
     return None
 
 
-def _cut_prompt(prompt: list[int], lead: int, size: int, mode: str) -> list[int]:
-    """The first `size` ids, or the `lead` first ones and the last ones."""
-    first = size if mode == "keep_start" else min(lead, size)
+def _truncate_prompt(prompt: list[int], prefix: int, size: int, mode: str) -> list[int]:
+    """Truncates to `size` ids: the first ones (keep_start), or the `prefix` first ones and the last ones (keep_end)."""
+    first = size if mode == "keep_start" else min(prefix, size)
     return prompt[:first] + prompt[len(prompt) - (size - first) :]

@@ -257,9 +257,7 @@ def part_of(
     gradients = sharding.bytes_per_device(as_type(params, jnp.float32)) if update else 0
     selection, shapes = built.selection, built.selection.leaf_shapes(built.model)
     shares = functools.partial(flops.shares_of, built.model, shapes)
-    work = roofline.mean_work(
-        built.model, lengths, shape, built.layout, shares(selection.trained_fraction), shares(selection.trains)
-    )
+    work = roofline.mean_work(built.model, lengths, shape, shares(selection.trained_fraction), shares(selection.trains))
     itemsize = np.dtype(built.dtype).itemsize
     used = trees.nest({path: jax.ShapeDtypeStruct(shape, built.dtype) for path, shape in shapes.items()})
     gathered, training = (
@@ -314,7 +312,7 @@ def abstract_batch(built: Programs, shape: packing.Shape, *, update: bool) -> An
         sums = {"shared_logps": each} if likely is not None else {}
         other = pairs if "kl" in objective.needs else None
         known = ReferenceValues(np.zeros(1, np.int64), each, sums, tokens, each if other else None)
-    batch = make_batch(np.zeros(1, np.int64), pairs, known, shape, layout=built.layout, mismatched=other)
+    batch = make_batch(np.zeros(1, np.int64), pairs, known, shape, mismatched=other)
     places = sharding.batch_shardings(built.mesh, batch)
     return jax.tree.map(
         lambda x, place: jax.ShapeDtypeStruct(np.shape(x), np.asarray(x).dtype, sharding=place), batch, places

@@ -88,7 +88,6 @@ def run_pass(
     score: Score,
     *,
     shape: Shape,
-    layout: str,
     report: Callable[[int, int], None] = lambda done, total: None,
     tokens: int | None = None,
 ) -> PassResult:
@@ -118,7 +117,7 @@ def run_pass(
     if total and hosts.first():
         write_manifest(store)
     scored = forward_passes = 0
-    for number, part in enumerate(_score_missing(score, sets.values(), logps, shape, layout)):
+    for number, part in enumerate(_score_missing(score, sets.values(), logps, shape)):
         if hosts.is_mine(number):
             write_part(store.folder, part.logps, part.tokens)
         if write_tokens is not None and part.tokens is not None:
@@ -132,16 +131,14 @@ def run_pass(
     return PassResult(values, provided, stored, scored, forward_passes, token_values)
 
 
-def _score_missing(
-    score: Score, sets: Iterable[PairsToScore], logps: Logps, shape: Shape, layout: str
-) -> Iterator[_Part]:
+def _score_missing(score: Score, sets: Iterable[PairsToScore], logps: Logps, shape: Shape) -> Iterator[_Part]:
     """Scores every pair that `logps` lacks, part by part, and adds each part to `logps` before it is yielded."""
     for each in sets:
 
         def skip(indices: np.ndarray, each: PairsToScore = each) -> np.ndarray:
             return each.is_provided[indices] | np.array([key in logps for key in each.hex_keys[indices]])
 
-        for done in score_pairs(score, each.pairs, each.lengths, shape=shape, layout=layout, skip=skip):
+        for done in score_pairs(score, each.pairs, each.lengths, shape=shape, skip=skip):
             keys = each.hex_keys[done.indices].tolist()
             new = dict(zip(keys, map(tuple, done.logps.astype(float).tolist()), strict=True))
             logps.update(new)

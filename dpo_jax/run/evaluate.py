@@ -79,7 +79,6 @@ def evaluate(
     pairs: EvalSet,
     *,
     shape: Shape,
-    layout: str,
     running: Mapping[str, Any] = MappingProxyType({}),
 ) -> dict[str, float]:
     """Returns the metrics of `pair_metrics` over all pairs, named `eval/...`, with `eval/pairs` and `eval_time_s`.
@@ -96,7 +95,7 @@ def evaluate(
     def score_all(pairs: Pairs, lengths: np.ndarray, tokens: Any) -> tuple[np.ndarray, dict[str, np.ndarray]]:
         logps = np.zeros((len(lengths), lengths.shape[1] - 1), np.float32)
         sums: dict[str, np.ndarray] = {}
-        for part in score_pairs(score, pairs, lengths, shape=shape, layout=layout, reference_tokens=tokens):
+        for part in score_pairs(score, pairs, lengths, shape=shape, reference_tokens=tokens):
             logps[part.indices] = part.logps
             for name, values in part.token_sums.items():
                 sums.setdefault(name, np.zeros_like(logps))[part.indices] = values

@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 
 from dpo_jax.config import Config
-from dpo_jax.data.dataset import PairSet, load
+from dpo_jax.data.dataset import PairSet, ReadingRules, load
 from dpo_jax.data.mismatched import MismatchedPairs
 from dpo_jax.data.special_tokens import disagreements, unended
-from dpo_jax.data.tokenize import identity, load_tokenizer
+from dpo_jax.data.tokenize import TokenizationRules, identity, load_tokenizer
 from dpo_jax.hf import folders, peft
 from dpo_jax.hf.checkpoints import check_tokenizer, check_weights, family_table, read_config, resolve
 from dpo_jax.losses import Objective
@@ -186,6 +186,7 @@ def read_sets(config: Config, objective: Objective, tokenizer: Any, vocab_size: 
     Raises: InputError if there is none, or one that the objective or the run cannot use.
     """
     data, sets = config.data, {}
+    rankings = "whole" if "plackett_luce" in objective.names else data.rankings
     for name, split in SETS.items():
         spec = getattr(data, name)
         if not spec:
@@ -193,14 +194,9 @@ def read_sets(config: Config, objective: Objective, tokenizer: Any, vocab_size: 
         pairs = load(
             spec,
             split=split,
-            format=data.format,
+            reading=ReadingRules(data.format, data.on_bad_row, rankings),
             tokenizer=tokenizer,
-            vocab_size=vocab_size,
-            max_length=data.max_length,
-            max_prompt_length=data.max_prompt_length,
-            truncate_prompt=data.truncate_prompt,
-            on_bad_row=data.on_bad_row,
-            rankings="whole" if "plackett_luce" in objective.names else data.rankings,
+            tokenization=TokenizationRules(vocab_size, data.max_length, data.max_prompt_length, data.truncate_prompt),
             cache_dir=data.cache_dir,
         )
         check_pairs(pairs, name, sft_steps=config.sft.steps)

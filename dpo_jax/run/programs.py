@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -40,7 +41,6 @@ class Programs(NamedTuple):
     selection: Trainable  # which parameters train
     mesh: Any  # a sharding.AnyMesh; an abstract one where there are no devices
     rules: sharding.Rules
-    layout: str  # of pairs, one of layout.LAYOUTS
     update_shape: packing.Shape
     score_shape: packing.Shape
     dtype: Any  # of what is computed
@@ -53,6 +53,11 @@ class Programs(NamedTuple):
     watch: Stopwatch  # told how long compiling and reading weights take
     scoring: Compiled | None = None  # (params, batch on the mesh) -> (logps, token sums); None: there are no devices
     reference_scoring: Compiled | None = None  # of the reference pass, with values of single tokens if they are read
+
+    @property
+    def layout(self) -> str:
+        """Layout of each pair, one of `data.layout.LAYOUTS`."""
+        return self.update_shape.layout
 
     def score(self, params: Any, batch: Batch) -> tuple[jax.Array, dict[str, jax.Array]]:
         """Returns log-probs [P, K] and sums over answers of a host batch, replicated on every process."""
@@ -136,7 +141,6 @@ def _without_scoring(
         layout=layout,
         row_length=config.data.row_length,
         shards=sharding.row_shards(mesh),
-        here=here,
     )
     batch_pairs, rows = config.train.batch_pairs, config.train.microbatch_rows
     update_shape = choose_shape(pairs=batch_pairs, rows=rows, target_positions=positions)
@@ -156,9 +160,8 @@ def _without_scoring(
         selection=selection,
         mesh=mesh,
         rules=sharding.parse_rules(config.mesh.rules),
-        layout=layout,
-        update_shape=update_shape,
-        score_shape=score_shape,
+        update_shape=dataclasses.replace(update_shape, local_shards=here),
+        score_shape=dataclasses.replace(score_shape, local_shards=here),
         dtype=compute_dtype(config.model.dtype, platform),
         param_dtype=config.model.param_dtype,
         quantize=config.lora.base,

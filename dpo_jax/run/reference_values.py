@@ -103,7 +103,6 @@ def score_missing(
         {name: PairsToScore(each, each.lengths, each.keys, each.reference) for name, each in sets.items()},
         lambda batch: programs.score_reference(params(), batch),
         shape=programs.score_shape,
-        layout=programs.layout,
         report=report,
         tokens=tokens,
     )

@@ -93,6 +93,6 @@ def rescored(indices: Int[np.ndarray, "P"], inputs: Inputs, programs: Programs) 
     params, shape, found = load_params(inputs.source, programs), programs.score_shape, []
     for at in range(0, len(indices), shape.pairs):
         part = indices[at : at + shape.pairs]
-        batch = make_batch(part, inputs.sets["train"], None, shape, layout=programs.layout)
+        batch = make_batch(part, inputs.sets["train"], None, shape)
         found.append(jax.device_get(programs.score_reference(params, batch)[0])[: len(part)])
     return np.concatenate(found)

@@ -58,13 +58,13 @@ class UpdateBatches:
         """Makes the batch of update `step`, counted from 0."""
         built, shape, indices = self._programs, self._programs.update_shape, self._order(step)
         pairs, mismatched = self._inputs.sets["train"], self._inputs.mismatched.get("train")
-        batch = make_batch(indices, pairs, self._values, shape, layout=built.layout, mismatched=mismatched)
-        counts = work_counts(batch, pairs.lengths[indices], shape, built.layout)
+        batch = make_batch(indices, pairs, self._values, shape, mismatched=mismatched)
+        counts = work_counts(batch, pairs.lengths[indices], shape)
         flops = train_flops(built.model, pairs.lengths[indices], built.layout, self._shares)
         if scores_first(built.objective, len(batch.present)):
             counts["positions_computed"] *= 2  # forward only at first; the tokens and their FLOPs are the same
         if mismatched is not None and batch.mismatched is not None:
-            scored = work_counts(batch.mismatched, mismatched.lengths[indices], shape, built.layout)
+            scored = work_counts(batch.mismatched, mismatched.lengths[indices], shape)
             counts = {name: count + scored[name] for name, count in counts.items()}
             flops += forward_flops(built.model, mismatched.lengths[indices], built.layout, self._shares)
         return Prepared(step, indices, sharding.put(batch, built.mesh), counts, flops)
