@@ -76,8 +76,8 @@ def run_ours(work: Path, args: Any) -> dict[str, Any]:
     """Trains with dpo_jax in `work`; returns losses, step times, positions and page faults."""
     chosen = common.base_config(args, work)
     chosen.lora.path = args.adapter
-    for field, value in getattr(args, "loss", {}).items():
-        chosen.loss[field] = value
+    with chosen.ignore_type():
+        chosen.update_from_flattened_dict(getattr(args, "fields", {}))
     return common.train_ours(work, chosen)
 
 

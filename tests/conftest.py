@@ -1,6 +1,9 @@
-"""Eight virtual CPU devices, no network, and jaxtyping annotations executed on every call into dpo_jax."""
+"""Sets up tests: eight virtual CPU devices, one compilation cache, no network, jaxtyping annotations checked."""
 
+import atexit
 import os
+import shutil
+import tempfile
 
 import jaxtyping
 from beartype import BeartypeConf, beartype
@@ -18,6 +21,12 @@ os.environ["XLA_FLAGS"] = " ".join(  # of the same flag, the last counts
 )
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_DATASETS_OFFLINE"] = "1"
+# Set before pytest-xdist starts its workers, so that they share it, as do the commands that tests start.
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="dpo-jax-tests-")
+    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
+    atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
 
 import jax
 import pytest

@@ -28,11 +28,16 @@ KINDS = ["gptj-plain", "gpt2-all", "gemma2-all", "olmo2-all", "mixtral-all", "ol
 PAIRS = 8
 
 
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("models")
+
+
 @functools.cache
 def model(name, folder):
     config = decoder_config(GOLDEN[name]["config"])
-    write_folder(folder, GOLDEN[name])
-    return config, jax.tree.map(jnp.asarray, checkpoints.load_params(folder, config))
+    write_folder(folder / name, GOLDEN[name])
+    return config, jax.tree.map(jnp.asarray, checkpoints.load_params(folder / name, config))
 
 
 def batch_of(config, rows=4):
@@ -66,9 +71,9 @@ def assert_same(one, other, tolerance=2e-5):
 
 
 @pytest.mark.parametrize("name", [pytest.param(name, marks=pytest.mark.slow) for name in KINDS[1:]] + KINDS[:1])
-def test_gradients_equal_those_of_all_logits_at_once(name, tmp_path):
+def test_gradients_equal_those_of_all_logits_at_once(name, folder):
     """Hand-written backward passes and sums carried through them, against differentiating softmax over everything."""
-    config, params = model(name, tmp_path)
+    config, params = model(name, folder)
     batch = jax.tree.map(jnp.asarray, batch_of(config, rows=8))
     rows = jax.tree.map(lambda x: x[0], batch.rows)
     given = rows.positions, rows.key_start, rows.key_end
@@ -92,24 +97,32 @@ def test_gradients_equal_those_of_all_logits_at_once(name, tmp_path):
     assert_same(change, jax.tree.map(lambda x: -np.asarray(x), gradient), 1e-4)
 
 
+@functools.cache
+def on_one_device(name, folder):
+    """The update of a kind of model that every mesh is compared with."""
+    config, params = model(name, folder)
+    penalties = {"router_balance": 0.1} if config.experts else {}
+    return update(config, params, batch_of(config), penalties=penalties)
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("name", KINDS)
 @pytest.mark.parametrize("sizes", [(2, 2, 2), (1, 1, 4)], ids=str)
-def test_a_mesh_changes_nothing(name, sizes, tmp_path):
-    config, params = model(name, tmp_path)
+@pytest.mark.parametrize("name", KINDS)
+def test_a_mesh_changes_nothing(name, sizes, folder):
+    config, params = model(name, folder)
     batch = batch_of(config)
     mesh = sharding.make_mesh(*sizes, devices=jax.devices()[: np.prod(sizes)])
     penalties = {"router_balance": 0.1} if config.experts else {}
     ours, metrics = update(config, params, batch, mesh=mesh, penalties=penalties)
-    theirs, expected = update(config, params, batch, penalties=penalties)
+    theirs, expected = on_one_device(name, folder)
     assert_same(ours, theirs)
     for each in expected:
         np.testing.assert_allclose(metrics[each], expected[each], rtol=2e-5, atol=1e-5, err_msg=each)
 
 
 @pytest.mark.slow
-def test_router_metrics_and_what_weighs_the_balance(tmp_path):
-    config, params = model("mixtral-all", tmp_path)
+def test_router_metrics_and_what_weighs_the_balance(folder):
+    config, params = model("mixtral-all", folder)
     batch = batch_of(config)
     change, metrics = update(config, params, batch)
     even = {"router_load": 1.0, "router_entropy": np.log(config.experts), "router_balance": config.experts_per_token}

@@ -26,7 +26,8 @@ from tests.support.runs import load_inputs, make_config, make_inputs, make_progr
 from tests.test_layout import random_pairs, tokens_of
 
 pytestmark = pytest.mark.processes
-STEPS, SAVED = 20, 10
+STEPS, SAVED = 10, 5
+PAIRS = 100  # fewer than the steps read, so that a second epoch begins on the way
 BOUND = 1e-5  # what another order of summation may change, relative
 SIZES = dict(hidden_size=64, intermediate_size=128, num_attention_heads=8, num_key_value_heads=8, head_dim=8)
 
@@ -42,7 +43,7 @@ class Place(NamedTuple):
     @property
     def redone(self) -> int:
         """Steps that resumed runs make here: each takes long where several processes share a machine."""
-        return STEPS - SAVED if self.processes == 1 else 3
+        return STEPS - SAVED if self.processes == 1 else 2
 
     @property
     def options(self) -> dict[str, Any]:
@@ -65,7 +66,11 @@ PLACES = {
     "2 processes, fsdp 2, tensor 2": Place(2, 4, (1, 2, 2), rows=2),  # only fsdp crosses from process to process
     "4 processes, fsdp 2, tensor 2": Place(4, 4, (1, 2, 2), rows=2),  # both do
 }
-OTHERS = {name: [other for other in PLACES if other != name] for name in PLACES}
+OTHERS = [name for name in PLACES if name != ALONE]
+# Whose checkpoints each place goes on with: one device with all, and all with that of one device. So each place writes
+# what another can read, and reads what another wrote. That a mesh reads what a mesh has written, each shows with that
+# of the place before it.
+SOURCES = {ALONE: OTHERS} | {name: [ALONE, OTHERS[i - 1]] for i, name in enumerate(OTHERS)}
 
 
 def write_model(folder, **sizes):
@@ -80,13 +85,13 @@ def write_model(folder, **sizes):
 
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory):
-    folder = make_inputs(tmp_path_factory.mktemp("inputs"), train_pairs=200, base=hf_folders.LLAMA | SIZES)
+    folder = make_inputs(tmp_path_factory.mktemp("inputs"), train_pairs=PAIRS, base=hf_folders.LLAMA | SIZES)
     write_model(folder, num_hidden_layers=2)
     return folder
 
 
 def recipe(inputs, **fields):
-    """A run of twenty steps in which every weight moves by a few per cent."""
+    """A run of ten steps in which every weight moves by a few per cent."""
     chosen = dict(
         data__eval="",
         data__row_length=128,
@@ -136,15 +141,15 @@ def runs(inputs, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def resumed(runs, inputs, tmp_path_factory):
-    """A folder for every place, in it the runs of all others, stopped half-way there and gone on with here."""
+    """A folder for every place, with the runs of its SOURCES: each stopped half-way there and resumed here."""
     folder = tmp_path_factory.mktemp("resumed")
 
     def start(name, place):
-        for other in OTHERS[name]:
+        for other in SOURCES[name]:
             copy = shutil.copytree(runs / other, folder / name / other)
             shutil.rmtree(copy / "checkpoints" / str(STEPS))
             shutil.rmtree(copy / "export")
-        workdirs = [folder / name / other for other in OTHERS[name]]
+        workdirs = [folder / name / other for other in SOURCES[name]]
         command = [write_recipe(inputs, f"{name} again", **place.fields()), *workdirs, f"--steps={place.redone}"]
         return Run(command, folder / "output" / name, module="tests.support.resumes", **place.options)
 
@@ -184,17 +189,17 @@ def test_run_moves_every_weight(runs, inputs):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", OTHERS[ALONE])
+@pytest.mark.parametrize("name", OTHERS)
 def test_run_is_the_same_on_every_mesh(runs, name):
     assert_same_run(runs / name, runs / ALONE)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", PLACES)
-def test_checkpoint_of_every_other_mesh_goes_on(resumed, runs, name):
+def test_checkpoint_of_another_mesh_goes_on(resumed, runs, name):
     output = (resumed / "output" / name / "process-0.txt").read_text()
-    assert output.count(f"steps {SAVED} to {STEPS} of") == len(OTHERS[name]) == 6
-    for other in OTHERS[name]:
+    assert output.count(f"steps {SAVED} to {STEPS} of") == len(SOURCES[name]) == (6 if name == ALONE else 2)
+    for other in SOURCES[name]:
         assert_same_run(resumed / name / other, runs / ALONE, SAVED + PLACES[name].redone)
 
 
@@ -221,7 +226,7 @@ def test_update_on_cpus_sums_without_the_collective_that_fails_there(inputs):
     shape = built.update_shape
     batch = layout.collate([read.sets["train"][i] for i in range(shape.pairs)], None, shape)
     update = programs.make_update(built, tx, state)
-    text = update.compile(state, {}, sharding.put(batch, built.mesh)).as_text()
+    text = update.compile(state, {}, sharding.put(batch, built.mesh)).as_text() or ""
     assert " all-reduce(" in text and "reduce-scatter" not in text
 
 

@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 
 import jax
 import numpy as np
@@ -64,19 +65,32 @@ def folders(tmp_path_factory):
     return {"paired": pairs} | forms
 
 
-def check_run(folders, tmp_path, monkeypatch, name, *, at=3):
-    """Trains, and again with an interruption; returns both folders, which have come out the same."""
-    form, fields = CARRYING[name]
-    config = make_config(folders[form], **fields)
-    train.run(config, tmp_path / "whole")
+@pytest.fixture(scope="module")
+def uninterrupted(folders, tmp_path_factory):
+    """A function from a name in CARRYING to the configuration and the folder of a whole run, which is made once."""
+    root = tmp_path_factory.mktemp("runs")
+
+    def run(name):
+        form, fields = CARRYING[name]
+        config, folder = make_config(folders[form], **fields), root / name.replace(", ", "-")
+        if not folder.exists():
+            train.run(config, folder)
+        return config, folder
+
+    return run
+
+
+def check_run(uninterrupted, tmp_path, monkeypatch, name, *, at=3):
+    """Trains again with an interruption, with the same result; returns the folder of the run without one."""
+    config, whole = uninterrupted(name)
     with killed_at(at, monkeypatch), pytest.raises(Killed):
         train.run(config, tmp_path / "cut")
     train.run(config, tmp_path / "cut")
     for log in ("metrics.jsonl", "eval.jsonl"):
-        assert untimed(read_rows(tmp_path / "cut" / log)) == untimed(read_rows(tmp_path / "whole" / log))
-    row = commands.evaluate_checkpoint(config, tmp_path / "whole")
-    assert untimed([row]) == untimed([read_rows(tmp_path / "whole" / "eval.jsonl")[-1]])
-    return tmp_path / "whole"
+        assert untimed(read_rows(tmp_path / "cut" / log)) == untimed(read_rows(whole / log))
+    row = commands.evaluate_checkpoint(config, whole)
+    assert untimed([row]) == untimed([read_rows(whole / "eval.jsonl")[-1]])
+    return whole
 
 
 def check_rows(folder, name, steps):
@@ -99,8 +113,9 @@ def test_objective_trains(folders, tmp_path, name):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", CARRYING)
-def test_run_that_carries_something_on_resumes_bit_for_bit(folders, tmp_path, monkeypatch, name):
-    check_rows(check_run(folders, tmp_path, monkeypatch, name, at=5 if name == "tr, tdpo2" else 3), name, runs.STEPS)
+def test_run_that_carries_something_on_resumes_bit_for_bit(uninterrupted, tmp_path, monkeypatch, name):
+    at = 5 if name == "tr, tdpo2" else 3
+    check_rows(check_run(uninterrupted, tmp_path, monkeypatch, name, at=at), name, runs.STEPS)
 
 
 @pytest.mark.slow
@@ -135,10 +150,9 @@ def test_batch_that_is_scored_first_counts_twice(folders, tmp_path):
 
 
 @pytest.mark.slow
-def test_reference_follows_the_policy(folders, tmp_path):
-    fields = CARRYING["tr, hard"][1]
-    folder = tmp_path / "run"
-    train.run(make_config(folders["paired"], **fields), folder)
+def test_reference_follows_the_policy(uninterrupted, tmp_path):
+    config, whole = uninterrupted("tr, hard")
+    folder = shutil.copytree(whole, tmp_path / "run")
     rows = read_rows(folder / "metrics.jsonl")
     margins = {row["step"]: row["rewards/margins"] for row in rows}
     # Where it has just taken the policy in, the two agree; an update later they do not.
@@ -156,7 +170,7 @@ def test_reference_follows_the_policy(folders, tmp_path):
     # Without the values of step 4, which no checkpoint's parameters give, the run's end cannot be judged.
     (folder / "reference" / "sync-000004").rename(folder / "gone")
     with pytest.raises(InputError, match="sync-000004.*lacks log-probs"):
-        commands.evaluate_checkpoint(make_config(folders["paired"], **fields), folder)
+        commands.evaluate_checkpoint(config, folder)
 
 
 @pytest.mark.slow

@@ -17,8 +17,9 @@ from dpo_jax.runtime import hosts
 from dpo_jax.types import InputError
 
 ROOT = Path(__file__).parents[1]
+# Llama 3 8B on v5p:4x4x4 is not among them: its mesh is that of v6e:8x8, where it fits in a third of the memory, and
+# that chip's programs are those of Qwen3 8B.
 PODS = [
-    ("v5p:4x4x4", "llama3_8b", []),
     ("v5e:16x16", "llama3_8b", ["mesh.tensor=8"]),
     ("v6e:8x8", "llama3_8b", []),
     ("v5p:4x4x4", "qwen3_8b", []),
@@ -125,14 +126,16 @@ def test_adapters_fit_where_the_model_could_not_train():
 
 
 def test_plan_that_does_not_fit_its_pod_says_so():
-    chosen = flags.load("configs/llama3_8b.py", ["mesh.tensor=1", "train.microbatch_rows=64", "model.remat=none"])
+    overrides = ["mesh.tensor=1", "train.microbatch_rows=64", "model.remat=none"]
+    overrides += ["loss.name=simpo"]  # which needs no scoring program: the update is compiled alone
+    chosen = flags.load("configs/llama3_8b.py", overrides)
     found = estimate.estimate(chosen, parse_topology("v5e:4x4"))
     assert not found.fits and found.bytes > found.topology.chip.hbm_bytes
     assert command.verdict(found).startswith("does not fit: ")
 
 
 def test_an_installed_libtpu_says_nothing_where_there_is_no_tpu():
-    code = "from dpo_jax import hosts; hosts.join(); import jax; print(jax.devices()[0].platform)"
+    code = "from dpo_jax.runtime import hosts; hosts.join(); import jax; print(jax.devices()[0].platform)"
     told = {*hosts.WITHOUT_TPU, "JAX_PLATFORMS"}  # by other tests, in this process
     untold = {name: value for name, value in os.environ.items() if name not in told}
     ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=untold)

@@ -34,17 +34,25 @@ def rows(workdir):
     return read_rows(workdir / "metrics.jsonl") if (workdir / "metrics.jsonl").exists() else []
 
 
-def test_processes_that_disagree_on_the_configuration_say_who_and_end(recipe, tmp_path):
+def test_processes_that_disagree_on_the_configuration_or_code_say_who_and_end(recipe, tmp_path):
+    shutil.copytree(ROOT / "dpo_jax", tmp_path / "code" / "dpo_jax")
+    with (tmp_path / "code" / "dpo_jax" / "steps.py").open("a") as file:
+        file.write("# changed\n")
+    own, environment = {1: ["--config.loss.beta=0.3"]}, {1: {"PYTHONPATH": str(tmp_path / "code")}}
+    places = {i: tmp_path / f"host-{i}" for i in range(2)}  # where no dpo_jax is that would come first
+    for place in places.values():
+        place.mkdir()
     command = arguments("train", recipe, tmp_path / "run")
-    with Run(command, tmp_path, processes=2, extra_arguments={1: ["--config.loss.beta=0.3"]}) as run:
+    with Run(command, tmp_path, processes=2, extra_arguments=own, environment=environment, folders=places) as run:
         for ended in run.ended_all(within_s=60):
             assert ended.status == 2
             assert "loss.beta is null on process 0" in ended.output and "0.3 on process 1" in ended.output
+            assert "configuration: code is" in ended.output
     assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.slow
-def test_processes_that_disagree_on_data_code_or_step_say_who_and_end(recipe, inputs, tmp_path):
+def test_processes_that_disagree_on_data_or_step_say_who_and_end(recipe, inputs, tmp_path):
     chosen = json.loads(recipe.read_text())
     chosen["data"] |= {"train": "train.jsonl", "eval": ""}
     (tmp_path / "config.json").write_text(json.dumps(chosen))
@@ -59,14 +67,6 @@ def test_processes_that_disagree_on_data_code_or_step_say_who_and_end(recipe, in
     with Run(command, tmp_path / "data", processes=2, folders=places) as run:
         for ended in run.ended_all(within_s=60):
             assert ended.status == 2 and "data and model: train is" in ended.output and "on process 1" in ended.output
-
-    shutil.copytree(ROOT / "dpo_jax", tmp_path / "code" / "dpo_jax")
-    with (tmp_path / "code" / "dpo_jax" / "steps.py").open("a") as file:
-        file.write("# changed\n")
-    environment = {1: {"PYTHONPATH": str(tmp_path / "code")}}
-    with Run(command, tmp_path / "other", processes=2, folders=places, environment=environment) as run:
-        for ended in run.ended_all(within_s=60):
-            assert ended.status == 2 and "configuration: code is" in ended.output and "on process 1" in ended.output
 
     # Two folders of one name: the second holds a run that is further along.
     shutil.copy(inputs / "train.jsonl", places[1])
@@ -106,7 +106,7 @@ def test_others_end_when_one_fails(recipe, inputs, tmp_path):
 
 @pytest.mark.slow
 def test_a_request_to_one_stops_all_at_one_step_and_the_command_goes_on(recipe, tmp_path):
-    steps = 40
+    steps = 24
     fields = dict(train__steps=steps, checkpoint__every_steps=1000, train__epochs=1)
     command = arguments("train", recipe, tmp_path / "run", **fields)
     with Run(command, tmp_path / "first", processes=2) as run:

@@ -1,9 +1,12 @@
 """Whole runs: what they write, how they resume, and what they refuse."""
 
+import contextlib
+import io
 import json
 import re
 import shutil
 import threading
+import types
 from pathlib import Path
 
 import jax
@@ -116,27 +119,48 @@ def test_policy_is_the_reference_at_step_zero_in_bfloat16_too(inputs, tmp_path):
     assert first["loss"] == pytest.approx(np.log(2), abs=1e-5) and abs(first["rewards/chosen"]) < 1e-5
 
 
+@pytest.fixture(scope="module")
+def watched(inputs, tmp_path_factory):
+    """Everything seen of one run that is profiled, and evaluated and logged every fourth step."""
+    seen = types.SimpleNamespace(folder=tmp_path_factory.mktemp("runs") / "watched", threads=[], digests=[])
+    make_batch, digest = update_batches.make_batch, checkpoints.digest
+    chosen = make_config(inputs, log__every_steps=4, eval__every_steps=4, profile__steps=2)
+    before = jax.config.values["jax_compilation_cache_dir"]
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stderr(io.StringIO()) as messages:
+        patch.setattr(
+            update_batches,
+            "make_batch",
+            lambda *a, **k: seen.threads.append(threading.current_thread()) or make_batch(*a, **k),
+        )
+        patch.setattr(checkpoints, "digest", lambda folder, **k: seen.digests.append(folder) or digest(folder, **k))
+        jax.config.update("jax_compilation_cache_dir", None)
+        try:
+            train.run(chosen, seen.folder)
+            seen.cache = jax.config.values["jax_compilation_cache_dir"]
+        finally:
+            jax.config.update("jax_compilation_cache_dir", before)
+    seen.messages = messages.getvalue()
+    return seen
+
+
 @pytest.mark.slow
-def test_batches_are_made_in_another_thread_and_programs_are_kept(inputs, tmp_path, monkeypatch):
-    # The cache folder of the whole test session, so another run in it may have left its programs there already.
-    made = []
-    real = update_batches.make_batch
-    monkeypatch.setattr(
-        update_batches, "make_batch", lambda *a, **k: made.append(threading.current_thread()) or real(*a, **k)
-    )
-    train.run(make_config(inputs, train__steps=3, data__eval=""), tmp_path / "run")
-    assert len(made) == 3 and all(thread is not threading.main_thread() for thread in made)
-    rows = read_rows(tmp_path / "run" / "metrics.jsonl")
+def test_batches_are_made_in_another_thread(watched):
+    assert len(watched.threads) == STEPS
+    assert all(thread is not threading.main_thread() for thread in watched.threads)
+    rows = read_rows(watched.folder / "metrics.jsonl")
     assert all(0 <= row["data_wait_s"] <= row["step_time_s"] + 1 for row in rows)
-    assert Path(jax.config.values["jax_compilation_cache_dir"]).name == "xla"
 
 
 @pytest.mark.slow
-def test_profile_is_written_for_the_steps_asked_for(inputs, tmp_path, capsys):
-    train.run(make_config(inputs, train__steps=5, data__eval="", profile__steps=2), tmp_path / "run")
-    (trace,) = (tmp_path / "run" / "profile").rglob("*.xplane.pb")
+def test_programs_are_kept_in_the_users_cache(watched, cache_folder):
+    assert Path(watched.cache) == cache_folder / "xla"
+
+
+@pytest.mark.slow
+def test_profile_is_written_for_the_steps_asked_for(watched):
+    (trace,) = (watched.folder / "profile").rglob("*.xplane.pb")
     assert trace.stat().st_size > 1000
-    assert "profile: in" in capsys.readouterr().err
+    assert "profile: in" in watched.messages
 
 
 @pytest.mark.slow
@@ -325,12 +349,8 @@ def test_a_run_compiles_three_programs_of_the_model(finished, inputs, tmp_path, 
 
 
 @pytest.mark.slow
-def test_a_run_reads_the_weights_for_their_digest_once(inputs, tmp_path, monkeypatch):
-    digests = []
-    real = checkpoints.digest
-    monkeypatch.setattr(checkpoints, "digest", lambda folder, **rest: digests.append(folder) or real(folder, **rest))
-    train.run(make_config(inputs, train__steps=1), tmp_path / "run")
-    assert digests == [inputs / "model"]
+def test_a_run_reads_the_weights_for_their_digest_once(watched, inputs):
+    assert watched.digests == [inputs / "model"]
 
 
 @pytest.mark.slow
@@ -406,15 +426,13 @@ def test_data_inside_a_working_folder_whose_name_would_be_read_as_several_is_ref
 
 
 @pytest.mark.slow
-def test_log_every_steps_keeps_the_last_step(inputs, tmp_path):
-    train.run(make_config(inputs, log__every_steps=4, data__eval=""), tmp_path / "run")
-    assert [row["step"] for row in read_rows(tmp_path / "run" / "metrics.jsonl")] == [0, 4, 5]
+def test_log_every_steps_keeps_the_last_step(watched):
+    assert [row["step"] for row in read_rows(watched.folder / "metrics.jsonl")] == [0, 4, 5]
 
 
 @pytest.mark.slow
-def test_evaluation_comes_every_so_many_steps(inputs, tmp_path):
-    train.run(make_config(inputs, eval__every_steps=2, train__steps=5), tmp_path / "run")
-    assert [row["step"] for row in read_rows(tmp_path / "run" / "eval.jsonl")] == [0, 2, 4, 5]
+def test_evaluation_comes_every_so_many_steps_and_at_the_end(watched):
+    assert [row["step"] for row in read_rows(watched.folder / "eval.jsonl")] == [0, 4, STEPS]
 
 
 # --- refused before anything is written ---------------------------------------------------------------------------
@@ -469,7 +487,8 @@ def test_data_changed_under_a_run_is_refused(inputs, tmp_path, split):
 def test_refused_run_leaves_the_folder_to_the_corrected_one(inputs, tmp_path):
     with pytest.raises(InputError, match=r"config\.data\.row_length: got 32"):
         train.run(make_config(inputs, data__row_length=32, train__steps=1), tmp_path / "run")
-    train.run(make_config(inputs, train__steps=1), tmp_path / "run")
+    # Unset it is chosen from the pairs.
+    train.run(make_config(inputs, data__row_length=None, train__steps=1), tmp_path / "run")
 
 
 def test_export_in_another_type_is_another_run(finished, inputs):

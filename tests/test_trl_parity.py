@@ -19,11 +19,17 @@ from benchmarks import vs_trl
 
 pytestmark = pytest.mark.slow
 PAIRS, STEPS = 4, 20
-FAMILY_STEPS = 5
+FEW_STEPS = 3  # the loss of the model itself, and after each of two updates
 FAMILIES = [name for name in CASES if name.endswith("-all") and not name.startswith("llama-yarn")]
 
 
-def curves(tmp_path, inputs, *, steps, accumulate, adapter="", loss=None, settings=None, least=1e-3):
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory):
+    """Pairs, and a model of two layers, for few steps."""
+    return make_inputs(tmp_path_factory.mktemp("inputs"), train_pairs=PAIRS * FEW_STEPS)
+
+
+def curves(tmp_path, inputs, *, steps, accumulate=1, adapter="", loss=None, settings=None, least=1e-3):
     """Losses of dpo_jax and of TRL, from the model and the pairs of a folder.
 
     Args:
@@ -42,7 +48,8 @@ def curves(tmp_path, inputs, *, steps, accumulate, adapter="", loss=None, settin
         max_length=128,
         adapter=adapter,
         learning_rate=1e-2 if adapter else 1e-4,
-        loss=loss or {},
+        # The row length that is found for these pairs: to find it takes longer than to train on them.
+        fields={"data.row_length": 128} | {f"loss.{name}": value for name, value in (loss or {}).items()},
     )
     ours = vs_trl.run_ours(tmp_path, args)["losses"]
     # TRL weighs the balance of experts as config.json says, unless told not to.
@@ -63,16 +70,16 @@ def test_loss_curve_has_parity_with_trl(tmp_path, base, accumulate):
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_every_family_has_parity_with_trl(tmp_path, name):
+def test_every_family_has_parity_with_trl(tmp_path, inputs, name):
     """With a checkpoint that transformers saved, every option of its configuration moved."""
-    inputs = make_inputs(tmp_path / "inputs", train_pairs=PAIRS * FAMILY_STEPS)
+    inputs = shutil.copytree(inputs, tmp_path / "inputs")
     positions = "n_positions" if name.startswith("gpt2") or name.startswith("gptj") else "max_position_embeddings"
     shape = {"vocab_size": quickstart.VOCAB_SIZE, positions: 256, "eos_token_id": 0}
     kind, options = CASES[name]
     case = make_golden.saved_by_transformers(tmp_path / "saved", kind, options | shape)
     make_golden.write_folder(inputs / "model", case)
     shutil.rmtree(tmp_path / "saved")
-    ours, theirs = curves(tmp_path, inputs, steps=FAMILY_STEPS, accumulate=1)
+    ours, theirs = curves(tmp_path, inputs, steps=FEW_STEPS)
     distance = max(abs(a - b) for a, b in zip(ours, theirs, strict=True))
     print(f"{name}: largest difference {distance:.2e}, losses {min(ours):.4f} to {max(ours):.4f}")
     assert distance < 1e-4
@@ -82,12 +89,12 @@ def test_every_family_has_parity_with_trl(tmp_path, name):
 def test_curve_of_adapters_has_parity_with_trl(tmp_path, base, targets):
     """From one adapter of PEFT's own start, all linear maps, or maps stored as one and others."""
     peft = pytest.importorskip("peft")
-    inputs = make_inputs(tmp_path / "inputs", train_pairs=PAIRS * FAMILY_STEPS, base=base)
+    inputs = make_inputs(tmp_path / "inputs", train_pairs=PAIRS * FEW_STEPS, base=base)
     model = transformers.AutoModelForCausalLM.from_pretrained(inputs / "model")
     chosen = peft.LoraConfig(r=4, lora_alpha=8, target_modules=targets, task_type="CAUSAL_LM", use_rslora=True)
     peft.get_peft_model(model, chosen).save_pretrained(tmp_path / "adapter")
     adapter = str(tmp_path / "adapter")
-    ours, theirs = curves(tmp_path, inputs, steps=FAMILY_STEPS, accumulate=1, adapter=adapter)
+    ours, theirs = curves(tmp_path, inputs, steps=FEW_STEPS, adapter=adapter)
     distance = max(abs(a - b) for a, b in zip(ours, theirs, strict=True))
     print(f"adapters: largest difference {distance:.2e}, losses {min(ours):.4f} to {max(ours):.4f}")
     assert distance < 1e-4
@@ -122,12 +129,11 @@ OBJECTIVES = {
 
 
 @pytest.mark.parametrize("name", OBJECTIVES)
-def test_every_objective_has_parity_with_trl(tmp_path, name):
-    inputs = make_inputs(tmp_path / "inputs", train_pairs=PAIRS * FAMILY_STEPS)
+def test_every_objective_has_parity_with_trl(tmp_path, inputs, name):
     loss, settings = OBJECTIVES[name]
     # This model would have written nothing of the pairs, so that WPO weighs them next to nothing.
     least = 1e-10 if name == "wpo" else 1e-3
-    ours, theirs = curves(tmp_path, inputs, steps=FAMILY_STEPS, accumulate=1, loss=loss, settings=settings, least=least)
+    ours, theirs = curves(tmp_path, inputs, steps=FEW_STEPS, loss=loss, settings=settings, least=least)
     distance = max(abs(a - b) for a, b in zip(ours, theirs, strict=True)) / max(map(abs, theirs))
     print(f"{name}: largest difference {distance:.2e} of the loss, losses {min(ours):.4g} to {max(ours):.4g}")
     assert distance < 1e-4
