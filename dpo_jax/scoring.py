@@ -12,6 +12,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int, PyTree
 
 from dpo_jax import aliases
+from dpo_jax.data.batches import TokenValues
 from dpo_jax.data.layout import answer_starts, collate
 from dpo_jax.data.packing import Shape, unit_lengths
 from dpo_jax.logprobs.completions import completion_logps, sum_by_slot
@@ -56,7 +57,7 @@ def score_pairs(
     *,
     shape: Shape,
     skip: Callable[[np.ndarray], np.ndarray] | None = None,
-    reference_tokens: Sequence[PyTree] | None = None,
+    reference_tokens: Sequence[PyTree] | TokenValues | None = None,
 ) -> Iterator[Scored]:
     """Scores a set of pairs, longest first, `shape.pairs` at a time; yields each part when it is done.
 

@@ -120,7 +120,8 @@ def test_the_folder_it_is_called_from_shadows_no_installed_module(tmp_path, monk
     monkeypatch.setattr(sys, "path", ["", str(tmp_path), *sys.path])
     cli.find_modules_here()
     assert sys.path[-1] == "" and not {"", str(tmp_path)} & set(sys.path[:-1])
-    assert importlib.machinery.PathFinder.find_spec("inspect").origin != str(tmp_path / "inspect.py")
+    spec = importlib.machinery.PathFinder.find_spec("inspect")
+    assert spec is not None and spec.origin != str(tmp_path / "inspect.py")
 
 
 @pytest.fixture

@@ -491,6 +491,7 @@ def test_likely_tokens_stand_beside_the_targets_that_they_could_have_been(name, 
 def test_further_sums_are_padded_as_the_reference_is():
     sums = {"shared_logps": np.arange(10).reshape(5, 2)}
     batch = layout.collate(random_pairs(5), None, SHAPE, reference_sums=sums)
+    assert batch.reference_sums is not None
     assert batch.reference_sums.keys() == sums.keys() and batch.reference_sums["shared_logps"].dtype == np.float32
     assert batch.reference_sums["shared_logps"].tolist() == [*sums["shared_logps"].tolist(), *[[0, 0]] * 3]
     without = layout.collate(random_pairs(5), None, SHAPE)

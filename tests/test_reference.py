@@ -38,12 +38,12 @@ def make_rankings(count, answers, seed=0):
 def make_unpaired(count):
     """Pairs with one answer each, the other missing."""
     pairs, empty = make_set(count).pairs, np.array([], int)
-    pairs = [pair._replace(**{"rejected" if i % 2 else "chosen": empty}) for i, pair in enumerate(pairs)]
+    pairs = [pair._replace(**{"rejected" if i % 2 else "chosen": empty}) for i, pair in enumerate(pairs)]  # type: ignore[arg-type]
     keys = np.array([content_key(pair) for pair in pairs], np.uint64)
     return PairsToScore(pairs, np.array([pair.lengths for pair in pairs]), keys, np.full((count, 2), np.nan))
 
 
-def with_provided(pairs, values, indices=slice(None)):
+def with_provided(pairs, values, indices: slice | np.ndarray = slice(None)):
     """The set with log-probs that come with the data for some of its pairs."""
     provided = pairs.provided.copy()
     provided[indices] = values
@@ -156,7 +156,7 @@ def test_killed_pass_does_not_repeat_finished_parts(tmp_path, fail_at):
 
 def test_values_that_come_with_the_data_are_used_as_they_are(tmp_path):
     provided = [[-1.5, -2.5], [-3.5, -4.5]]
-    done, _ = run(tmp_path / "r", with_provided(make_set(6), provided, [1, 4]))
+    done, _ = run(tmp_path / "r", with_provided(make_set(6), provided, np.array([1, 4])))
     np.testing.assert_array_equal(done.values["a"][[1, 4]], provided)
     assert (done.provided, done.scored) == (2, 4)
     stored = sum(len(pq.read_table(part)) for part in (tmp_path / "r").glob("*.parquet"))
@@ -292,7 +292,7 @@ def test_values_of_tokens_of_rankings_and_of_single_answers(tmp_path):
     for _ in range(2):
         done, _ = run(tmp_path / "ranked", ranked, answers=4, tokens=2)
         assert done.tokens is not None
-        for i, pair in enumerate(ranked.pairs):
+        for i, pair in enumerate(ranked.pairs):  # type: ignore[arg-type]
             for ids, (found, _) in zip(pair.answers, done.tokens["a"][i], strict=False):
                 np.testing.assert_array_equal(found[:, 0], ids + 1)
             assert all(len(found) == 0 for found, _ in done.tokens["a"][i][len(pair.answers) :])

@@ -17,7 +17,7 @@ def make_program(**options):
     return Compiled("scaling", jitted, Stopwatch())
 
 
-def params(rows=3, dtype=np.float32):
+def params(rows=3, dtype: type[np.generic] = np.float32):
     return {"head": {"kernel": np.ones((rows, 2), dtype)}, "bias": np.zeros(2, np.float32)}
 
 
