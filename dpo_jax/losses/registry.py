@@ -1,8 +1,9 @@
 """Every loss by name, with what the rest of the package must know of it, and every field of `config.loss`.
 
-A loss is added in three places: its function in a module of this folder, its entry in REGISTRY below (and a row in
-OPTIONS if it brings an option that no other loss has), and its section in docs/objectives.md. The configuration, its
-checks, the model card and the tables of the documentation follow from here; `python -m docs.tables` writes the tables.
+A loss is its function in a module of this folder, its entry in REGISTRY below (and a row in OPTIONS if it brings an
+option that no other loss has), and its section in docs/objectives.md; docs/architecture.md lists the steps. The
+configuration, its checks, the model card and the tables of the documentation follow from here; `python -m docs.tables`
+writes the tables.
 """
 
 from __future__ import annotations
