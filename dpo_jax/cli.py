@@ -8,11 +8,14 @@ import sys
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from absl import flags, logging
 
 from dpo_jax.types import InputError
+
+if TYPE_CHECKING:
+    from dpo_jax.config import Config
 
 USAGE = """\
 dpo-jax COMMAND --config=configs/NAME.py [--config.section.field=value ...] --workdir=DIR
@@ -35,7 +38,8 @@ elsewhere give --coordinator=HOST:PORT --processes=N --process=I. Asked to stop 
 exits with status 75: the same command goes on from there.
 """
 
-Define = Callable[..., Any]  # absl's flags.DEFINE_*
+Define = Callable[..., flags.FlagHolder]  # absl's flags.DEFINE_*
+Value = str | int | bool | None  # of a flag
 
 
 class Flag(NamedTuple):
@@ -43,7 +47,7 @@ class Flag(NamedTuple):
 
     define: Define
     name: str
-    default: Any
+    default: Value
     help: str
     limits: dict[str, int] = {}
 
@@ -91,9 +95,9 @@ PROCESSES = (
 class Parsed(NamedTuple):
     """A command line that was understood."""
 
-    config: Any  # a config.Config
+    config: Config
     workdir: Path
-    options: dict[str, Any]  # of the command, by the flags' names
+    options: dict[str, Value]  # of the command, by the flags' names
     place: dict[str, Any]  # among other processes
 
 

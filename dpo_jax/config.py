@@ -261,9 +261,9 @@ def base() -> Any:  # a ConfigDict; its own annotations would make every `config
     return _thaw(Config())
 
 
-def _thaw(config: Any) -> config_dict.ConfigDict:
+def _thaw(config: object) -> config_dict.ConfigDict:
     """The ConfigDict of a dataclass: `freeze` undone."""
-    fields: dict[str, Any] = {}
+    fields: dict[str, object] = {}
     for name, (kind, _) in _kinds(type(config)).items():
         value, reference = getattr(config, name), config_dict.FieldReference  # placeholder(kind), with a value
         fields[name] = _thaw(value) if dataclasses.is_dataclass(value) else reference(value, field_type=kind)
@@ -271,15 +271,15 @@ def _thaw(config: Any) -> config_dict.ConfigDict:
 
 
 @functools.cache
-def _kinds(section: type) -> dict[str, tuple[Any, bool]]:
+def _kinds(section: type) -> dict[str, tuple[type, bool]]:
     """Type of each field of a dataclass, and whether it may be None."""
     hints = typing.get_type_hints(section).items()
     return {name: ((typing.get_args(hint) or (hint,))[0], isinstance(hint, types.UnionType)) for name, hint in hints}
 
 
-def flat(config: Any, prefix: str = "") -> dict[str, Any]:
+def flat(config: object, prefix: str = "") -> dict[str, object]:
     """Dotted name and value of every field."""
-    found: dict[str, Any] = {}
+    found: dict[str, object] = {}
     for name in _kinds(type(config)):
         value = getattr(config, name)
         found |= flat(value, f"{prefix}{name}.") if dataclasses.is_dataclass(value) else {f"{prefix}{name}": value}
@@ -343,7 +343,7 @@ def changed(old: Config, new: Config, fields: Sequence[str] | None = None) -> li
     return [f"{name}: {before[name]!r} -> {after[name]!r}" for name in names]
 
 
-def _checked(fields: Mapping[str, Any], place: str) -> Config:
+def _checked(fields: Mapping[str, object], place: str) -> Config:
     problems: Problems = {}
     config = _section(Config, fields, "", problems)
     for name, value in flat(config).items():
@@ -359,7 +359,7 @@ def _checked(fields: Mapping[str, Any], place: str) -> Config:
     return config
 
 
-def _refuse(problems: Problems, name: str, value: Any, expected: str) -> None:
+def _refuse(problems: Problems, name: str, value: object, expected: str) -> None:
     remedy = f"Change it in the recipe or give --config.{name}=VALUE."
     problems[name] = "empty" if value == "" else repr(value), expected, remedy
 
@@ -392,7 +392,7 @@ def _check_relations(config: Config, problems: Problems) -> None:
         problems["mesh"] = str(mesh), "at most one axis of -1", "Give the other axes a size."
 
 
-def _section(section: Any, fields: Mapping[str, Any], prefix: str, problems: Problems) -> Any:
+def _section(section: type[_Section], fields: Mapping[str, Any], prefix: str, problems: Problems) -> _Section:
     """An instance of the dataclass; what cannot be used goes to `problems` and leaves the default."""
     kinds, values = _kinds(section), {}
     problems.update({f"{prefix}{name}": _unknown(name, kinds) for name in fields if name not in kinds})

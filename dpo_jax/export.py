@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+
+from jaxtyping import PyTree
 
 from dpo_jax.config import Config
 from dpo_jax.hf import adapters, checkpoints, folders, peft
@@ -17,7 +18,7 @@ from dpo_jax.runtime.terminal import say
 def export(
     config: Config,
     inputs: Inputs,
-    params: Any,
+    params: PyTree,
     out: Path,
     evaluations: Sequence[Mapping[str, float]],
     steps: int,

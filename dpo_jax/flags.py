@@ -8,7 +8,6 @@ import runpy
 import sys
 import traceback
 from collections.abc import Collection, Sequence
-from typing import Any
 
 from absl import flags
 from ml_collections import config_dict, config_flags
@@ -144,7 +143,7 @@ def _recipe_error(error: Exception, path: str) -> InputError:
     """What a recipe raised, at the recipe's own line; for a field that does not exist, with those that do."""
     frames = list(traceback.walk_tb(error.__traceback__))
     place = ":".join([path, *(str(line) for frame, line in frames if frame.f_code.co_filename == path)][:2])
-    owner: Any = frames[-1][0].f_locals.get("self")
+    owner: object = frames[-1][0].f_locals.get("self")
     name = re.search(r"""["'\\]+(\w+)["'\\]""", str(error))
     fields = list(owner) if isinstance(owner, config_dict.ConfigDict) else []
     if fields and name and name[1] not in fields:

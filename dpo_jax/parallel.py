@@ -10,13 +10,13 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, PyTree
 
 from dpo_jax import accumulate
 from dpo_jax.hf import adapters as low_rank
@@ -32,7 +32,7 @@ from dpo_jax.types import Rows
 # {parent: leaf} of the parameters whose size grows with the vocabulary; their gradients are added in place.
 VOCABULARY_LEAVES = {"embed": "embedding", "head": "embedding", "logits": "bias"}
 
-Tree = Mapping[str, Any]  # nested dict of arrays
+Tree = Mapping[str, PyTree]  # nested dict of arrays
 HiddenFn = Callable[["SplitParams", Rows], tuple[Array, dict[str, Array], Array | None]]
 
 
@@ -74,17 +74,17 @@ class SplitParams(NamedTuple):
     """Parameters, and running sums of their gradients, with the vocabulary-sized ones apart."""
 
     vocabulary: dict[str, Array]  # {parent in VOCABULARY_LEAVES: leaf}
-    body: dict[str, Any]  # the others, as a tree
+    body: dict[str, PyTree]  # the others, as a tree
     vocabulary_sums: dict[str, Array]  # empty: gradients are not accumulated
-    body_sums: dict[str, Any]
+    body_sums: dict[str, PyTree]
 
-    def join_sums(self, vocabulary_sums: Mapping[str, Array | None], trained: Tree) -> dict[str, Any]:
+    def join_sums(self, vocabulary_sums: Mapping[str, Array | None], trained: Tree) -> dict[str, PyTree]:
         """Joins new sums of the vocabulary-sized parameters among `trained` and those of the others to one tree."""
         names = [name for name in VOCABULARY_LEAVES if name in trained]
         return self.body_sums | {name: {VOCABULARY_LEAVES[name]: vocabulary_sums[name]} for name in names}
 
 
-def split_vocabulary(tree: Tree) -> tuple[dict[str, Array], dict[str, Any]]:
+def split_vocabulary(tree: Tree) -> tuple[dict[str, Array], dict[str, PyTree]]:
     """Splits parameters, or sums of their gradients, into the vocabulary-sized leaves, by parent, and the others."""
     leaves = {name: tree[name][leaf] for name, leaf in VOCABULARY_LEAVES.items() if name in tree}
     return leaves, {name: tree[name] for name in tree if name not in VOCABULARY_LEAVES}
@@ -99,7 +99,7 @@ def split_params(params: Tree, sums: Tree | None, frozen: Tree | None) -> SplitP
     """
     vocabulary, body = split_vocabulary(params)
     vocabulary_sums: dict[str, Array] = {}
-    body_sums: dict[str, Any] = {}
+    body_sums: dict[str, PyTree] = {}
     if sums is not None:
         vocabulary_sums, body_sums = split_vocabulary(sums)
         body, body_sums = accumulate.collect(body, body_sums)

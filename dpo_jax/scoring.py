@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Collection, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -109,7 +109,7 @@ def make_logps_fn(
     placement: Placement = ONE_DEVICE,
     sums: Collection[str] = (),
     tokens: int | None = None,
-) -> Callable[..., Any]:
+) -> Callable[..., PyTree]:
     """Returns `logps_fn(params, rows) -> (logps [P, K], {"logits": [P, K], ...})` of a decoder.
 
     logps are log-probs in nats, summed over answer tokens; the second value holds other sums over answer tokens: of the
@@ -147,10 +147,10 @@ def make_logps_fn(
         likely=tokens,
     )
 
-    def logps_fn(params: Any, rows: Any, sums: Any = None, *, frozen: Any = None) -> Any:
+    def logps_fn(params: PyTree, rows: PyTree, sums: PyTree = None, *, frozen: PyTree = None) -> PyTree:
         split = split_params(params, sums, frozen)
         hidden, statistics, embedding_sum = hidden_fn(split, rows)
-        new_sums: dict[str, Any] = split.vocabulary_sums | {"embed": embedding_sum}
+        new_sums: dict[str, PyTree] = split.vocabulary_sums | {"embed": embedding_sum}
         name = "head" if "head" in split.vocabulary else "embed"
         head_sums = None if sums is None else Head(new_sums.get(name), new_sums.get("logits"))
         bias = split.vocabulary.get("logits")

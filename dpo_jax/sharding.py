@@ -119,7 +119,7 @@ def make_mesh(replica: int, fsdp: int, tensor: int, devices: Sequence[Any] | Non
     return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * 3)
 
 
-def slice_of(device: Any) -> int:
+def slice_of(device: object) -> int:
     """The index of a device's TPU slice; 0 if there is only one."""
     return getattr(device, "slice_index", 0)  # topologies of one slice have none
 

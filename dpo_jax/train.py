@@ -13,6 +13,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jaxtyping import PyTree
 
 import dpo_jax
 from dpo_jax import trees
@@ -158,7 +159,7 @@ def train(config: Config, inputs: Inputs, programs: Programs, store: Store | Non
         stretches = sync_stretches(start, total, config.reference.sync_steps)
         batches = opened.enter_context(contextlib.closing(between.batches.stream(stretches)))
 
-        def update(state: TrainState, prepared: Prepared) -> tuple[TrainState, Mapping[str, Any]]:
+        def update(state: TrainState, prepared: Prepared) -> tuple[TrainState, Mapping[str, jax.Array]]:
             return compiled(state, frozen, prepared.batch)
 
         state = run_loop(state, schedule, batches, update, between)
@@ -237,13 +238,13 @@ class Between:
     inputs: Inputs
     programs: Programs
     store: Store | None
-    frozen: Any  # parameters that do not train
+    frozen: PyTree  # parameters that do not train
     values: dict[str, ReferenceValues]  # reference log-probs of each set of pairs, as they are now
     sync: ReferenceSync | None  # None: the reference stays as it is
     batches: UpdateBatches
     outputs: Outputs
     checkpoints: Checkpoints
-    record: dict[str, Any]  # saved with each checkpoint
+    record: dict[str, object]  # saved with each checkpoint
     learning_rate: Callable[[int], float]
 
     def __post_init__(self):
@@ -285,7 +286,7 @@ class Between:
             self.outputs.progress.say(f"step {done}: the reference is synced with the policy")
         self.outputs.profile.at(done, state)
 
-    def after(self, done: int, prepared: Prepared, metrics: Mapping[str, Any], waited_s: float) -> None:
+    def after(self, done: int, prepared: Prepared, metrics: Mapping[str, jax.Array], waited_s: float) -> None:
         """Logs the step before this one; checks the first, and each that starts at its reference again."""
         if not self._compiled:
             jax.block_until_ready(metrics)
@@ -319,8 +320,8 @@ def evaluate_on_eval(
     programs: Programs,
     summary: Callable[..., dict[str, jax.Array]],
     values: Mapping[str, ReferenceValues],
-    params: Any,
-    running: Any,
+    params: PyTree,
+    running: PyTree,
 ) -> dict[str, float]:
     """Returns the metrics of parameters on data.eval.
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import Any
+
+from jaxtyping import PyTree
 
 
-def join(tree: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, Any]:
+def join(tree: Mapping[str, PyTree], other: Mapping[str, PyTree]) -> dict[str, PyTree]:
     """Merges two nested dicts that share no leaf."""
     shared = {name: join(tree[name], other[name]) for name in tree.keys() & other.keys()}
     return {**tree, **other, **shared}
@@ -17,9 +18,9 @@ def path_name(path: Iterable[object]) -> str:
     return "/".join(str(getattr(part, "key", getattr(part, "name", getattr(part, "idx", part)))) for part in path)
 
 
-def nest(leaves: Mapping[str, Any]) -> dict[str, Any]:
+def nest(leaves: Mapping[str, PyTree]) -> dict[str, PyTree]:
     """Nests leaves by their paths: {"a/b": x} becomes {"a": {"b": x}}."""
-    tree: dict[str, Any] = {}
+    tree: dict[str, PyTree] = {}
     for path, leaf in leaves.items():
         *parents, last = path.split("/")
         node = tree
@@ -29,9 +30,9 @@ def nest(leaves: Mapping[str, Any]) -> dict[str, Any]:
     return tree
 
 
-def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+def flatten(tree: Mapping[str, PyTree], prefix: str = "") -> dict[str, PyTree]:
     """Flattens nested dicts to leaves by path: {"a": {"b": x}} becomes {"a/b": x}."""
-    leaves: dict[str, Any] = {}
+    leaves: dict[str, PyTree] = {}
     for name, value in tree.items():
         leaves |= flatten(value, f"{prefix}{name}/") if isinstance(value, Mapping) else {f"{prefix}{name}": value}
     return leaves

@@ -17,7 +17,7 @@ import numpy as np
 from flax import linen as nn
 from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, PyTree
 
 from dpo_jax.models import experts, quantized, rope
 from dpo_jax.models.attention.choose import PLAIN, Attention
@@ -50,7 +50,7 @@ ACTIVATIONS = {
     "relu": jax.nn.relu,
 }
 INIT = nn.initializers.normal(0.02)
-Params = dict[str, Any]  # nested dict of arrays, as `DecoderConfig` documents
+Params = dict[str, PyTree]  # nested dict of arrays, as `DecoderConfig` documents
 # (path such as blocks/attention/q/kernel, sizes of its input axes, sizes of its output axes) -> its sharding.
 KernelShardings = Callable[[str, tuple[int, ...], tuple[int, ...]], KernelSharding | None]
 

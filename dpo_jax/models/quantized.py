@@ -15,7 +15,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Shaped
+from jaxtyping import Array, Float, PyTree, Shaped
 
 from dpo_jax.types import InputError
 
@@ -63,7 +63,7 @@ def decode(quantized: Mapping[str, Array]) -> Float[Array, "*N F"]:
     return qwix.dequantize(qwix.QArray(qvalue=codes, scale=scales, qtype=kind))
 
 
-def decoded(tree: Mapping[str, Any]) -> dict[str, Any]:
+def decoded(tree: Mapping[str, PyTree]) -> dict[str, PyTree]:
     """Returns the parameters with every quantized kernel decoded."""
     return {
         name: value

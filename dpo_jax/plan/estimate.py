@@ -18,7 +18,10 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Int
+import optax
+from jax.sharding import Mesh
+from jax.typing import DTypeLike
+from jaxtyping import Int, PyTree
 
 from dpo_jax import sharding, steps, trees
 from dpo_jax.config import Config
@@ -37,7 +40,8 @@ from dpo_jax.run.programs import Programs
 from dpo_jax.run.state import abstract_params, abstract_state, placed
 from dpo_jax.run.trainable import Trainable
 from dpo_jax.runtime import xla
-from dpo_jax.types import Encoded, InputError
+from dpo_jax.steps import TrainState
+from dpo_jax.types import Batch, Encoded, InputError
 
 DRAWN_PAIRS = 4096  # at most, that stand for the data
 SPREAD = 0.7  # standard deviation of the logarithm of a length, about that of HH and of UltraFeedback
@@ -197,7 +201,7 @@ def estimate(config: Config, topology: Topology, *, reference_in_step: bool = Fa
     tx, _ = choices.optimizer_of(config.optimizer, total_steps=updates(config), selection=selection)
     state, (_, frozen) = abstract_state(built, tx), abstract_params(built)
     update = programs.make_update(built, tx, state) if compiles else None
-    calls: dict[str, tuple[packing.Shape, Any, tuple]] = {
+    calls: dict[str, tuple[packing.Shape, xla.Compiled | None, tuple]] = {
         "update": (built.update_shape, update, (state, frozen)),
         "scoring": (built.score_shape, built.reference_scoring, (trees.join(state.params, frozen),)),
     }
@@ -221,12 +225,12 @@ def estimate(config: Config, topology: Topology, *, reference_in_step: bool = Fa
     )
 
 
-def with_reference(built: Programs, tx: Any, state: Any) -> xla.Compiled:
+def with_reference(built: Programs, tx: optax.GradientTransformation, state: TrainState) -> xla.Compiled:
     """Returns the update(state, frozen, reference, batch) that scores with the reference's parameters first."""
     step, logps_fn = programs.update_step(built, tx)
     score = steps.make_score_step(logps_fn, has_aux=True, crops=programs.crops(built.update_shape))
 
-    def update(state: Any, frozen: Any, reference: Any, batch: Any) -> Any:
+    def update(state: TrainState, frozen: PyTree, reference: PyTree, batch: Batch) -> PyTree:
         return step(state, frozen, batch._replace(reference=score(reference, batch)[0]))
 
     return programs.jit_update("update with the reference in it", update, built, state)
@@ -295,12 +299,12 @@ def forward_passes(built: Programs, shape: packing.Shape, reference_in_step: boo
     return reference_in_step + mismatched + steps.scores_first(built.objective, shape.microbatches)
 
 
-def as_type(tree: Any, dtype: Any) -> Any:
+def as_type(tree: PyTree, dtype: DTypeLike) -> PyTree:
     """Returns shapes and shardings of arrays like these, of another type."""
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype, sharding=x.sharding), tree)
 
 
-def abstract_batch(built: Programs, shape: packing.Shape, *, update: bool) -> Any:
+def abstract_batch(built: Programs, shape: packing.Shape, *, update: bool) -> Batch:
     """Returns shapes, types and shardings of a batch to score, or of one to update on with all the objective reads."""
     token, objective = np.zeros(1, np.int32), built.objective
     pairs: Any = [Encoded(token, token, token)]
@@ -341,7 +345,7 @@ def memory_of(found: Any) -> int:
     return found.argument_size_in_bytes + new + found.temp_size_in_bytes + found.generated_code_size_in_bytes
 
 
-def sent(cost: Cost, moved: Sequence[Collective], topology: Topology, mesh: Any) -> Cost:
+def sent(cost: Cost, moved: Sequence[Collective], topology: Topology, mesh: Mesh) -> Cost:
     """Returns the cost with the bytes that the compiled program sends in place of counted ones."""
     devices = list(mesh.devices.flat)
     seconds = ici = dcn = 0.0

@@ -9,12 +9,12 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple, TypeAlias
+from typing import NamedTuple, TypeAlias
 
 import jax
 import numpy as np
 import xxhash
-from jaxtyping import Bool, Float, Int, UInt64
+from jaxtyping import Bool, Float, Int, PyTree, UInt64
 
 from dpo_jax.data.batches import TokenValues
 from dpo_jax.data.packing import Shape
@@ -34,7 +34,8 @@ from dpo_jax.types import AnswerTokens, Batch, InputError, Pairs
 
 PART_PAIRS = 256  # pairs in a part: what a killed pass can lose
 
-Score: TypeAlias = Callable[[Batch], tuple[Any, dict[str, Any]]]  # host batch -> (logps [P, K], token sums or tokens)
+# Host batch -> (logps [P, K], token sums or tokens).
+Score: TypeAlias = Callable[[Batch], tuple[PyTree, dict[str, PyTree]]]
 Logps: TypeAlias = dict[str, tuple[float, ...]]  # of a pair's answers in nats, by the pair's key
 
 

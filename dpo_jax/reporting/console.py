@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, TypeAlias
+from typing import Any
 
 import jax
 import numpy as np
+from jaxtyping import PyTree
 
 from dpo_jax import sharding, trees
 from dpo_jax.run.inputs import Inputs
 from dpo_jax.run.programs import Programs
 from dpo_jax.runtime import hosts
 from dpo_jax.runtime.terminal import say
-
-PyTree: TypeAlias = Any
 
 
 def describe_data(inputs: Inputs) -> None:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
+from jaxtyping import ArrayLike
 
 from dpo_jax.runtime.clocks import Clock, Faults
 from dpo_jax.runtime.terminal import Progress
@@ -17,7 +18,7 @@ class Pending(NamedTuple):
     """A step whose metrics are not fetched yet."""
 
     done: int  # updates made, this one included
-    metrics: Mapping[str, Any]  # on the device
+    metrics: Mapping[str, ArrayLike]  # on the device
     row: Mapping[str, float]  # from the host
     flops: float
 
@@ -50,7 +51,7 @@ class StepLog:
         self._waited_s = 0.0
 
     def add(
-        self, done: int, metrics: Mapping[str, Any], row: Mapping[str, float], *, flops: float, waited_s: float
+        self, done: int, metrics: Mapping[str, ArrayLike], row: Mapping[str, float], *, flops: float, waited_s: float
     ) -> None:
         """Writes the row of the step before, and keeps this one's."""
         self.flush()

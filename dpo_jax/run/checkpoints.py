@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, TypeAlias, TypeVar
+from typing import Any, TypeVar
 
 import jax
 import orbax.checkpoint as ocp
+from jaxtyping import PyTree
 
 from dpo_jax.steps import TrainState
 
-PyTree: TypeAlias = Any
 T = TypeVar("T")
 
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any
+
+import optax
 
 from dpo_jax import losses, optim
 from dpo_jax.config import Config, Loss, Optimizer
@@ -22,7 +23,9 @@ def objective_of(loss: Loss) -> losses.Objective:
     return losses.make_loss(loss.name, options)
 
 
-def optimizer_of(optimizer: Optimizer, *, total_steps: int, selection: Trainable = EVERYTHING) -> Any:
+def optimizer_of(
+    optimizer: Optimizer, *, total_steps: int, selection: Trainable = EVERYTHING
+) -> tuple[optax.GradientTransformation, optim.HostSchedule]:
     """Returns the configured optimizer and its learning-rate schedule over `total_steps` updates."""
     options = {name: value for name, value in dataclasses.asdict(optimizer).items() if name != "layer_decay"}
     scale_updates = selection.scale_updates if selection.multipliers else None

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple, TypeAlias
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, PyTree
 
 from dpo_jax import losses
 from dpo_jax.data.batches import ReferenceValues
@@ -20,8 +20,8 @@ from dpo_jax.scoring import score_pairs
 from dpo_jax.steps import Scores, loss_metrics, pair_losses
 from dpo_jax.types import Batch, Pairs
 
-PyTree: TypeAlias = Any
-Score: TypeAlias = Callable[[Batch], tuple[Any, dict[str, Any]]]  # host batch -> (logps [P, K], sums over answers)
+# Host batch -> (logps [P, K], sums over answers).
+Score: TypeAlias = Callable[[Batch], tuple[PyTree, dict[str, PyTree]]]
 Summary: TypeAlias = Callable[..., dict[str, jax.Array]]
 
 
@@ -53,7 +53,7 @@ def make_summary(loss_fn: losses.Loss, *, paired: bool = True) -> Summary:
 
     @jax.jit
     def summary(
-        policy: tuple[Any, dict[str, Any]],
+        policy: tuple[jax.Array, dict[str, jax.Array]],
         reference: Float[jax.Array, "N K"],
         reference_sums: dict[str, Float[jax.Array, "N K"]],
         lengths: Int[jax.Array, "N K"],
@@ -79,7 +79,7 @@ def evaluate(
     pairs: EvalSet,
     *,
     shape: Shape,
-    running: Mapping[str, Any] = MappingProxyType({}),
+    running: Mapping[str, PyTree] = MappingProxyType({}),
 ) -> dict[str, float]:
     """Returns the metrics of `pair_metrics` over all pairs, named `eval/...`, with `eval/pairs` and `eval_time_s`.
 
@@ -92,7 +92,7 @@ def evaluate(
     """
     started = time.perf_counter()
 
-    def score_all(pairs: Pairs, lengths: np.ndarray, tokens: Any) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+    def score_all(pairs: Pairs, lengths: np.ndarray, tokens: PyTree) -> tuple[np.ndarray, dict[str, np.ndarray]]:
         logps = np.zeros((len(lengths), lengths.shape[1] - 1), np.float32)
         sums: dict[str, np.ndarray] = {}
         for part in score_pairs(score, pairs, lengths, shape=shape, reference_tokens=tokens):

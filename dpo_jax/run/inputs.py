@@ -56,7 +56,7 @@ class Inputs:
     selection: Trainable  # which parameters train
     sets: dict[str, PairSet]  # "train", "eval": those that the configuration names
     mismatched: dict[str, MismatchedPairs]  # by the same names: prompts with other answers, if the objective reads any
-    data_rules: dict[str, Any]  # settings that decide a pair's tokens, as the reference store's identity has them
+    data_rules: dict[str, str | int]  # settings that decide a pair's tokens, as the reference store's identity has them
     warnings: tuple[str, ...] = ()  # a line each: disagreements between tokenizer, model and pairs
 
     @property

@@ -9,10 +9,13 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+import optax
 from jax.sharding import AbstractMesh, AxisType
-from jaxtyping import Int
+from jax.typing import DTypeLike
+from jaxtyping import Int, PyTree
 
 from dpo_jax import sharding
+from dpo_jax.accumulate import Crop
 from dpo_jax.config import Config
 from dpo_jax.data import packing
 from dpo_jax.data.layout import crop_rows
@@ -43,7 +46,7 @@ class Programs(NamedTuple):
     rules: sharding.Rules
     update_shape: packing.Shape
     score_shape: packing.Shape
-    dtype: Any  # of what is computed
+    dtype: DTypeLike  # of what is computed
     param_dtype: str  # of parameters
     quantize: str  # form of frozen matrices of blocks: int8, nf4; empty: as `param_dtype`
     attention: str  # the implementation that was chosen
@@ -59,12 +62,12 @@ class Programs(NamedTuple):
         """Layout of each pair, one of `data.layout.LAYOUTS`."""
         return self.update_shape.layout
 
-    def score(self, params: Any, batch: Batch) -> tuple[jax.Array, dict[str, jax.Array]]:
+    def score(self, params: PyTree, batch: Batch) -> tuple[jax.Array, dict[str, jax.Array]]:
         """Returns log-probs [P, K] and sums over answers of a host batch, replicated on every process."""
         assert self.scoring is not None
         return self.scoring(params, sharding.put(batch, self.mesh))
 
-    def score_reference(self, params: Any, batch: Batch) -> tuple[jax.Array, dict[str, Any]]:
+    def score_reference(self, params: PyTree, batch: Batch) -> tuple[jax.Array, dict[str, PyTree]]:
         """Like `score`, with what is stored of each token under the reference, if the objective reads that."""
         assert self.reference_scoring is not None
         return self.reference_scoring(params, sharding.put(batch, self.mesh))
@@ -173,12 +176,14 @@ def _without_scoring(
     )
 
 
-def crops(shape: packing.Shape) -> list[Callable[[Any], Any]]:
+def crops(shape: packing.Shape) -> list[Crop]:
     """Returns the functions that crop a microbatch's rows to each size of a shape."""
     return [functools.partial(crop_rows, crop=crop) for crop in shape.crops]
 
 
-def make_update(programs: Programs, tx: Any, state: TrainState, *, paired: bool = True) -> Compiled:
+def make_update(
+    programs: Programs, tx: optax.GradientTransformation, state: TrainState, *, paired: bool = True
+) -> Compiled:
     """Returns the jitted update(state, frozen, batch on the mesh): the state is donated and keeps its sharding.
 
     Args:
@@ -188,12 +193,14 @@ def make_update(programs: Programs, tx: Any, state: TrainState, *, paired: bool 
     return jit_update("update", update_step(programs, tx, paired=paired)[0], programs, state)
 
 
-def update_step(programs: Programs, tx: Any, *, paired: bool = True) -> tuple[Any, Any]:
+def update_step(
+    programs: Programs, tx: optax.GradientTransformation, *, paired: bool = True
+) -> tuple[Callable[..., PyTree], Callable[..., PyTree]]:
     """Returns the update(state, frozen, batch) as a pure function, and the `logps_fn` that it scores by."""
     shape, balance = programs.update_shape, programs.router_balance
     logps_fn = logps_of(programs, shape, sums=programs.objective.sums)
 
-    def update(state: TrainState, frozen: Any, batch: Batch) -> Any:
+    def update(state: TrainState, frozen: PyTree, batch: Batch) -> PyTree:
         step = make_train_step(
             functools.partial(logps_fn, frozen=frozen),
             programs.objective,
@@ -212,7 +219,7 @@ def update_step(programs: Programs, tx: Any, *, paired: bool = True) -> tuple[An
     return update, logps_fn
 
 
-def logps_of(programs: Programs, shape: packing.Shape, **outputs: Any) -> Callable[..., Any]:
+def logps_of(programs: Programs, shape: packing.Shape, **outputs: Any) -> Callable[..., PyTree]:
     """Returns the `logps_fn` of a run for batches of a shape.
 
     Args:
@@ -228,7 +235,7 @@ def logps_of(programs: Programs, shape: packing.Shape, **outputs: Any) -> Callab
     )
 
 
-def jit_update(name: str, step: Any, programs: Programs, state: TrainState) -> Compiled:
+def jit_update(name: str, step: Callable[..., PyTree], programs: Programs, state: TrainState) -> Compiled:
     """Returns a function of a state, and more, to a state and metrics, jitted as an update is."""
     places = jax.tree.map(lambda x: x.sharding, state), sharding.replicated(programs.mesh)
     jitted = jax.jit(step, donate_argnums=0, out_shardings=places, compiler_options=COMPILER_OPTIONS)

@@ -14,11 +14,10 @@ import dataclasses
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, TypeAlias
 
 import jax
 import numpy as np
-from jaxtyping import Int
+from jaxtyping import Int, PyTree
 
 from dpo_jax.data.batches import ReferenceValues
 from dpo_jax.reference.store import Store
@@ -29,8 +28,6 @@ from dpo_jax.run.reference_values import score_missing
 from dpo_jax.run.state import load_params
 from dpo_jax.runtime import hosts
 from dpo_jax.types import InputError
-
-PyTree: TypeAlias = Any
 
 
 @dataclasses.dataclass(frozen=True)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jaxtyping import Int
+from jaxtyping import Int, PyTree
 
 from dpo_jax.data.batches import PairSubset, ReferenceValues
 from dpo_jax.data.tokenize import identity
@@ -52,15 +52,15 @@ def reference_store(inputs: Inputs, programs: Programs, folder: Path) -> Store |
 
 def complete_store(
     inputs: Inputs, store: Store | None, programs: Programs
-) -> tuple[dict[str, ReferenceValues], Any | None]:
+) -> tuple[dict[str, ReferenceValues], PyTree | None]:
     """Scores what the store lacks; returns the reference log-probs of each set of pairs, none if the objective reads
     none, and the weights if they had to be loaded."""
     if store is None:
         return {}, None
     started = time.perf_counter()
-    loaded: list[Any] = []
+    loaded: list[PyTree] = []
 
-    def weights() -> Any:
+    def weights() -> PyTree:
         if not loaded:
             loaded.append(load_params(inputs.source, programs))
         return loaded[0]
@@ -79,7 +79,7 @@ def score_missing(
     inputs: Inputs,
     store: Store,
     programs: Programs,
-    params: Callable[[], Any],
+    params: Callable[[], PyTree],
     report: Callable[[int, int], None] = lambda done, total: None,
     *,
     only: Mapping[str, Int[np.ndarray, "n"]] | None = None,

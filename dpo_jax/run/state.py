@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import numpy as np
+import optax
 from jax.sharding import NamedSharding
+from jaxtyping import PyTree
 
 from dpo_jax import losses, sharding, trees
 from dpo_jax.hf import adapters, checkpoints, peft
+from dpo_jax.hf.checkpoints import Read
 from dpo_jax.models import quantized
 from dpo_jax.run.checkpoints import Checkpoints
 from dpo_jax.run.inputs import Source
@@ -27,7 +29,7 @@ def load_params(source: Source, programs: Programs, *, only: Callable[[str], boo
     """
     model, chosen = programs.model, programs.selection.adapters
 
-    def place(path: str, shape: tuple[int, ...], read: Callable[[Any], np.ndarray]) -> Any:
+    def place(path: str, shape: tuple[int, ...], read: Read) -> PyTree:
         spec = sharding.partition(path, shape, programs.mesh.shape, programs.rules)
         array = sharding.from_parts(shape, NamedSharding(programs.mesh, spec), read)
         if not is_quantized(programs, path):
@@ -52,7 +54,11 @@ def is_quantized(programs: Programs, path: str) -> bool:
 
 
 def first_state(
-    source: Source, programs: Programs, tx: Any, checkpoints: Checkpoints, params: Any | None
+    source: Source,
+    programs: Programs,
+    tx: optax.GradientTransformation,
+    checkpoints: Checkpoints,
+    params: PyTree | None,
 ) -> tuple[TrainState, dict]:
     """Returns the newest checkpoint's state, or the one before the first update, and the frozen parameters.
 
@@ -66,7 +72,7 @@ def first_state(
         return checkpoints.restore(step, like), frozen
     params, frozen = selection.split(load_params(source, programs) if params is None else params)
 
-    def first(params: Any) -> TrainState:
+    def first(params: PyTree) -> TrainState:
         return init_state(params, tx, programs.objective)
 
     places = jax.tree.map(lambda leaf: leaf.sharding, like)
@@ -78,7 +84,7 @@ def load_frozen(source: Source, programs: Programs) -> dict:
     return load_params(source, programs, only=lambda leaf: not programs.selection.trains(leaf))
 
 
-def abstract_state(programs: Programs, tx: Any) -> TrainState:
+def abstract_state(programs: Programs, tx: optax.GradientTransformation) -> TrainState:
     """Returns shapes, types and shardings of a training state, without any array."""
     params, _ = abstract_params(programs)
     return placed(programs, jax.eval_shape(lambda params: init_state(params, tx, programs.objective), params))
@@ -92,7 +98,7 @@ def abstract_running(programs: Programs) -> dict:
 def abstract_params(programs: Programs) -> tuple[dict, dict]:
     """Returns shapes, types and shardings of the parameters that train, and of the frozen ones, without any array."""
     selection, dtype = programs.selection, DTYPES[programs.param_dtype]
-    leaves: dict[str, Any] = {}
+    leaves: dict[str, PyTree] = {}
     for path, shape in selection.leaf_shapes(programs.model).items():
         leaf = jax.ShapeDtypeStruct(shape, np.float32 if adapters.is_factor(path) else dtype)
         if is_quantized(programs, path):
@@ -102,7 +108,7 @@ def abstract_params(programs: Programs) -> tuple[dict, dict]:
     return placed(programs, train), placed(programs, frozen)
 
 
-def placed(programs: Programs, tree: Any) -> Any:
+def placed(programs: Programs, tree: PyTree) -> PyTree:
     """Returns a tree of shapes with the sharding of each on the mesh."""
     places = sharding.shardings(programs.mesh, tree, programs.rules)
     return jax.tree.map(lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), tree, places)

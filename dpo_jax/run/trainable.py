@@ -12,11 +12,12 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
-from typing import Any, NamedTuple, TypeAlias
+from typing import NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import PyTree
 
 from dpo_jax import trees
 from dpo_jax.hf import tensors
@@ -28,7 +29,6 @@ from dpo_jax.models.quantized import leaf_of
 from dpo_jax.trees import path_name
 from dpo_jax.types import InputError
 
-PyTree: TypeAlias = Any
 Leaf: TypeAlias = jax.Array | np.ndarray
 Multipliers: TypeAlias = Mapping[str, np.ndarray]  # by the path of a leaf; arrays that broadcast against the leaf
 

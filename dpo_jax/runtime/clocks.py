@@ -7,13 +7,11 @@ import resource
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, TypeAlias
 
 import jax
+from jaxtyping import PyTree
 
 from dpo_jax.runtime.terminal import say
-
-PyTree: TypeAlias = Any
 
 
 class Stopwatch:

@@ -9,13 +9,13 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, TypeAlias
 
 import jax
+from jaxtyping import PyTree
 
 from dpo_jax.runtime.clocks import Stopwatch
 from dpo_jax.runtime.files import cache_folder
 from dpo_jax.runtime.terminal import say
 from dpo_jax.trees import path_name
 
-PyTree: TypeAlias = Any
 Options: TypeAlias = Mapping[str, bool | int | float | str]  # of the compiler, by name
 
 # XLA may leave out the rounding of bfloat16 intermediates, and does so in other places where a gradient is wanted too.
@@ -117,7 +117,7 @@ def leaves_of(args: tuple[PyTree, ...]) -> list[Leaf]:
     ]
 
 
-def _sharding_of(leaf: Any) -> jax.sharding.Sharding | None:
+def _sharding_of(leaf: object) -> jax.sharding.Sharding | None:
     """The sharding that a program must have for a leaf; None for numbers, host arrays and uncommitted arrays."""
     return getattr(leaf, "sharding", None) if getattr(leaf, "committed", True) else None
 
