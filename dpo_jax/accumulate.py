@@ -21,7 +21,7 @@ from dpo_jax.types import Batch
 
 Crop = Callable[[PyTree], PyTree]  # drops trailing rows, positions and entries of a microbatch's rows
 
-custom_vjp: Any = jax.custom_vjp  # its own annotations say nothing of what a function returns
+custom_vjp: Any = jax.custom_vjp  # its own annotations lose the return type
 
 
 @custom_vjp

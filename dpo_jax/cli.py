@@ -56,9 +56,9 @@ class Command(NamedTuple):
     """How a command of `dpo_jax.commands`, a function of its name, is called."""
 
     flags: tuple[Flag, ...] = ()
-    one_process: bool = False  # touches no device, and never joins other processes
+    one_process: bool = False  # runs without devices and without other processes
     needs_workdir: bool = True
-    reads_run: bool = False  # without --config it reads that of the run in the working folder
+    reads_run: bool = False  # without --config it reads WORKDIR/config.json
 
 
 COMMANDS = {
@@ -72,7 +72,7 @@ COMMANDS = {
         flags=(
             Flag(flags.DEFINE_string, "topology", None, "CHIP:SHAPE[,slices=N]"),
             Flag(flags.DEFINE_boolean, "sweep", False, "compare configurations"),
-            Flag(flags.DEFINE_boolean, "reference_in_step", False, "beside it, with the reference's weights"),
+            Flag(flags.DEFINE_boolean, "reference_in_step", False, "compare with an update that holds the reference"),
         ),
         one_process=True,
         needs_workdir=False,
@@ -87,24 +87,24 @@ COMMANDS = {
 }
 PROCESSES = (
     Flag(flags.DEFINE_string, "coordinator", None, "HOST:PORT of process 0"),
-    Flag(flags.DEFINE_integer, "processes", None, "how many there are", {"lower_bound": 1}),
-    Flag(flags.DEFINE_integer, "process", None, "which this is, from 0", {"lower_bound": 0}),
+    Flag(flags.DEFINE_integer, "processes", None, "number of processes", {"lower_bound": 1}),
+    Flag(flags.DEFINE_integer, "process", None, "index of this process, from 0", {"lower_bound": 0}),
 )
 
 
 class Parsed(NamedTuple):
-    """A command line that was understood."""
+    """A parsed command line."""
 
     config: Config
     workdir: Path
-    options: dict[str, Value]  # of the command, by the flags' names
-    place: dict[str, Any]  # among other processes
+    options: dict[str, Value]  # values of the command's flags, by name
+    place: dict[str, Any]  # values of the flags in PROCESSES, by name
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Runs a command and exits: 2 for bad input, said in one line; `hosts.STOPPED` if asked to stop."""
+    """Runs a command and exits: 2 for bad input, after a line that says so; `hosts.STOPPED` if asked to stop."""
     argv = list(sys.argv if argv is None else argv)
-    # Both warn of what is as it should be: folders that are only read, and an environment without torch.
+    # Two libraries warn of what is intended: folders that are only read, and an environment without torch.
     logging.set_verbosity(logging.ERROR)
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     if len(argv) < 2 or argv[1] in ("-h", "--help", "help"):
@@ -131,13 +131,13 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def find_modules_here() -> None:
-    """Lets a recipe name a module beside it; the working directory comes last, so that it shadows no installed one."""
-    here = os.getcwd()
-    sys.path[:] = [entry for entry in sys.path if entry not in ("", here)] + [""]
+    """Lets recipes name modules of the working directory, which comes last, so that they shadow no installed one."""
+    directory = os.getcwd()
+    sys.path[:] = [entry for entry in sys.path if entry not in ("", directory)] + [""]
 
 
 def parse(command: Command, argv: list[str]) -> Parsed:
-    """Parses the arguments after the command. Raises: InputError for all that cannot be used."""
+    """Parses the arguments after the command. Raises: InputError if any is invalid."""
     from dpo_jax.flags import define_flags, from_flags, parse_flags
 
     values = flags.FlagValues()
@@ -146,10 +146,10 @@ def parse(command: Command, argv: list[str]) -> Parsed:
     processes = () if command.one_process else PROCESSES
     for flag in (*command.flags, *processes):
         flag.define(flag.name, flag.default, flag.help, flag_values=values, **flag.limits)
-    rest = parse_flags(argv, values)[1:]
-    if rest:
+    unexpected = parse_flags(argv, values)[1:]
+    if unexpected:
         raise InputError(
-            "command line", got=f"unexpected {rest[0]!r}", expected="only --flags", remedy="See dpo-jax --help."
+            "command line", got=f"unexpected {unexpected[0]!r}", expected="only --flags", remedy="See dpo-jax --help."
         )
     if command.needs_workdir and not values["workdir"].value:
         raise InputError("--workdir", got="not given", expected="a folder", remedy="Give for example --workdir=runs/1.")
@@ -165,8 +165,8 @@ def parse(command: Command, argv: list[str]) -> Parsed:
 
 
 def call(name: str, parsed: Parsed) -> None:
-    """Calls the command's function; a status that it returns ends this process."""
-    # Imported here: --help and mistyped flags answer at once.
+    """Calls the command's function, and exits with the status that it returns, if any."""
+    # Imported here, so that --help and mistyped flags do not wait for the import of JAX.
     status = getattr(importlib.import_module("dpo_jax.commands"), name)(parsed.config, parsed.workdir, **parsed.options)
     if status:
         sys.exit(status)

@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 from dpo_jax.config import Config
-from dpo_jax.export import export as export_folder
+from dpo_jax.export import export_model
 from dpo_jax.losses import Objective
-from dpo_jax.plan.command import run as run_plan
+from dpo_jax.plan.command import run_plan
 from dpo_jax.reporting.console import describe_data
 from dpo_jax.reporting.data_summary import show
 from dpo_jax.run import checks, workdir
@@ -25,7 +25,7 @@ from dpo_jax.train import after_sft, evaluate_on_eval, from_sft, order_of, run, 
 from dpo_jax.trees import join
 from dpo_jax.types import InputError
 
-# Fields that decide what a checkpoint's parameters are.
+# Fields that determine the parameters of a checkpoint.
 OF_PARAMETERS = (
     "model.path model.param_dtype train.freeze lora.rank lora.alpha lora.rank_stabilised lora.targets lora.path "
     "lora.base sft.steps"
@@ -50,12 +50,12 @@ def evaluate(config: Config, folder: Path) -> None:
 
 
 def inspect(config: Config, folder: Path, *, pairs: int = 3) -> None:
-    """Prints what the data looks like to a model; touches no device."""
+    """Prints the data as a model sees it; touches no device."""
     show(config, folder, pairs=pairs)
 
 
 def plan(config: Config, _: Path, *, topology: str, sweep: bool = False, reference_in_step: bool = False) -> int:
-    """Prints what a run would take on a topology; returns the exit status, 3 where memory does not suffice."""
+    """Prints memory, time and cost of a run on a topology; returns the exit status, 3 where memory does not suffice."""
     if not topology:
         raise InputError(
             "--topology", got="not given", expected="CHIP:SHAPE", remedy="Give for example --topology=v5p:4x4x4."
@@ -69,8 +69,8 @@ def export(config: Config, folder: Path, *, out: str = "", merge: bool = False) 
 
 
 def score_reference(config: Config, folder: Path) -> None:
-    """Makes the reference pass alone, into `reference.path`. Raises: InputError as `train.run` does."""
-    given, config = config, resolve_paths(config, folder)
+    """Runs only the reference pass, into `reference.path`. Raises: InputError as `train.run` does."""
+    unresolved, config = config, resolve_paths(config, folder)
     objective = checked_objective(config)
     if objective.reference_free:
         raise InputError(
@@ -82,7 +82,7 @@ def score_reference(config: Config, folder: Path) -> None:
     inputs = read_inputs(config, objective, folder, training=False)
     describe_data(inputs)
     programs = make_programs(config, objective, inputs.model, inputs.lengths, selection=inputs.selection)
-    inputs = after_sft(given, inputs, folder)
+    inputs = after_sft(unresolved, inputs, folder)
     with hosts.listening():
         complete_store(inputs, reference_store(inputs, programs, store_folder(config, folder)), programs)
 
@@ -133,7 +133,7 @@ def export_checkpoint(config: Config, folder: Path, out: Path | None, *, merge: 
             remedy="Leave --out off, or finish the run.",
         )
     rows = [row for row in workdir.read_rows(folder / "eval.jsonl") if row["step"] == step]
-    export_folder(config, inputs, params, out, rows, step, merge=merge)
+    export_model(config, inputs, params, out, rows, step, merge=merge)
 
 
 def checked_objective(config: Config) -> Objective:

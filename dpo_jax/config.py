@@ -1,4 +1,4 @@
-"""Every field of a run, its default, and the checks that need nothing but the numbers.
+"""Configuration of a run: every field, its default, and the checks that need only the fields' values.
 
 Recipes in `configs/` start from `base()` and set only what differs. `freeze` turns the ConfigDict that flags edit
 into frozen dataclasses; nothing below this module sees a ConfigDict. Names that another module owns (losses,
@@ -204,12 +204,12 @@ RESUMABLE = (
     "profile.steps"
 ).split()
 
-Rule = tuple[Callable[[Any], object], str]  # whether a value will do, and what will, in words
+Rule = tuple[Callable[[Any], object], str]  # (test of a value, description of valid values)
 
 
 def _within(low: float, high: float = math.inf) -> Rule:
-    words = f"in [{low}, {high})" if high < math.inf else f">= {low}"
-    return lambda value: low <= value < high, f"a number {words}"  # nan is refused too: it passes no comparison
+    interval = f"in [{low}, {high})" if high < math.inf else f">= {low}"
+    return lambda value: low <= value < high, f"a number {interval}"  # nan passes no comparison, so it is refused too
 
 
 def _one_of(*names: str) -> Rule:
@@ -225,8 +225,8 @@ def _is_pattern(text: str) -> bool:
 
 _POSITIVE: Rule = (lambda value: 0 < value < math.inf, "a number > 0")
 _SHARE: Rule = (lambda value: 0 < value <= 1, "a number in (0, 1]")
-_AXIS: Rule = (lambda value: value == -1 or value >= 1, "a number >= 1, or -1 for what is left")
-_RULES: tuple[tuple[str, Rule], ...] = (  # what the comments above say; an unset field (None) is not looked up
+_AXIS: Rule = (lambda value: value == -1 or value >= 1, "a number >= 1, or -1 for all remaining devices")
+_RULES: tuple[tuple[str, Rule], ...] = (  # as the comments of the fields; an unset field (None) is not checked
     ("seed lora.rank sft.steps sft.warmup_steps optimizer.warmup_steps eval.every_steps profile.steps", _within(0)),
     ("optimizer.weight_decay optimizer.clip_norm train.router_balance", _within(0)),
     ("data.max_prompt_length train.batch_pairs train.steps train.microbatch_rows sft.batch_pairs", _within(1)),
@@ -253,16 +253,16 @@ _RULES: tuple[tuple[str, Rule], ...] = (  # what the comments above say; an unse
 RULES: dict[str, Rule] = {name: rule for names, rule in _RULES for name in names.split()}
 RULES |= {f"loss.{name}": (each.valid.holds, each.valid.expected) for name, each in OPTIONS.items() if each.valid}
 Problems = dict[str, tuple[str, str, str]]  # dotted name of a field: got, expected, remedy
-_WORDS = {int: "an integer", float: "a number", bool: "true or false", str: "text"}
+_TYPE_NAMES = {int: "an integer", float: "a number", bool: "true or false", str: "text"}
 
 
 def base() -> Any:  # a ConfigDict; its own annotations would make every `config.loss.beta = 0.1` a type error
-    """Every field at its default, locked, and typed: a flag can set one that has no value yet."""
+    """Returns the default configuration as a locked ConfigDict with typed fields, so that flags can set unset ones."""
     return _thaw(Config())
 
 
 def _thaw(config: object) -> config_dict.ConfigDict:
-    """The ConfigDict of a dataclass: `freeze` undone."""
+    """Returns the ConfigDict of a dataclass; the inverse of `freeze`."""
     fields: dict[str, object] = {}
     for name, (kind, _) in _kinds(type(config)).items():
         value, reference = getattr(config, name), config_dict.FieldReference  # placeholder(kind), with a value
@@ -272,38 +272,38 @@ def _thaw(config: object) -> config_dict.ConfigDict:
 
 @functools.cache
 def _kinds(section: type) -> dict[str, tuple[type, bool]]:
-    """Type of each field of a dataclass, and whether it may be None."""
+    """Returns the type of each field of a dataclass, and whether it may be None."""
     hints = typing.get_type_hints(section).items()
     return {name: ((typing.get_args(hint) or (hint,))[0], isinstance(hint, types.UnionType)) for name, hint in hints}
 
 
 def flat(config: object, prefix: str = "") -> dict[str, object]:
-    """Dotted name and value of every field."""
-    found: dict[str, object] = {}
+    """Returns {dotted name: value} of every field."""
+    values: dict[str, object] = {}
     for name in _kinds(type(config)):
         value = getattr(config, name)
-        found |= flat(value, f"{prefix}{name}.") if dataclasses.is_dataclass(value) else {f"{prefix}{name}": value}
-    return found
+        values |= flat(value, f"{prefix}{name}.") if dataclasses.is_dataclass(value) else {f"{prefix}{name}": value}
+    return values
 
 
 def freeze(config: config_dict.ConfigDict) -> Config:
-    """The checked, immutable form of a ConfigDict. Raises: InputError that names every field that cannot be used."""
+    """Returns the checked, immutable form of a ConfigDict. Raises: InputError that names every invalid field."""
     return _checked(config.to_dict(), "config")
 
 
 def to_json(config: Config) -> str:
-    """All fields, as `from_json` reads them."""
+    """Returns all fields as JSON, which `from_json` reads."""
     return json.dumps(dataclasses.asdict(config), indent=2) + "\n"
 
 
 def from_json(text: str, place: str, *, overridden: Collection[str] = ()) -> Config:
-    """Returns the configuration that `to_json` wrote, less the code that it names; missing fields have their default.
+    """Returns the configuration that `to_json` wrote, without the code it names; missing fields have their default.
 
-    Code is named by a recipe or on the command line, never by a data file: `prepare` comes back empty, and a loss of
-    the user's own is refused.
+    Only a recipe or the command line may name code to run, not a data file: `prepare` is returned empty, and a user's
+    own loss is refused.
 
     Args:
-      overridden: dotted names of fields that the command line sets, and that may name code therefore.
+      overridden: dotted names of the fields that the command line sets; these may name code.
     Raises: InputError, with `place` for the file.
     """
     config = record_from_json(text, place)
@@ -321,7 +321,7 @@ def from_json(text: str, place: str, *, overridden: Collection[str] = ()) -> Con
 
 
 def record_from_json(text: str, place: str) -> Config:
-    """Returns the configuration that `to_json` wrote as it was recorded, to compare with another; never to run.
+    """Returns the configuration that `to_json` wrote, with the code it names: to compare with another, never to run.
 
     Raises: InputError, with `place` for the file.
     """
@@ -336,7 +336,11 @@ def record_from_json(text: str, place: str) -> Config:
 
 
 def changed(old: Config, new: Config, fields: Sequence[str] | None = None) -> list[str]:
-    """Of `fields`, or of all that may not differ when a run resumes, those that do, as `optimizer.b1: 0.9 -> 0.95`."""
+    """Lists the fields that differ between two configurations, each as `optimizer.b1: 0.9 -> 0.95`.
+
+    Args:
+      fields: dotted names of the fields to compare; None: all that must be equal when a run resumes.
+    """
     before, after = flat(old), flat(new)
     fields = [name for name in before if name not in RESUMABLE] if fields is None else fields
     names = [name for name in fields if before[name] != after[name]]
@@ -347,8 +351,8 @@ def _checked(fields: Mapping[str, object], place: str) -> Config:
     problems: Problems = {}
     config = _section(Config, fields, "", problems)
     for name, value in flat(config).items():
-        will_do, expected = RULES.get(name, (lambda _: True, ""))
-        if value is not None and name not in problems and not will_do(value):
+        is_valid, expected = RULES.get(name, (lambda _: True, ""))
+        if value is not None and name not in problems and not is_valid(value):
             _refuse(problems, name, value, expected)
     _check_relations(config, problems)
     errors = [InputError(f"{place}.{name}", got=g, expected=e, remedy=r) for name, (g, e, r) in problems.items()]
@@ -375,11 +379,16 @@ def _check_relations(config: Config, problems: Problems) -> None:
         _refuse(problems, "eval.every_steps", config.eval.every_steps, "0 where config.data.eval is empty")
     lora = config.lora
     if lora.path and lora != Lora(path=lora.path, base=lora.base):
-        _refuse(problems, "lora.path", lora.path, "empty, or no other field of lora but base beside it")
+        _refuse(problems, "lora.path", lora.path, "empty, or the only field of lora that is set besides base")
     elif not (lora.rank or lora.path or lora == Lora() or any(name.startswith("lora.") for name in problems)):
         _refuse(problems, "lora.rank", lora.rank, "a number >= 1 where other fields of lora are set")
     if (lora.rank or lora.path) and config.train.freeze:
-        _refuse(problems, "train.freeze", config.train.freeze, "empty where adapters train, which freezes all else")
+        _refuse(
+            problems,
+            "train.freeze",
+            config.train.freeze,
+            "empty where adapters train: they freeze everything else",
+        )
     reference = config.reference
     if (
         reference.mixup_alpha != 1
@@ -393,7 +402,7 @@ def _check_relations(config: Config, problems: Problems) -> None:
 
 
 def _section(section: type[_Section], fields: Mapping[str, Any], prefix: str, problems: Problems) -> _Section:
-    """An instance of the dataclass; what cannot be used goes to `problems` and leaves the default."""
+    """Builds an instance of a dataclass; an invalid field keeps its default and is added to `problems`."""
     kinds, values = _kinds(section), {}
     problems.update({f"{prefix}{name}": _unknown(name, kinds) for name in fields if name not in kinds})
     for name, (kind, optional) in kinds.items():
@@ -403,15 +412,15 @@ def _section(section: type[_Section], fields: Mapping[str, Any], prefix: str, pr
         elif type(value) is kind or (kind is float and type(value) is int) or (optional and value is None):
             values[name] = float(value) if kind is float and value is not None else value  # 1 means 1.0
         else:
-            expected = _WORDS.get(kind, "a section of fields") + (", or nothing" if optional else "")
+            expected = _TYPE_NAMES.get(kind, "a section of fields") + (", or nothing" if optional else "")
             _refuse(problems, f"{prefix}{name}", value, expected)
     return section(**values)
 
 
-def _unknown(name: str, known: Iterable[str]) -> tuple[str, str, str]:
-    close = difflib.get_close_matches(name, known, n=3)
+def _unknown(name: str, valid: Iterable[str]) -> tuple[str, str, str]:
+    close = difflib.get_close_matches(name, valid, n=3)
     remedy = f"Did you mean {' or '.join(close)}?" if close else "Remove it."
-    return f"no field {name!r}", "one of " + ", ".join(known), remedy
+    return f"no field {name!r}", "one of " + ", ".join(valid), remedy
 
 
 _IN_FLAGS = ("define_flags", "parse_flags", "from_flags", "load")

@@ -1,4 +1,4 @@
-"""The folder at the end of a run: trained parameters in the Hugging Face layout, with tokenizer and model card."""
+"""Exports trained parameters as a Hugging Face folder, with tokenizer and model card."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from dpo_jax.runtime import hosts
 from dpo_jax.runtime.terminal import say
 
 
-def export(
+def export_model(
     config: Config,
     inputs: Inputs,
     params: PyTree,
@@ -31,9 +31,9 @@ def export(
       params: all parameters, trained and frozen.
       evaluations: rows of eval.jsonl; the card shows the last.
       steps: updates made.
-      merge: write the model with adapters merged into it, and not the adapters alone.
+      merge: write the model with adapters merged into it, instead of the adapters alone.
     """
-    chosen = inputs.selection.adapters
+    trained_adapters = inputs.selection.adapters
     card = model_card(
         config,
         inputs.objective,
@@ -41,7 +41,7 @@ def export(
         data={name: (getattr(config.data, name), len(pairs)) for name, pairs in inputs.sets.items()},
         steps=steps,
         final=evaluations[-1] if evaluations else {},
-        adapters=chosen,
+        adapters=trained_adapters,
         merged=merge,
     )
     options = checkpoints.WriteOptions(
@@ -50,11 +50,11 @@ def export(
         card=card,
         hosts=folders.Hosts(hosts.index(), hosts.count(), hosts.barrier),
     )
-    if chosen is None or merge:
-        params = params if chosen is None else adapters.merge(params, chosen)
+    if trained_adapters is None or merge:
+        params = params if trained_adapters is None else adapters.merge(params, trained_adapters)
         checkpoints.export(params, base=inputs.base, out=out, options=options)
     else:
         table, _ = checkpoints.family_table(inputs.base, inputs.model)
-        peft.save(params, chosen, table, inputs.model.stacks, base=inputs.name, out=out, options=options)
-    hosts.barrier("export")  # it is in place once the first is through
+        peft.save(params, trained_adapters, table, inputs.model.stacks, base=inputs.name, out=out, options=options)
+    hosts.barrier("export")  # process 0 moves the folder into place before it arrives here
     say(f"exported to {out}")

@@ -18,19 +18,19 @@ from dpo_jax.types import InputError
 
 
 def define_flags(argv: Sequence[str] | None = None, flag_values: flags.FlagValues = flags.FLAGS) -> None:
-    """Defines --config and, as ml_collections does, --config.SECTION.FIELD for what `argv` (sys.argv) overrides."""
+    """Defines --config, and --config.SECTION.FIELD for each field that `argv` (default: sys.argv) overrides."""
     help_text = "recipe configs/NAME.py[:ARG], or the config.json of a run"
     argv = _check_overrides(list(sys.argv if argv is None else argv), flag_values)
     config_flags.DEFINE_config_file("config", None, help_text, flag_values, sys_argv=_with_values(argv))
-    # That of ml_collections reads Python only, and answers with tracebacks.
+    # The parser of ml_collections reads Python files only, and reports errors as tracebacks.
     flag_values["config"].parser = _Source(_overridden(argv))
 
 
 def parse_flags(argv: Sequence[str] | None = None, flag_values: flags.FlagValues = flags.FLAGS) -> list[str]:
-    """Parses the `argv` given to `define_flags`; returns what is no flag. Raises: InputError for all that fails."""
+    """Parses the `argv` of `define_flags` and returns what is no flag. Raises: InputError if an argument is invalid."""
     argv = _check_overrides(list(sys.argv if argv is None else argv), flag_values)
     try:
-        rest = flag_values(_with_values(argv))
+        arguments = flag_values(_with_values(argv))
     except flags.Error as error:
         if isinstance(error.__context__, InputError):  # absl turns what _Source raised into its own error
             raise error.__context__ from None
@@ -39,18 +39,21 @@ def parse_flags(argv: Sequence[str] | None = None, flag_values: flags.FlagValues
     config = flag_values["config"].value
     if config is not None:
         config.update_from_flattened_dict({match[1]: None for arg in argv if (match := _UNSET.fullmatch(arg))})
-    return rest
+    return arguments
 
 
 def from_flags(flag_values: flags.FlagValues = flags.FLAGS) -> Config:
-    """The checked configuration that --config and its overrides gave. Raises: InputError as `freeze` does."""
+    """Returns the checked configuration of --config and its overrides. Raises: InputError as `freeze` does."""
     if flag_values["config"].value is None:
         raise _no_config("--config", "not given")
     return freeze(flag_values["config"].value)
 
 
 def load(source: str, overrides: Sequence[str] = ()) -> Config:
-    """What the command line would give: `load("configs/NAME.py:ARG", ["loss.beta=0.2"])`. Raises: InputError."""
+    """Returns the configuration of a file with overrides: `load("configs/NAME.py:ARG", ["loss.beta=0.2"])`.
+
+    Raises: InputError, as the command line does.
+    """
     argv, flag_values = ["", f"--config={source}", *(f"--config.{each}" for each in overrides)], flags.FlagValues()
     define_flags(argv, flag_values)
     parse_flags(argv, flag_values)
@@ -61,7 +64,7 @@ _UNSET = re.compile(r"--?config\.([^=]+)=None")
 
 
 def _with_values(argv: Sequence[str]) -> list[str]:
-    """The arguments less those that unset a field: absl's parsers know no None."""
+    """Returns the arguments without those that unset a field: absl's parsers know no None."""
     return [arg for arg in argv if not _UNSET.fullmatch(arg)]
 
 
@@ -71,7 +74,7 @@ def _overridden(argv: Sequence[str]) -> list[str]:
 
 
 def _check_overrides(argv: list[str], flag_values: flags.FlagValues) -> list[str]:
-    """The arguments, with those of flag files in place.
+    """Checks the overrides and returns the arguments, with those of flag files inserted.
 
     Raises: InputError for an override of a field that does not exist, one that unsets a field which always has a value,
       or one without a config to override.
@@ -85,11 +88,11 @@ def _check_overrides(argv: list[str], flag_values: flags.FlagValues) -> list[str
     for name in names:
         if name not in fields:
             head = name.partition(".")[0]
-            known = [field for field in fields if field.partition(".")[0] == head]
-            got, expected, remedy = _unknown(name, known) if known else _unknown(head, _kinds(Config))
+            siblings = [field for field in fields if field.partition(".")[0] == head]
+            got, expected, remedy = _unknown(name, siblings) if siblings else _unknown(head, _kinds(Config))
             raise InputError(f"--config.{name}", got=got, expected=expected, remedy=remedy)
     for name in [match[1] for arg in argv if (match := _UNSET.fullmatch(arg))]:
-        if fields[name] is not None:  # the fields that may be unset are those that are so by default
+        if fields[name] is not None:  # only fields that are unset by default may be unset
             remedy = f"Leave it out for the recipe's value; the default is {fields[name]!r}."
             raise InputError(f"--config.{name}", got="None", expected="a value", remedy=remedy)
     if names and not any(re.match(r"--?config(=|$)", arg) for arg in argv):
@@ -140,7 +143,7 @@ class _Source(flags.ArgumentParser):
 
 
 def _recipe_error(error: Exception, path: str) -> InputError:
-    """What a recipe raised, at the recipe's own line; for a field that does not exist, with those that do."""
+    """Describes an exception in a recipe, at the recipe's line; for an unknown field it lists the valid ones."""
     frames = list(traceback.walk_tb(error.__traceback__))
     place = ":".join([path, *(str(line) for frame, line in frames if frame.f_code.co_filename == path)][:2])
     owner: object = frames[-1][0].f_locals.get("self")

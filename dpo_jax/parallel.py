@@ -19,7 +19,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, PyTree
 
 from dpo_jax import accumulate
-from dpo_jax.hf import adapters as low_rank
+from dpo_jax.hf.adapters import Adapters, with_shared_factors
 from dpo_jax.logprobs.vocabulary import HeadSharding
 from dpo_jax.models import decoder, layers
 from dpo_jax.models.attention.choose import AttentionSharding, make_attention
@@ -42,7 +42,7 @@ class ModelOptions(NamedTuple):
     dtype: DTypeLike = jnp.float32  # compute type
     remat: str = "none"  # one of `decoder.REMAT`: what the backward pass recomputes
     attention: str = "xla"  # an implementation that `attention.choose.choose` returned
-    adapters: low_rank.Adapters | None = None  # LoRA factors that are among the parameters; None: there are none
+    adapters: Adapters | None = None  # LoRA factors that are among the parameters; None: there are none
 
 
 class Placement(NamedTuple):
@@ -129,7 +129,7 @@ def make_hidden_fn(config: DecoderConfig, options: ModelOptions, platform: str, 
     )
 
     def hidden_fn(params: SplitParams, rows: Rows) -> tuple[Float[Array, "R S D"], dict[str, Array], Array | None]:
-        body = params.body if adapters is None else low_rank.with_shared_factors(params.body, adapters)
+        body = params.body if adapters is None else with_shared_factors(params.body, adapters)
         embedding, embedding_sum = params.vocabulary["embed"], params.vocabulary_sums.get("embed")
         x, embedding_sum = layers.lookup(embedding, rows.tokens, embedding_sum, sharding.move_embedding_grad)
         # Otherwise XLA propagates the column sharding of the embedding's gradient into every block.

@@ -89,7 +89,7 @@ def mesh_shape(sizes: Sequence[int], devices: int) -> tuple[int, ...]:
             "config.mesh",
             got=f"{' x '.join(f'{a} {s}' for a, s in zip(AXES, sizes, strict=True))} on {devices} devices",
             expected=f"sizes whose product is {devices}",
-            remedy="Change one, or set it to -1 to take what is left.",
+            remedy="Change one, or set it to -1 for all remaining devices.",
         )
     return filled
 

@@ -21,7 +21,7 @@ from dpo_jax.config import Config, Export, Loss, Sft
 from dpo_jax.cost.flops import peak_flops
 from dpo_jax.data.batches import ReferenceValues
 from dpo_jax.data.order import epoch_size, make_order
-from dpo_jax.export import export
+from dpo_jax.export import export_model
 from dpo_jax.hf.folders import check_replaceable
 from dpo_jax.reporting import console, trackers
 from dpo_jax.reporting.step_log import StepLog
@@ -46,53 +46,53 @@ WARM_UP = 2  # updates before a profile begins
 
 
 def run(config: Config, folder: Path) -> None:
-    """Trains, evaluates and exports; goes on where an earlier call with the same configuration stopped.
+    """Trains, evaluates and exports; resumes where an earlier call with the same configuration stopped.
 
     Args:
-      folder: the working folder, made if there is none.
-    Raises: InputError for whatever cannot be used in configuration, data, checkpoint or working folder, before any
-      device is touched and before anything but the recipe's own inputs is written; `hosts.Stopped` where it was asked
-      to stop and has saved its state.
+      folder: the working folder, created if it is missing.
+    Raises: InputError for an invalid configuration, data, checkpoint or working folder, before any device is touched
+      and before anything but the recipe's own inputs is written; `hosts.Stopped` if it was asked to stop, once its
+      state is saved.
     """
     watch = Stopwatch()
-    given, config = config, resolve_paths(config, folder)
+    unresolved, config = config, resolve_paths(config, folder)
     checks.check_model_named(config)
     objective = objective_of(config.loss)
     checks.check_names(config, objective)
     trackers.check_available(tensorboard=config.log.tensorboard, wandb=config.log.wandb)
-    workdir.check(given, folder)
+    workdir.check(unresolved, folder)
     check_replaceable(folder / "export")
     with watch.part("data"):
         inputs = read_inputs(config, objective, folder, training=True)
     total = checks.updates_of(config, inputs.sets["train"])
     step = workdir.check_data(inputs.digests, folder)
     console.describe_data(inputs)
-    # Nothing but the finished run writes there: the command `export` keeps away until it is.
+    # Only a finished run writes this folder; until then the command `export` refuses to.
     if (folder / "export").exists() and step == total:
         say(f"{folder} is complete at step {total}; the model is in {folder / 'export'}")
         return
     programs = make_programs(config, objective, inputs.model, inputs.lengths, selection=inputs.selection, watch=watch)
-    inputs = after_sft(given, inputs, folder)
+    inputs = after_sft(unresolved, inputs, folder)
     with watch.part("digest of weights"):
         store = reference_store(inputs, programs, store_folder(config, folder))
-    workdir.claim(given, folder)
+    workdir.claim(unresolved, folder)
     with hosts.listening():
         train(config, inputs, programs, store, folder, total)
 
 
-def after_sft(given: Config, inputs: Inputs, folder: Path) -> Inputs:
-    """Runs supervised fine-tuning in `WORKDIR/sft`, a working folder of its own, unless it is done or not asked for.
+def after_sft(unresolved: Config, inputs: Inputs, folder: Path) -> Inputs:
+    """Runs supervised fine-tuning in its own working folder `WORKDIR/sft`, unless finished or `sft.steps` is 0.
 
     Args:
-      given: the configuration before `{workdir}` was filled in.
+      unresolved: the configuration before `{workdir}` is replaced.
     Returns: the inputs, starting from the model it exported.
     """
-    if not given.sft.steps:
+    if not unresolved.sft.steps:
         return inputs
     say(f"first: supervised fine-tuning on the chosen answers, in {folder / 'sft'}")
     workdir.make(folder / "sft")
-    # Seen from the stage's own folder, so that both can be moved, or called by another path, together.
-    config = resolve_paths(given, Path("{workdir}") / "..")
+    # Paths are relative to the stage's own folder, so that both folders can be moved together.
+    config = resolve_paths(unresolved, Path("{workdir}") / "..")
     stage = dataclasses.replace(
         config,
         loss=Loss(name="sft"),
@@ -103,7 +103,7 @@ def after_sft(given: Config, inputs: Inputs, folder: Path) -> Inputs:
         ),
         sft=Sft(),
         prepare="",
-        # The next stage starts from this export, so nothing may be rounded away in between.
+        # The next stage starts from this export, so it must not round the parameters.
         export=Export(dtype=config.model.param_dtype if inputs.selection.adapters is None else "float32"),
     )
     run(stage, folder / "sft")
@@ -133,7 +133,7 @@ def train(config: Config, inputs: Inputs, programs: Programs, store: Store | Non
         with watch.part("weights"):
             state, frozen = first_state(inputs.source, programs, tx, checkpoints, params)
             jax.block_until_ready((state, frozen))
-        del params  # what trains is donated to the state: from here on one model is held
+        del params  # trainable parameters are donated to the state: from here on memory holds one model
         start = int(jax.device_get(state.step))
         schedule = Schedule(start, total, config.eval.every_steps, config.checkpoint.every_steps)
         order = order_of(config, inputs)
@@ -164,15 +164,15 @@ def train(config: Config, inputs: Inputs, programs: Programs, store: Store | Non
 
         state = run_loop(state, schedule, batches, update, between)
     evaluations = workdir.read_rows(folder / "eval.jsonl")
-    export(config, inputs, trees.join(state.params, frozen), folder / "export", evaluations, total)
+    export_model(config, inputs, trees.join(state.params, frozen), folder / "export", evaluations, total)
     console.before_and_after(evaluations)
 
 
 @dataclasses.dataclass(frozen=True)
 class Outputs:
-    """Where a run writes its numbers, and what it shows of them."""
+    """Logs, trackers, progress line and clocks of a run."""
 
-    writers: Mapping[str, Sequence[trackers.Tracker]]  # by file name; empty on all processes but the first
+    writers: Mapping[str, Sequence[trackers.Tracker]]  # by file name; empty except on process 0
     progress: Progress
     clock: Clock
     steps: StepLog
@@ -187,9 +187,9 @@ class Outputs:
 def open_outputs(
     opened: contextlib.ExitStack, config: Config, programs: Programs, folder: Path, schedule: Schedule
 ) -> Outputs:
-    """Opens what a run writes to, and leaves its closing to `opened`.
+    """Opens the outputs of a run, which `opened` closes.
 
-    Rows that an interrupted run logged after its last checkpoint are dropped; they come again.
+    Rows that an interrupted run logged after its last checkpoint are dropped, since the run writes them again.
     """
     start, total = schedule.start, schedule.total
     writers: dict[str, list[trackers.Tracker]] = {}
@@ -199,16 +199,16 @@ def open_outputs(
             opened.callback(log.close)
             log.truncate_after(start - 1)
             writers[name] = [log]
-        others = trackers.open_trackers(
+        more_writers = trackers.open_trackers(
             folder,
             tensorboard=config.log.tensorboard,
             wandb=config.log.wandb,
             config=dataclasses.asdict(config),
             resume_step=start,
         )
-        for tracker in others:
+        for tracker in more_writers:
             opened.callback(tracker.close)
-        writers = {name: [*logs, *others] for name, logs in writers.items()}
+        writers = {name: [*logs, *more_writers] for name, logs in writers.items()}
     progress, clock = Progress(total, start=start), Clock(start)
     profile = Profile(folder / "profile", start + WARM_UP, config.profile.steps)
     opened.callback(progress.close)
@@ -233,14 +233,14 @@ def open_outputs(
 
 @dataclasses.dataclass
 class Between:
-    """What a run does between its updates; see `loop.Between`."""
+    """Evaluation, checkpoints, reference syncs and logging between the updates of a run; see `loop.Between`."""
 
     inputs: Inputs
     programs: Programs
     store: Store | None
     frozen: PyTree  # parameters that do not train
-    values: dict[str, ReferenceValues]  # reference log-probs of each set of pairs, as they are now
-    sync: ReferenceSync | None  # None: the reference stays as it is
+    values: dict[str, ReferenceValues]  # current reference log-probs of each set of pairs
+    sync: ReferenceSync | None  # None: the reference is never synced
     batches: UpdateBatches
     outputs: Outputs
     checkpoints: Checkpoints
@@ -277,9 +277,9 @@ class Between:
             self.checkpoints.save(done, state, self.record)
 
     def before(self, done: int, state: TrainState) -> None:
-        """Syncs the reference where that is due, and starts or ends a profile."""
+        """Syncs the reference if a sync is due, and starts or ends a profile."""
         if self.sync is not None and self.sync.due(done):
-            self.save(done, state)  # or the policy that the reference syncs with would be lost by an interruption
+            self.save(done, state)  # an interruption would lose the policy that the reference syncs with
             with self.outputs.clock.paused(state):
                 self.values = self.sync.refresh(done, state.params, functools.partial(trees.join, other=self.frozen))
                 self.batches.sync(self.values["train"])
@@ -287,7 +287,7 @@ class Between:
         self.outputs.profile.at(done, state)
 
     def after(self, done: int, prepared: Prepared, metrics: Mapping[str, jax.Array], waited_s: float) -> None:
-        """Logs the step before this one; checks the first, and each that starts at its reference again."""
+        """Logs the update before this one, and runs the self-check if policy and reference had the same weights."""
         if not self._compiled:
             jax.block_until_ready(metrics)
             say(f"first update done after {self.programs.watch}")
@@ -359,7 +359,7 @@ def sync_of(
     order: Callable[[int], np.ndarray],
     total: int,
 ) -> ReferenceSync | None:
-    """Returns how the reference syncs with the policy (TR-DPO); None where it stays as it is."""
+    """Returns the object that syncs the reference with the policy (TR-DPO); None if it never does."""
     reference = config.reference
     if store is None or not reference.sync_steps:
         return None

@@ -42,7 +42,7 @@ def edited(store, folder, edit):
 
 def test_rejected_log_probs_of_zero_in_the_store_stop_the_run(inputs, store, tmp_path):
     config = one_step(inputs, edited(store, tmp_path / "store", np.zeros_like))
-    with pytest.raises(InputError, match="policy and reference differ by .* disagree by the store") as error:
+    with pytest.raises(InputError, match="policy and reference differ by .* the cause is the store") as error:
         train.run(config, tmp_path / "run")
     assert error.value.place == str(tmp_path / "store")
     assert not (tmp_path / "run" / "export").exists()
@@ -51,7 +51,7 @@ def test_rejected_log_probs_of_zero_in_the_store_stop_the_run(inputs, store, tmp
 @pytest.mark.slow
 def test_values_of_other_pairs_stop_the_run_though_their_mean_is_right(inputs, store, tmp_path):
     config = one_step(inputs, edited(store, tmp_path / "store", lambda values: np.roll(values, 1)))
-    with pytest.raises(InputError, match="disagree by the store"):
+    with pytest.raises(InputError, match="the cause is the store"):
         train.run(config, tmp_path / "run")
 
 
@@ -64,7 +64,7 @@ def test_other_weights_in_the_state_stop_the_run(inputs, store, tmp_path, monkey
         return state._replace(params=jax.tree.map(lambda x: x * 1.5, state.params)), frozen
 
     monkeypatch.setattr(train, "first_state", moved)
-    with pytest.raises(InputError, match="disagree by the weights") as error:
+    with pytest.raises(InputError, match="the cause is the weights") as error:
         train.run(one_step(inputs, store), tmp_path / "run")
     assert error.value.place == str(inputs / "model")
 
@@ -77,7 +77,7 @@ def test_damaged_tokens_stop_the_run(inputs, store, tmp_path):
     tokens = np.load(path, mmap_mode="r+")
     tokens[:] = np.roll(tokens, 7)
     tokens.flush()
-    with pytest.raises(InputError, match="disagree by the data"):
+    with pytest.raises(InputError, match="the cause is the data"):
         train.run(config, tmp_path / "run")
 
 

@@ -36,7 +36,7 @@ class Chip:
     options: tuple[tuple[str, str], ...] = ()  # further ones for `get_topology_desc`
 
     def wraps(self, shape: Sequence[int]) -> tuple[bool, ...]:
-        """For each axis of a slice, whether its links close to a ring; otherwise it is a line.
+        """Returns, for each axis of a slice, whether its links close to a ring; otherwise it is a line.
 
         Three-dimensional slices made of whole 4x4x4 cubes have rings in all dimensions. In two-dimensional ones, an
         axis as long as the pod is a ring.
@@ -45,7 +45,7 @@ class Chip:
         return tuple(closed if self.dimensions == 2 else [all(closed)] * len(closed))
 
     def ring_bytes_per_s(self, spans: Sequence[int] = (), shape: Sequence[int] = ()) -> float:
-        """The rate at which a chip sends in a collective, with all dimensions in use at once.
+        """Returns the rate at which a chip sends in a collective, with all dimensions in use at once.
 
         Around a ring a chip sends both ways. The ends of a line, or of a part of a ring, send one way only, and all
         others wait for them. A GPU sends on all its links.
@@ -60,7 +60,7 @@ class Chip:
         return self.link_bytes_per_s * sum(1 + ring for ring, span in zip(rings, spans, strict=True) if span > 1)
 
     def topology_options(self, shape: Sequence[int]) -> dict[str, object]:
-        """Keywords of `get_topology_desc` for a TPU slice: one device for each chip, and the links that it has.
+        """Returns the keywords of `get_topology_desc` for a TPU slice: one device for each chip, and its links.
 
         By default libtpu compiles for a slice without rings, and therefore with other collectives.
         """

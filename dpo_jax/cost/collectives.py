@@ -179,7 +179,7 @@ def _iota(text: str) -> np.ndarray:
 
 
 def _trips(program: _Program, caller: str, loop: _Instruction, unknown: int) -> int:
-    """Trips of a `while`, from the compiler's annotation or its counter; `unknown` if their number is data."""
+    """Returns the trips of a `while`, from its annotation or its counter; `unknown` if they depend on data."""
     if annotated := re.search(r'"known_trip_count":\{"n":"(\d+)"', loop.arguments):
         return int(annotated[1])
     names = caller, loop.attribute("condition"), loop.attribute("body")
@@ -197,7 +197,7 @@ def _trips(program: _Program, caller: str, loop: _Instruction, unknown: int) -> 
 
 
 def _constant(instructions: dict[str, _Instruction], name: str) -> int | None:
-    """The value of a constant, or of a copy of one; None for anything else."""
+    """Returns the value of a constant, or of a copy of one; None for anything else."""
     each = instructions.get(name)
     if each is not None and each.opcode in ("copy", "bitcast"):
         return _constant(instructions, each.operands[0])

@@ -158,7 +158,7 @@ def load(
 
 @contextlib.contextmanager
 def _replacing(folder: Path) -> Iterator[Path]:
-    """An empty folder that takes the name of `folder` when the body succeeds, unless another process was first."""
+    """Yields an empty folder that is renamed to `folder` if the body succeeds, unless another process was first."""
     with contextlib.ExitStack() as stack:
         try:
             unfinished = stack.enter_context(files.replacing_folder(folder, keep_existing=True))

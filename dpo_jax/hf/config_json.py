@@ -8,8 +8,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
-from dpo_jax.models import rope as ropes
 from dpo_jax.models.config import Rope
+from dpo_jax.models.rope import KINDS, frequencies
 from dpo_jax.types import InputError
 
 Fields = dict[str, Any]  # of a config.json; each function here removes the ones that it reads
@@ -188,7 +188,7 @@ def take_rope(fields: Fields, *, place: str, head_dim: int, max_positions: int, 
             raise InputError(
                 f"{place}: {name}", got=f"{len(complete[name])} numbers", expected=f"{dim // 2}", remedy="Correct it."
             )
-    return ropes.KINDS[kind][0](complete, ropes.frequencies(complete["rope_theta"], dim))
+    return KINDS[kind][0](complete, frequencies(complete["rope_theta"], dim))
 
 
 def rope_values(fields: Fields, family: RopeFields, place: str) -> tuple[str, Fields]:
@@ -217,14 +217,14 @@ def rope_values(fields: Fields, family: RopeFields, place: str) -> tuple[str, Fi
 
 def check_rope(kind: str, values: Fields, place: str) -> None:
     """Raises InputError unless a rope type is known, and has all parameters it needs and no others."""
-    if kind not in ropes.KINDS:
+    if kind not in KINDS:
         raise InputError(
             f"{place}: rope_type",
             got=f"got {kind!r}",
-            expected=f"one of {', '.join(ropes.KINDS)}",
+            expected=f"one of {', '.join(KINDS)}",
             remedy="It is not implemented, and leaving it out would change every log-prob.",
         )
-    needed, optional = (names.split() for names in ropes.KINDS[kind][1:])
+    needed, optional = (names.split() for names in KINDS[kind][1:])
     if missing := [name for name in needed if name not in values]:
         raise InputError(
             f"{place}: rope_parameters",

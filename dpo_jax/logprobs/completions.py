@@ -155,7 +155,7 @@ def _kl(reference, policy, *, any_other):
     return kl + reference_other * (jnp.log(jnp.where(reference_other > 0, reference_other, 1)) - jnp.log(clamped))
 
 
-custom_vjp: Any = jax.custom_vjp  # its own annotations say nothing of what a function returns
+custom_vjp: Any = jax.custom_vjp  # its own annotations lose the return type
 
 
 @functools.partial(custom_vjp, nondiff_argnums=(7,))

@@ -62,7 +62,7 @@ class BlockOptions(NamedTuple):
     remat: str = "none"  # one of REMAT: what the backward pass recomputes
     attend: Attention = PLAIN  # from `attention.choose.make_attention`
     kernel_shardings: KernelShardings | None = None  # None: kernels are not sharded
-    mixture: experts.MixtureOptions = experts.MixtureOptions()  # but for the activation, which is the config's
+    mixture: experts.MixtureOptions = experts.MixtureOptions()  # its activation is replaced by the config's
     adapter_scale: float = 1.0  # factor of the products of adapters, if the parameters have any
 
 

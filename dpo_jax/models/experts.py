@@ -29,12 +29,12 @@ from jaxtyping import Array, Bool, Float, Int
 
 from dpo_jax.models.layers import KernelSharding, Scatter, affine
 
-custom_vjp: Any = jax.custom_vjp  # its own annotations say nothing of what a function returns
+custom_vjp: Any = jax.custom_vjp  # its own annotations lose the return type
 
 # Lines. Larger blocks waste more of each expert's last block, smaller ones read the matrices more often.
 CPU_BLOCK, LEAST_BLOCK = 128, 16
-# Platform -> lines in a block; others, which is TPUs, use `ragged_dot`. On GPUs XLA multiplies all lines with all
-# experts as on CPUs (openxla/xla#40189), and products must be large to be fast.
+# Lines in a block by platform; TPUs, which are not listed, use `ragged_dot`. For CPUs and GPUs XLA compiles that to a
+# product of all lines with all experts (openxla/xla#40189). On GPUs products must be large to be fast.
 BLOCKS = {"cpu": CPU_BLOCK, "gpu": 512}
 SAVED = "experts"  # checkpoint name of the two products that remat policies may save
 

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int
 
-custom_vjp: Any = jax.custom_vjp  # its own annotations say nothing of what a function returns
+custom_vjp: Any = jax.custom_vjp  # its own annotations lose the return type
 
 Scatter = Callable[[Array, str, int], Array]  # (x, mesh axis, dimension) -> this device's part of the sum over the axis
 

@@ -1,8 +1,8 @@
 """Estimates for absent hardware: memory of a chip, least time of a step, and days that a run takes.
 
 For TPUs the real update and the real scoring program are compiled ahead of time, by libtpu, for the topology that is
-named; memory is then the compiler's own account, and what crosses chips is read from the compiled programs. For GPUs,
-which nothing compiles for from afar, both are counted. Neither weights nor data are read.
+named; memory is then what the compiler reports, and traffic between chips is read from the compiled programs. For
+GPUs, for which nothing compiles without the device, both are counted from shapes. Neither weights nor data are read.
 """
 
 from __future__ import annotations
@@ -35,15 +35,15 @@ from dpo_jax.hf.families import family
 from dpo_jax.losses import Objective
 from dpo_jax.models.config import DecoderConfig
 from dpo_jax.plan.topology import Topology, devices_of, extents
-from dpo_jax.run import choices, programs
-from dpo_jax.run.programs import Programs
+from dpo_jax.run import choices
+from dpo_jax.run.programs import Programs, crops, jit_update, make_programs, make_update, update_step, without_devices
 from dpo_jax.run.state import abstract_params, abstract_state, placed
 from dpo_jax.run.trainable import Trainable
 from dpo_jax.runtime import xla
 from dpo_jax.steps import TrainState
 from dpo_jax.types import Batch, Encoded, InputError
 
-DRAWN_PAIRS = 4096  # at most, that stand for the data
+DRAWN_PAIRS = 4096  # most random pairs that stand in for the data
 SPREAD = 0.7  # standard deviation of the logarithm of a length, about that of HH and of UltraFeedback
 
 
@@ -78,13 +78,13 @@ class Estimate(NamedTuple):
     mesh: dict[str, int]
     attention: str
     parameters: int
-    training: int  # of those
-    reference_pairs: int  # that the reference scores in the run
+    training: int  # parameters that train
+    reference_pairs: int  # pairs that the reference scores in the run
     parts: dict[str, Part]
 
     @property
     def bytes(self) -> int:
-        """Bytes on a chip of the program that takes more."""
+        """Bytes on a chip, of the program that takes the most."""
         return max(part.memory.total for part in self.parts.values())
 
     @property
@@ -115,7 +115,7 @@ class Estimate(NamedTuple):
 def architecture(config: Config) -> DecoderConfig:
     """Reads the model's shape from `plan.architecture` or the folder `model.path`; never from the network.
 
-    Raises: InputError if neither is there.
+    Raises: InputError if neither exists.
     """
     hf, place = described(config)
     return family(hf, place).decoder_config(hf, place)
@@ -169,11 +169,11 @@ def reference_pairs(config: Config, objective: Objective) -> int:
 
 
 def estimate(config: Config, topology: Topology, *, reference_in_step: bool = False) -> Estimate:
-    """Compiles a configuration for a TPU topology, or counts it on GPUs.
+    """Estimates memory and time of a configuration: compiled for a TPU topology, or counted from shapes for GPUs.
 
     Args:
       reference_in_step: hold the reference's weights, in the compute type, and score with them in every update, as
-        other trainers do; to compare.
+        other trainers do, for comparison.
     Raises: InputError for a mesh, rules or shapes that do not fit, without libtpu, or with `reference_in_step` for an
       objective that reads no reference, or more of it than its log-probs.
     """
@@ -191,158 +191,158 @@ def estimate(config: Config, topology: Topology, *, reference_in_step: bool = Fa
     selection = selected(config, model)
     compiles = bool(topology.chip.dimensions)
     if compiles:
-        built = programs.make_programs(
-            config, objective, model, lengths, selection=selection, devices=devices_of(topology)
-        )
+        programs = make_programs(config, objective, model, lengths, selection=selection, devices=devices_of(topology))
     else:
-        built = programs.without_devices(
+        programs = without_devices(
             config, objective, model, lengths, topology.count, platform="gpu", selection=selection
         )
     tx, _ = choices.optimizer_of(config.optimizer, total_steps=updates(config), selection=selection)
-    state, (_, frozen) = abstract_state(built, tx), abstract_params(built)
-    update = programs.make_update(built, tx, state) if compiles else None
+    state, (_, frozen) = abstract_state(programs, tx), abstract_params(programs)
+    update = make_update(programs, tx, state) if compiles else None
     calls: dict[str, tuple[packing.Shape, xla.Compiled | None, tuple]] = {
-        "update": (built.update_shape, update, (state, frozen)),
-        "scoring": (built.score_shape, built.reference_scoring, (trees.join(state.params, frozen),)),
+        "update": (programs.update_shape, update, (state, frozen)),
+        "scoring": (programs.score_shape, programs.reference_scoring, (trees.join(state.params, frozen),)),
     }
     if reference_in_step:
-        reference = as_type(trees.join(state.params, frozen), built.dtype)
-        update = with_reference(built, tx, state) if compiles else None
-        calls["update"] = built.update_shape, update, (state, frozen, reference)
-    if reference_in_step or built.objective.reference_free:
+        reference = as_type(trees.join(state.params, frozen), programs.dtype)
+        update = with_reference(programs, tx, state) if compiles else None
+        calls["update"] = programs.update_shape, update, (state, frozen, reference)
+    if reference_in_step or programs.objective.reference_free:
         del calls["scoring"]
-    parts = {name: part_of(topology, built, lengths, name, *call) for name, call in calls.items()}
-    training, still = selection.count_parameters(model)
+    parts = {name: part_of(topology, programs, lengths, name, *call) for name, call in calls.items()}
+    training, fixed = selection.count_parameters(model)
     return Estimate(
         config=config,
         topology=topology,
-        mesh=dict(built.mesh.shape),
-        attention=built.attention,
-        parameters=training + still,
+        mesh=dict(programs.mesh.shape),
+        attention=programs.attention,
+        parameters=training + fixed,
         training=training,
         reference_pairs=reference_pairs(config, objective),
         parts=parts,
     )
 
 
-def with_reference(built: Programs, tx: optax.GradientTransformation, state: TrainState) -> xla.Compiled:
+def with_reference(programs: Programs, tx: optax.GradientTransformation, state: TrainState) -> xla.Compiled:
     """Returns the update(state, frozen, reference, batch) that scores with the reference's parameters first."""
-    step, logps_fn = programs.update_step(built, tx)
-    score = steps.make_score_step(logps_fn, has_aux=True, crops=programs.crops(built.update_shape))
+    step, logps_fn = update_step(programs, tx)
+    score = steps.make_score_step(logps_fn, has_aux=True, crops=crops(programs.update_shape))
 
     def update(state: TrainState, frozen: PyTree, reference: PyTree, batch: Batch) -> PyTree:
         return step(state, frozen, batch._replace(reference=score(reference, batch)[0]))
 
-    return programs.jit_update("update with the reference in it", update, built, state)
+    return jit_update("update with the reference in it", update, programs, state)
 
 
 def part_of(
     topology: Topology,
-    built: Programs,
+    programs: Programs,
     lengths: np.ndarray,
     name: str,
     shape: packing.Shape,
     program: xla.Compiled | None,
-    held: tuple,
+    arguments: tuple,
 ) -> Part:
     """Returns memory and cost of one program.
 
     Args:
-      program: None: count it.
-      held: its arguments but for the batch: parameters to score with; or a state, what does not train, and the
-        parameters of a reference, if any.
+      program: None: memory and traffic are counted from shapes.
+      arguments: all but the batch: the parameters to score with; or the state, the frozen parameters and, if any,
+        those of the reference.
     """
     update = name == "update"
-    state = held[0]
+    state = arguments[0]
     params = state.params if update else state
-    weights = sharding.bytes_per_device((params, held[1:]))
+    weights = sharding.bytes_per_device((params, arguments[1:]))
     trained = sharding.bytes_per_device(params)
     optimizer = sharding.bytes_per_device(state.opt_state) if update else 0
     gradients = sharding.bytes_per_device(as_type(params, jnp.float32)) if update else 0
-    selection, shapes = built.selection, built.selection.leaf_shapes(built.model)
-    shares = functools.partial(flops.shares_of, built.model, shapes)
-    work = roofline.mean_work(built.model, lengths, shape, shares(selection.trained_fraction), shares(selection.trains))
-    itemsize = np.dtype(built.dtype).itemsize
-    used = trees.nest({path: jax.ShapeDtypeStruct(shape, built.dtype) for path, shape in shapes.items()})
-    gathered, training = (
-        sharding.bytes_per_device(placed(built, tree), gathered="fsdp") for tree in (used, selection.split(used)[0])
+    selection, shapes = programs.selection, programs.selection.leaf_shapes(programs.model)
+    shares = functools.partial(flops.shares_of, programs.model, shapes)
+    work = roofline.mean_work(
+        programs.model, lengths, shape, shares(selection.trained_fraction), shares(selection.trains)
     )
-    execution = roofline.Execution(dict(built.mesh.shape), itemsize, built.remat)
-    held_bytes = roofline.ChipBytes(gathered, training, trained + optimizer, gradients)
-    count = functools.partial(roofline.counted, built.model, work, topology.chip, execution, held_bytes)
+    itemsize = np.dtype(programs.dtype).itemsize
+    used = trees.nest({path: jax.ShapeDtypeStruct(shape, programs.dtype) for path, shape in shapes.items()})
+    gathered, training = (
+        sharding.bytes_per_device(placed(programs, tree), gathered="fsdp") for tree in (used, selection.split(used)[0])
+    )
+    execution = roofline.Execution(dict(programs.mesh.shape), itemsize, programs.remat)
+    chip_bytes = roofline.ChipBytes(gathered, training, trained + optimizer, gradients)
+    count = functools.partial(roofline.counted, programs.model, work, topology.chip, execution, chip_bytes)
     cost = count(update=update)
-    for _ in range(forward_passes(built, shape, len(held) > 2) if update else 0):
+    for _ in range(forward_passes(programs, shape, len(arguments) > 2) if update else 0):
         cost = cost.plus(count(update=False))
     if program is None:
-        here = shape.positions / shape.shards
+        positions = shape.positions / shape.shards
         rest = roofline.activation_bytes(
-            built.model,
-            here,
-            tensor=built.mesh.shape["tensor"],
+            programs.model,
+            positions,
+            tensor=programs.mesh.shape["tensor"],
             itemsize=itemsize,
-            remat=built.remat if update else "",
+            remat=programs.remat if update else "",
         )
-        rest += roofline.weight_bytes(built.model, gathered, itemsize=itemsize, trained=training if update else 0)
+        rest += roofline.weight_bytes(programs.model, gathered, itemsize=itemsize, trained=training if update else 0)
         return Part(shape, work, Memory(weights, optimizer, gradients, int(rest)), cost, [])
-    total, text = compiled(program, (*held, abstract_batch(built, shape, update=update)))
+    total, text = compiled(program, (*arguments, abstract_batch(programs, shape, update=update)))
     rest = max(0, total - weights - optimizer - gradients)
     # Where microbatches come in several sizes, each has a loop of its own.
     trips = max(1, round(work.microbatches / len(shape.sizes)))
-    moved = collectives(text, unknown_trips=trips) if text else []  # none where it does not fit
-    cost = sent(cost, moved, topology, built.mesh) if text else cost
+    moved = collectives(text, unknown_trips=trips) if text else []  # empty if the program does not fit
+    cost = sent(cost, moved, topology, programs.mesh) if text else cost
     return Part(shape, work, Memory(weights, optimizer, gradients, rest), cost, moved)
 
 
-def forward_passes(built: Programs, shape: packing.Shape, reference_in_step: bool) -> int:
+def forward_passes(programs: Programs, shape: packing.Shape, reference_in_step: bool) -> int:
     """Counts the forward passes over its pairs that an update makes besides differentiating."""
-    mismatched = "kl" in built.objective.needs
-    return reference_in_step + mismatched + steps.scores_first(built.objective, shape.microbatches)
+    mismatched = "kl" in programs.objective.needs
+    return reference_in_step + mismatched + steps.scores_first(programs.objective, shape.microbatches)
 
 
 def as_type(tree: PyTree, dtype: DTypeLike) -> PyTree:
-    """Returns shapes and shardings of arrays like these, of another type."""
+    """Returns shapes and shardings of a tree of arrays, with another type."""
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype, sharding=x.sharding), tree)
 
 
-def abstract_batch(built: Programs, shape: packing.Shape, *, update: bool) -> Batch:
+def abstract_batch(programs: Programs, shape: packing.Shape, *, update: bool) -> Batch:
     """Returns shapes, types and shardings of a batch to score, or of one to update on with all the objective reads."""
-    token, objective = np.zeros(1, np.int32), built.objective
+    token, objective = np.zeros(1, np.int32), programs.objective
     pairs: Any = [Encoded(token, token, token)]
-    known, other = None, None
+    values, mismatched = None, None
     if update and not objective.reference_free:
         each = np.zeros((1, 2))
         likely = objective.reference_tokens
         tokens = TokenValues.empty(np.ones((1, 2), np.int64), likely) if likely else None
         sums = {"shared_logps": each} if likely is not None else {}
-        other = pairs if "kl" in objective.needs else None
-        known = ReferenceValues(np.zeros(1, np.int64), each, sums, tokens, each if other else None)
-    batch = make_batch(np.zeros(1, np.int64), pairs, known, shape, mismatched=other)
-    places = sharding.batch_shardings(built.mesh, batch)
+        mismatched = pairs if "kl" in objective.needs else None
+        values = ReferenceValues(np.zeros(1, np.int64), each, sums, tokens, each if mismatched else None)
+    batch = make_batch(np.zeros(1, np.int64), pairs, values, shape, mismatched=mismatched)
+    places = sharding.batch_shardings(programs.mesh, batch)
     return jax.tree.map(
         lambda x, place: jax.ShapeDtypeStruct(np.shape(x), np.asarray(x).dtype, sharding=place), batch, places
     )
 
 
 def compiled(program: xla.Compiled, args: tuple) -> tuple[int, str]:
-    """Returns the bytes a chip needs by the compiler's account, and the optimized program, empty if it does not fit."""
+    """Returns the bytes a chip needs, by the compiler, and the text of the program, empty if it does not fit."""
     with tempfile.TemporaryDirectory() as folder:
         # `as_text` fails on what libtpu does asynchronously; a dump does not.
         dump = {"xla_dump_to": folder, "xla_dump_hlo_as_text": True}
         try:
-            found = program.compile(*args, options=dump).memory_analysis()
+            memory = program.compile(*args, options=dump).memory_analysis()
         except Exception as error:
             needed = re.search(r"\(([\d.]+)([KMGT])\) exceeds available HBM", str(error))
             if not needed:
                 raise
             return int(float(needed[1]) * 2 ** (10 * " KMGT".index(needed[2]))), ""
         texts = sorted(Path(folder).glob("*after_optimizations.txt"), key=lambda path: path.stat().st_size)
-        return memory_of(found), texts[-1].read_text() if texts else ""
+        return memory_of(memory), texts[-1].read_text() if texts else ""
 
 
-def memory_of(found: Any) -> int:
-    """Returns the peak of bytes on a chip; donated arrays count once."""
-    new = found.output_size_in_bytes - found.alias_size_in_bytes
-    return found.argument_size_in_bytes + new + found.temp_size_in_bytes + found.generated_code_size_in_bytes
+def memory_of(stats: Any) -> int:
+    """Returns the peak bytes on a chip, from the compiler's statistics; donated arrays count once."""
+    new = stats.output_size_in_bytes - stats.alias_size_in_bytes
+    return stats.argument_size_in_bytes + new + stats.temp_size_in_bytes + stats.generated_code_size_in_bytes
 
 
 def sent(cost: Cost, moved: Sequence[Collective], topology: Topology, mesh: Mesh) -> Cost:

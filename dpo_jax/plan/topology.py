@@ -1,4 +1,4 @@
-"""Topologies that a plan is made for: slices of TPUs and hosts of GPUs, by the names that users give."""
+"""Topologies to plan for: slices of TPUs and hosts of GPUs, by the names that users give."""
 
 from __future__ import annotations
 
@@ -72,5 +72,5 @@ def devices_of(topology: Topology) -> Sequence[Any]:
 
 
 def extents(coordinates: Sequence[Sequence[int]], topology: Topology) -> list[int]:
-    """Counts, for each dimension of the torus, the places that some chips' coordinates take."""
+    """Counts, along each dimension of the torus, the distinct coordinates of some chips."""
     return [len(set(values)) for values in zip(*coordinates, strict=True)][: topology.chip.dimensions]

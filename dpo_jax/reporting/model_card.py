@@ -77,8 +77,8 @@ def _trained(config: Config, adapters: Adapters | None, merged: bool) -> dict[st
     """Returns the table's row for adapters or for frozen tensors; empty if there are none."""
     if adapters is not None:
         modules = sorted({module_of(each).rpartition("{layer}.")[2] for each in adapters.tensors})
-        held = f", on a model in {config.lora.base}" if config.lora.base else ""
-        description = f"rank {adapters.rank}, scale {adapters.scale:g}, beside {', '.join(modules)}{held}"
+        quantized_base = f", on a model in {config.lora.base}" if config.lora.base else ""
+        description = f"rank {adapters.rank}, scale {adapters.scale:g}, beside {', '.join(modules)}{quantized_base}"
         return {"adapters, merged" if merged else "adapters": description}
     pattern = config.train.freeze.replace("|", "\\|")  # or it would end the cell
     return {"frozen": f"tensors of a name with `{pattern}`"} if pattern else {}

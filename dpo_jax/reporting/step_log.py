@@ -1,4 +1,4 @@
-"""Rows of metrics.jsonl: a step's metrics, what its batch was, and how fast it went."""
+"""Writes rows of metrics.jsonl: metrics of a step, counts of its batch, and throughput."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class StepLog:
 
     Args:
       write: takes a step, counted from 0, and its row.
-      clock: tells the time of an update.
+      clock: measures the time of an update.
       every: updates between rows; the last of `total` always has one.
       examples: of a batch, such as pairs.
       peak_flops: operations a second that the devices can do; None: not known, and no `mfu` is reported.
@@ -53,7 +53,7 @@ class StepLog:
     def add(
         self, done: int, metrics: Mapping[str, ArrayLike], row: Mapping[str, float], *, flops: float, waited_s: float
     ) -> None:
-        """Writes the row of the step before, and keeps this one's."""
+        """Writes the pending row of an earlier step; this step's becomes the pending one."""
         self.flush()
         self._waited_s += waited_s
         if (done - 1) % self._every == 0 or done == self._total:
@@ -61,7 +61,7 @@ class StepLog:
             self._waited_s = 0.0
 
     def flush(self) -> None:
-        """Writes the row that is kept, waiting for its step if need be."""
+        """Writes the pending row, if there is one, after waiting for its step."""
         if self._pending is None:
             return
         (done, metrics, host_row, flops), self._pending = self._pending, None

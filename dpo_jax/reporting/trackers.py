@@ -91,8 +91,8 @@ class TensorBoardWriter:
         self._writer: Any = package.SummaryWriter(
             str(workdir / "tensorboard"),
             purge_step=resume_step,
-            flush_secs=1,  # its own two minutes would be lost to a kill; its `flush` does not wait for the queue
-            filename_suffix=f".{resume_step}",  # its names differ only by the second, and it overwrites
+            flush_secs=1,  # by default a kill would lose two minutes; `flush` does not wait for the queue
+            filename_suffix=f".{resume_step}",  # default names repeat within a second, and files are overwritten
         )
 
     def write(self, step: int, row: Mapping[str, float]) -> None:

@@ -39,7 +39,7 @@ class Checkpoints:
         if step == self.latest_step():
             return
         items = ocp.args.Composite(state=ocp.args.StandardSave(state), record=ocp.args.JsonSave(record))
-        # Forced, or the manager would ask the preemption service for itself, which `hosts` does.
+        # force: otherwise the manager would poll the preemption service too, which `hosts` does.
         self._manager.save(step, args=items, force=True)
 
     def record(self, step: int) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Checks of a configuration against what its names stand for, the model and the data, before a device is touched."""
+"""Checks of a configuration against the names that exist, the model and the data, before a device is touched."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from dpo_jax.types import InputError, check_choice
 
 
 def check_names(config: Config, objective: Objective) -> None:
-    """Raises InputError for any name or option that no module knows, or that the objective has no use for."""
+    """Raises InputError for any unknown name or option, or a reference sync of an objective that reads no reference."""
     if objective.reference_free and config.reference.sync_steps:
         raise InputError(
             "config.reference.sync_steps",
@@ -34,7 +34,7 @@ def check_names(config: Config, objective: Objective) -> None:
 
 
 def check_model_named(config: Config) -> None:
-    """Raises InputError for a run without `model.path`, which only `plan` can do without."""
+    """Raises InputError if `model.path` is empty; only the command `plan` works without it."""
     if not config.model.path:
         raise InputError(
             "config.model.path",
@@ -49,8 +49,8 @@ def fit(config: Config, model: DecoderConfig, lengths: Int[np.ndarray, "N _"]) -
 
     Args:
       lengths: token counts of prompt and answers of every pair that will be laid out.
-    Raises: InputError if a sequence has positions that the model lacks, or if prompts are to be shared and the model
-      attends through a window, or turns by the length of a sequence, that some of these exceed.
+    Raises: InputError if a sequence has positions that the model lacks, or if `data.layout` is shared and a
+      sequence exceeds the model's attention window, or the length from which its rotary frequencies change.
     """
     longest = int((lengths[:, 0] + lengths[:, 1:].max(1)).max())
     if model.learned_positions and longest > model.max_positions:
@@ -58,7 +58,7 @@ def fit(config: Config, model: DecoderConfig, lengths: Int[np.ndarray, "N _"]) -
             "config.data.max_length",
             got=f"sequences of up to {longest} tokens, and the model has learned {model.max_positions} positions",
             expected=f"at most {model.max_positions}",
-            remedy="Lower it, or take a model with more.",
+            remedy="Lower it, or use a model with more.",
         )
     if config.train.router_balance and not model.experts:
         raise InputError(
@@ -71,7 +71,7 @@ def fit(config: Config, model: DecoderConfig, lengths: Int[np.ndarray, "N _"]) -
     if config.data.layout == "shared" and model.needs_whole_sequences:
         raise InputError(
             "config.data.layout",
-            got=f"'shared', and the model has windows, or turns by a sequence's length, that {longest} tokens exceed",
+            got=f"'shared', and {longest} tokens exceed the model's window, or change its rotary frequencies",
             expected="auto or repeated",
             remedy="Change it, or lower data.max_length.",
         )
@@ -81,14 +81,14 @@ def fit(config: Config, model: DecoderConfig, lengths: Int[np.ndarray, "N _"]) -
 
 
 def check_pairs(pairs: PairSet, name: str, *, sft_steps: int) -> None:
-    """Raises InputError for what the set of pairs of that name has and the run could only ignore."""
-    given = pairs.report["reference_given"]
-    if given and sft_steps:
+    """Raises InputError if the pairs have reference log-probs or weights that the run would ignore."""
+    provided = pairs.report["reference_given"]
+    if provided and sft_steps:
         raise InputError(
             "config.sft.steps",
-            got=f"got {sft_steps}, and {given} pairs bring reference log-probs, of the model before those steps",
+            got=f"got {sft_steps}, and {provided} pairs bring reference log-probs, of the model before those steps",
             expected="0, or pairs without: the reference is the model after them",
-            remedy="Take the columns ref_chosen_logps and ref_rejected_logps away, or set sft.steps to 0.",
+            remedy="Remove the columns ref_chosen_logps and ref_rejected_logps, or set sft.steps to 0.",
         )
     counts = np.bincount(pairs.source, minlength=len(pairs.names)).tolist()
     for source, weight, count in zip(pairs.names, pairs.weights, counts, strict=True):

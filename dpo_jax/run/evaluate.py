@@ -14,7 +14,7 @@ import numpy as np
 from jaxtyping import Float, Int, PyTree
 
 from dpo_jax import losses
-from dpo_jax.data.batches import ReferenceValues
+from dpo_jax.data.batches import ReferenceValues, TokenValues
 from dpo_jax.data.packing import Shape
 from dpo_jax.scoring import score_pairs
 from dpo_jax.steps import Scores, loss_metrics, pair_losses
@@ -92,7 +92,9 @@ def evaluate(
     """
     started = time.perf_counter()
 
-    def score_all(pairs: Pairs, lengths: np.ndarray, tokens: PyTree) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+    def score_all(
+        pairs: Pairs, lengths: np.ndarray, tokens: TokenValues | None
+    ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
         logps = np.zeros((len(lengths), lengths.shape[1] - 1), np.float32)
         sums: dict[str, np.ndarray] = {}
         for part in score_pairs(score, pairs, lengths, shape=shape, reference_tokens=tokens):

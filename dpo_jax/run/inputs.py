@@ -44,7 +44,7 @@ class Source:
 
 @dataclasses.dataclass(frozen=True)
 class Inputs:
-    """Everything read from disk but the weights."""
+    """Everything that is read from disk except the weights."""
 
     name: str  # the model as the configuration names it: a folder or a Hub id
     base: Path  # its folder
@@ -55,7 +55,7 @@ class Inputs:
     objective: Objective
     selection: Trainable  # which parameters train
     sets: dict[str, PairSet]  # "train", "eval": those that the configuration names
-    mismatched: dict[str, MismatchedPairs]  # by the same names: prompts with other answers, if the objective reads any
+    mismatched: dict[str, MismatchedPairs]  # by the same names; empty if the objective reads none
     data_rules: dict[str, str | int]  # settings that decide a pair's tokens, as the reference store's identity has them
     warnings: tuple[str, ...] = ()  # a line each: disagreements between tokenizer, model and pairs
 
@@ -81,9 +81,9 @@ class Inputs:
 
 
 def resolve_paths(config: Config, workdir: Path) -> Config:
-    """Puts the working folder where text fields say `{workdir}`.
+    """Replaces `{workdir}` in text fields by the working folder.
 
-    Raises: InputError if `data.train` or `data.eval` say so and would read a part of its path as something else.
+    Raises: InputError if `data.train` or `data.eval` contain it and its path has a ',' or '*', which they would parse.
     """
     if {*",*"} & {*str(workdir)} and "{workdir}" in config.data.train + config.data.eval:
         raise InputError(
@@ -120,9 +120,9 @@ def prepare(name: str, workdir: Path) -> None:
 
 
 def read_inputs(config: Config, objective: Objective, workdir: Path, *, training: bool) -> Inputs:
-    """Lets the recipe make its own inputs, then reads and checks them as `load_inputs` does.
+    """Calls the recipe's `prepare`, then reads and checks the inputs as `load_inputs` does.
 
-    Of several processes the first goes first: the others find what it prepared and tokenized.
+    Process 0 goes first; the others reuse what it prepared and tokenized.
 
     Raises: InputError as `load_inputs`, if the weights are not those of config.json (their names and shapes), or if
       processes read different models or data.
@@ -142,7 +142,7 @@ def load_inputs(config: Config, objective: Objective, *, training: bool) -> Inpu
 
     Args:
       config: with its paths resolved.
-      training: whether there must be pairs to train on.
+      training: requires pairs to train on.
     """
     base = resolve(config.model.path)
     model, hf_config = read_config(base)

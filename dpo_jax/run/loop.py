@@ -1,6 +1,6 @@
-"""The training loop: a state, batches, an update, and what happens between updates.
+"""The training loop: a state, batches, an update, and the actions between updates.
 
-It knows nothing of models, pairs or files. Supervised fine-tuning and preference optimization run on it alike.
+It depends on no model, data or file. Supervised fine-tuning and preference optimization both run on it.
 """
 
 from __future__ import annotations
@@ -26,29 +26,29 @@ class Schedule:
     save_every: int = 500  # updates between checkpoints; the last is always saved
 
     def evaluates(self, done: int) -> bool:
-        """Whether an evaluation is due once so many updates are done."""
+        """Whether an evaluation is due after `done` updates."""
         return done in (0, self.total) or bool(self.evaluate_every and done % self.evaluate_every == 0)
 
     def saves(self, done: int) -> bool:
-        """Whether a checkpoint is due once so many updates are done."""
+        """Whether a checkpoint is due after `done` updates."""
         return done == self.total or done % self.save_every == 0
 
 
 @runtime_checkable
 class Between(Protocol[State, Prepared, Metrics]):
-    """What a run does between updates; `done` counts the updates made so far."""
+    """Actions of a run between its updates; `done` counts the updates made so far."""
 
     def evaluate(self, done: int, state: State) -> None:
         """Evaluates the state."""
 
     def save(self, done: int, state: State) -> None:
-        """Saves the state; returns when it may be changed."""
+        """Saves the state; when it returns, the state may be changed."""
 
     def before(self, done: int, state: State) -> None:
-        """Comes right before the next update."""
+        """Is called right before the next update."""
 
     def after(self, done: int, prepared: Prepared, metrics: Metrics, waited_s: float) -> None:
-        """Comes right after an update was dispatched, with its metrics and the seconds waited for its batch."""
+        """Is called right after an update is dispatched, with its metrics and the seconds waited for its batch."""
 
 
 def run_loop(
@@ -62,8 +62,8 @@ def run_loop(
 
     Args:
       state: after `schedule.start` updates.
-      batches: what each update needs, in order, with the seconds waited for it.
-      update: takes a state and what it needs to the next state and metrics.
+      batches: the input of each update, in order, with the seconds waited for it.
+      update: returns the next state and metrics, from a state and an input.
     Raises: hosts.Stopped, once the state is saved, if the run was asked to stop.
     """
     for done in range(schedule.start, schedule.total):

@@ -1,4 +1,4 @@
-"""The programs of a run: mesh, shapes, and how a batch is scored and updated on; made once from a configuration."""
+"""Programs of a run, built once from its configuration: mesh, batch shapes, and the steps that score and update."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ CPU_POSITIONS, ACCELERATOR_POSITIONS = 1_536, 16_384
 
 
 class Programs(NamedTuple):
-    """Where a run computes, in which shapes and types, and its scoring programs."""
+    """Mesh, batch shapes, types and scoring programs of a run."""
 
     model: DecoderConfig
     objective: Objective
@@ -46,16 +46,16 @@ class Programs(NamedTuple):
     rules: sharding.Rules
     update_shape: packing.Shape
     score_shape: packing.Shape
-    dtype: DTypeLike  # of what is computed
+    dtype: DTypeLike  # compute type
     param_dtype: str  # of parameters
     quantize: str  # form of frozen matrices of blocks: int8, nf4; empty: as `param_dtype`
-    attention: str  # the implementation that was chosen
+    attention: str  # the chosen implementation
     remat: str
     router_balance: float  # weight of the load-balancing loss; 0: none
     seed: int
-    watch: Stopwatch  # told how long compiling and reading weights take
+    watch: Stopwatch  # measures compiling and reading weights
     scoring: Compiled | None = None  # (params, batch on the mesh) -> (logps, token sums); None: there are no devices
-    reference_scoring: Compiled | None = None  # of the reference pass, with values of single tokens if they are read
+    reference_scoring: Compiled | None = None  # of the reference pass; returns token values if they are read
 
     @property
     def layout(self) -> str:
@@ -68,7 +68,7 @@ class Programs(NamedTuple):
         return self.scoring(params, sharding.put(batch, self.mesh))
 
     def score_reference(self, params: PyTree, batch: Batch) -> tuple[jax.Array, dict[str, PyTree]]:
-        """Like `score`, with what is stored of each token under the reference, if the objective reads that."""
+        """Like `score`, with the values of single tokens instead of sums, if the objective reads them."""
         assert self.reference_scoring is not None
         return self.reference_scoring(params, sharding.put(batch, self.mesh))
 
@@ -88,15 +88,15 @@ def make_programs(
     Args:
       lengths: token counts of prompt and answers of every pair that will be laid out.
       selection: which parameters train.
-      devices: those of the mesh, which need not exist; None: all that exist, and compiled programs are cached.
-      watch: told how long compiling and reading weights take.
+      devices: devices of the mesh, possibly absent ones; None: all of this machine, and compiled programs are cached.
+      watch: measures compiling and reading weights.
     """
     if devices is None:
         keep_compiled()
     mesh = sharding.make_mesh(config.mesh.replica, config.mesh.fsdp, config.mesh.tensor, devices)
-    here = sharding.shards_here(mesh)
+    local_shards = sharding.shards_here(mesh)
     programs = _without_scoring(
-        config, objective, model, lengths, selection, (mesh, mesh.devices.flat[0].platform, here)
+        config, objective, model, lengths, selection, (mesh, mesh.devices.flat[0].platform, local_shards)
     )
     programs = programs if watch is None else programs._replace(watch=watch)
     shape, tokens = programs.score_shape, objective.reference_tokens
@@ -135,7 +135,7 @@ def _without_scoring(
     selection: Trainable,
     place: tuple[Any, str, tuple[int, ...] | None],  # mesh, platform, shards of this process (None: all)
 ) -> Programs:
-    mesh, platform, here = place
+    mesh, platform, local_shards = place
     model, layout = fit(config, model, lengths)
     positions = CPU_POSITIONS if platform == "cpu" else ACCELERATOR_POSITIONS
     choose_shape = functools.partial(
@@ -163,8 +163,8 @@ def _without_scoring(
         selection=selection,
         mesh=mesh,
         rules=sharding.parse_rules(config.mesh.rules),
-        update_shape=dataclasses.replace(update_shape, local_shards=here),
-        score_shape=dataclasses.replace(score_shape, local_shards=here),
+        update_shape=dataclasses.replace(update_shape, local_shards=local_shards),
+        score_shape=dataclasses.replace(score_shape, local_shards=local_shards),
         dtype=compute_dtype(config.model.dtype, platform),
         param_dtype=config.model.param_dtype,
         quantize=config.lora.base,
@@ -223,7 +223,7 @@ def logps_of(programs: Programs, shape: packing.Shape, **outputs: Any) -> Callab
     """Returns the `logps_fn` of a run for batches of a shape.
 
     Args:
-      outputs: extra ones, `sums` or `tokens` of `scoring.make_logps_fn`.
+      outputs: `sums` or `tokens` of `scoring.make_logps_fn`.
     """
     return make_logps_fn(
         programs.model,
@@ -236,7 +236,7 @@ def logps_of(programs: Programs, shape: packing.Shape, **outputs: Any) -> Callab
 
 
 def jit_update(name: str, step: Callable[..., PyTree], programs: Programs, state: TrainState) -> Compiled:
-    """Returns a function of a state, and more, to a state and metrics, jitted as an update is."""
+    """Jits `step(state, ...) -> (state, metrics)`: the state is donated and keeps its sharding."""
     places = jax.tree.map(lambda x: x.sharding, state), sharding.replicated(programs.mesh)
     jitted = jax.jit(step, donate_argnums=0, out_shardings=places, compiler_options=COMPILER_OPTIONS)
     return Compiled(name, jitted, programs.watch)

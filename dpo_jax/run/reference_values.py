@@ -53,8 +53,8 @@ def reference_store(inputs: Inputs, programs: Programs, folder: Path) -> Store |
 def complete_store(
     inputs: Inputs, store: Store | None, programs: Programs
 ) -> tuple[dict[str, ReferenceValues], PyTree | None]:
-    """Scores what the store lacks; returns the reference log-probs of each set of pairs, none if the objective reads
-    none, and the weights if they had to be loaded."""
+    """Completes the store; returns the reference log-probs of each set of pairs, none for a reference-free objective,
+    and the weights if they had to be loaded."""
     if store is None:
         return {}, None
     started = time.perf_counter()
@@ -88,7 +88,7 @@ def score_missing(
 
     Args:
       params: returns the reference's parameters; called only where something has to be scored.
-      report: told the pairs scored and to score.
+      report: called with the numbers of pairs scored so far and to score.
       only: indices of the pairs that are needed, by set; None: all, and values that came with the data are used.
     Raises: InputError if the store holds values of another identity.
     """

@@ -1,7 +1,7 @@
 """Self-check of a run that starts at its reference: the first margins are 0 to rounding, or the run stops.
 
 At the first update the policy has the reference's weights, so the log-probs that the update computes must be those that
-the store holds. A store of other values, pairs of other tokens or other weights would train without a sign of it.
+the store holds. A store of other values, pairs of other tokens or other weights would otherwise go unnoticed.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def check_start(
 ) -> None:
     """Raises InputError unless policy and reference agree on a batch of pairs, where both have the same weights.
 
-    Pairs whose reference log-probs came with the data may be of another model: of them it only warns.
+    Reference log-probs that came with the data may be those of another model; a difference there is only a warning.
 
     Args:
       gap: largest |policy - reference| over the answers of each pair, in nats.
@@ -52,13 +52,13 @@ def check_start(
     if not disagrees(gap, logps, ~from_data, limit):
         return
     again = rescored(indices, inputs, programs)
-    moved = np.abs(again - logps).max(1)
+    change = np.abs(again - logps).max(1)
     mean = gap[~from_data].mean()
     pairs = inputs.sets["train"]
     if damaged := [i for i in indices.tolist() if tuple(pairs.keys[i]) != tuple(content_key(pairs[i]))]:
-        place, culprit = pairs.place(damaged[0]), "the data: the tokens of this pair are not those that its key names"
-        remedy = "Delete the folder of tokenized data (data.cache_dir), which is made again."
-    elif disagrees(moved, logps, ~from_data, limit):
+        place, culprit = pairs.place(damaged[0]), "the data: the tokens of this pair do not match its key"
+        remedy = "Delete the folder of tokenized data (data.cache_dir), which is then made again."
+    elif disagrees(change, logps, ~from_data, limit):
         place, culprit = str(store.folder), "the store: the initial weights give these pairs other log-probs"
         remedy = "Delete the folder, or point reference.path at another, to score the reference again."
     else:
@@ -66,7 +66,7 @@ def check_start(
         remedy = "Start in a new working folder; if this is one, please report it with the model's config.json."
     raise InputError(
         place,
-        got=f"policy and reference differ by {mean:.4g} nats an answer in the first batch, and disagree by {culprit}",
+        got=f"policy and reference differ by {mean:.4g} nats an answer in the first batch; the cause is {culprit}",
         expected="margins of 0 to rounding, since a run starts at its reference",
         remedy=remedy,
     )
@@ -90,9 +90,9 @@ def disagrees(
 
 def rescored(indices: Int[np.ndarray, "P"], inputs: Inputs, programs: Programs) -> Float[np.ndarray, "P K"]:
     """Returns the log-probs of some training pairs under the initial weights, scored again."""
-    params, shape, found = load_params(inputs.source, programs), programs.score_shape, []
+    params, shape, parts = load_params(inputs.source, programs), programs.score_shape, []
     for at in range(0, len(indices), shape.pairs):
         part = indices[at : at + shape.pairs]
         batch = make_batch(part, inputs.sets["train"], None, shape)
-        found.append(jax.device_get(programs.score_reference(params, batch)[0])[: len(part)])
-    return np.concatenate(found)
+        parts.append(jax.device_get(programs.score_reference(params, batch)[0])[: len(part)])
+    return np.concatenate(parts)

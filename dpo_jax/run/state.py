@@ -34,8 +34,8 @@ def load_params(source: Source, programs: Programs, *, only: Callable[[str], boo
         array = sharding.from_parts(shape, NamedSharding(programs.mesh, spec), read)
         if not is_quantized(programs, path):
             return array
-        made = {path: quantized.encode(array, programs.quantize)}
-        return jax.device_put(made, sharding.shardings(programs.mesh, made, programs.rules))[path]
+        encoded = {path: quantized.encode(array, programs.quantize)}
+        return jax.device_put(encoded, sharding.shardings(programs.mesh, encoded, programs.rules))[path]
 
     with programs.watch.part("weights"):
         params = checkpoints.load_params(source.folder, model, dtype=programs.param_dtype, place=place, only=only)

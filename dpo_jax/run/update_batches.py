@@ -1,4 +1,4 @@
-"""Batches of updates, made ahead of the device: pairs in order, laid out, on the mesh, with the work they are."""
+"""Batches of a run's updates, prepared ahead of the device: packed, placed on the mesh, with counts of their work."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ from dpo_jax.types import Batch
 
 
 class Prepared(NamedTuple):
-    """A batch on the mesh and what is known of it on the host."""
+    """A batch on the mesh, with its pairs and the counts of its work on the host."""
 
-    step: int  # updates before it
+    step: int  # updates made before it
     indices: Int[np.ndarray, "P"]  # of its pairs in the training set
     batch: Batch
     counts: dict[str, int]  # positions computed, tokens among them
-    flops: float  # operations that its real tokens need
+    flops: float  # operations that its tokens need, without padding
 
 
 class UpdateBatches:
@@ -56,18 +56,18 @@ class UpdateBatches:
 
     def make(self, step: int) -> Prepared:
         """Makes the batch of update `step`, counted from 0."""
-        built, shape, indices = self._programs, self._programs.update_shape, self._order(step)
+        programs, shape, indices = self._programs, self._programs.update_shape, self._order(step)
         pairs, mismatched = self._inputs.sets["train"], self._inputs.mismatched.get("train")
         batch = make_batch(indices, pairs, self._values, shape, mismatched=mismatched)
         counts = work_counts(batch, pairs.lengths[indices], shape)
-        flops = train_flops(built.model, pairs.lengths[indices], built.layout, self._shares)
-        if scores_first(built.objective, len(batch.present)):
+        flops = train_flops(programs.model, pairs.lengths[indices], programs.layout, self._shares)
+        if scores_first(programs.objective, len(batch.present)):
             counts["positions_computed"] *= 2  # forward only at first; the tokens and their FLOPs are the same
         if mismatched is not None and batch.mismatched is not None:
             scored = work_counts(batch.mismatched, mismatched.lengths[indices], shape)
             counts = {name: count + scored[name] for name, count in counts.items()}
-            flops += forward_flops(built.model, mismatched.lengths[indices], built.layout, self._shares)
-        return Prepared(step, indices, sharding.put(batch, built.mesh), counts, flops)
+            flops += forward_flops(programs.model, mismatched.lengths[indices], programs.layout, self._shares)
+        return Prepared(step, indices, sharding.put(batch, programs.mesh), counts, flops)
 
     def stream(self, stretches: Iterator[Sequence[int]]) -> Generator[tuple[Prepared, float], None, None]:
         """Yields the batches of the updates in each stretch, made ahead, and the seconds waited for each.

@@ -11,8 +11,7 @@ from pathlib import Path
 
 import xxhash
 
-from dpo_jax import config as configs
-from dpo_jax.config import Config
+from dpo_jax.config import RESUMABLE, Config, changed, flat, from_json, record_from_json, to_json
 from dpo_jax.run.checkpoints import Checkpoints
 from dpo_jax.runtime import files, hosts
 from dpo_jax.types import InputError
@@ -29,7 +28,7 @@ def check(config: Config, workdir: Path, *, fields: Sequence[str] | None = None)
         raise InputError(str(workdir), got="is a file", expected="a folder, or nothing yet", remedy="Name another.")
     if not path.exists():
         return
-    changes = configs.changed(configs.record_from_json(*_recorded(workdir)), config, fields)
+    changes = changed(record_from_json(*_recorded(workdir)), config, fields)
     if changes:
         raise InputError(
             str(path),
@@ -47,7 +46,7 @@ def claim(config: Config, workdir: Path) -> None:
     make(workdir)
     check_shared(workdir)
     if hosts.first():
-        files.write_text(workdir / "config.json", configs.to_json(config))
+        files.write_text(workdir / "config.json", to_json(config))
 
 
 def make(folder: Path) -> None:
@@ -88,7 +87,7 @@ def config_of(workdir: Path) -> Config:
 
     Raises: InputError if there is no run, or as `config.from_json`.
     """
-    return configs.from_json(*_recorded(workdir))
+    return from_json(*_recorded(workdir))
 
 
 def _recorded(workdir: Path) -> tuple[str, str]:
@@ -107,7 +106,7 @@ def run_digest(config: Config, digests: Mapping[str, str | None]) -> str:
     Args:
       digests: of the run's pairs, by split.
     """
-    fixed = {name: value for name, value in configs.flat(config).items() if name not in configs.RESUMABLE}
+    fixed = {name: value for name, value in flat(config).items() if name not in RESUMABLE}
     return xxhash.xxh3_64_hexdigest(json.dumps([fixed, digests], sort_keys=True).encode())
 
 

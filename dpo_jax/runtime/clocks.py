@@ -45,7 +45,7 @@ class Faults:
         self._seen = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 
     def since(self) -> int:
-        """Number of faults since the last call."""
+        """Returns the number of faults since the last call."""
         before, self._seen = self._seen, resource.getrusage(resource.RUSAGE_SELF).ru_minflt
         return self._seen - before
 

@@ -1,6 +1,6 @@
 """Files and folders that are written completely or not at all, and the place of the cache.
 
-Every file of the package is written here, but for streams: logs that grow line by line, and big files that are
+Every file of the package is written here, except streams: logs that grow line by line, and big files that are
 written piece by piece into a folder of `replacing_folder`.
 """
 
@@ -16,10 +16,10 @@ from pathlib import Path
 
 
 def cache_folder(name: str) -> Path:
-    """`$DPO_JAX_CACHE/NAME`, or `dpo_jax/NAME` in the user's cache folder."""
-    chosen = os.environ.get("DPO_JAX_CACHE")
-    if chosen:
-        return Path(chosen) / name
+    """Returns `$DPO_JAX_CACHE/NAME`, or `dpo_jax/NAME` in the user's cache folder."""
+    configured = os.environ.get("DPO_JAX_CACHE")
+    if configured:
+        return Path(configured) / name
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "dpo_jax" / name
 
 
@@ -112,7 +112,7 @@ def _flush_folder(folder: Path) -> None:
     """Flushes the names in a folder to disk, so that a renamed file keeps its new name after a power failure."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
-        with contextlib.suppress(OSError):  # some network file systems refuse this for folders, and need it not
+        with contextlib.suppress(OSError):  # some network file systems refuse this for folders, and do not need it
             os.fsync(descriptor)
     finally:
         os.close(descriptor)

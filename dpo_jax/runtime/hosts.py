@@ -29,9 +29,9 @@ from jax.experimental import multihost_utils
 from dpo_jax.types import InputError
 
 STOPPED = 75  # exit status of a run that was asked to stop and saved its state: EX_TEMPFAIL, start it again
-HEARTBEAT_S = 40  # of silence, after which a process counts as dead and the others end
+HEARTBEAT_S = 40  # without a heartbeat, after which a process counts as dead and the others end
 CONNECT_S = 300  # for all processes to come up
-WATCH_S = 2  # between looks at whether another process failed
+WATCH_S = 2  # between checks whether another process failed
 FACT_S = 50  # for every process to send its facts, once all have joined
 
 # Without a TPU, libtpu still searches for one, prints long warnings, and lets only one process at a time use it.
@@ -88,7 +88,7 @@ def join(coordinator: str | None = None, processes: int | None = None, process: 
     if count() > 1:
         watcher = threading.Thread(target=_watch, name="hosts", daemon=True)
         watcher.start()
-        atexit.register(watcher.join)  # or it would be cut off within a call, and abort the process
+        atexit.register(watcher.join)  # a thread that is cut off within a call would abort the process
         atexit.register(_over.set)
         _names[:] = all_gather("names", socket.gethostname())
 
@@ -153,7 +153,7 @@ def _started_by_cluster() -> bool:
 
 
 def _tpus() -> list[str]:
-    """Device files of the TPU chips of this machine."""
+    """Lists the device files of the TPU chips of this machine."""
     return glob.glob("/dev/accel*") or glob.glob("/dev/vfio/[0-9]*")
 
 
@@ -164,12 +164,12 @@ def without_tpu() -> None:
 
 
 def index() -> int:
-    """Index of this process, from 0."""
+    """Returns the index of this process, from 0."""
     return _state().process_id if _client() is not None else 0
 
 
 def count() -> int:
-    """Number of processes of the run."""
+    """Returns the number of processes of the run."""
     return _state().num_processes if _client() is not None else 1
 
 
@@ -195,14 +195,14 @@ def _state() -> Any:
 
 
 def _client() -> Any:
-    """JAX's client of the coordination service; None in a run of one process."""
+    """Returns JAX's client of the coordination service; None in a run of one process."""
     return _state().client
 
 
 # --- exchanging facts ---------------------------------------------------------------------------------------------
 
 
-_calls: dict[str, int] = {}  # under each name, so that a later exchange never reads an earlier one's values
+_calls: dict[str, int] = {}  # exchanges by name; the number in the key keeps later values apart
 
 
 def all_gather(name: str, value: T, *, timeout_s: float | None = None) -> list[T]:
@@ -299,7 +299,7 @@ def broadcast(name: str, value: T) -> T:
 
 @contextlib.contextmanager
 def first_alone(name: str) -> Iterator[bool]:
-    """Runs the body on process 0 before it begins on the others, which then find the files that it made."""
+    """Runs the body on process 0 before the others begin it, so that they find its files; yields whether this is 0."""
     if not first():
         barrier(name)
     yield first()
@@ -383,7 +383,7 @@ def stop_if_asked() -> None:
 
 @functools.cache
 def code_digest() -> str:
-    """Digest of every source file of this package, and of the versions of JAX and Python."""
+    """Returns a digest of every source file of this package, and of the versions of JAX and Python."""
     root = Path(__file__).parents[1]
     state = xxhash.xxh3_128(f"{jax.__version__} {sys.version_info[:2]}".encode())
     for path in sorted(root.rglob("*.py")):

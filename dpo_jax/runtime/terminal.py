@@ -87,7 +87,7 @@ class Progress:
 
 
 class Counter:
-    """Progress of a pass that learns its total with the first update. A context manager."""
+    """Progress of a pass whose total is known from its first update on. A context manager."""
 
     def __init__(self, title: str, *, unit: str):
         self._title, self._unit = title, unit

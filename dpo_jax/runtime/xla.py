@@ -18,8 +18,8 @@ from dpo_jax.trees import path_name
 
 Options: TypeAlias = Mapping[str, bool | int | float | str]  # of the compiler, by name
 
-# XLA may leave out the rounding of bfloat16 intermediates, and does so in other places where a gradient is wanted too.
-# The update would then score the reference's own weights unlike the reference pass did: 0.15 nats apart in a trial.
+# XLA may skip the rounding of bfloat16 intermediates, and skips it elsewhere in a program that also has a gradient. The
+# update and the reference pass would then score the same weights differently: by 0.15 nats in a trial.
 COMPILER_OPTIONS: dict[str, bool | str] = {"xla_allow_excess_precision": False}
 
 
@@ -46,7 +46,7 @@ class Compiled:
     """A jitted function that is compiled once, at its first call; arguments of other shapes are an error.
 
     Raises: TypeError that names the program and the first argument leaf whose shape, type or sharding is not the one it
-      was compiled for; or that the compiler options are not.
+      was compiled for; or that the compiler options differ.
     """
 
     def __init__(self, name: str, function: Any, watch: Stopwatch):
@@ -79,7 +79,7 @@ class Compiled:
         try:
             return program(*args)
         except (TypeError, ValueError) as error:
-            # JAX compares arguments at each call anyway; it knows neither the program nor, everywhere, the argument.
+            # JAX checks arguments at each call anyway, but its error names neither the program nor, in all cases, the leaf.
             if difference := self._difference(args):
                 raise TypeError(difference) from error
             raise
@@ -118,12 +118,12 @@ def leaves_of(args: tuple[PyTree, ...]) -> list[Leaf]:
 
 
 def _sharding_of(leaf: object) -> jax.sharding.Sharding | None:
-    """The sharding that a program must have for a leaf; None for numbers, host arrays and uncommitted arrays."""
+    """Returns the sharding that a program must have for a leaf; None for numbers, host and uncommitted arrays."""
     return getattr(leaf, "sharding", None) if getattr(leaf, "committed", True) else None
 
 
 def give_back_freed() -> None:
-    """Has glibc return freed memory to the system: the compiler frees hundreds of MiB, which glibc would hold on to."""
+    """Has glibc return freed memory to the system: the compiler frees hundreds of MiB, which glibc would keep."""
     trim: Callable[[int], int] | None = None
     if sys.platform == "linux":
         trim = getattr(ctypes.CDLL(None), "malloc_trim", None)

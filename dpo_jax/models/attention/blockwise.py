@@ -89,7 +89,7 @@ def _visits(key_start, key_end, block) -> _Visits:
     return _Visits(row, query, key, visible.sum())
 
 
-custom_vjp: Any = jax.custom_vjp  # its own annotations say nothing of what a function returns
+custom_vjp: Any = jax.custom_vjp  # its own annotations lose the return type
 
 
 @functools.partial(custom_vjp, nondiff_argnums=(5, 6))

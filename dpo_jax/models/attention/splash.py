@@ -1,4 +1,4 @@
-"""Interval attention on TPUs: JAX's own splash attention, with masks that are data.
+"""Interval attention on TPUs: JAX's own splash attention, with masks computed at run time.
 
 Splash computes its mask inside the kernel from one integer per query, `q_sequence`, and the index of the key. Here that
 integer holds both bounds of the query's interval. The kernel looks up which blocks to visit in small integer arrays in
