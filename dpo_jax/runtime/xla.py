@@ -79,7 +79,7 @@ class Compiled:
         try:
             return program(*args)
         except (TypeError, ValueError) as error:
-            # JAX checks arguments at each call anyway, but its error names neither the program nor, in all cases, the leaf.
+            # JAX checks arguments at each call anyway, but its error lacks the program and sometimes the argument.
             if difference := self._difference(args):
                 raise TypeError(difference) from error
             raise

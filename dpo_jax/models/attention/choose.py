@@ -81,9 +81,13 @@ def make_attention(name: str = "xla", *, platform: str = "cpu", sharding: Attent
       sharding: how rows and heads are sharded over a mesh; None: on one device.
     """
     if name == "splash":
-        from dpo_jax.models.attention.splash import attention as kernel
+        from dpo_jax.models.attention import splash
+
+        kernel = splash.attention
     elif name == "triton":
-        from dpo_jax.models.attention.triton import attention as kernel
+        from dpo_jax.models.attention import triton
+
+        kernel = triton.attention
     else:
         block = blockwise.BLOCK if platform == "cpu" else XLA_ACCELERATOR_BLOCK
         kernel = functools.partial(blockwise.attention, block=block)
