@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
+from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel
 from jax.experimental.pallas.ops.tpu.splash_attention.splash_attention_mask_info import MaskInfo
 from jaxtyping import Array, Bool, Float, Int
 
@@ -75,11 +75,11 @@ def _attend_row(q, k, v, key_start, key_end, *, soft_cap, blocks, interpret):
     visible = visible_blocks(key_start[None], key_end[None], *blocks)
     bounds = ((key_start << BITS) | key_end).astype(jnp.int32)
     by_query, by_key = (_mask_info(visible, bounds, along) for along in (2, 1))
-    kernel: Any = splash.SplashAttentionKernel(
+    kernel: Any = splash_attention_kernel.SplashAttentionKernel(
         by_query,
         by_query,
         by_key,
-        block_sizes=splash.BlockSizes(
+        block_sizes=splash_attention_kernel.BlockSizes(
             block_q=blocks.queries,
             block_kv=blocks.keys,
             block_q_dkv=blocks.queries,
@@ -89,7 +89,7 @@ def _attend_row(q, k, v, key_start, key_end, *, soft_cap, blocks, interpret):
         ),
         is_mqa=False,
         save_residuals=False,
-        mask_value=splash.DEFAULT_MASK_VALUE,
+        mask_value=splash_attention_kernel.DEFAULT_MASK_VALUE,
         attn_logits_soft_cap=soft_cap,
         residual_checkpoint_name="attention",
         mask_function=_is_visible,
