@@ -67,7 +67,7 @@ def each_microbatch(
 
     Args:
       carry: passed from call to call; in the order of `crops`, then of microbatches.
-      crops: `batch.crop` says which one is applied to each microbatch's rows; without, none is.
+      crops: `batch.crop` selects the one that is applied to each microbatch's rows; empty: nothing is cropped.
     Returns: the last carry, the sum of the summands, and the entries stacked on a leading axis A, 0 where a microbatch
       is not in use or was cropped.
     """

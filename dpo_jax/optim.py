@@ -32,7 +32,7 @@ DECAYS: dict[str, Callable[[ModuleType, Any], Any]] = {
 
 DEFAULTS = {"b1": 0.9, "b2": 0.999, "eps": 1e-8}  # as in `config.Optimizer`, which a test compares
 
-NOT_DECAYED = ("scale", "bias")  # names of leaves; the number of axes cannot tell, for blocks are stacked on one more
+NOT_DECAYED = ("scale", "bias")  # names of leaves; axes do not tell them apart, since blocks are stacked
 
 
 def _adafactor() -> optax.GradientTransformation:

@@ -70,13 +70,13 @@ def collectives(text: str, *, unknown_trips: int = 1) -> list[Collective]:
       unknown_trips: the assumed trips of a loop whose number of trips is data, such as the loop over microbatches.
     """
     program: _Program = {}
-    entry, into = "", []
+    entry, instructions = "", []
     for line in text.splitlines():
         if header := _COMPUTATION.match(line):
-            into = program.setdefault(header[2], [])
+            instructions = program.setdefault(header[2], [])
             entry = header[2] if header[1] else entry
         elif match := _INSTRUCTION.match(line):
-            into.append(_Instruction(*match.groups()))
+            instructions.append(_Instruction(*match.groups()))
     devices = math.prod(map(int, re.findall(r"(?:replica_count|num_partitions)=(\d+)", text.partition("\n")[0])))
 
     def walk(name: str, times: int, chains: set[str]) -> Iterator[Collective]:

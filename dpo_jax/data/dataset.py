@@ -216,7 +216,7 @@ class _Dropped:
 
 
 class _EntryWriter:
-    """Writes a cache entry: appends pairs to its files, source after source, and counts what the report says."""
+    """Writes a cache entry: appends pairs to its files, one source at a time, and counts for the report."""
 
     def __init__(self, folder: Path):
         self.folder = folder

@@ -51,7 +51,7 @@ def share(pairs: int, weight: float) -> int:
 
 
 def _draw(pairs: np.ndarray, weight: float, rng: np.random.Generator | None) -> np.ndarray:
-    """Pairs of one source in one epoch: all of them as often as the weight is whole, and a part of them once more."""
+    """Pairs of one source in one epoch: each as often as the integer part of the weight, and a subset once more."""
     repeats, remainder = divmod(share(len(pairs), weight), max(1, len(pairs)))
     part = pairs[:remainder] if rng is None else rng.permutation(pairs)[:remainder]
     return np.concatenate([np.tile(pairs, repeats), part])

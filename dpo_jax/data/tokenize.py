@@ -102,7 +102,7 @@ def encode(
     tokenizer: PreTrainedTokenizerBase,
     rules: TokenizationRules,
 ) -> list[Outcome | InputError]:
-    """Tokenizes pairs: for each the token ids, or the error that says what is wrong with it.
+    """Tokenizes pairs; returns, for each, its token ids or the error that makes it a bad row.
 
     Boundary: prompt and answer are tokenized together, and the ids after the prompt's own are the answer. If a token
     would span the boundary for any answer, the prompt and all its answers are tokenized separately. A missing answer

@@ -148,7 +148,7 @@ def sigmoid_norm(
     beta: float = 5.0,
     label_smoothing: float = 0.0,
 ) -> Losses:
-    """Logistic preference loss on log-ratios per token, so that long answers have no larger say.
+    """Logistic preference loss on log-ratios per token, so that long answers weigh no more.
 
     -log S(beta (a/n_w - b/n_l)), smoothed as in `sigmoid`
 

@@ -2,7 +2,7 @@
 
 A loss is its function in a module of this folder, its entry in REGISTRY below (and a row in OPTIONS if it brings an
 option that no other loss has), and its section in docs/objectives.md; docs/architecture.md lists the steps. The
-configuration, its checks, the model card and the tables of the documentation follow from here; `python -m docs.tables`
+configuration, its checks, the model card and the tables of the documentation derive from it; `python -m docs.tables`
 writes the tables.
 """
 

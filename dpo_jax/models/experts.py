@@ -411,7 +411,7 @@ def _per_token(by_line, lines, weights):
 
 
 def _transposed(options) -> bool:
-    """Whether gradients of gate and up are computed as [E, F, D], so that the scattered dimension stands last; see
+    """Whether gradients of gate and up are computed as [E, F, D], so that the scattered dimension is last; see
     `layers.make_kernel_sharding`."""
     return options.sharding is not None and options.sharding.width is not None
 

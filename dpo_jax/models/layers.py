@@ -88,7 +88,7 @@ def make_kernel_sharding(
 
     def weight_grad(x, grad):
         wide = jnp.promote_types(x.dtype, jnp.float32)
-        # The scattered dimension stands last; otherwise compilers for TPUs reduce all of it on every device.
+        # The scattered dimension is last; otherwise compilers for TPUs reduce all of it on every device.
         transposed = inputs in rows
         # [I, F], or [F, I] if transposed: dL/dW = x^T . grad of this device's rows
         part = jnp.einsum("ni,nf->fi" if transposed else "ni,nf->if", x, grad, preferred_element_type=wide)

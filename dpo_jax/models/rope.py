@@ -142,7 +142,7 @@ def rotary_tables(
       rope: None: all angles are 0.
       key_start: index of the first token of each token's sequence, for frequencies that depend on its length.
       dropped_tokens: trailing tokens of each sequence that the rows leave out; its length includes them.
-      dtype: the compute type. Angles are float32 at least: bfloat16 cannot tell position 257 from 258.
+      dtype: the compute type. Angles are float32 at least: bfloat16 cannot distinguish positions 257 and 258.
     """
     wide = jnp.promote_types(dtype, jnp.float32)
     at = positions[..., None, None].astype(wide)

@@ -160,7 +160,7 @@ def _check_same_everywhere(logps: Logps) -> None:
 
 
 def _check_none_provided(count: int) -> None:
-    """Raises InputError if any pairs, `count` of them, bring sums over whole answers."""
+    """Raises InputError if `count` pairs came with reference log-probs, which are sums over whole answers."""
     if count:
         raise InputError(
             "config.loss.name",

@@ -4,7 +4,8 @@ A store is a folder. `manifest.json` holds the identity under which its values w
 token ids that changes them. Parquet parts hold the values, keyed by a digest of each pair's token ids, so that a value
 cannot attach to another pair. Columns: `key`, `chosen`, `rejected`, and `others` for a ranking's further answers. Where
 an objective reads single tokens, `token_logps`, `likely` and `likely_logps` have a list for each answer: its tokens'
-log-probs, the likely tokens in the place of each, one after another, and their log-probs. Parts are written whole.
+log-probs, the likely tokens in the place of each, one after another, and their log-probs. A part is written
+completely or not at all.
 """
 
 from __future__ import annotations

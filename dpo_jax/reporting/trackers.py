@@ -45,8 +45,8 @@ class JsonlWriter:
         lines = self._path.read_text().splitlines(keepends=True)
         if lines and not lines[-1].endswith("\n"):
             lines.pop()
-        kept = [line for number, line in enumerate(lines, 1) if self._step_of(line, number) <= step]
-        files.write_text(self._path, "".join(kept))
+        earlier = [line for number, line in enumerate(lines, 1) if self._step_of(line, number) <= step]
+        files.write_text(self._path, "".join(earlier))
 
     def _step_of(self, line: str, number: int) -> int:
         try:

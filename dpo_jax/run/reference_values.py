@@ -93,10 +93,10 @@ def score_missing(
     Raises: InputError if the store holds values of another identity.
     """
     indices = only or {name: np.arange(len(pairs)) for name, pairs in inputs.sets.items()}
-    whole: dict[str, Any] = dict(inputs.sets) | {f"{name}/mismatched": x for name, x in inputs.mismatched.items()}
-    sets: dict[str, Any] = whole
+    all_sets: dict[str, Any] = dict(inputs.sets) | {f"{name}/mismatched": x for name, x in inputs.mismatched.items()}
+    sets: dict[str, Any] = all_sets
     if only is not None:
-        sets = {name: PairSubset(pairs, indices[name.partition("/")[0]]) for name, pairs in whole.items()}
+        sets = {name: PairSubset(pairs, indices[name.partition("/")[0]]) for name, pairs in all_sets.items()}
     tokens = programs.objective.reference_tokens
     done = run_pass(
         store,

@@ -63,7 +63,7 @@ def replacing_folder(path: Path, *, temporary: Path | None = None, keep_existing
 
     Args:
       temporary: the folder to yield, on the same file system; a leftover is deleted. None: a hidden one of a new name.
-      keep_existing: what stands at `path` when the body ends stays there, and the new folder is deleted. For content
+      keep_existing: a `path` that exists when the body ends is kept, and the new folder is deleted. For content
         that another process may have finished first. False: it is deleted once the new folder is in place.
     Raises: OSError if the folder cannot be made or renamed; `path` is then as it was.
     """

@@ -134,10 +134,10 @@ def _initialize(membership: Membership | None) -> None:
             shutdown_timeout_seconds=HEARTBEAT_S,
         )
     except (RuntimeError, ValueError) as error:
-        where = address or "the coordinator that the environment names"
+        coordinator = address or "the coordinator that the environment names"
         raise InputError(
             "jax.distributed",
-            got=f"the processes could not connect to {where} ({' '.join(str(error).split())})",
+            got=f"the processes could not connect to {coordinator} ({' '.join(str(error).split())})",
             expected=f"every process within {CONNECT_S} s",
             remedy="Check that all were started, that they have the same coordinator, and that its port is open.",
         ) from error
@@ -321,7 +321,7 @@ def leave(status: int, reason: str = "") -> NoReturn:
         sys.exit(status)
     with contextlib.suppress(Exception):
         _client().key_value_set("dpo_jax/failed", json.dumps([index(), reason]))
-        if first():  # the store goes with this process: the others must have read it
+        if first():  # the key-value store ends with this process; the others read it first
             threading.Event().wait(2 * WATCH_S)
     os._exit(status)
 

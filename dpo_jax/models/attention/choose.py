@@ -37,7 +37,7 @@ class AttentionSharding(NamedTuple):
 
 
 def choose(name: str, platform: str, *, head_dim: int, row_length: int) -> str:
-    """Returns the implementation that a configured name stands for.
+    """Returns the implementation that a configured name selects.
 
     Args:
       name: one of IMPLEMENTATIONS; `auto` is the platform's own kernel if it supports heads and rows of these sizes.
