@@ -10,7 +10,7 @@ LIMITS = {
     "long_functions": 4,
     "many_parameters": 3,
 }
-USES_OF_ANY = 206
+USES_OF_ANY = 120
 SHARE_OF_RIDDLES = 0.01
 
 
