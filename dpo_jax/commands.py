@@ -82,8 +82,8 @@ def score_reference(config: Config, folder: Path) -> None:
     inputs = read_inputs(config, objective, folder, training=False)
     describe_data(inputs)
     programs = make_programs(config, objective, inputs.model, inputs.lengths, selection=inputs.selection)
-    inputs = after_sft(unresolved, inputs, folder)
     with hosts.listening():
+        inputs = after_sft(unresolved, inputs, folder)
         complete_store(inputs, reference_store(inputs, programs, store_folder(config, folder)), programs)
 
 
@@ -98,7 +98,14 @@ def evaluate_checkpoint(config: Config, folder: Path) -> dict[str, float]:
         raise InputError("config.data.eval", got="empty", expected="a path or Hub id", remedy="Name the pairs.")
     store = reference_store(inputs, programs, store_folder(config, folder))
     values, _ = complete_store(inputs, store, programs)
-    if config.reference.sync_steps and "train" in inputs.sets:
+    if config.reference.sync_steps:
+        if "train" not in inputs.sets:
+            raise InputError(
+                "config.data.train",
+                got="empty, and the reference syncs with the policy",
+                expected="the pairs that the run trains on, which tell its syncs",
+                remedy="Name them.",
+            )
         total = checks.updates_of(config, inputs.sets["train"])
         sync = sync_of(config, inputs, programs, store, order_of(config, inputs), total)
         if sync is not None and sync.last(step):
@@ -171,7 +178,16 @@ def open_run(config: Config, folder: Path) -> OpenRun:
 def restore(inputs: Inputs, programs: Programs, folder: Path) -> tuple[int, dict, dict]:
     """Returns step, parameters and baselines of the newest checkpoint in `folder`."""
     step = workdir.newest_step(folder)
-    checkpoints = Checkpoints(folder / "checkpoints", keep=1, read_only=True)
-    trained, running = checkpoints.restore_params(step, abstract_params(programs)[0], abstract_running(programs))
-    checkpoints.close()
+    with Checkpoints(folder / "checkpoints", keep=1, read_only=True) as checkpoints:
+        try:
+            trained, running = checkpoints.restore_params(
+                step, abstract_params(programs)[0], abstract_running(programs)
+            )
+        except TypeError as error:  # orbax's, for another tree than the checkpoint's
+            raise InputError(
+                "config.loss.name",
+                got=f"a loss with other baselines than the checkpoint at step {step} has",
+                expected="the loss of the run, or one with the same baselines",
+                remedy="Undo the change.",
+            ) from error
     return step, join(trained, load_frozen(inputs.source, programs)), running

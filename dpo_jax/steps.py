@@ -245,7 +245,11 @@ def apply_updates(params: PyTree, updates: PyTree, step: Int[Array, ""], *, seed
     so that a resumed run repeats it.
     """
     leaves, tree = jax.tree.flatten(params)
-    keys = jax.random.split(jax.random.fold_in(jax.random.key(seed), step), len(leaves))
+    low, high = seed % (1 << 32), seed >> 32  # a key takes 32 bits, and drops others without a word
+    key = jax.random.key(low)
+    while high:
+        key, high = jax.random.fold_in(key, high % (1 << 32)), high >> 32
+    keys = jax.random.split(jax.random.fold_in(key, step), len(leaves))
     changes = tree.flatten_up_to(updates)
     return tree.unflatten([_add(*each) for each in zip(leaves, changes, keys, strict=True)])
 

@@ -72,11 +72,11 @@ def run(config: Config, folder: Path) -> None:
         say(f"{folder} is complete at step {total}; the model is in {folder / 'export'}")
         return
     programs = make_programs(config, objective, inputs.model, inputs.lengths, selection=inputs.selection, watch=watch)
-    inputs = after_sft(unresolved, inputs, folder)
-    with watch.part("digest of weights"):
-        store = reference_store(inputs, programs, store_folder(config, folder))
-    workdir.claim(unresolved, folder)
     with hosts.listening():
+        inputs = after_sft(unresolved, inputs, folder)
+        with watch.part("digest of weights"):
+            store = reference_store(inputs, programs, store_folder(config, folder))
+        workdir.claim(unresolved, folder)
         train(config, inputs, programs, store, folder, total)
 
 
@@ -300,7 +300,8 @@ class Between:
                 self.values["train"],
                 self.inputs,
                 self.programs,
-                self.store,
+                self.store if not step or self.sync is None else self.sync.store_at(step),
+                synced=step,
             )
         row = {
             "epoch": step * self.programs.update_shape.pairs / self._epoch_pairs,

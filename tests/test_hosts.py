@@ -104,3 +104,12 @@ def test_libtpu_is_told_where_there_is_no_tpu_and_only_there(monkeypatch, chips,
     monkeypatch.setattr(hosts.glob, "glob", lambda pattern: chips if "accel" in pattern else [])
     hosts.join()
     assert os.environ.get("TPU_SKIP_MDS_QUERY") == skipped
+
+
+def test_listening_within_listening_keeps_a_request_to_stop():
+    with hosts.listening():
+        with hosts.listening():
+            os.kill(os.getpid(), signal.SIGTERM)
+            assert hosts.asked_to_stop()
+        assert hosts.asked_to_stop()  # a stage that ends does not take it away
+    assert not hosts.asked_to_stop() and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL

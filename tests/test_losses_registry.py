@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import pytest
 
 from dpo_jax import losses
-from dpo_jax.losses import LOSSES, REGISTRY, make_loss
+from dpo_jax.losses import LOSSES, REGISTRY, make_loss, options_of
 from dpo_jax.losses.common import FRACTION, POSITIVE, Range
 from dpo_jax.losses.registry import GIVEN, OPTIONS
 from dpo_jax.types import InputError
@@ -116,3 +116,10 @@ def test_old_spelling_warns():
         assert losses.desensitised is losses.desensitized
     with pytest.raises(AttributeError):
         losses.no_such_loss  # noqa: B018
+
+
+def test_options_of_an_own_loss_are_the_parameters_with_a_default():
+    def own(logps, reference_logps, *, lengths, beta=0.2):
+        return beta * (logps - reference_logps).sum(1)
+
+    assert options_of(own) == {"beta": 0.2}

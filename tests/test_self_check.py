@@ -10,7 +10,8 @@ import pytest
 
 from dpo_jax import commands, train
 from dpo_jax.types import InputError
-from tests.support.runs import make_config, make_inputs, read_rows
+from tests.support.hf_folders import edit_weights
+from tests.support.runs import make_config, make_inputs, read_rows, untimed
 
 
 @pytest.fixture(scope="module")
@@ -79,6 +80,41 @@ def test_damaged_tokens_stop_the_run(inputs, store, tmp_path):
     tokens.flush()
     with pytest.raises(InputError, match="the cause is the data"):
         train.run(config, tmp_path / "run")
+
+
+@pytest.mark.slow
+def test_weights_that_are_not_finite_are_named_and_not_the_store(inputs, tmp_path):
+    shutil.copytree(inputs, tmp_path / "inputs")
+    edit_weights(tmp_path / "inputs" / "model", lambda tensors: tensors["model.norm.weight"].fill(np.nan))
+    with pytest.raises(InputError, match="the cause is the weights: they give log-probs that are not finite"):
+        train.run(make_config(tmp_path / "inputs", train__steps=1, data__eval=""), tmp_path / "run")
+
+
+@pytest.mark.slow
+def test_damaged_store_of_a_sync_is_named_and_made_again(inputs, tmp_path):
+    fields = {
+        "reference__sync_steps": 2,
+        "train__steps": 4,
+        "checkpoint__every_steps": 1,
+        "checkpoint__keep": 9,
+        "data__eval": "",
+    }
+    config, folder = make_config(inputs, **fields), tmp_path / "run"
+    train.run(config, folder)
+    rows = untimed(read_rows(folder / "metrics.jsonl"))
+    synced = folder / "reference" / "sync-000002"
+    shutil.rmtree(folder / "export")
+    for step in (3, 4):
+        shutil.rmtree(folder / "checkpoints" / str(step), ignore_errors=True)
+    shutil.copytree(synced, tmp_path / "kept")
+    shutil.rmtree(synced)
+    edited(tmp_path / "kept", synced, lambda values: values + 5)
+    with pytest.raises(InputError, match="the cause is the store: the policy at step 2") as error:
+        train.run(config, folder)
+    assert error.value.place == str(synced)
+    shutil.rmtree(synced)
+    train.run(config, folder)
+    assert untimed(read_rows(folder / "metrics.jsonl")) == rows
 
 
 def test_own_loss_without_beta_reads_both_answers_and_leaves_a_store_that_others_can_use(inputs, tmp_path):

@@ -262,6 +262,7 @@ def test_rounding_depends_on_the_seed_of_the_step():
     assert 0 < (moved() != table).sum() < len(table)
     assert jnp.array_equal(moved(), moved(seed=0))
     assert jnp.array_equal(moved(seed=1), moved(seed=1)) and not jnp.array_equal(moved(seed=1), moved(seed=0))
+    assert not jnp.array_equal(moved(seed=2**32), moved(seed=0))  # no bit of it is dropped
 
 
 def test_reported_gap_is_the_largest_of_each_pairs_answers():

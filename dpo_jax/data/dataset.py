@@ -94,12 +94,12 @@ class PairSet:
         lengths, reference = _wider(self.lengths, 1 + answers), _wider(self.reference, answers)
         return dataclasses.replace(self, lengths=lengths, reference=reference)
 
-    def mismatched(self, max_length: int) -> MismatchedPairs:
+    def mismatched(self, max_length: int, *, place: str) -> MismatchedPairs:
         """Returns each prompt with the answers of another prompt, truncated to `max_length` tokens together.
 
-        Raises: InputError if all prompts are the same.
+        Raises: InputError, with `place` for the set, if all prompts are the same.
         """
-        return mismatched(self, self.lengths, max_length=max_length)
+        return mismatched(self, self.lengths, max_length=max_length, place=place)
 
     def place(self, i: int) -> str:
         """Names the row of the source that a pair comes from, such as `prefs.jsonl:17`."""

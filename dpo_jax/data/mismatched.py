@@ -46,21 +46,24 @@ class MismatchedPairs:
         return np.full((len(self), self.lengths.shape[1] - 1), np.nan)
 
 
-def mismatched(pairs: Pairs, lengths: Int[np.ndarray, "N _"], *, max_length: int) -> MismatchedPairs:
+def mismatched(
+    pairs: Pairs, lengths: Int[np.ndarray, "N _"], *, max_length: int, place: str = "pairs"
+) -> MismatchedPairs:
     """Returns the prompts of a set with the answers of other prompts of it; every call assigns the same ones.
 
     Args:
       lengths: token counts of prompt and answers of every pair.
       max_length: tokens of prompt and answer together, to which answers are truncated.
+      place: the set, for errors.
     Raises: InputError if all prompts are the same.
     """
-    answers_of = _assign([xxhash.xxh3_64_intdigest(pairs[i].prompt.tobytes()) for i in range(len(pairs))])
+    answers_of = _assign([xxhash.xxh3_64_intdigest(pairs[i].prompt.tobytes()) for i in range(len(pairs))], place)
     room = np.maximum(max_length - lengths[:, :1], 0)
     answers = np.minimum(lengths[answers_of, 1:], room)
     return MismatchedPairs(pairs, answers_of, np.concatenate([lengths[:, :1], answers], 1).astype(np.int32))
 
 
-def _assign(prompts: list[int]) -> Int[np.ndarray, " N"]:
+def _assign(prompts: list[int], place: str) -> Int[np.ndarray, " N"]:
     """Random permutation that assigns to each pair a pair with another prompt, to as many pairs as possible.
 
     Pairs are put in random order with equal prompts next to each other. Each pair is assigned the one n places later,
@@ -74,7 +77,7 @@ def _assign(prompts: list[int]) -> Int[np.ndarray, " N"]:
     _, group, sizes = np.unique(np.array(prompts, np.uint64), return_inverse=True, return_counts=True)
     if len(sizes) == 1:
         raise InputError(
-            "data.train",
+            place,
             got=f"the prompt is the same in all of the {len(prompts)} examples",
             expected="at least two different prompts, because the loss needs answers of other prompts",
             remedy="Give more data, or choose a loss without a KL estimate.",

@@ -72,7 +72,11 @@ def arguments(loss: Loss) -> Mapping[str, inspect.Parameter]:
 def defaults_of(loss: Loss) -> dict[str, Value]:
     """Returns every option of a function with its default, or with the value that `functools.partial` bound."""
     inputs = ("policy", "reference", "lengths", *GIVEN)
-    return {name: each.default for name, each in arguments(loss).items() if name not in inputs}
+    return {
+        name: each.default
+        for name, each in arguments(loss).items()
+        if name not in inputs and each.default is not each.empty  # own losses may name policy and reference otherwise
+    }
 
 
 # --- options: the fields of `config.loss`, besides its name -----------------------------------------------------------

@@ -157,7 +157,8 @@ def load_inputs(config: Config, objective: Objective, *, training: bool) -> Inpu
         )
     sets = read_sets(config, objective, tokenizer, model.vocab_size)
     max_length = config.data.max_length
-    mismatched = {name: pairs.mismatched(max_length) for name, pairs in sets.items() if "kl" in objective.needs}
+    others = sets if "kl" in objective.needs else {}
+    mismatched = {name: pairs.mismatched(max_length, place=f"config.data.{name}") for name, pairs in others.items()}
     warnings = disagreements(tokenizer, vocab_size=model.vocab_size, **files)
     for name, pairs in sets.items():
         warnings += unended(name, pairs, tokenizer, max_length=max_length, **files)

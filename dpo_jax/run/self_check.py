@@ -21,7 +21,7 @@ from dpo_jax.types import InputError
 
 # Mean difference of an answer's log-probs, as a share of 1 + their size, that two programs' rounding may explain.
 # Elsewhere than on CPUs even float32 products are rounded to fewer bits by default.
-ROUNDING = {"cpu float32": 1e-4, "": 2e-2}
+ROUNDING = {"cpu float32": 1e-4, "cpu bfloat16": 1e-3, "": 2e-2}
 
 
 def check_start(
@@ -31,6 +31,7 @@ def check_start(
     inputs: Inputs,
     programs: Programs,
     store: Store,
+    synced: int = 0,
 ) -> None:
     """Raises InputError unless policy and reference agree on a batch of pairs, where both have the same weights.
 
@@ -40,9 +41,11 @@ def check_start(
       gap: largest |policy - reference| over the answers of each pair, in nats.
       indices: of the batch's pairs in the training set.
       values: reference log-probs of the training pairs.
+      store: that holds them, of the last sync if there was one.
+      synced: step of that sync; 0: none, and policy and reference are the initial weights.
     """
     gap, logps = gap[: len(indices)], values.of(indices).logps
-    from_data = np.asarray(np.isfinite(inputs.sets["train"].reference[indices]).all(1))
+    from_data = np.asarray(np.isfinite(inputs.sets["train"].reference[indices]).all(1)) & (synced == 0)
     limit = rounding(programs)
     if disagrees(gap, logps, from_data, limit):
         say(
@@ -51,13 +54,19 @@ def check_start(
         )
     if not disagrees(gap, logps, ~from_data, limit):
         return
-    again = rescored(indices, inputs, programs)
+    again = logps if synced else rescored(indices, inputs, programs)  # the weights of a sync are in the state only
     change = np.abs(again - logps).max(1)
     mean = gap[~from_data].mean()
     pairs = inputs.sets["train"]
     if damaged := [i for i in indices.tolist() if tuple(pairs.keys[i]) != tuple(content_key(pairs[i]))]:
         place, culprit = pairs.place(damaged[0]), "the data: the tokens of this pair do not match its key"
         remedy = "Delete the folder of tokenized data (data.cache_dir), which is then made again."
+    elif not np.isfinite(again).all():
+        place, culprit = str(inputs.source.folder), "the weights: they give log-probs that are not finite"
+        remedy = "Check them; after updates, lower optimizer.learning_rate and train anew in another folder."
+    elif synced:
+        place, culprit = str(store.folder), f"the store: the policy at step {synced} gives these pairs other log-probs"
+        remedy = "Delete this folder and run again: that reference is scored again from the checkpoint of its step."
     elif disagrees(change, logps, ~from_data, limit):
         place, culprit = str(store.folder), "the store: the initial weights give these pairs other log-probs"
         remedy = "Delete the folder, or point reference.path at another, to score the reference again."
@@ -66,8 +75,8 @@ def check_start(
         remedy = "Start in a new working folder; if this is one, please report it with the model's config.json."
     raise InputError(
         place,
-        got=f"policy and reference differ by {mean:.4g} nats an answer in the first batch; the cause is {culprit}",
-        expected="margins of 0 to rounding, since a run starts at its reference",
+        got=f"policy and reference differ by {mean:.4g} nats an answer at step {synced}; the cause is {culprit}",
+        expected="margins of 0 to rounding, since policy and reference have the same weights there",
         remedy=remedy,
     )
 

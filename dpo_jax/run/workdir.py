@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import tempfile
 import time
@@ -46,7 +47,10 @@ def claim(config: Config, workdir: Path) -> None:
     make(workdir)
     check_shared(workdir)
     if hosts.first():
-        files.write_text(workdir / "config.json", to_json(config))
+        path = workdir / "config.json"
+        if path.exists() and not config.prepare:  # read from that file, which names it and does not have it called
+            config = dataclasses.replace(config, prepare=record_from_json(*_recorded(workdir)).prepare)
+        files.write_text(path, to_json(config))
 
 
 def make(folder: Path) -> None:

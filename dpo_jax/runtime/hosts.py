@@ -347,14 +347,19 @@ _asked = threading.Event()
 _checks = 0
 
 
+def _ask(*_: object) -> None:
+    _asked.set()
+
+
 @contextlib.contextmanager
 def listening() -> Iterator[None]:
     """Makes SIGTERM, while the body runs, a request to stop at the next `asked_to_stop` instead of the process's end.
 
     With several processes JAX's preemption service listens from `join` on, and passes the request from one to all.
     """
-    listens = count() == 1 and threading.current_thread() is threading.main_thread()
-    previous = signal.signal(signal.SIGTERM, lambda *_: _asked.set()) if listens else None
+    main = threading.current_thread() is threading.main_thread()
+    listens = count() == 1 and main and signal.getsignal(signal.SIGTERM) is not _ask  # an outer one listens already
+    previous = signal.signal(signal.SIGTERM, _ask) if listens else None
     try:
         yield
     finally:
