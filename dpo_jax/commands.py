@@ -81,7 +81,7 @@ def score_reference(config: Config, folder: Path) -> None:
         )
     inputs = read_inputs(config, objective, folder, training=False)
     describe_data(inputs)
-    programs = make_programs(config, objective, inputs.model, inputs.lengths, selection=inputs.selection)
+    programs = make_programs(config, objective, inputs.model, inputs.lengths, trainable=inputs.trainable)
     with hosts.listening():
         inputs = after_sft(unresolved, inputs, folder)
         complete_store(inputs, reference_store(inputs, programs, store_folder(config, folder)), programs)
@@ -125,7 +125,7 @@ def export_checkpoint(config: Config, folder: Path, out: Path | None, *, merge: 
       adapters to merge.
     """
     config, inputs, programs = open_run(config, folder)
-    if merge and inputs.selection.adapters is None:
+    if merge and inputs.trainable.adapters is None:
         raise InputError(
             "--merge", got="a run without adapters", expected="one with lora.rank", remedy="Leave --merge off."
         )
@@ -171,7 +171,7 @@ def open_run(config: Config, folder: Path) -> OpenRun:
     inputs = load_inputs(config, objective, training=False)
     if config.sft.steps:
         inputs = from_sft(inputs, folder)
-    programs = make_programs(config, objective, inputs.model, inputs.lengths, selection=inputs.selection)
+    programs = make_programs(config, objective, inputs.model, inputs.lengths, trainable=inputs.trainable)
     return OpenRun(config, inputs, programs)
 
 

@@ -33,7 +33,7 @@ def export_model(
       steps: updates made.
       merge: write the model with adapters merged into it, instead of the adapters alone.
     """
-    trained_adapters = inputs.selection.adapters
+    trained_adapters = inputs.trainable.adapters
     card = model_card(
         config,
         inputs.objective,

@@ -7,7 +7,7 @@ import dataclasses
 import functools
 import importlib
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -71,7 +71,7 @@ def run(config: Config, folder: Path) -> None:
     if (folder / "export").exists() and step == total:
         say(f"{folder} is complete at step {total}; the model is in {folder / 'export'}")
         return
-    programs = make_programs(config, objective, inputs.model, inputs.lengths, selection=inputs.selection, watch=watch)
+    programs = make_programs(config, objective, inputs.model, inputs.lengths, trainable=inputs.trainable, watch=watch)
     with hosts.listening():
         inputs = after_sft(unresolved, inputs, folder)
         with watch.part("digest of weights"):
@@ -104,7 +104,7 @@ def after_sft(unresolved: Config, inputs: Inputs, folder: Path) -> Inputs:
         sft=Sft(),
         prepare="",
         # The next stage starts from this export, so it must not round the parameters.
-        export=Export(dtype=config.model.param_dtype if inputs.selection.adapters is None else "float32"),
+        export=Export(dtype=config.model.param_dtype if inputs.trainable.adapters is None else "float32"),
     )
     run(stage, folder / "sft")
     say("then: preference optimization")
@@ -127,7 +127,7 @@ def train(config: Config, inputs: Inputs, programs: Programs, store: Store | Non
     with contextlib.ExitStack() as opened:
         with watch.part("reference"):
             values, params = complete_store(inputs, store, programs)
-        tx, learning_rate = optimizer_of(config.optimizer, total_steps=total, selection=inputs.selection)
+        tx, learning_rate = optimizer_of(config.optimizer, total_steps=total, trainable=inputs.trainable)
         checkpoints = Checkpoints(folder / "checkpoints", keep=config.checkpoint.keep)
         opened.callback(checkpoints.close)
         with watch.part("weights"):
@@ -172,16 +172,11 @@ def train(config: Config, inputs: Inputs, programs: Programs, store: Store | Non
 class Outputs:
     """Logs, trackers, progress line and clocks of a run."""
 
-    writers: Mapping[str, Sequence[trackers.Tracker]]  # by file name; empty except on process 0
+    write: Callable[[str, int, Mapping[str, float]], None]  # (file, step, row): to that log and to every tracker
     progress: Progress
     clock: Clock
     steps: StepLog
     profile: Profile
-
-    def write(self, name: str, step: int, row: Mapping[str, float]) -> None:
-        """Writes a row to the log of that name and to every tracker."""
-        for writer in self.writers.get(name, ()):
-            writer.write(step, row)
 
 
 def open_outputs(
@@ -192,7 +187,7 @@ def open_outputs(
     Rows that an interrupted run logged after its last checkpoint are dropped, since the run writes them again.
     """
     start, total = schedule.start, schedule.total
-    writers: dict[str, list[trackers.Tracker]] = {}
+    writers: dict[str, list[trackers.Tracker]] = {}  # by file; empty except on process 0
     if hosts.first():
         for name in ("metrics.jsonl", "eval.jsonl"):
             log = trackers.JsonlWriter(folder / name)
@@ -215,12 +210,12 @@ def open_outputs(
     opened.callback(profile.close)
     peak = peak_flops(programs.mesh.devices.flat[0].device_kind, np.dtype(programs.dtype).name)
 
-    def write(step: int, row: Mapping[str, float]) -> None:
-        for writer in writers.get("metrics.jsonl", ()):
+    def write(name: str, step: int, row: Mapping[str, float]) -> None:
+        for writer in writers.get(name, ()):
             writer.write(step, row)
 
     steps = StepLog(
-        write,
+        functools.partial(write, "metrics.jsonl"),
         progress,
         clock,
         every=config.log.every_steps,
@@ -228,7 +223,7 @@ def open_outputs(
         examples=programs.update_shape.pairs,
         peak_flops=None if peak is None else peak * programs.mesh.size,
     )
-    return Outputs(writers, progress, clock, steps, profile)
+    return Outputs(write, progress, clock, steps, profile)
 
 
 @dataclasses.dataclass

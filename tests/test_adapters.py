@@ -297,13 +297,13 @@ def test_run_trains_adapters_alone_and_exports_them(finished, inputs):
     assert read_rows(finished / "eval.jsonl")[0]["eval/rewards/margins"] == 0
     assert len({row["loss"] for row in rows}) > 2
     found = load_inputs(make_config(inputs, lora__rank=2), training=True)
-    adapters = found.selection.adapters
+    adapters = found.trainable.adapters
     assert adapters is not None and adapters.scale == 2
     exported = peft.load(finished / "export", adapters, found.model.stacks)
     count = sum(leaf.size for leaf in exported.values())
     whole = trees.flatten(checkpoints.load_params(inputs / "model", found.model))
     assert count < sum(leaf.size for leaf in whole.values()) / 20
-    tree = jax.eval_shape(lambda: adam(found.selection, exported))
+    tree = jax.eval_shape(lambda: adam(found.trainable, exported))
     held = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree.opt_state) if leaf.ndim)
     assert held == 2 * 4 * count, "two float32 moments of each number of the adapters"
     newest = finished / f"checkpoints/{STEPS}/state"

@@ -312,7 +312,7 @@ def test_widened_set_has_the_same_pairs_in_more_columns(tmp_path):
 
 def test_mismatched_set_has_the_prompts_with_answers_of_others_within_the_limit(tmp_path):
     found = load(write(tmp_path / "a.jsonl", unpaired(6)), tmp_path / "cache")
-    other = found.mismatched(max_length=int(found.lengths[:, 0].max()) + 2)
+    other = found.mismatched(max_length=int(found.lengths[:, 0].max()) + 2, place="pairs")
     assert len(other) == 6 and other.lengths[:, 1:].max() == 2
     for i, partner in enumerate(other.answers_of.tolist()):
         assert other[i].prompt.tolist() == found[i].prompt.tolist() and partner != i

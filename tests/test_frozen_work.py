@@ -49,10 +49,10 @@ def config_of(fields):
 def shares(name, **fields):
     """Shares of a small model that train, and those whose gradients are computed."""
     model, table, shapes = case(name)
-    selection = choices.selection_of(chosen(**fields), table, model)
-    found = selection.leaf_shapes(model)
+    trainable = choices.trainable_of(chosen(**fields), table, model)
+    found = trainable.leaf_shapes(model)
     assert shapes.items() <= found.items()
-    return flops.shares_of(model, found, selection.trained_fraction), flops.shares_of(model, found, selection.trains)
+    return flops.shares_of(model, found, trainable.trained_fraction), flops.shares_of(model, found, trainable.trains)
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -112,12 +112,12 @@ def compiled(folder, name, sizes, **fields):
     fields = {"model.path": str(folder), "train.batch_pairs": 2, "optimizer.name": "sgd"} | fields
     how = chosen(**fields, **{f"mesh.{axis}": size for axis, size in sizes.items()})
     model = estimate.architecture(how)
-    selection = estimate.selected(how, model)
+    trainable = estimate.selected(how, model)
     devices = jax.devices()[: math.prod(sizes.values())]
     built = programs.make_programs(
-        how, choices.objective_of(how.loss), model, LENGTHS, selection=selection, devices=devices
+        how, choices.objective_of(how.loss), model, LENGTHS, trainable=trainable, devices=devices
     )
-    tx, _ = choices.optimizer_of(how.optimizer, total_steps=6, selection=selection)
+    tx, _ = choices.optimizer_of(how.optimizer, total_steps=6, trainable=trainable)
     state, (_, frozen) = abstract_state(built, tx), abstract_params(built)
     update = programs.make_update(built, tx, state)
     # The test reads the program that XLA optimized; LLVM's optimizations of its loops do not matter.

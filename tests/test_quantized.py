@@ -78,9 +78,9 @@ def test_memory_of_quantized_parameters(qwix, inputs):
     for kind in ("", "int8"):
         config = make_config(inputs, lora__rank=2, lora__base=kind)
         found = load_inputs(config, training=True)
-        built = make_programs(config, found, selection=found.selection)
+        built = make_programs(config, found, trainable=found.trainable)
         params = state.load_params(found.source, built)
-        trained, frozen = found.selection.split(params)
+        trained, frozen = found.trainable.split(params)
         expected = state.abstract_params(built)
         for ours, theirs in zip((trained, frozen), expected, strict=True):
             assert jax.tree.map(lambda x: (x.shape, x.dtype, x.sharding), ours) == jax.tree.map(

@@ -124,7 +124,7 @@ def architecture(config: Config) -> DecoderConfig:
 def selected(config: Config, model: DecoderConfig) -> Trainable:
     """Returns which parameters of the model train."""
     hf, place = described(config)
-    return choices.selection_of(config, family(hf, place).tensors(model), model)
+    return choices.trainable_of(config, family(hf, place).tensors(model), model)
 
 
 def described(config: Config) -> tuple[dict, str]:
@@ -188,15 +188,15 @@ def estimate(config: Config, topology: Topology, *, reference_in_step: bool = Fa
             remedy="Leave the flag off.",
         )
     model, lengths = architecture(config), drawn_lengths(config)
-    selection = selected(config, model)
+    trainable = selected(config, model)
     compiles = bool(topology.chip.dimensions)
     if compiles:
-        programs = make_programs(config, objective, model, lengths, selection=selection, devices=devices_of(topology))
+        programs = make_programs(config, objective, model, lengths, trainable=trainable, devices=devices_of(topology))
     else:
         programs = without_devices(
-            config, objective, model, lengths, topology.count, platform="gpu", selection=selection
+            config, objective, model, lengths, topology.count, platform="gpu", trainable=trainable
         )
-    tx, _ = choices.optimizer_of(config.optimizer, total_steps=updates(config), selection=selection)
+    tx, _ = choices.optimizer_of(config.optimizer, total_steps=updates(config), trainable=trainable)
     state, (_, frozen) = abstract_state(programs, tx), abstract_params(programs)
     update = make_update(programs, tx, state) if compiles else None
     calls: dict[str, tuple[packing.Shape, xla.Compiled | None, tuple]] = {
@@ -210,7 +210,7 @@ def estimate(config: Config, topology: Topology, *, reference_in_step: bool = Fa
     if reference_in_step or programs.objective.reference_free:
         del calls["scoring"]
     parts = {name: part_of(topology, programs, lengths, name, *call) for name, call in calls.items()}
-    training, fixed = selection.count_parameters(model)
+    training, fixed = trainable.count_parameters(model)
     return Estimate(
         config=config,
         topology=topology,
@@ -257,15 +257,15 @@ def part_of(
     trained = sharding.bytes_per_device(params)
     optimizer = sharding.bytes_per_device(state.opt_state) if update else 0
     gradients = sharding.bytes_per_device(as_type(params, jnp.float32)) if update else 0
-    selection, shapes = programs.selection, programs.selection.leaf_shapes(programs.model)
+    trainable, shapes = programs.trainable, programs.trainable.leaf_shapes(programs.model)
     shares = functools.partial(flops.shares_of, programs.model, shapes)
     work = roofline.mean_work(
-        programs.model, lengths, shape, shares(selection.trained_fraction), shares(selection.trains)
+        programs.model, lengths, shape, shares(trainable.trained_fraction), shares(trainable.trains)
     )
     itemsize = np.dtype(programs.dtype).itemsize
     used = trees.nest({path: jax.ShapeDtypeStruct(shape, programs.dtype) for path, shape in shapes.items()})
     gathered, training = (
-        sharding.bytes_per_device(placed(programs, tree), gathered="fsdp") for tree in (used, selection.split(used)[0])
+        sharding.bytes_per_device(placed(programs, tree), gathered="fsdp") for tree in (used, trainable.split(used)[0])
     )
     execution = roofline.Execution(dict(programs.mesh.shape), itemsize, programs.remat)
     chip_bytes = roofline.ChipBytes(gathered, training, trained + optimizer, gradients)

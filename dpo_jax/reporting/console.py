@@ -46,15 +46,15 @@ def describe_run(programs: Programs, params: PyTree, frozen: PyTree, start: int,
       params, frozen: trainable and frozen parameters.
       start, total: updates already made, and in all.
     """
-    trainable, fixed = programs.selection.count_parameters(programs.model)
-    of_which = f", of which {trainable:,} are trainable" if fixed else ""
+    training, fixed = programs.trainable.count_parameters(programs.model)
+    of_which = f", of which {training:,} are trainable" if fixed else ""
     mesh = " x ".join(f"{axis} {size}" for axis, size in programs.mesh.shape.items())
     shape = programs.update_shape
     crops = f", the last ones cropped to {', '.join(f'{r} x {n}' for r, n in shape.crops[1:])}" if shape.crops else ""
     processes = f" in {hosts.count()} processes" if hosts.count() > 1 else ""
     size = sharding.bytes_per_device((params, frozen))
     say(
-        f"model: {trainable + fixed:,} parameters{of_which}, {programs.param_dtype}, computing in "
+        f"model: {training + fixed:,} parameters{of_which}, {programs.param_dtype}, computing in "
         f"{np.dtype(programs.dtype).name} on {mesh} {jax.devices()[0].platform}{processes}, {size:,} bytes per device"
     )
     for path, size in sharding.large_replicated(trees.join(params, frozen)).items():

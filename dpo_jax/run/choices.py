@@ -24,15 +24,15 @@ def objective_of(loss: Loss) -> losses.Objective:
 
 
 def optimizer_of(
-    optimizer: Optimizer, *, total_steps: int, selection: Trainable = EVERYTHING
+    optimizer: Optimizer, *, total_steps: int, trainable: Trainable = EVERYTHING
 ) -> tuple[optax.GradientTransformation, optim.HostSchedule]:
     """Returns the configured optimizer and its learning-rate schedule over `total_steps` updates."""
     options = {name: value for name, value in dataclasses.asdict(optimizer).items() if name != "layer_decay"}
-    scale_updates = selection.scale_updates if selection.multipliers else None
+    scale_updates = trainable.scale_updates if trainable.multipliers else None
     return optim.make_optimizer(**options, total_steps=total_steps, scale_updates=scale_updates)
 
 
-def selection_of(config: Config, table: Sequence[Tensor], model: DecoderConfig) -> Trainable:
+def trainable_of(config: Config, table: Sequence[Tensor], model: DecoderConfig) -> Trainable:
     """Returns which parameters of a model of this table train.
 
     Raises: InputError for patterns or an adapter that do not fit it.

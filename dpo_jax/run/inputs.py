@@ -19,7 +19,7 @@ from dpo_jax.hf.checkpoints import check_tokenizer, check_weights, family_table,
 from dpo_jax.losses import Objective
 from dpo_jax.models.config import DecoderConfig
 from dpo_jax.run.checks import check_kind, check_pairs, fit
-from dpo_jax.run.choices import selection_of
+from dpo_jax.run.choices import trainable_of
 from dpo_jax.run.trainable import Trainable
 from dpo_jax.runtime import hosts
 from dpo_jax.types import InputError
@@ -35,11 +35,11 @@ class Source:
     adapters: Path | None  # PEFT folder that adapters start from; None: drawn from `seed`
     seed: int
 
-    def adapters_digest(self, selection: Trainable) -> dict[str, str]:
+    def adapters_digest(self, trainable: Trainable) -> dict[str, str]:
         """Returns the digest of the initial adapters by name; empty where they start without effect or are absent."""
-        if self.adapters is None or selection.adapters is None:
+        if self.adapters is None or trainable.adapters is None:
             return {}
-        return {"adapters": peft.digest(self.adapters, selection.adapters)}
+        return {"adapters": peft.digest(self.adapters, trainable.adapters)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,7 +53,7 @@ class Inputs:
     tokenizer: Any
     model: DecoderConfig
     objective: Objective
-    selection: Trainable  # which parameters train
+    trainable: Trainable  # which parameters train
     sets: dict[str, PairSet]  # "train", "eval": those that the configuration names
     mismatched: dict[str, MismatchedPairs]  # by the same names; empty if the objective reads none
     data_rules: dict[str, str | int]  # settings that decide a pair's tokens, as the reference store's identity has them
@@ -76,7 +76,7 @@ class Inputs:
 
     def starting_from(self, exported: Path) -> Inputs:
         """Returns these inputs with initial weights, or initial adapters, from an earlier stage's export."""
-        place = {"folder": exported} if self.selection.adapters is None else {"adapters": exported}
+        place = {"folder": exported} if self.trainable.adapters is None else {"adapters": exported}
         return dataclasses.replace(self, source=dataclasses.replace(self.source, **place))
 
 
@@ -133,7 +133,7 @@ def read_inputs(config: Config, objective: Objective, workdir: Path, *, training
         inputs = load_inputs(config, objective, training=training)
     check_weights(inputs.base, inputs.model)
     facts = {"model": dataclasses.asdict(inputs.model), "tokenizer": identity(inputs.tokenizer), **inputs.digests}
-    hosts.agree("data and model", facts | inputs.source.adapters_digest(inputs.selection))
+    hosts.agree("data and model", facts | inputs.source.adapters_digest(inputs.trainable))
     return inputs
 
 
@@ -171,7 +171,7 @@ def load_inputs(config: Config, objective: Objective, *, training: bool) -> Inpu
         tokenizer=tokenizer,
         model=model,
         objective=objective,
-        selection=selection_of(config, family_table(base, model)[0], model),
+        trainable=trainable_of(config, family_table(base, model)[0], model),
         sets=sets,
         mismatched=mismatched,
         data_rules={name: getattr(config.data, name) for name in rules},

@@ -41,7 +41,7 @@ class Programs(NamedTuple):
 
     model: DecoderConfig
     objective: Objective
-    selection: Trainable  # which parameters train
+    trainable: Trainable  # which parameters train
     mesh: Any  # a sharding.AnyMesh; an abstract one where there are no devices
     rules: sharding.Rules
     update_shape: packing.Shape
@@ -79,7 +79,7 @@ def make_programs(
     model: DecoderConfig,
     lengths: Int[np.ndarray, "N _"],
     *,
-    selection: Trainable = EVERYTHING,
+    trainable: Trainable = EVERYTHING,
     devices: Sequence[Any] | None = None,
     watch: Stopwatch | None = None,
 ) -> Programs:
@@ -87,7 +87,7 @@ def make_programs(
 
     Args:
       lengths: token counts of prompt and answers of every pair that will be laid out.
-      selection: which parameters train.
+      trainable: which parameters train.
       devices: devices of the mesh, possibly absent ones; None: all of this machine, and compiled programs are cached.
       watch: measures compiling and reading weights.
     """
@@ -96,7 +96,7 @@ def make_programs(
     mesh = sharding.make_mesh(config.mesh.replica, config.mesh.fsdp, config.mesh.tensor, devices)
     local_shards = sharding.shards_here(mesh)
     programs = _without_scoring(
-        config, objective, model, lengths, selection, (mesh, mesh.devices.flat[0].platform, local_shards)
+        config, objective, model, lengths, trainable, (mesh, mesh.devices.flat[0].platform, local_shards)
     )
     programs = programs if watch is None else programs._replace(watch=watch)
     shape, tokens = programs.score_shape, objective.reference_tokens
@@ -119,12 +119,12 @@ def without_devices(
     count: int,
     *,
     platform: str,
-    selection: Trainable = EVERYTHING,
+    trainable: Trainable = EVERYTHING,
 ) -> Programs:
     """Like `make_programs`, for `count` absent devices: nothing is compiled."""
     sizes = sharding.mesh_shape((config.mesh.replica, config.mesh.fsdp, config.mesh.tensor), count)
     mesh = AbstractMesh(sizes, sharding.AXES, axis_types=(AxisType.Auto,) * 3)
-    return _without_scoring(config, objective, model, lengths, selection, (mesh, platform, None))
+    return _without_scoring(config, objective, model, lengths, trainable, (mesh, platform, None))
 
 
 def _without_scoring(
@@ -132,7 +132,7 @@ def _without_scoring(
     objective: Objective,
     model: DecoderConfig,
     lengths: np.ndarray,
-    selection: Trainable,
+    trainable: Trainable,
     place: tuple[Any, str, tuple[int, ...] | None],  # mesh, platform, shards of this process (None: all)
 ) -> Programs:
     mesh, platform, local_shards = place
@@ -160,7 +160,7 @@ def _without_scoring(
     return Programs(
         model=model,
         objective=objective,
-        selection=selection,
+        trainable=trainable,
         mesh=mesh,
         rules=sharding.parse_rules(config.mesh.rules),
         update_shape=dataclasses.replace(update_shape, local_shards=local_shards),
@@ -209,7 +209,7 @@ def update_step(
             in_place=True,
             crops=crops(shape),
             penalties={"router_balance": balance} if balance else {},
-            mask_gradients=programs.selection.mask_gradients,
+            mask_gradients=programs.trainable.mask_gradients,
             paired=paired,
             seed=programs.seed,
             report_gap=not programs.objective.reference_free,
@@ -229,7 +229,7 @@ def logps_of(programs: Programs, shape: packing.Shape, **outputs: Any) -> Callab
         programs.model,
         pairs=shape.pairs,
         answers=shape.answers,
-        options=ModelOptions(programs.dtype, programs.remat, programs.attention, programs.selection.adapters),
+        options=ModelOptions(programs.dtype, programs.remat, programs.attention, programs.trainable.adapters),
         placement=Placement(programs.mesh, programs.rules),
         **outputs,
     )

@@ -113,7 +113,7 @@ class ReferenceSync:
         if previous:
             reference = read_tree(self._weights(previous), policy)
         else:
-            reference = load_params(self.inputs.source, self.programs, only=self.programs.selection.trains)
+            reference = load_params(self.inputs.source, self.programs, only=self.programs.trainable.trains)
         mixed = jax.jit(mix, static_argnames="alpha", donate_argnums=1)(policy, reference, alpha=self.mixup_alpha)
         write_tree(folder, mixed)
         if hosts.first() and self.last(previous):

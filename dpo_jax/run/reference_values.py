@@ -32,7 +32,7 @@ def reference_store(inputs: Inputs, programs: Programs, folder: Path) -> Store |
         return None
     tokens = objective.reference_tokens
     parts = {
-        **inputs.source.adapters_digest(inputs.selection),
+        **inputs.source.adapters_digest(inputs.trainable),
         **({} if tokens is None else {"tokens": tokens}),
         **({"base": programs.quantize} if programs.quantize else {}),
         "weights": checkpoints.digest(inputs.source.folder, mine=hosts.mine, gather=hosts.gather_dicts("weights")),

@@ -27,7 +27,7 @@ def load_params(source: Source, programs: Programs, *, only: Callable[[str], boo
     Args:
       only: whether the leaf of a path is read; the tree has no others.
     """
-    model, chosen = programs.model, programs.selection.adapters
+    model, chosen = programs.model, programs.trainable.adapters
 
     def place(path: str, shape: tuple[int, ...], read: Read) -> PyTree:
         spec = sharding.partition(path, shape, programs.mesh.shape, programs.rules)
@@ -65,12 +65,12 @@ def first_state(
     Args:
       params: the initial weights if they are loaded already; those that train are donated.
     """
-    like, selection = abstract_state(programs, tx), programs.selection
+    like, trainable = abstract_state(programs, tx), programs.trainable
     step = checkpoints.latest_step()
     if step is not None:
-        frozen = selection.split(params)[1] if params is not None else load_frozen(source, programs)
+        frozen = trainable.split(params)[1] if params is not None else load_frozen(source, programs)
         return checkpoints.restore(step, like), frozen
-    params, frozen = selection.split(load_params(source, programs) if params is None else params)
+    params, frozen = trainable.split(load_params(source, programs) if params is None else params)
 
     def first(params: PyTree) -> TrainState:
         return init_state(params, tx, programs.objective)
@@ -81,7 +81,7 @@ def first_state(
 
 def load_frozen(source: Source, programs: Programs) -> dict:
     """Reads the initial weights that do not train."""
-    return load_params(source, programs, only=lambda leaf: not programs.selection.trains(leaf))
+    return load_params(source, programs, only=lambda leaf: not programs.trainable.trains(leaf))
 
 
 def abstract_state(programs: Programs, tx: optax.GradientTransformation) -> TrainState:
@@ -97,14 +97,14 @@ def abstract_running(programs: Programs) -> dict:
 
 def abstract_params(programs: Programs) -> tuple[dict, dict]:
     """Returns shapes, types and shardings of the parameters that train, and of the frozen ones, without any array."""
-    selection, dtype = programs.selection, DTYPES[programs.param_dtype]
+    trainable, dtype = programs.trainable, DTYPES[programs.param_dtype]
     leaves: dict[str, PyTree] = {}
-    for path, shape in selection.leaf_shapes(programs.model).items():
+    for path, shape in trainable.leaf_shapes(programs.model).items():
         leaf = jax.ShapeDtypeStruct(shape, np.float32 if adapters.is_factor(path) else dtype)
         if is_quantized(programs, path):
             leaf = jax.eval_shape(lambda x: quantized.encode(x, programs.quantize), leaf)
         leaves[path] = leaf
-    train, frozen = selection.split(trees.nest(leaves))
+    train, frozen = trainable.split(trees.nest(leaves))
     return placed(programs, train), placed(programs, frozen)
 
 

@@ -47,8 +47,8 @@ class UpdateBatches:
         values: ReferenceValues | None,
     ):
         self._inputs, self._programs, self._order, self._values = inputs, programs, order, values
-        shapes = programs.selection.leaf_shapes(programs.model)
-        self._shares = shares_of(programs.model, shapes, programs.selection.trained_fraction)
+        shapes = programs.trainable.leaf_shapes(programs.model)
+        self._shares = shares_of(programs.model, shapes, programs.trainable.trained_fraction)
 
     def sync(self, values: ReferenceValues) -> None:
         """Replaces the reference log-probs that later batches read."""
