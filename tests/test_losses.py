@@ -236,3 +236,11 @@ def test_sum_takes_the_data_that_all_its_losses_take():
 def test_option_out_of_range_is_an_error(name, options):
     with pytest.raises(InputError, match=f"config.loss.{next(iter(options))}: got"):
         make_loss(name, options)
+
+
+def test_no_gradient_flows_into_the_kl_estimate():
+    policy, lengths, present = jnp.asarray(REFERENCE) + 1.0, jnp.asarray(LENGTHS), jnp.ones(4, bool)
+    value, gradient = jax.value_and_grad(lambda x: losses.estimate_kl(x, jnp.asarray(REFERENCE), lengths, present))(
+        policy
+    )
+    assert value > 0 and not np.any(gradient)

@@ -12,6 +12,7 @@ import pytest
 from dpo_jax import losses, sharding, steps
 from dpo_jax.data import layout, packing
 from dpo_jax.logprobs import vocabulary
+from dpo_jax.metrics import pair_metrics
 from dpo_jax.models import decoder, rope
 from dpo_jax.models.config import DecoderConfig, LayerKind
 from dpo_jax.parallel import Placement
@@ -311,3 +312,10 @@ def test_any_model_that_scores_pairs_can_be_trained():
         state, last = step(state, batch)
     assert float(first["loss"]) == pytest.approx(np.log(2), abs=1e-6) and float(last["loss"]) < 0.1
     assert float(last["rewards/accuracies"]) == 1 and int(state.step) == 51
+
+
+def test_a_tie_is_no_preference():
+    policy = jnp.array([[-1.0, -1.0], [-1.0, -2.0]])
+    lengths, present = jnp.full((2, 2), 3), jnp.ones(2, bool)
+    metrics = pair_metrics(jnp.zeros(2), policy, policy, lengths, present)
+    assert metrics["rewards/accuracies"] == 0.5 and metrics["rewards/margins"] == 0.5
