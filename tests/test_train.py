@@ -271,7 +271,7 @@ def test_interrupted_run_goes_on_bit_for_bit(finished, inputs, tmp_path, monkeyp
 def test_export_of_an_unfinished_run_is_not_taken_for_the_finished_one(finished, inputs, tmp_path, monkeypatch):
     config, folder = make_config(inputs), tmp_path / "run"
     with monkeypatch.context() as patch:
-        patch.setattr(train, "export", lambda *_: (_ for _ in ()).throw(Killed))
+        patch.setattr(train, "export_model", lambda *_: (_ for _ in ()).throw(Killed))
         with pytest.raises(Killed):
             train.run(config, folder)
     commands.export_checkpoint(config, folder, None)
