@@ -299,7 +299,7 @@ def test_second_run_on_the_same_data_makes_no_reference_pass(finished, inputs, t
 
     monkeypatch.setattr(train, "make_programs", counting)
     train.run(config, tmp_path / "run")
-    assert forwards == [] and f"{TRAIN_PAIRS} were in" in capsys.readouterr().err
+    assert forwards == [] and f", {TRAIN_PAIRS} from {finished}" in capsys.readouterr().err
 
 
 def other_weights(folder):
