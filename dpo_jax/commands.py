@@ -92,8 +92,8 @@ def evaluate_checkpoint(config: Config, folder: Path) -> dict[str, float]:
 
     Raises: InputError if there is no checkpoint or no data.eval, or as `train.run` does.
     """
-    config, inputs, programs = open_run(config, folder)
-    step, params, running = restore(inputs, programs, folder)
+    config, inputs, programs, step = open_run(config, folder)
+    params, running = restore(inputs, programs, folder, step)
     if "eval" not in inputs.sets:
         raise InputError("config.data.eval", got="empty", expected="a path or Hub id", remedy="Name the pairs.")
     store = reference_store(inputs, programs, store_folder(config, folder))
@@ -124,12 +124,12 @@ def export_checkpoint(config: Config, folder: Path, out: Path | None, *, merge: 
     Raises: InputError if there is no checkpoint, `out` is the place of an export that is still to come, or there are no
       adapters to merge.
     """
-    config, inputs, programs = open_run(config, folder)
+    config, inputs, programs, step = open_run(config, folder)
     if merge and inputs.trainable.adapters is None:
         raise InputError(
             "--merge", got="a run without adapters", expected="one with lora.rank", remedy="Leave --merge off."
         )
-    step, params, _ = restore(inputs, programs, folder)
+    params, _ = restore(inputs, programs, folder, step)
     final = folder / "export"
     out = out or (folder / f"merged-{step}" if merge else final if final.exists() else folder / f"export-{step}")
     if out.resolve() == final.resolve() and not final.exists():
@@ -152,11 +152,12 @@ def checked_objective(config: Config) -> Objective:
 
 
 class OpenRun(NamedTuple):
-    """A run whose checkpoints are read: its configuration with paths resolved, inputs and programs."""
+    """A run whose checkpoints are read: its configuration with paths resolved, inputs, programs, newest step."""
 
     config: Config
     inputs: Inputs
     programs: Programs
+    step: int  # updates in the newest checkpoint
 
 
 def open_run(config: Config, folder: Path) -> OpenRun:
@@ -167,17 +168,16 @@ def open_run(config: Config, folder: Path) -> OpenRun:
     workdir.check(config, folder, fields=OF_PARAMETERS)
     config = resolve_paths(config, folder)
     objective = checked_objective(config)
-    workdir.newest_step(folder)
+    step = workdir.newest_step(folder)
     inputs = load_inputs(config, objective, training=False)
     if config.sft.steps:
         inputs = from_sft(inputs, folder)
     programs = make_programs(config, objective, inputs.model, inputs.lengths, trainable=inputs.trainable)
-    return OpenRun(config, inputs, programs)
+    return OpenRun(config, inputs, programs, step)
 
 
-def restore(inputs: Inputs, programs: Programs, folder: Path) -> tuple[int, dict, dict]:
-    """Returns step, parameters and baselines of the newest checkpoint in `folder`."""
-    step = workdir.newest_step(folder)
+def restore(inputs: Inputs, programs: Programs, folder: Path, step: int) -> tuple[dict, dict]:
+    """Returns parameters and baselines of the checkpoint in `folder` after `step` updates."""
     with Checkpoints(folder / "checkpoints", keep=1, read_only=True) as checkpoints:
         try:
             trained, running = checkpoints.restore_params(
@@ -190,4 +190,4 @@ def restore(inputs: Inputs, programs: Programs, folder: Path) -> tuple[int, dict
                 expected="the loss of the run, or one with the same baselines",
                 remedy="Undo the change.",
             ) from error
-    return step, join(trained, load_frozen(inputs.source, programs)), running
+    return join(trained, load_frozen(inputs.source, programs)), running

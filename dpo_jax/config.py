@@ -13,18 +13,17 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import functools
-import importlib
 import json
 import math
 import re
 import types
 import typing
-import warnings
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from ml_collections import config_dict
 
+from dpo_jax import aliases
 from dpo_jax.losses.registry import OPTIONS
 from dpo_jax.types import InputError
 
@@ -423,12 +422,6 @@ def _unknown(name: str, valid: Iterable[str]) -> tuple[str, str, str]:
     return f"no field {name!r}", "one of " + ", ".join(valid), remedy
 
 
-_IN_FLAGS = ("define_flags", "parse_flags", "from_flags", "load")
-
-
-def __getattr__(name: str) -> Any:  # names that moved
-    if name not in _IN_FLAGS:
-        raise AttributeError(f"module 'dpo_jax.config' has no attribute {name!r}")
-    flags = importlib.import_module("dpo_jax.flags")
-    warnings.warn(f"dpo_jax.config.{name} is now dpo_jax.flags.{name}", DeprecationWarning, stacklevel=2)
-    return getattr(flags, name)
+__getattr__ = aliases.forward(
+    __name__, {name: f"dpo_jax.flags.{name}" for name in ("define_flags", "parse_flags", "from_flags", "load")}
+)

@@ -5,18 +5,15 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-import importlib
-import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
 
 import jax
 import numpy as np
 from jaxtyping import PyTree
 
 import dpo_jax
-from dpo_jax import trees
+from dpo_jax import aliases, trees
 from dpo_jax.config import Config, Export, Loss, Sft
 from dpo_jax.cost.flops import peak_flops
 from dpo_jax.data.batches import ReferenceValues
@@ -371,11 +368,7 @@ def sync_of(
     )
 
 
-_MOVED = {"score_reference": "commands", "evaluate_checkpoint": "commands", "export_checkpoint": "commands"}
-
-
-def __getattr__(name: str) -> Any:  # names that moved
-    if name not in _MOVED:
-        raise AttributeError(f"module 'dpo_jax.train' has no attribute {name!r}")
-    warnings.warn(f"dpo_jax.train.{name} is now in dpo_jax.{_MOVED[name]}", DeprecationWarning, stacklevel=2)
-    return getattr(importlib.import_module(f"dpo_jax.{_MOVED[name]}"), name)
+__getattr__ = aliases.forward(
+    __name__,
+    {name: f"dpo_jax.commands.{name}" for name in ("score_reference", "evaluate_checkpoint", "export_checkpoint")},
+)
