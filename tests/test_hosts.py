@@ -4,6 +4,7 @@ import os
 import signal
 import threading
 import time
+import types
 
 import pytest
 
@@ -59,6 +60,33 @@ def test_differences_are_named_with_who_has_which(monkeypatch):
     with pytest.raises(InputError) as caught:
         hosts.agree("configuration", facts[0])
     assert "configuration: beta is 0.1 on process 0, process 2, 0.2 on process 1" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "errors, timeout_s, expected",
+    [
+        (["DEADLINE_EXCEEDED: key"], None, [1, 2]),  # without a limit, an expired wait begins again
+        (["DEADLINE_EXCEEDED: key"], 5, "process 1: got no answer about name in 5 s"),
+        (["UNAVAILABLE: the service has ended"], None, "UNAVAILABLE"),
+        (["UNAVAILABLE: the service has ended"], 5, "UNAVAILABLE"),
+    ],
+)
+def test_waiting_for_a_process_ends_with_its_answer_or_the_services_error(monkeypatch, errors, timeout_s, expected):
+    stored = {}
+
+    def get(key, wait_ms):
+        if key.endswith("/1") and errors:
+            raise RuntimeError(errors.pop())
+        return stored.get(key, "2")
+
+    client = types.SimpleNamespace(key_value_set=stored.__setitem__, blocking_key_value_get=get)
+    state = types.SimpleNamespace(process_id=0, num_processes=2, client=client)
+    monkeypatch.setattr(hosts, "_state", lambda: state)
+    if isinstance(expected, list):
+        assert hosts.all_gather("name", 1, timeout_s=timeout_s) == expected
+    else:
+        with pytest.raises((InputError, RuntimeError), match=expected):
+            hosts.all_gather("name", 1, timeout_s=timeout_s)
 
 
 def test_code_digest_changes_with_the_code(monkeypatch, tmp_path):

@@ -1,5 +1,6 @@
 """Quantized frozen models: rounding error, memory, and runs that train adapters on them."""
 
+import functools
 import math
 
 import jax
@@ -9,7 +10,8 @@ import pytest
 
 from dpo_jax import commands, train, trees
 from dpo_jax.losses import make_loss
-from dpo_jax.models import quantized
+from dpo_jax.models import decoder, quantized, rope
+from dpo_jax.models.config import DecoderConfig, LayerKind
 from dpo_jax.run import checks, state
 from dpo_jax.types import InputError
 from tests.support.runs import load_inputs, make_config, make_inputs, make_programs, read_rows
@@ -94,6 +96,35 @@ def test_memory_of_quantized_parameters(qwix, inputs):
             assert {path.rpartition("/")[2] for path in by_path if "/kernel" in path} == {"codes", "scales"}
     one, many = sizes[""], sizes["int8"]
     assert many == sum(x.size + 4 * x.size // math.gcd(x.shape[-1], 64) for x in one) < sum(x.nbytes for x in one) / 2
+
+
+@pytest.mark.parametrize("kind", quantized.KINDS)
+def test_scoring_decodes_the_codes_of_one_layer_at_a_time(qwix, kind):
+    def temporaries(layers):
+        shape = DecoderConfig(
+            vocab_size=64,
+            width=128,
+            layers=layers,
+            heads=4,
+            kv_heads=4,
+            head_dim=32,
+            mlp_width=512,
+            max_positions=64,
+            kinds=(LayerKind(rope.usual(32)),),
+        )
+        params = trees.flatten(jax.eval_shape(lambda: decoder.init(jax.random.key(0), shape)))
+        kernels = [path for path in params if quantized.KERNEL.match(path)]
+        encode = functools.partial(jax.eval_shape, lambda kernel: quantized.encode(kernel, kind))
+        params |= {path: encode(params[path]) for path in kernels}
+        rows = [jax.ShapeDtypeStruct((1, 16), jnp.int32)] * 4
+
+        def score(params, *rows):
+            return decoder.forward(params, shape, *rows, options=decoder.BlockOptions(jnp.dtype("float32"))).sum()
+
+        return jax.jit(score).lower(trees.nest(params), *rows).compile().memory_analysis().temp_size_in_bytes
+
+    two, twelve, one_kernel = temporaries(2), temporaries(12), 4 * 128 * 512
+    assert two > one_kernel and twelve - two < one_kernel
 
 
 def test_missing_qwix_is_an_error_before_a_device_is_touched(monkeypatch, inputs):

@@ -1,6 +1,8 @@
 """The claims of the layout on real preference pairs; skipped where the data is not at hand."""
 
 import functools
+import gzip
+import itertools
 import json
 import os
 import signal
@@ -27,6 +29,7 @@ from dpo_jax.reporting import data_summary
 from dpo_jax.run.programs import CPU_POSITIONS
 from dpo_jax.types import Encoded, Rows
 from tests.support.hf_folders import LLAMA, NEOX, save
+from tests.support.processes import FAST_COMPILE_FLAGS
 from tests.support.runs import load_inputs, read_rows, untimed
 
 ROOT = Path(__file__).parents[1]
@@ -75,12 +78,21 @@ def models(tmp_path_factory):
     return folder
 
 
-def configured(models, **fields):
+@pytest.fixture(scope="module")
+def few(tmp_path_factory):
+    """The first real pairs, for runs of a few updates: the reference scores every pair of its data."""
+    path = tmp_path_factory.mktemp("few") / "train.jsonl"
+    with gzip.open(TRAIN, "rt") as lines:
+        path.write_text("".join(itertools.islice(lines, 100)))
+    return path
+
+
+def configured(models, train_file=TRAIN, **fields):
     chosen = flags.load(
         str(ROOT / "configs" / "hh.py"),
         [
             f"model.path={models / fields.pop('family', 'llama')}",
-            f"data.train={TRAIN}",
+            f"data.train={train_file}",
             f"data.eval={EVAL}",
             *(f"{k.replace('__', '.')}={v}" for k, v in fields.items()),
         ],
@@ -88,7 +100,7 @@ def configured(models, **fields):
     return chosen
 
 
-VOCABULARY = 4096  # ids are folded into it, so that float64 is affordable; a layout does not look at ids
+VOCABULARY = 1024  # ids are folded into it, so that float64 is affordable; a layout does not look at ids
 
 
 def folded_pairs(models, family, count):
@@ -229,11 +241,11 @@ def test_rows_are_full_and_compute_a_quarter_of_padded_batches(models, max_lengt
 
 
 @pytest.mark.parametrize("family", SHAPES)
-def test_hh_recipe_trains_resumes_and_exports(models, tmp_path, family):
+def test_hh_recipe_trains_resumes_and_exports(models, few, tmp_path, family):
     fields = dict(
         family=family, train__batch_pairs=8, train__steps=4, checkpoint__every_steps=2, optimizer__warmup_steps=1
     )
-    chosen = configured(models, **fields)
+    chosen = configured(models, few, **fields)
     with pytest.MonkeyPatch.context() as patch:
         saved = train.Checkpoints.save
 
@@ -254,13 +266,13 @@ def test_hh_recipe_trains_resumes_and_exports(models, tmp_path, family):
     assert exported == checkpoints.read_config(models / family)[0]
 
 
-def test_run_killed_at_three_steps_equals_one_that_never_was(models, tmp_path):
+def test_run_killed_at_three_steps_equals_one_that_never_was(models, few, tmp_path):
     fields = dict(train__batch_pairs=8, train__steps=6, checkpoint__every_steps=1, optimizer__warmup_steps=1)
     fields |= dict(optimizer__learning_rate=1e-3, reference__path=tmp_path / "reference", eval__every_steps=2)
-    chosen = configured(models, **fields)
+    chosen = configured(models, few, **fields)
     (tmp_path / "config.json").write_text(config.to_json(chosen))
     command = [sys.executable, "-m", "dpo_jax", "train", f"--config={tmp_path / 'config.json'}"]
-    environment = os.environ | {"XLA_FLAGS": ""}
+    environment = os.environ | {"XLA_FLAGS": FAST_COMPILE_FLAGS}
 
     def start(workdir):
         return subprocess.Popen([*command, f"--workdir={workdir}"], cwd=ROOT, env=environment)
