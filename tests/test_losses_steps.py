@@ -151,6 +151,20 @@ def test_baselines_are_those_of_all_updates_so_far():
         assert row["baseline/bco_pair"] == pytest.approx(np.concatenate(rewards).mean(0).mean(), rel=1e-5)
 
 
+def test_gradients_of_frozen_parts_reach_neither_the_norm_nor_the_optimizer():
+    objective, trains = losses.make_loss("sigmoid", {}), np.array([1, 1, 0, 1, 0], np.float32)
+    batch, params = make_batch(objective), jnp.linspace(-0.4, 0.4, FEATURES)
+    sgd, adam = optax.sgd(1.0), optax.adam(0.1)
+    step = steps.make_train_step(logps_fn, objective, sgd, has_aux=True)
+    grads = params - jax.jit(step)(steps.init_state(params, sgd, objective), batch)[0].params
+    step = steps.make_train_step(logps_fn, objective, adam, has_aux=True, mask_gradients=lambda grads: trains * grads)
+    state, metrics = jax.jit(step)(steps.init_state(params, adam, objective), batch)
+    assert metrics["grad_norm"] == pytest.approx(np.linalg.norm(trains * grads), rel=1e-5)
+    assert metrics["grad_norm"] < 0.95 * np.linalg.norm(grads)
+    np.testing.assert_array_equal(np.asarray(state.opt_state[0].mu) != 0, trains != 0)
+    np.testing.assert_array_equal(np.asarray(state.params != params), trains != 0)
+
+
 def test_state_without_the_losss_baselines_is_an_error():
     objective = losses.make_loss("bco_pair", {})
     step = steps.make_train_step(logps_fn, objective, TX, has_aux=True)
