@@ -66,7 +66,7 @@ def test_differences_are_named_with_who_has_which(monkeypatch):
     "errors, timeout_s, expected",
     [
         (["DEADLINE_EXCEEDED: key"], None, [1, 2]),  # without a limit, an expired wait begins again
-        (["DEADLINE_EXCEEDED: key"], 5, "process 1: got no answer about name in 5 s"),
+        (["DEADLINE_EXCEEDED: key"], 5, "process 1: no answer about name in 5 s"),
         (["UNAVAILABLE: the service has ended"], None, "UNAVAILABLE"),
         (["UNAVAILABLE: the service has ended"], 5, "UNAVAILABLE"),
     ],

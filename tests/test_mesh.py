@@ -1,6 +1,5 @@
 """One run on many meshes, in one process and over several: the same pairs, numbers and checkpoints."""
 
-import contextlib
 import dataclasses
 import json
 import shutil
@@ -21,7 +20,7 @@ from dpo_jax.run import choices, programs
 from dpo_jax.run.inputs import Source
 from dpo_jax.run.state import abstract_state, load_params
 from tests.support import hf_folders
-from tests.support.processes import Run, arguments
+from tests.support.processes import Run, arguments, wait_for_all
 from tests.support.runs import load_inputs, make_config, make_inputs, make_programs, read_rows
 from tests.test_layout import random_pairs, tokens_of
 
@@ -113,17 +112,13 @@ def write_recipe(inputs, name, **fields):
 
 
 def in_every_place(start):
-    """Calls `start(name, place)`, which starts a `Run`, for all of PLACES, and waits until all have ended well.
+    """Calls `start(name, place)`, which starts a `Run`, for all of PLACES, and waits until all have ended.
 
     Those of one process run at the same time: much of what they do, one core does.
     """
     alone = [name for name, place in PLACES.items() if place.processes == 1]
     for names in (alone, *([name] for name in PLACES if name not in alone)):
-        with contextlib.ExitStack() as stack:
-            started = [stack.enter_context(start(name, PLACES[name])) for name in names]
-            for run in started:
-                ended = run.ended_all(within_s=600)
-                assert not any(each.status for each in ended), ended
+        wait_for_all([start(name, PLACES[name]) for name in names], within_s=600)
 
 
 @pytest.fixture(scope="module")
@@ -270,19 +265,19 @@ def test_reference_pass_of_four_processes_is_that_of_one(tmp_path):
     folder = make_inputs(tmp_path / "inputs", train_pairs=count, eval_pairs=1, base=hf_folders.LLAMA | SIZES)
     write_model(folder, num_hidden_layers=1)
     path = write_recipe(folder, "recipe", reference__path="store")
-    stores = {}
-    for processes in (1, 4):
-        # Each in a folder of its own, where a relative path is another store: what lies there, that process wrote.
-        places = {i: tmp_path / f"{i} of {processes}" for i in range(processes)}
-        for place in places.values():
+    # Each in a folder of its own, where a relative path is another store: what lies there, that process wrote.
+    places = {processes: [tmp_path / f"{i} of {processes}" for i in range(processes)] for processes in (1, 4)}
+    command, runs = arguments("reference", path, tmp_path / "run"), []
+    for processes, folders in places.items():
+        for place in folders:
             place.mkdir()
-        command = arguments("reference", path, tmp_path / "run")
-        with Run(command, tmp_path / f"{processes}", folders=places, processes=processes, devices=processes) as run:
-            ended = run.ended_all()
-        assert [each.status for each in ended] == [0] * processes, ended
-        stores[processes] = [
-            [read_part(part) for part in sorted((place / "store").glob("*.parquet"))] for place in places.values()
-        ]
+        places_of = dict(enumerate(folders))
+        runs.append(Run(command, tmp_path / str(processes), folders=places_of, processes=processes, devices=processes))
+    wait_for_all(runs)
+    stores = {
+        processes: [[read_part(part) for part in sorted((place / "store").glob("*.parquet"))] for place in folders]
+        for processes, folders in places.items()
+    }
     (alone,), together = stores[1], stores[4]
     assert sorted(map(len, alone)) == [76, *[scoring_pass.PART_PAIRS] * 4]
     assert [sorted(map(len, parts)) for parts in together] == [

@@ -10,7 +10,7 @@ from safetensors.numpy import load_file
 
 from dpo_jax import config
 from dpo_jax.runtime import hosts
-from tests.support.processes import ROOT, Run, arguments
+from tests.support.processes import ROOT, Run, arguments, wait_for_all
 from tests.support.runs import make_config, make_inputs, read_rows, untimed
 
 pytestmark = pytest.mark.processes
@@ -119,32 +119,30 @@ def test_a_request_to_one_stops_all_at_one_step_and_the_command_goes_on(recipe, 
     assert f"saved at step {saved[0]} of {steps}" in ended[0].output
     assert [row["step"] for row in rows(tmp_path / "run")] == list(range(saved[0]))
 
-    with Run(command, tmp_path / "second", processes=2) as run:
-        ended = run.ended_all()
-    assert [each.status for each in ended] == [0, 0], ended
-    with Run(arguments("train", recipe, tmp_path / "whole", **fields), tmp_path / "third", processes=2) as run:
-        assert [each.status for each in run.ended_all()] == [0, 0]
+    whole = arguments("train", recipe, tmp_path / "whole", **fields)
+    wait_for_all([Run(command, tmp_path / "second", processes=2), Run(whole, tmp_path / "third", processes=2)])
     assert untimed(rows(tmp_path / "run")) == untimed(rows(tmp_path / "whole"))
     exported = [(tmp_path / name / "export" / "model.safetensors").read_bytes() for name in ("run", "whole")]
     assert exported[0] == exported[1]
+
+
+def by_one_and_by_two(folder, command, recipe, *flags, **fields):
+    """Runs a command by one process and, at the same time, by two; returns the working folder of each."""
+    workdirs = [folder / "alone", folder / "together"]
+    given = [[*arguments(command, recipe, workdir, **fields), *flags] for workdir in workdirs]
+    wait_for_all([Run(each, folder / command / str(i), processes=i) for i, each in enumerate(given, 1)])
+    return workdirs
 
 
 @pytest.mark.slow
 def test_adapters_train_over_processes_as_in_one(recipe, tmp_path):
     """On a quantized model, and merged in the end."""
     pytest.importorskip("qwix", reason="the quantize extra")
-    found = {}
-    for processes in (1, 2):
-        work = tmp_path / str(processes)
-        command = arguments("train", recipe, work / "run", lora__rank=2, lora__base="int8")
-        with Run(command, work / "train", processes=processes) as run:
-            assert [each.status for each in run.ended_all()] == [0] * processes
-        command = arguments("export", recipe, work / "run", lora__rank=2, lora__base="int8") + ["--merge"]
-        with Run(command, work / "export", processes=processes) as run:
-            assert [each.status for each in run.ended_all()] == [0] * processes
-        merged = load_file(work / "run" / f"merged-{STEPS}" / "model.safetensors")
-        found[processes] = [row["loss"] for row in rows(work / "run")], merged
-    (one, alone), (other, together) = found.values()
+    fields = dict(lora__rank=2, lora__base="int8")
+    alone, together = by_one_and_by_two(tmp_path, "train", recipe, **fields)
+    by_one_and_by_two(tmp_path, "export", recipe, "--merge", **fields)
+    one, other = ([row["loss"] for row in rows(each)] for each in (alone, together))
+    alone, together = (load_file(each / f"merged-{STEPS}" / "model.safetensors") for each in (alone, together))
     assert other == pytest.approx(one, abs=1e-4) and len(set(one)) > 2
     assert alone.keys() == together.keys()
     for name, tensor in alone.items():
@@ -155,14 +153,9 @@ def test_adapters_train_over_processes_as_in_one(recipe, tmp_path):
 @pytest.mark.parametrize("fields", [{"loss__name": "kto"}, {"loss__name": "tdpo2", "reference__sync_steps": 3}])
 def test_objectives_that_read_more_train_over_processes_as_in_one(recipe, tmp_path, fields):
     """Mismatched answers; token values of a synced reference, of which each process stores its share."""
-    found = {}
-    for processes in (1, 2):
-        work = tmp_path / str(processes)
-        with Run(arguments("train", recipe, work / "run", **fields), work, processes=processes) as run:
-            assert [each.status for each in run.ended_all()] == [0] * processes
-        found[processes] = untimed(rows(work / "run"))
-    assert len(found[1]) == len(found[2]) == STEPS
-    for one, two in zip(found[1], found[2], strict=True):
+    alone, together = (untimed(rows(each)) for each in by_one_and_by_two(tmp_path, "train", recipe, **fields))
+    assert len(alone) == len(together) == STEPS
+    for one, two in zip(alone, together, strict=True):
         assert one.keys() == two.keys() and two["loss"] == pytest.approx(one["loss"], abs=1e-4)
         for name in {"kl", "sequence_kl/rejected"} & one.keys():
             assert two[name] == pytest.approx(one[name], abs=1e-3)

@@ -121,7 +121,9 @@ def test_scoring_decodes_the_codes_of_one_layer_at_a_time(qwix, kind):
         def score(params, *rows):
             return decoder.forward(params, shape, *rows, options=decoder.BlockOptions(jnp.dtype("float32"))).sum()
 
-        return jax.jit(score).lower(trees.nest(params), *rows).compile().memory_analysis().temp_size_in_bytes
+        memory = jax.jit(score).lower(trees.nest(params), *rows).compile().memory_analysis()
+        assert memory is not None
+        return memory.temp_size_in_bytes
 
     two, twelve, one_kernel = temporaries(2), temporaries(12), 4 * 128 * 512
     assert two > one_kernel and twelve - two < one_kernel

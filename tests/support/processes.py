@@ -101,6 +101,16 @@ class Run:
         return ended
 
 
+def wait_for_all(runs, *, within_s=240):
+    """Waits until runs that go on at the same time have ended; fails unless every process of each ended well."""
+    with contextlib.ExitStack() as stack:
+        for run in runs:
+            stack.enter_context(run)
+        for run in runs:
+            ended = run.ended_all(within_s=within_s)
+            assert not any(each.status for each in ended), ended
+
+
 def arguments(command, configuration, workdir, **fields):
     """Returns the command line of a run of a `config.json`, with fields changed; dots written as double underscores."""
     changes = [f"--config.{name.replace('__', '.')}={value}" for name, value in fields.items()]
