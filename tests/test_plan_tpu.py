@@ -27,7 +27,7 @@ PODS = [
     ("v5e:4x4", "pythia_2b8_hh", []),
 ]
 
-# Scoring, which takes less than the update does, is compiled for one slice of each kind of family.
+# Where scoring is compiled as well; for the others its memory, less than the update's, is counted from shapes.
 SCORED = {"v6e:8x8", "v5e:4x4"}
 
 pytestmark = pytest.mark.tpu_aot
