@@ -63,16 +63,16 @@ def test_differences_are_named_with_who_has_which(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "errors, timeout_s, expected",
+    "error, timeout_s, expected",
     [
-        (["DEADLINE_EXCEEDED: key"], None, [1, 2]),  # without a limit, an expired wait begins again
-        (["DEADLINE_EXCEEDED: key"], 5, "process 1: no answer about name in 5 s"),
-        (["UNAVAILABLE: the service has ended"], None, "UNAVAILABLE"),
-        (["UNAVAILABLE: the service has ended"], 5, "UNAVAILABLE"),
+        ("DEADLINE_EXCEEDED: key", None, [1, 2]),  # without a limit, an expired wait begins again
+        ("DEADLINE_EXCEEDED: key", 5, "process 1: no answer about name in 5 s"),
+        ("UNAVAILABLE: the service has ended", None, "UNAVAILABLE"),
+        ("UNAVAILABLE: the service has ended", 5, "UNAVAILABLE"),
     ],
 )
-def test_waiting_for_a_process_ends_with_its_answer_or_the_services_error(monkeypatch, errors, timeout_s, expected):
-    stored = {}
+def test_waiting_for_a_process_ends_with_its_answer_or_the_services_error(monkeypatch, error, timeout_s, expected):
+    stored, errors = {}, [error]
 
     def get(key, wait_ms):
         if key.endswith("/1") and errors:

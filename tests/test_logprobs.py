@@ -11,6 +11,7 @@ from dpo_jax import sharding
 from dpo_jax.logprobs import completions, vocabulary
 from dpo_jax.logprobs.vocabulary import Blocks, Head
 from dpo_jax.types import Rows
+from tests.support.memory import temporary_bytes
 
 R, S, T, D, V, P = 2, 24, 24, 8, 31, 3
 
@@ -318,9 +319,7 @@ def peak_bytes(tokens, vocab):
     args = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((1, tokens, width), (vocab, width))]
     rows = Rows(*(jax.ShapeDtypeStruct((1, tokens), jnp.int32) for _ in Rows._fields))
     grad = jax.grad(lambda h, w, rows: completions.completion_logps(h, w, rows, pairs=2)[0].sum(), (0, 1))
-    memory = jax.jit(grad).lower(*args, rows).compile().memory_analysis()
-    assert memory is not None
-    return memory.temp_size_in_bytes
+    return temporary_bytes(jax.jit(grad), *args, rows)
 
 
 def test_peak_memory_grows_with_tokens_and_vocabulary_and_not_with_their_product():

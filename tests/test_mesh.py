@@ -112,13 +112,13 @@ def write_recipe(inputs, name, **fields):
 
 
 def in_every_place(start):
-    """Calls `start(name, place)`, which starts a `Run`, for all of PLACES, and waits until all have ended.
+    """Calls `start(name, place)`, which starts a `Run`, for all of PLACES, and waits until all have ended well.
 
     Those of one process run at the same time: much of what they do, one core does.
     """
     alone = [name for name, place in PLACES.items() if place.processes == 1]
     for names in (alone, *([name] for name in PLACES if name not in alone)):
-        wait_for_all([start(name, PLACES[name]) for name in names], within_s=600)
+        wait_for_all((start(name, PLACES[name]) for name in names), within_s=600)
 
 
 @pytest.fixture(scope="module")

@@ -145,9 +145,9 @@ def test_adapters_fit_where_the_model_could_not_train(count_scoring):
     assert held.rest < 1.1 * beside.rest
 
 
-def test_plan_that_does_not_fit_its_pod_says_so(count_scoring):
-    count_scoring()
+def test_plan_that_does_not_fit_its_pod_says_so():
     overrides = ["mesh.tensor=1", "train.microbatch_rows=64", "model.remat=none"]
+    overrides += ["loss.name=simpo"]  # which needs no scoring program: the update is compiled alone
     chosen = flags.load("configs/llama3_8b.py", overrides)
     found = estimate.estimate(chosen, parse_topology("v5e:4x4"))
     assert not found.fits and found.bytes > found.topology.chip.hbm_bytes

@@ -130,7 +130,7 @@ def by_one_and_by_two(folder, command, recipe, *flags, **fields):
     """Runs a command by one process and, at the same time, by two; returns the working folder of each."""
     workdirs = [folder / "alone", folder / "together"]
     given = [[*arguments(command, recipe, workdir, **fields), *flags] for workdir in workdirs]
-    wait_for_all([Run(each, folder / command / str(i), processes=i) for i, each in enumerate(given, 1)])
+    wait_for_all(Run(each, folder / command / str(i), processes=i) for i, each in enumerate(given, 1))
     return workdirs
 
 

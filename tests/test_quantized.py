@@ -1,6 +1,5 @@
 """Quantized frozen models: rounding error, memory, and runs that train adapters on them."""
 
-import functools
 import math
 
 import jax
@@ -14,6 +13,7 @@ from dpo_jax.models import decoder, quantized, rope
 from dpo_jax.models.config import DecoderConfig, LayerKind
 from dpo_jax.run import checks, state
 from dpo_jax.types import InputError
+from tests.support.memory import temporary_bytes
 from tests.support.runs import load_inputs, make_config, make_inputs, make_programs, read_rows
 
 SHAPES = [(2, 128, 4, 64), (2, 4, 24, 96), (3, 5, 64, 80)]
@@ -100,6 +100,9 @@ def test_memory_of_quantized_parameters(qwix, inputs):
 
 @pytest.mark.parametrize("kind", quantized.KINDS)
 def test_scoring_decodes_the_codes_of_one_layer_at_a_time(qwix, kind):
+    def encode(kernel):
+        return quantized.encode(kernel, kind)
+
     def temporaries(layers):
         shape = DecoderConfig(
             vocab_size=64,
@@ -114,16 +117,13 @@ def test_scoring_decodes_the_codes_of_one_layer_at_a_time(qwix, kind):
         )
         params = trees.flatten(jax.eval_shape(lambda: decoder.init(jax.random.key(0), shape)))
         kernels = [path for path in params if quantized.KERNEL.match(path)]
-        encode = functools.partial(jax.eval_shape, lambda kernel: quantized.encode(kernel, kind))
-        params |= {path: encode(params[path]) for path in kernels}
+        params |= {path: jax.eval_shape(encode, params[path]) for path in kernels}
         rows = [jax.ShapeDtypeStruct((1, 16), jnp.int32)] * 4
 
         def score(params, *rows):
             return decoder.forward(params, shape, *rows, options=decoder.BlockOptions(jnp.dtype("float32"))).sum()
 
-        memory = jax.jit(score).lower(trees.nest(params), *rows).compile().memory_analysis()
-        assert memory is not None
-        return memory.temp_size_in_bytes
+        return temporary_bytes(jax.jit(score), trees.nest(params), *rows)
 
     two, twelve, one_kernel = temporaries(2), temporaries(12), 4 * 128 * 512
     assert two > one_kernel and twelve - two < one_kernel

@@ -29,7 +29,6 @@ from dpo_jax.reporting import data_summary
 from dpo_jax.run.programs import CPU_POSITIONS
 from dpo_jax.types import Encoded, Rows
 from tests.support.hf_folders import LLAMA, NEOX, save
-from tests.support.processes import FAST_COMPILE_FLAGS
 from tests.support.runs import load_inputs, read_rows, untimed
 
 ROOT = Path(__file__).parents[1]
@@ -87,12 +86,12 @@ def few(tmp_path_factory):
     return path
 
 
-def configured(models, train_file=TRAIN, **fields):
+def configured(models, **fields):
     chosen = flags.load(
         str(ROOT / "configs" / "hh.py"),
         [
             f"model.path={models / fields.pop('family', 'llama')}",
-            f"data.train={train_file}",
+            f"data.train={TRAIN}",
             f"data.eval={EVAL}",
             *(f"{k.replace('__', '.')}={v}" for k, v in fields.items()),
         ],
@@ -245,7 +244,7 @@ def test_hh_recipe_trains_resumes_and_exports(models, few, tmp_path, family):
     fields = dict(
         family=family, train__batch_pairs=8, train__steps=4, checkpoint__every_steps=2, optimizer__warmup_steps=1
     )
-    chosen = configured(models, few, **fields)
+    chosen = configured(models, data__train=few, **fields)
     with pytest.MonkeyPatch.context() as patch:
         saved = train.Checkpoints.save
 
@@ -269,10 +268,10 @@ def test_hh_recipe_trains_resumes_and_exports(models, few, tmp_path, family):
 def test_run_killed_at_three_steps_equals_one_that_never_was(models, few, tmp_path):
     fields = dict(train__batch_pairs=8, train__steps=6, checkpoint__every_steps=1, optimizer__warmup_steps=1)
     fields |= dict(optimizer__learning_rate=1e-3, reference__path=tmp_path / "reference", eval__every_steps=2)
-    chosen = configured(models, few, **fields)
+    chosen = configured(models, data__train=few, **fields)
     (tmp_path / "config.json").write_text(config.to_json(chosen))
     command = [sys.executable, "-m", "dpo_jax", "train", f"--config={tmp_path / 'config.json'}"]
-    environment = os.environ | {"XLA_FLAGS": FAST_COMPILE_FLAGS}
+    environment = os.environ | {"XLA_FLAGS": ""}
 
     def start(workdir):
         return subprocess.Popen([*command, f"--workdir={workdir}"], cwd=ROOT, env=environment)

@@ -14,6 +14,7 @@ from dpo_jax.data import layout, packing
 from dpo_jax.models.attention import choose, splash
 from dpo_jax.models.attention.blockwise import visible_blocks
 from dpo_jax.types import Encoded
+from tests.support.memory import temporary_bytes
 from tests.test_attention import arrays, dense, packed
 
 SMALL = splash.Blocks(128, 128)
@@ -167,9 +168,7 @@ def compile_for(topology, width, *, length=2048, soft_cap=None):
     heads = ("fsdp", None, "tensor")
     q, k = (shaped((4, length, n, width), jnp.bfloat16, *heads) for n in (16, 4))
     bounds = [shaped((4, length), jnp.int32, "fsdp")] * 2
-    memory = jax.jit(step).lower(q, k, k, *bounds).compile().memory_analysis()
-    assert memory is not None
-    return memory.temp_size_in_bytes
+    return temporary_bytes(jax.jit(step), q, k, k, *bounds)
 
 
 @pytest.mark.tpu_aot

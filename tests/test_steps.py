@@ -18,6 +18,7 @@ from dpo_jax.models.config import DecoderConfig, LayerKind
 from dpo_jax.parallel import Placement
 from dpo_jax.scoring import make_logps_fn
 from dpo_jax.types import Batch, Encoded
+from tests.support.memory import temporary_bytes
 
 KINDS = (LayerKind(rope.usual(8)),)
 CONFIG = DecoderConfig(
@@ -118,9 +119,7 @@ def test_vocabulary_takes_memory_for_one_sum_of_gradients(tied, sizes):
         tx = optax.sgd(0.1)
         state = jax.eval_shape(lambda: steps.init_state(decoder.init(jax.random.key(0), config), tx))
         step = jax.jit(make_step(config=config, tx=tx, crops=crops), donate_argnums=0)
-        memory = step.lower(state, batch).compile().memory_analysis()
-        assert memory is not None
-        return memory.temp_size_in_bytes
+        return temporary_bytes(step, state, batch)
 
     small, large = 16384, 32768
     kept = vocabulary.CPU_BLOCKS.tokens * -(-2 * LENGTH // vocabulary.CPU_BLOCKS.tokens)

@@ -102,11 +102,9 @@ class Run:
 
 
 def wait_for_all(runs, *, within_s=240):
-    """Waits until runs that go on at the same time have ended; fails unless every process of each ended well."""
+    """Starts an iterable of runs, all before any ends, and waits; fails unless every process of each ends well."""
     with contextlib.ExitStack() as stack:
-        for run in runs:
-            stack.enter_context(run)
-        for run in runs:
+        for run in [stack.enter_context(run) for run in runs]:
             ended = run.ended_all(within_s=within_s)
             assert not any(each.status for each in ended), ended
 
