@@ -7,7 +7,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from dpo_jax.data import chat
+from dpo_jax.data import chat, templates
 from dpo_jax.data.columns import DROP, as_text, check_characters, check_different, column, is_given, number, text
 from dpo_jax.types import InputError, Pair, Row
 
@@ -87,7 +87,7 @@ def render(row: Row, *, format: str, tokenizer: PreTrainedTokenizerBase, ranking
     if conversation is None:
         prompt, *answers = _texts(row, format)
     else:
-        prompt, answers, _ = chat.write(row, conversation, tokenizer)
+        prompt, answers, _ = templates.write(row, conversation, tokenizer)
     for name, answer in zip(_names(format, len(answers)), answers, strict=True):
         if not answer.strip():
             raise InputError(row.place, got=f"{name} is empty", expected="an answer", remedy=DROP)
@@ -114,7 +114,7 @@ def header_left_out(row: Row, *, format: str, tokenizer: PreTrainedTokenizerBase
     Raises: as `render`.
     """
     conversation = _conversation(row, format)
-    return "" if conversation is None else chat.write(row, conversation, tokenizer).left_out
+    return "" if conversation is None else templates.write(row, conversation, tokenizer).left_out
 
 
 def _names(format: str, count: int) -> list[str]:
