@@ -70,7 +70,8 @@ def export(config: Config, folder: Path, *, out: str = "", merge: bool = False) 
 
 def score_reference(config: Config, folder: Path) -> None:
     """Runs only the reference pass, into `reference.path`. Raises: InputError as `train.run` does."""
-    unresolved, config = config, resolve_paths(config, folder)
+    unresolved = workdir.dated(config, folder, store_folder(resolve_paths(config, folder), folder))
+    config = resolve_paths(unresolved, folder)
     objective = checked_objective(config)
     if objective.reference_free:
         raise InputError(
@@ -167,6 +168,7 @@ def open_run(config: Config, folder: Path) -> OpenRun:
     """
     workdir.check(config, folder, fields=OF_PARAMETERS)
     config = resolve_paths(config, folder)
+    config = workdir.dated(config, folder, store_folder(config, folder))
     objective = checked_objective(config)
     step = workdir.newest_step(folder)
     inputs = load_inputs(config, objective, training=False)

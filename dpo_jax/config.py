@@ -11,6 +11,7 @@ optimizers, schedules, attention, formats) are checked there, before a device is
 from __future__ import annotations
 
 import dataclasses
+import datetime
 import difflib
 import functools
 import json
@@ -50,6 +51,9 @@ class Data:
     eval: str = ""  # held-out pairs, in the same form but without weights; empty: no evaluation
     format: str = "auto"  # auto | plain | chat | hh | ranked | unpaired; auto: from each source's first rows
     rankings: str = "all"  # pairs made from a ranking; all: every two answers; best: the best with each other answer
+    turns: str = "assistant"  # assistant | last | all: what is scored of an answer of several turns
+    on_template_loss: str = "error"  # error | warn: what to do where a chat template leaves out text of the data
+    date: str = ""  # YYYY-MM-DD, the day that chat templates write; empty: the day on which the run began
     shuffle: bool = True  # true: a new order each epoch, drawn from seed; false: file order
     max_length: int = 1024  # tokens of prompt and answer together, >= 2; longer sequences are truncated
     max_prompt_length: int = 512  # tokens of the prompt, >= 1 and < data.max_length; longer prompts are truncated
@@ -222,6 +226,13 @@ def _is_pattern(text: str) -> bool:
         return False
 
 
+def _is_day(text: str) -> bool:
+    try:
+        return not text or datetime.date.fromisoformat(text).isoformat() == text
+    except ValueError:
+        return False
+
+
 _POSITIVE: Rule = (lambda value: 0 < value < math.inf, "a number > 0")
 _SHARE: Rule = (lambda value: 0 < value <= 1, "a number in (0, 1]")
 _AXIS: Rule = (lambda value: value == -1 or value >= 1, "a number >= 1, or -1 for all remaining devices")
@@ -245,6 +256,9 @@ _RULES: tuple[tuple[str, Rule], ...] = (  # as the comments of the fields; an un
     ("data.truncate_prompt", _one_of("keep_end", "keep_start", "error")),
     ("data.on_bad_row", _one_of("error", "skip")),
     ("data.rankings", _one_of("all", "best")),
+    ("data.turns", _one_of("assistant", "last", "all")),
+    ("data.on_template_loss", _one_of("error", "warn")),
+    ("data.date", (_is_day, "a day as YYYY-MM-DD, or nothing")),
     ("data.layout", _one_of("auto", "shared", "repeated")),
     ("export.dtype", _one_of("", "float32", "bfloat16", "float16")),
     ("prepare", (re.compile(r"([\w.]+:\w+)?").fullmatch, "'module:function', or nothing")),

@@ -82,21 +82,23 @@ def score_pairs(
         logps, sums = jax.device_get(score(batch))
         count = len(part)
         token_sums = {name: values[:count] for name, values in sums.items() if name != "tokens"}
-        tokens = _answer_tokens(sums["tokens"], lengths[part], shape) if "tokens" in sums else None
+        counts = lengths[part], np.asarray(batch.lengths[:count])
+        tokens = _answer_tokens(sums["tokens"], *counts, shape) if "tokens" in sums else None
         yield Scored(part, logps[:count], token_sums, int(batch.count), tokens)
 
 
-def _answer_tokens(entries: tuple[np.ndarray, ...], lengths: np.ndarray, shape: Shape) -> list[list[AnswerTokens]]:
+def _answer_tokens(
+    entries: tuple[np.ndarray, ...], lengths: np.ndarray, scored: np.ndarray, shape: Shape
+) -> list[list[AnswerTokens]]:
     """Splits arrays of scored tokens [A, R, T, ...] by pair and answer."""
 
     def of_answer(start: np.ndarray, tokens: int) -> AnswerTokens:
         micro, row, first = start
         return AnswerTokens(*(array[micro, row, first : first + tokens] for array in entries))
 
-    starts = answer_starts(lengths, shape)
+    starts = answer_starts(lengths, scored, shape)
     return [
-        [of_answer(*answer) for answer in zip(*pair, strict=True)]
-        for pair in zip(starts, lengths[:, 1:].tolist(), strict=True)
+        [of_answer(*answer) for answer in zip(*pair, strict=True)] for pair in zip(starts, scored.tolist(), strict=True)
     ]
 
 

@@ -52,7 +52,8 @@ def run(config: Config, folder: Path) -> None:
       state is saved.
     """
     watch = Stopwatch()
-    unresolved, config = config, resolve_paths(config, folder)
+    unresolved = workdir.dated(config, folder, store_folder(resolve_paths(config, folder), folder))
+    config = resolve_paths(unresolved, folder)
     checks.check_model_named(config)
     objective = objective_of(config.loss)
     checks.check_names(config, objective)
@@ -327,7 +328,7 @@ def evaluate_on_eval(
     return evaluate(
         functools.partial(programs.score, params),
         summary,
-        EvalSet(pairs, pairs.lengths, values.get("eval"), inputs.mismatched.get("eval")),
+        EvalSet(pairs, pairs.lengths, values.get("eval"), inputs.mismatched.get("eval"), pairs.scored),
         shape=programs.score_shape,
         running=running,
     )

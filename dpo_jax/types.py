@@ -36,6 +36,17 @@ class Row(NamedTuple):
     fields: dict[str, Any]
 
 
+Spans: TypeAlias = tuple[tuple[int, int], ...]  # ranges of characters in a text, [begin, end)
+
+
+class Omission(NamedTuple):
+    """Text of a row that a chat template did not write."""
+
+    part: str  # the kind of text, such as "reasoning" or "a tool call"
+    answer: int  # index of the answer in the row; -1: the prompt
+    text: str
+
+
 @dataclasses.dataclass(frozen=True)
 class Pair:
     """A preference as text: a model reads `prompt + chosen` and `prompt + rejected`.
@@ -50,6 +61,9 @@ class Pair:
     others: tuple[str, ...] = ()  # of a ranking: the answers after the second best, in order
     templated: bool = False  # written by a chat template: special tokens are in the text, none are added
     reference: tuple[float, float] | None = None  # reference log-probs from the data, in nats: chosen, rejected
+    scored: tuple[Spans, ...] = ()  # for each answer, the parts of its text that are scored; empty: all answers, whole
+    omissions: tuple[Omission, ...] = ()  # what the template left out of the row
+    droppable: int = 0  # exchanges at the start of the prompt that can be dropped, see `templates.drop_oldest`
 
     @property
     def answers(self) -> tuple[str, ...]:
@@ -58,7 +72,10 @@ class Pair:
 
 
 class Encoded(NamedTuple):
-    """A preference as token ids, truncated and with EOS. A missing answer has no ids."""
+    """A preference as token ids, truncated and with EOS. A missing answer has no ids.
+
+    Answer tokens that are read but not scored are stored as ~id, see `data.marks`.
+    """
 
     prompt: Int[np.ndarray, "prompt_tokens"]
     chosen: Int[np.ndarray, "chosen_tokens"]

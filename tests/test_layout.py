@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from dpo_jax.data import layout, packing
+from dpo_jax.data.marks import mark, unmark
 from dpo_jax.types import Encoded, InputError
 
 PAIR = Encoded(np.array([10, 11, 12]), np.array([20, 21, 22]), np.array([30, 31, 32]))
@@ -41,8 +42,27 @@ def rankings(count, answers, seed=0, longest=20):
 
 def tokens_of(pairs, likely):
     """Of each answer, its tokens and those that follow in number in place of each, and the negated halves of them."""
-    each = [[answer[:, None] + np.arange(likely) for answer in pair.answers] for pair in pairs]
+    each = [[answer[answer >= 0][:, None] + np.arange(likely) for answer in pair.answers] for pair in pairs]
     return [[(ids, -ids / 2) for ids in answers] for answers in each]
+
+
+def partly_scored(pairs, seed=1):
+    """A stretch within each answer of several tokens is not scored; its last token is."""
+    rng = np.random.default_rng(seed)
+
+    def marked(ids):
+        begin, end = np.sort(rng.integers(0, max(len(ids), 1), 2))
+        inside = (np.arange(len(ids)) >= begin) & (np.arange(len(ids)) < end)
+        return mark(ids, ~inside)
+
+    return [Encoded.of(pair.prompt, *map(marked, pair.answers)) for pair in pairs]
+
+
+def scored_of(pairs):
+    """Scored tokens [N, K]."""
+    width = max(len(pair.answers) for pair in pairs)
+    counts = [[int((ids >= 0).sum()) for ids in pair.answers] for pair in pairs]
+    return np.array([[*each, *[0] * (width - len(each))] for each in counts])
 
 
 def lengths_of(pairs):
@@ -59,6 +79,8 @@ SETS = {
     "three": rankings(8, 3, longest=12),
     "four": rankings(8, 4, longest=12),
     "five": rankings(8, 5, longest=10),
+    "turns": partly_scored(random_pairs(8)),
+    "turns of four": partly_scored(rankings(8, 4, longest=12)),
 }
 
 
@@ -119,13 +141,13 @@ def test_every_target_is_predicted_from_exactly_its_own_prefix(name, kind):
     for row, entry in np.argwhere(rows.slot >= 0):
         pair, side = divmod(int(rows.slot[row, entry]), answers)
         answer = pairs[pair].answers[side]
-        scored = seen[pair, side]
+        at = np.flatnonzero(answer >= 0)[seen[pair, side]]
         source = rows.source[row, entry]
-        assert seen_sequence(rows, row, source) == [*pairs[pair].prompt, *answer[:scored]]
-        assert rows.positions[row, source] == len(pairs[pair].prompt) + scored - 1
-        assert rows.target[row, entry] == answer[scored]
+        assert seen_sequence(rows, row, source) == [*pairs[pair].prompt, *unmark(answer[:at])]
+        assert rows.positions[row, source] == len(pairs[pair].prompt) + at - 1
+        assert rows.target[row, entry] == answer[at]
         seen[pair, side] += 1
-    assert [*seen.values()] == batch.lengths.ravel().tolist() == lengths_of(pairs)[:, 1:].ravel().tolist()
+    assert [*seen.values()] == batch.lengths.ravel().tolist() == scored_of(pairs).ravel().tolist()
     assert batch.present.sum(0).tolist() == (batch.lengths > 0).any(1).tolist()
 
 
@@ -465,12 +487,12 @@ def test_answers_begin_where_their_slots_do(name, pairs):
     lengths = lengths_of(pairs)
     shape = packing.Shape(9, rows=4, row_length=64, microbatches=9, layout=name, answers=lengths.shape[1] - 1)
     slot = layout.collate(pairs, None, shape).rows.slot
-    starts = layout.answer_starts(lengths, shape)
+    starts = layout.answer_starts(lengths, scored_of(pairs), shape)
     for pair, side in np.argwhere(lengths[:, 1:]):
         micro, row, at = starts[pair, side]
         expected = shape.answers * pair + side
         assert np.argwhere(slot == expected)[0].tolist() == [micro, row, at]
-        assert (slot[micro, row, at : at + lengths[pair, 1 + side]] == expected).all()
+        assert (slot[micro, row, at : at + scored_of(pairs)[pair, side]] == expected).all()
 
 
 @pytest.mark.parametrize("pairs", SETS.values(), ids=SETS.keys())

@@ -53,11 +53,12 @@ def words(tokenizer, encoded):
 
 def test_encode_keeps_the_ids_that_prompt_and_answer_have_together():
     tokenizer = make_tokenizer()
-    encoded, *cuts, split = encode_one(PAIR, tokenizer)
+    outcome = encode_one(PAIR, tokenizer)
+    encoded = outcome.encoded
     for side, text in ((encoded.chosen, PAIR.chosen), (encoded.rejected, PAIR.rejected)):
         assert [*encoded.prompt, *side[:-1]] == tokenizer(PAIR.prompt + text)["input_ids"]
     assert encoded.prompt.tolist() == tokenizer(PAIR.prompt)["input_ids"]
-    assert (cuts, split) == ([0, (0, 0)], False)
+    assert outcome == tokenize.Outcome(encoded, answer_cuts=(0, 0))
     assert all(ids.dtype == np.int32 for ids in sides(encoded))
 
 

@@ -58,24 +58,40 @@ def shares_of(config: DecoderConfig, shapes: Mapping[str, tuple[int, ...]], trai
     return Shares(blocks / total, float(head), adapters)
 
 
-def train_flops(config: DecoderConfig, lengths: Int[np.ndarray, "P _"], layout: str, shares: Shares = WHOLE) -> float:
-    """Operations of one update on pairs with these token counts of prompt and answers."""
-    frozen = frozen_flops(config, *tokens_of(lengths, layout), shares)
-    return 3 * forward_flops(config, lengths, layout, shares) - frozen
+def train_flops(
+    config: DecoderConfig,
+    lengths: Int[np.ndarray, "P _"],
+    layout: str,
+    shares: Shares = WHOLE,
+    scored: int | None = None,
+) -> float:
+    """Operations of one update on pairs; arguments as those of `forward_flops`."""
+    frozen = frozen_flops(config, *tokens_of(lengths, layout, scored), shares)
+    return 3 * forward_flops(config, lengths, layout, shares, scored) - frozen
 
 
-def forward_flops(config: DecoderConfig, lengths: Int[np.ndarray, "P _"], layout: str, shares: Shares = WHOLE) -> float:
-    """Operations of one forward pass over pairs with these token counts of prompt and answers."""
+def forward_flops(
+    config: DecoderConfig,
+    lengths: Int[np.ndarray, "P _"],
+    layout: str,
+    shares: Shares = WHOLE,
+    scored: int | None = None,
+) -> float:
+    """Operations of one forward pass over pairs with these token counts of prompt and answers.
+
+    Args:
+      scored: tokens that are scored, in all of the pairs; None: every token of an answer.
+    """
     windows = collections.Counter(config.windows)
     seen = sum(count * visible_pairs(lengths, layout, window) for window, count in windows.items())
-    products = product_flops(config, *tokens_of(lengths, layout), shares)
+    products = product_flops(config, *tokens_of(lengths, layout, scored), shares)
     return products + 4.0 * config.heads * config.head_dim * seen
 
 
-def tokens_of(lengths: Int[np.ndarray, "P _"], layout: str) -> tuple[int, int]:
-    """Counts the tokens of pairs that pass through the blocks, and those that are scored."""
+def tokens_of(lengths: Int[np.ndarray, "P _"], layout: str, scored: int | None = None) -> tuple[int, int]:
+    """Counts the tokens of pairs that pass through the blocks, and those that are scored; None: all of the answers."""
     lengths = np.asarray(lengths, np.int64)
-    return int(unit_lengths(lengths, layout).sum()), int(lengths[:, 1:].sum())
+    return int(unit_lengths(lengths, layout).sum()), int(lengths[:, 1:].sum()) if scored is None else scored
 
 
 def product_flops(config: DecoderConfig, tokens: int, scored: int, shares: Shares = WHOLE) -> float:

@@ -58,6 +58,11 @@ class PairSubset:
         return self.pairs.lengths[self.indices]
 
     @property
+    def scored(self) -> Int32[np.ndarray, "n K"]:
+        """Scored tokens of each answer."""
+        return self.pairs.scored[self.indices]
+
+    @property
     def keys(self) -> UInt64[np.ndarray, "n 2"]:
         """Digests of the pairs' token ids."""
         return self.pairs.keys[self.indices]

@@ -8,9 +8,9 @@ import functools
 import itertools
 import json
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeAlias, TypeVar
 
 import numpy as np
 import xxhash
@@ -19,13 +19,18 @@ from transformers import PreTrainedTokenizerBase
 
 from dpo_jax.data.formats import FORMATS, RANKINGS, detect, header_left_out, kind_of, render
 from dpo_jax.data.keys import content_key
+from dpo_jax.data.marks import count_scored
 from dpo_jax.data.mismatched import MismatchedPairs, mismatched
 from dpo_jax.data.sources import Source, read
-from dpo_jax.data.tokenize import Outcome, TokenizationRules, encode, identity
+from dpo_jax.data.templates import TURNS, TemplateLoss, excerpt, writes_date
+from dpo_jax.data.tokenize import Outcome, TokenizationRules, TooLong, encode, identity
+from dpo_jax.data.written import PROMPT
 from dpo_jax.runtime import files
-from dpo_jax.types import Encoded, InputError, Pair, Row, check_choice
+from dpo_jax.types import Encoded, InputError, Omission, Pair, Row, check_choice
 
-CACHE_VERSION = 3  # to be raised when the same rows would be tokenized, ordered or stored differently
+CACHE_VERSION = 4  # to be raised when the same rows would be tokenized, ordered or stored differently
+
+LOSSES = ("error", "warn")  # values of `on_template_loss`
 
 _CHUNK_ROWS = 250  # rows in memory at a time
 _PLACES = 5  # most dropped rows that the report names for one reason
@@ -33,10 +38,11 @@ _REASONS = 20  # most reasons that the report lists; further ones are counted to
 
 # File name: dtype, values per pair (0: a vector without a second axis).
 _COLUMNS = {
-    "tokens": (np.int32, 0),  # ids of prompt, chosen, rejected and further answers, pair after pair
+    "tokens": (np.int32, 0),  # ids of prompt, chosen, rejected and further answers, pair after pair; see `marks`
     "starts": (np.int64, 0),  # index of each pair's first id in tokens
     "lengths": (np.int32, 0),  # tokens of prompt, chosen, rejected and further answers, pair after pair
     "counts": (np.int32, 0),  # entries of each pair in lengths: 1 + its answers
+    "scored": (np.int32, 0),  # scored tokens of chosen, rejected and further answers, pair after pair
     "keys": (np.uint64, 2),
     "reference": (np.float64, 2),
     "source": (np.int32, 0),
@@ -50,11 +56,16 @@ _COUNTS = (
     "prompt_tokens_cut",
     "answers_cut",
     "answer_tokens_cut",
+    "exchanges_cut",
+    "partly_scored",
+    "unscored_tokens",
+    "inner_ends",
     "boundary_split",
     "reference_given",
 )
 
 T = TypeVar("T")
+Encoder: TypeAlias = Callable[[Sequence[Pair]], list[Outcome | TooLong | InputError]]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -68,11 +79,12 @@ class PairSet:
     report: dict[str, Any]  # counts of what was read, truncated and dropped; see `load`
     keys: UInt64[np.ndarray, "N 2"]  # digest of each pair's token ids
     lengths: Int32[np.ndarray, "N _"]  # tokens of prompt, chosen, rejected and, of rankings, other answers: [N, 1 + K]
+    scored: Int32[np.ndarray, "N _"]  # scored tokens of each answer, at most its length
     reference: Float64[np.ndarray, "N K"]  # reference log-probs given with the data, in nats; nan: none
     source: Int32[np.ndarray, " N"]  # index into names
     numbers: Int64[np.ndarray, " N"]  # line or row in the source, counted from 1
     starts: Int64[np.ndarray, " N"]  # index of each pair's first id in tokens
-    tokens: Int32[np.ndarray, " T"]  # ids of all pairs
+    tokens: Int32[np.ndarray, " T"]  # ids of all pairs; those of answers that are not scored are marked, see `marks`
 
     def __len__(self) -> int:
         return len(self.starts)
@@ -85,14 +97,15 @@ class PairSet:
 
     def without_rejected(self) -> PairSet:
         """Returns the pairs with chosen answers only, for an objective that does not read rejected ones."""
-        lengths = self.lengths[:, :3] * np.array([1, 1, 0], np.int32)
-        return dataclasses.replace(self, lengths=lengths, reference=self.reference[:, :2])
+        kept = np.array([1, 1, 0], np.int32)
+        lengths, scored = self.lengths[:, :3] * kept, self.scored[:, :2] * kept[1:]
+        return dataclasses.replace(self, lengths=lengths, scored=scored, reference=self.reference[:, :2])
 
     def widened(self, answers: int) -> PairSet:
         """Returns the pairs with columns for at least this many answers, as in a batch with longer rankings."""
         # Missing answers have no tokens and log-probs of 0, the sum over none.
-        lengths, reference = _wider(self.lengths, 1 + answers), _wider(self.reference, answers)
-        return dataclasses.replace(self, lengths=lengths, reference=reference)
+        lengths, scored = _wider(self.lengths, 1 + answers), _wider(self.scored, answers)
+        return dataclasses.replace(self, lengths=lengths, scored=scored, reference=_wider(self.reference, answers))
 
     def mismatched(self, max_length: int, *, place: str) -> MismatchedPairs:
         """Returns each prompt with the answers of another prompt, truncated to `max_length` tokens together.
@@ -115,6 +128,14 @@ class ReadingRules:
         str  # error; skip: rows that cannot be rendered or encoded are dropped, with all their pairs, and counted
     )
     rankings: str  # one of `formats.RANKINGS`
+    turns: str = "assistant"  # one of `templates.TURNS`
+    date: str = ""  # YYYY-MM-DD, the day that templates write; empty: today
+    on_template_loss: str = "error"  # error; warn: rows of which a template leaves something out are used as they are
+
+    @property
+    def strict(self) -> bool:
+        """Whether a template must write everything."""
+        return self.on_template_loss == "error"
 
 
 def load(
@@ -130,8 +151,12 @@ def load(
 
     The report holds `rows`, rows read; `pairs`, pairs made of them (several of a ranking); `dropped`, a list of
     {reason, rows, places}; `prompts_cut`, `prompt_tokens_cut`, `answers_cut` and `answer_tokens_cut`, truncation;
-    `boundary_split`, pairs whose answers were tokenized separately; `reference_given`, pairs with reference log-probs
-    of their own; and `sources`, a list of {name, weight, digest, format, rows, pairs, header_left_out}.
+    `exchanges_cut`, exchanges dropped from the start of long prompts; `boundary_split`, pairs whose answers were
+    tokenized separately; `partly_scored` and `unscored_tokens`, answers with tokens that are not scored; `inner_ends`,
+    answers with EOS inside; `omitted`, what template and tokenizer left out, a list of
+    {part, side, count, place, text};
+    `reference_given`, pairs with reference log-probs of their own; and `sources`, a list of {name, weight, digest,
+    format, rows, pairs, header_left_out}.
 
     Args:
       spec, split: as in `sources.read`.
@@ -142,6 +167,10 @@ def load(
     check_choice("data.format", reading.format, ("auto", *FORMATS))
     check_choice("data.on_bad_row", reading.on_bad_row, ("error", "skip"))
     check_choice("data.rankings", reading.rankings, RANKINGS)
+    check_choice("data.turns", reading.turns, TURNS)
+    check_choice("data.on_template_loss", reading.on_template_loss, LOSSES)
+    if not writes_date(tokenizer.chat_template):
+        reading = dataclasses.replace(reading, date="")
     sources = read(spec, split=split)
     rules = {**dataclasses.asdict(reading), **dataclasses.asdict(tokenization), **identity(tokenizer)}
     parts = [[source.digest, source.weight] for source in sources]
@@ -152,6 +181,8 @@ def load(
         with _replacing(folder) as unfinished, _EntryWriter(unfinished) as writer:
             for source in sources:
                 _tokenize_source(source, writer, encoder, reading, tokenizer)
+            if reading.strict:
+                writer.check_whole(spec)
             writer.finish(spec)
     return _open(folder, sources)
 
@@ -215,6 +246,17 @@ class _Dropped:
     places: list[list[int]]
 
 
+@dataclasses.dataclass
+class _Omitted:
+    """Entry of the report: text of a kind that was left out."""
+
+    part: str  # such as "reasoning"
+    side: str  # prompts | answers
+    count: int  # prompts or answers concerned
+    place: list[int]  # the first of them, as [source, number]
+    text: str  # of its text, what was left out
+
+
 class _EntryWriter:
     """Writes a cache entry: appends pairs to its files, one source at a time, and counts for the report."""
 
@@ -224,6 +266,7 @@ class _EntryWriter:
         self.counts = dict.fromkeys(_COUNTS, 0)
         self.dropped: dict[str, _Dropped] = {}
         self.sources: list[_SourceCounts] = []
+        self.omitted: dict[tuple[str, str], _Omitted] = {}
         self.kind = ""
 
     def __enter__(self) -> _EntryWriter:
@@ -257,6 +300,7 @@ class _EntryWriter:
             "tokens": np.concatenate([ids for pair in encoded for ids in (pair.prompt, *pair.answers)]),
             "lengths": np.concatenate(lengths),
             "counts": np.array([len(each) for each in lengths]),
+            "scored": np.array([count_scored(ids) for pair in encoded for ids in pair.answers]),
             "keys": np.array([content_key(pair) for pair in encoded], np.uint64),
             "reference": np.array([pair.reference or (np.nan, np.nan) for pair, _ in good]),
             "source": np.full(len(good), len(self.sources) - 1),
@@ -282,6 +326,32 @@ class _EntryWriter:
                 entry.places.append([len(self.sources) - 1, _number(error.place)])
         self.sources[-1].rows += len(bad)
 
+    def omit(self, rows: Iterable[tuple[str, Sequence[Omission]]]) -> None:
+        """Counts what was left out of rows of the current source, each given by its place."""
+        for place, omissions in rows:
+            longest = {(each.part, each.answer): each for each in sorted(omissions, key=lambda each: len(each.text))}
+            for (part, answer), omission in longest.items():
+                side = "prompts" if answer == PROMPT else "answers"
+                first = _Omitted(part, side, 0, [len(self.sources) - 1, _number(place)], omission.text)
+                self.omitted.setdefault((part, side), first).count += 1
+
+    def check_whole(self, spec: str) -> None:
+        """Raises InputError, with counts and examples, if anything was left out."""
+        if not self.omitted:
+            return
+        most = sorted(self.omitted.values(), key=lambda entry: -entry.count)
+        listed = [
+            f"{entry.part} in {entry.count} {entry.side} (such as {excerpt(entry.text)} at {entry.place[1]})"
+            for entry in most
+        ]
+        raise InputError(
+            f"data {spec!r}",
+            got=f"text is lost on its way to the model: {'; '.join(listed)}",
+            expected="a chat template and a tokenizer that write all of it",
+            remedy="Give such a template (tokenizer.path, chat_template_kwargs), take the text out of the data, or set "
+            'data.on_template_loss="warn" to train on what is left.',
+        )
+
     def finish(self, spec: str) -> None:
         """Writes the report. Raises: InputError if there is no pair."""
         rows = sum(source.rows for source in self.sources)
@@ -293,7 +363,8 @@ class _EntryWriter:
                 expected="at least one preference that can be used",
                 remedy="Correct the data or data.format.",
             )
-        lists = {"dropped": dropped, "sources": self.sources}
+        omitted = sorted(self.omitted.values(), key=lambda entry: -entry.count)
+        lists = {"dropped": dropped, "omitted": omitted, "sources": self.sources}
         entries = {name: [dataclasses.asdict(entry) for entry in values] for name, values in lists.items()}
         report = {"kind": self.kind, "rows": rows, **self.counts, **entries}
         files.write_text(self.folder / "report.json", json.dumps(report, indent=1))
@@ -302,8 +373,21 @@ class _EntryWriter:
 def _counts_of(pair: Pair, outcome: Outcome) -> tuple[int, ...]:
     """Contribution of one pair to each of _COUNTS."""
     prompt_cut, cuts = outcome.prompt_cut, outcome.answer_cuts
-    has_reference = pair.reference is not None
-    return 1, bool(prompt_cut), prompt_cut, sum(map(bool, cuts)), sum(cuts), outcome.boundary_split, has_reference
+    answers = outcome.encoded.answers
+    unscored = sum(len(ids) - count_scored(ids) for ids in answers)
+    return (
+        1,
+        bool(prompt_cut),
+        prompt_cut,
+        sum(map(bool, cuts)),
+        sum(cuts),
+        outcome.exchanges_cut,
+        sum(count_scored(ids) < len(ids) for ids in answers),
+        unscored,
+        outcome.inner_ends,
+        outcome.boundary_split,
+        pair.reference is not None,
+    )
 
 
 def _number(place: str) -> int:
@@ -314,7 +398,7 @@ def _number(place: str) -> int:
 def _tokenize_source(
     source: Source,
     writer: _EntryWriter,
-    encoder: Callable[[Sequence[Pair]], list[Outcome | InputError]],
+    encoder: Encoder,
     reading: ReadingRules,
     tokenizer: PreTrainedTokenizerBase,
 ) -> None:
@@ -327,25 +411,81 @@ def _tokenize_source(
             kind = kind_of(format, reading.rankings)
             writer.begin(source, format, kind, _header_left_out(chunk, format, tokenizer))
             first = False
-        renderer = functools.partial(render, format=format, rankings=reading.rankings, tokenizer=tokenizer)
-        rendered = [_or_error(functools.partial(renderer, row)) for row in chunk]
-        encoded = iter(encoder([pair for item in rendered if isinstance(item, list) for pair in item]))
-        results = [_with_outcomes(item, encoded) if isinstance(item, list) else item for item in rendered]
-        bad = [result for result in results if isinstance(result, InputError)]
+        renderer = functools.partial(
+            render,
+            format=format,
+            rankings=reading.rankings,
+            tokenizer=tokenizer,
+            turns=reading.turns,
+            date=reading.date,
+        )
+        results = _encoded(chunk, renderer, encoder)
+        lost = [result for result in results if isinstance(result, TemplateLoss)] if reading.strict else []
+        bad = [result for result in results if isinstance(result, InputError) and result not in lost]
         if bad and not skip:
             raise bad[0]
         good = [result for result in results if isinstance(result, list)]
+        writer.omit([(each.place, each.omissions) for each in lost])
+        writer.omit([(pairs[0][0].place, _row_omissions(pairs)) for pairs in good])
         writer.add(list(itertools.chain(*good)), rows=len(good))
         writer.drop(bad)
 
 
+def _encoded(
+    rows: Sequence[Row], renderer: Callable[..., list[Pair]], encoder: Encoder
+) -> list[list[tuple[Pair, Outcome]] | InputError]:
+    """Renders and encodes rows: for each, its pairs with their outcomes, or the error that makes it a bad row.
+
+    A conversation whose prompt is too long is rendered again without its oldest exchange, and so on, until it fits or
+    one exchange is left, which is then truncated.
+    """
+    results: list[list[tuple[Pair, Outcome]] | InputError | None] = [None] * len(rows)
+    waiting, full, drop = list(range(len(rows))), dict[int, int](), 0
+    while waiting:
+        rendered = {i: _or_error(functools.partial(renderer, rows[i], drop=drop)) for i in waiting}
+        encoded = iter(encoder([pair for item in rendered.values() if isinstance(item, list) for pair in item]))
+        waiting = []
+        for i, pairs in rendered.items():
+            if isinstance(pairs, InputError):
+                results[i] = pairs
+                continue
+            outcomes = list(itertools.islice(encoded, len(pairs)))
+            too_long = [each.prompt_tokens for each in outcomes if isinstance(each, TooLong)]
+            if too_long:
+                full.setdefault(i, max(too_long))
+                waiting.append(i)
+            else:
+                results[i] = _with_outcomes(pairs, outcomes, full.get(i), drop)
+        drop += 1
+    return [each for each in results if each is not None]
+
+
 def _with_outcomes(
-    pairs: Sequence[Pair], encoded: Iterator[Outcome | InputError]
+    pairs: Sequence[Pair], outcomes: Sequence[Outcome | TooLong | InputError], full: int | None, drop: int
 ) -> list[tuple[Pair, Outcome]] | InputError:
-    """The pairs of a row, each with the next outcome; or the first error among the outcomes."""
-    outcomes = list(itertools.islice(encoded, len(pairs)))
-    good = [(pair, outcome) for pair, outcome in zip(pairs, outcomes, strict=True) if isinstance(outcome, Outcome)]
-    return next((outcome for outcome in outcomes if isinstance(outcome, InputError)), good)
+    """The pairs of a row, each with its outcome; or the first error among the outcomes.
+
+    Args:
+      full: tokens of the prompt before exchanges were dropped; None: none were.
+      drop: exchanges that were.
+    """
+    good = []
+    for pair, outcome in zip(pairs, outcomes, strict=True):
+        if isinstance(outcome, InputError):
+            return outcome
+        assert isinstance(outcome, Outcome)
+        if full is not None:
+            cut = full - len(outcome.encoded.prompt)
+            outcome = outcome._replace(prompt_cut=cut, exchanges_cut=drop)
+        good.append((pair, outcome))
+    return good
+
+
+def _row_omissions(pairs: Sequence[tuple[Pair, Outcome]]) -> tuple[Omission, ...]:
+    """What template and tokenizer left out of a row, each of its answers counted once."""
+    of_template = pairs[0][0].omissions
+    of_tokenizer = [each for _, outcome in pairs for each in outcome.omissions]
+    return (*of_template, *dict.fromkeys(of_tokenizer))
 
 
 def _or_error(function: Callable[[], T]) -> T | InputError:
@@ -377,7 +517,8 @@ def _open(folder: Path, sources: Sequence[Source]) -> PairSet:
     try:
         arrays = {name: np.load(folder / f"{name}.npy", mmap_mode="r") for name in _COLUMNS}
         report = json.loads((folder / "report.json").read_text())
-        arrays["lengths"] = _padded(arrays["lengths"], arrays.pop("counts"))
+        counts = arrays.pop("counts")
+        arrays |= {"lengths": _padded(arrays["lengths"], counts), "scored": _padded(arrays["scored"], counts - 1)}
     except (OSError, ValueError) as error:
         raise InputError(
             str(folder),
@@ -387,6 +528,9 @@ def _open(folder: Path, sources: Sequence[Source]) -> PairSet:
         ) from error
     for entry in report["dropped"]:
         entry["places"] = [f"{sources[source].name}:{number}" for source, number in entry["places"]]
+    for entry in report["omitted"]:
+        source, number = entry["place"]
+        entry["place"] = f"{sources[source].name}:{number}"
     for entry, source in zip(report["sources"], sources, strict=True):
         entry.update(name=source.name, weight=source.weight, digest=source.digest)
     names = tuple(source.name for source in sources)
@@ -403,11 +547,11 @@ def _wider(array: np.ndarray, width: int) -> np.ndarray:
     return np.pad(array, ((0, 0), (0, more))) if more > 0 else array
 
 
-def _padded(lengths: np.ndarray, counts: np.ndarray) -> np.ndarray:
-    """Lengths as an array [N, 1 + K], 0 for missing answers, from those of all pairs in a row and their counts."""
+def _padded(numbers: np.ndarray, counts: np.ndarray) -> np.ndarray:
+    """Numbers of N pairs as an array [N, most], padded with 0, from those of all pairs in a row and their counts."""
     most = int(counts.max())
     if counts.sum() == len(counts) * most:
-        return lengths.reshape(-1, most)  # a view of the file
+        return numbers.reshape(-1, most)  # a view of the file
     padded = np.zeros((len(counts), most), np.int32)
-    padded[np.arange(most) < counts[:, None]] = lengths
+    padded[np.arange(most) < counts[:, None]] = numbers
     return padded

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os.path
-from typing import Any
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
 from transformers import PreTrainedTokenizerBase
 
 from dpo_jax.data import chat, templates
 from dpo_jax.data.columns import DROP, as_text, check_characters, check_different, column, is_given, number, text
-from dpo_jax.types import InputError, Pair, Row
+from dpo_jax.data.templates import TemplateLoss
+from dpo_jax.types import InputError, Pair, Row, Spans
 
 FORMATS = ("plain", "chat", "hh", "ranked", "unpaired")
 RANKINGS = ("all", "best", "whole")
@@ -52,7 +56,16 @@ def kind_of(format: str, rankings: str) -> str:
     return "unpaired" if format == "unpaired" else "paired"
 
 
-def render(row: Row, *, format: str, tokenizer: PreTrainedTokenizerBase, rankings: str = "all") -> list[Pair]:
+def render(
+    row: Row,
+    *,
+    format: str,
+    tokenizer: PreTrainedTokenizerBase,
+    rankings: str = "all",
+    turns: str = "assistant",
+    date: str = "",
+    drop: int = 0,
+) -> list[Pair]:
     """Renders the preferences of a row as text: one pair, or several from a ranking.
 
     plain: columns prompt, chosen, rejected, used unchanged; no separator is put between them.
@@ -73,9 +86,12 @@ def render(row: Row, *, format: str, tokenizer: PreTrainedTokenizerBase, ranking
     Args:
       format: one of FORMATS; every row must be of it.
       tokenizer: for its chat template.
+      turns, date: see `templates.Templating`.
+      drop: exchanges at the start of a conversation's prompt that are left out, see `templates.drop_oldest`.
       rankings: pairs made of a ranking. all: every two answers of which one is better; best: the best answer with each
         worse one; whole: one item with all answers, whose order must be defined.
-    Raises: InputError for a row of another format, an empty answer, two equal answers, one reference column without the
+    Raises: TemplateLoss for a row whose answers are empty or equal once the template has left out part of them;
+      InputError for a row of another format, an empty answer, two equal answers, one reference column without the
       other or reference columns without a pair, a ranking with too few or invalid numbers, or a conversation that the
       template cannot write.
     """
@@ -86,23 +102,61 @@ def render(row: Row, *, format: str, tokenizer: PreTrainedTokenizerBase, ranking
     conversation = _conversation(row, format)
     if conversation is None:
         prompt, *answers = _texts(row, format)
+        written = Written(prompt, answers, [((0, len(answer)),) for answer in answers])
     else:
-        prompt, answers, _ = templates.write(row, conversation, tokenizer)
-    for name, answer in zip(_names(format, len(answers)), answers, strict=True):
-        if not answer.strip():
-            raise InputError(row.place, got=f"{name} is empty", expected="an answer", remedy=DROP)
-    check_different(row, answers)
-    for each in (prompt, *answers):
-        check_characters(row, each)
-    templated = conversation is not None
+        conversation = conversation._replace(prompt=templates.drop_oldest(conversation.prompt, drop))
+        templated = templates.write(row, conversation, templates.Templating(tokenizer, turns, date))
+        written = Written(
+            templated.prompt,
+            templated.answers,
+            templated.scored,
+            {
+                "templated": True,
+                "omissions": tuple(templated.omissions),
+                "droppable": templates.droppable(conversation.prompt),
+            },
+        )
+    _check_written(row, written, _names(format, len(written.answers)))
     if format == "ranked":
-        return _of_ranking(row, prompt, answers, rankings, templated)
+        return _of_ranking(row, written, rankings)
     if format == "unpaired":
         _check_no_reference(row, "one completion")
-        chosen, rejected = (answers[0], "") if _is_desirable(row) else ("", answers[0])
-        return [Pair(row.place, prompt, chosen, rejected, templated=templated)]
-    chosen, rejected = answers
-    return [Pair(row.place, prompt, chosen, rejected, templated=templated, reference=_reference(row))]
+        return [written.pair(row, (0, None) if _is_desirable(row) else (None, 0))]
+    return [dataclasses.replace(written.pair(row, (0, 1)), reference=_reference(row))]
+
+
+class Written(NamedTuple):
+    """Prompt and answers of a row as text, in the row's order."""
+
+    prompt: str
+    answers: list[str]
+    scored: Sequence[Spans]  # the parts of each answer that are scored
+    fields: Mapping[str, Any] = MappingProxyType({})  # further fields of its pairs
+
+    def pair(self, row: Row, order: Sequence[int | None]) -> Pair:
+        """Returns the pair of these answers, best first; None: a missing answer."""
+        answers = ["" if i is None else self.answers[i] for i in order]
+        scored = tuple(() if i is None else self.scored[i] for i in order)
+        if all(spans == ((0, len(answer)),) for spans, answer in zip(scored, answers, strict=True) if answer):
+            scored = ()
+        chosen, rejected, *others = answers
+        return Pair(row.place, self.prompt, chosen, rejected, tuple(others), scored=scored, **self.fields)
+
+
+def _check_written(row: Row, written: Written, names: Sequence[str]) -> None:
+    """Raises InputError for answers that are empty or equal, TemplateLoss if the template made them so."""
+    try:
+        for name, answer in zip(names, written.answers, strict=True):
+            if not answer.strip():
+                raise InputError(row.place, got=f"{name} is empty", expected="an answer", remedy=DROP)
+        check_different(row, written.answers)
+    except InputError as error:
+        omissions = written.fields.get("omissions", ())
+        if not omissions:
+            raise
+        raise TemplateLoss.of(error, omissions) from error
+    for each in (written.prompt, *written.answers):
+        check_characters(row, each)
 
 
 def header_left_out(row: Row, *, format: str, tokenizer: PreTrainedTokenizerBase) -> str:
@@ -114,7 +168,7 @@ def header_left_out(row: Row, *, format: str, tokenizer: PreTrainedTokenizerBase
     Raises: as `render`.
     """
     conversation = _conversation(row, format)
-    return "" if conversation is None else templates.write(row, conversation, tokenizer).left_out
+    return "" if conversation is None else templates.write(row, conversation, templates.Templating(tokenizer)).left_out
 
 
 def _names(format: str, count: int) -> list[str]:
@@ -158,11 +212,11 @@ def _responses(row: Row) -> list[Any]:
     return value
 
 
-def _of_ranking(row: Row, prompt: str, answers: list[str], rankings: str, templated: bool) -> list[Pair]:
+def _of_ranking(row: Row, written: Written, rankings: str) -> list[Pair]:
     """Pairs of a ranking, or one item with all its answers."""
     _check_no_reference(row, "a ranking")
-    name, values = _values(row, len(answers))
-    order = sorted(range(len(answers)), key=lambda i: -values[i])  # ties in the order of the row
+    name, values = _values(row, len(written.answers))
+    order = sorted(range(len(values)), key=lambda i: -values[i])  # ties in the order of the row
     if rankings == "whole":
         for i, j in zip(order, order[1:], strict=False):
             if values[i] == values[j]:
@@ -172,13 +226,12 @@ def _of_ranking(row: Row, prompt: str, answers: list[str], rankings: str, templa
                     expected=f"different {name}, because the loss reads whole rankings",
                     remedy=DROP,
                 )
-        chosen, rejected, *others = (answers[i] for i in order)
-        return [Pair(row.place, prompt, chosen, rejected, tuple(others), templated=templated)]
+        return [written.pair(row, order)]
     better = order[:1] if rankings == "best" else order
     pairs = [(i, j) for i in better for j in order if values[i] > values[j]]
     if not pairs:
         raise InputError(row.place, got=f"all {name} are equal", expected="one response above another", remedy=DROP)
-    return [Pair(row.place, prompt, answers[i], answers[j], templated=templated) for i, j in pairs]
+    return [written.pair(row, pair) for pair in pairs]
 
 
 def _values(row: Row, count: int) -> tuple[str, list[float]]:

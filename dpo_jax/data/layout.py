@@ -19,7 +19,7 @@ A ranking of more than two answers is laid out in twos, each two answers around 
 Where an interval cannot express the mask that a model needs, the `repeated` layout stores `prompt | answer` for each
 completion. Both layouts are packed, and a model sees only two bounds per token in either. A missing answer, or one that
 the objective does not read, has no tokens: it takes no position and needs no copy of the prompt. A pair without any
-answer is in no row.
+answer is in no row. An answer's token that is read but not scored (see `marks`) takes its position and is no target.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Int
 
+from dpo_jax.data.marks import count_scored, is_scored, unmark
 from dpo_jax.data.packing import Crop, Shape, piece_spaces, plan, unit_lengths
 from dpo_jax.types import Batch, Encoded, Rows
 
@@ -95,7 +96,9 @@ def _around_prompt(prompt: np.ndarray, before: np.ndarray, after: np.ndarray, si
     from_first = np.concatenate([[last], np.arange(c)[::-1]])[: len(before)]
     source = np.concatenate([from_first, last + np.arange(len(after))])
     sides = np.repeat([side, side + 1], [len(before), len(after)])
-    return Unit(tokens, positions, key_start, key_end, source, np.concatenate([before, after]), sides)
+    targets = np.concatenate([before, after])
+    scored = is_scored(targets)
+    return Unit(unmark(tokens), positions, key_start, key_end, source[scored], targets[scored], sides[scored])
 
 
 def _concatenate(units: Sequence[Unit]) -> Unit:
@@ -168,7 +171,8 @@ def collate(
         return stored
 
     scored = np.zeros((shape.pairs, shape.answers), np.int32)
-    scored[: len(pairs)] = lengths[:, 1:]
+    for i, pair in enumerate(pairs):
+        scored[i, : len(pair.answers)] = [count_scored(ids) for ids in pair.answers]
     micro = (shape.microbatches, shape.rows, shape.row_length)
     return Batch(
         rows=map_rows(lambda array: array.reshape(*micro, *array.shape[2:]), rows),
@@ -181,10 +185,16 @@ def collate(
     )
 
 
-def answer_starts(lengths: Int[np.ndarray, "P _"], shape: Shape) -> Int[np.ndarray, "P K 3"]:
+def answer_starts(
+    lengths: Int[np.ndarray, "P _"], scored: Int[np.ndarray, "P K"], shape: Shape
+) -> Int[np.ndarray, "P K 3"]:
     """Place of each answer's first scored token in a batch: (microbatch, row, index in the row).
 
-    The other tokens of the answer follow it. The values of missing answers are meaningless.
+    The other scored tokens of the answer follow it. The values of missing answers are meaningless.
+
+    Args:
+      lengths: token counts of prompt and answers.
+      scored: scored tokens of each answer.
     """
     lengths = np.asarray(lengths)
     spaces = piece_spaces(lengths, shape.layout, shape.row_length)
@@ -196,7 +206,7 @@ def answer_starts(lengths: Int[np.ndarray, "P _"], shape: Shape) -> Int[np.ndarr
                 answers = np.flatnonzero(lengths[pair, 1:])
                 for side in answers if len(spaces[pair]) == 1 else answers[piece : piece + 1]:
                     starts[pair, side] = micro, row, at
-                    at += lengths[pair, 1 + side]
+                    at += scored[pair, side]
     return starts
 
 

@@ -13,6 +13,7 @@ import xxhash
 from jaxtyping import Float64, Int, Int32, UInt64
 
 from dpo_jax.data.keys import content_key
+from dpo_jax.data.marks import count_scored
 from dpo_jax.types import Encoded, InputError, Pairs
 
 
@@ -39,6 +40,11 @@ class MismatchedPairs:
     def keys(self) -> UInt64[np.ndarray, "N 2"]:
         """Digest of each pair's token ids. The first access reads all tokens."""
         return np.array([content_key(self[i]) for i in range(len(self))], np.uint64)
+
+    @functools.cached_property
+    def scored(self) -> Int32[np.ndarray, "N K"]:
+        """Scored tokens of each answer. The first access reads all tokens."""
+        return np.array([[count_scored(ids) for ids in self[i].answers] for i in range(len(self))], np.int32)
 
     @property
     def reference(self) -> Float64[np.ndarray, "N K"]:

@@ -9,6 +9,7 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from dpo_jax.data.dataset import PairSet
+from dpo_jax.data.marks import unmark
 from dpo_jax.data.tokenize import named
 
 _TAIL = 4  # tokens at the end of an answer that may hold its stop token: templates write a line break after it
@@ -81,7 +82,7 @@ def unended(
     endless = [i for i, tail in tails.items() if not np.isin(tail, stops).any()]
     if not stops or not endless:
         return []
-    shown = tokenizer.decode(tails[endless[0]].tolist()[-2:])
+    shown = tokenizer.decode(unmark(tails[endless[0]]).tolist()[-2:])
     return [
         f"{len(endless)} of {len(tails)} answers checked in {name} end in no token that stops generation "
         f"({named(tokenizer, stops)}); {pairs.place(endless[0])} ends in {shown!r}, which eos_token_id in "

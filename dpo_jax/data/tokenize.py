@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple, cast
 
 import numpy as np
 import xxhash
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from dpo_jax.types import Encoded, InputError, Pair
+from dpo_jax.data.written import lost_characters
+from dpo_jax.types import Encoded, InputError, Omission, Pair
 
 TRUNCATIONS = ("keep_end", "keep_start", "error")
 
@@ -37,6 +39,15 @@ class Outcome(NamedTuple):
     prompt_cut: int = 0  # tokens removed from the prompt
     answer_cuts: tuple[int, ...] = ()  # tokens removed from the end of each answer, including its EOS
     boundary_split: bool = False  # a token would have spanned prompt and answer, so they were tokenized separately
+    exchanges_cut: int = 0  # exchanges dropped from the start of the prompt
+    inner_ends: int = 0  # answers that hold more EOS than turns
+    omissions: tuple[Omission, ...] = ()  # characters that the tokenizer has no token for
+
+
+class TooLong(NamedTuple):
+    """A pair that should lose an exchange of its prompt before it is truncated."""
+
+    prompt_tokens: int
 
 
 class SpecialTokens(NamedTuple):
@@ -44,6 +55,7 @@ class SpecialTokens(NamedTuple):
 
     prefix: list[int]  # ids that the tokenizer's post-processing puts first, such as BOS; often none
     eos: int
+    ends: tuple[str, ...]  # texts of special tokens: an answer that ends in one has its end already
 
 
 class Parts(NamedTuple):
@@ -101,7 +113,7 @@ def encode(
     pairs: Sequence[Pair],
     tokenizer: PreTrainedTokenizerBase,
     rules: TokenizationRules,
-) -> list[Outcome | InputError]:
+) -> list[Outcome | TooLong | InputError]:
     """Tokenizes pairs; returns, for each, its token ids or the error that makes it a bad row.
 
     Boundary: prompt and answer are tokenized together, and the ids after the prompt's own are the answer. If a token
@@ -109,22 +121,33 @@ def encode(
     has no tokens.
 
     Special tokens: plain text starts with the ids that the tokenizer itself puts first (usually BOS), and each answer
-    ends in exactly one EOS. Text that a chat template wrote has its special tokens already; none are added.
+    ends in exactly one EOS; an answer that ends in a special token of its own, with or without blanks after it, keeps
+    that one. Text that a chat template wrote has its special tokens already; none are added.
+
+    Scored tokens: of an answer with `scored` ranges, the tokens in them; the others are marked, see `marks`, and those
+    at its end are dropped. If a token would span the end of a range, the parts of the answer are tokenized separately.
 
     Truncation, as in the original DPO: if the prompt and the longest answer exceed `max_length`, the prompt is
     truncated to `max_prompt_length`, keeping a leading BOS; then each answer is truncated to the remaining length. A
     truncated answer has no EOS.
 
-    Returns: an Outcome for each pair; or an InputError if the prompt is too long and `truncate_prompt` is error, if
-      prompt or answer has no token, if two answers are the same tokens after truncation, or if a pair with reference
-      log-probs of its own would be truncated.
+    Returns: an Outcome for each pair. TooLong in place of it where `truncate_prompt` is keep_end, the prompt would be
+      truncated, and exchanges at its start could be dropped first. An InputError if the prompt is too long and
+      `truncate_prompt` is error, if the prompt has no token or an answer no scored one, if two answers are the same
+      tokens after truncation, or if a pair with reference log-probs of its own would be truncated.
     Raises: InputError for bad rules, plain text and a tokenizer without EOS, and ids that the model does not have.
     """
     _check_rules(rules)
-    outcomes: list[Outcome | InputError] = []
-    for pair, parts in zip(pairs, _tokenized(pairs, tokenizer), strict=True):
+    outcomes: list[Outcome | TooLong | InputError] = []
+    eos = tokenizer.eos_token_id
+    for pair, (parts, omissions) in zip(pairs, _tokenized(pairs, tokenizer), strict=True):
         _check_ids(pair, parts, tokenizer, rules.vocab_size)
-        outcomes.append(_truncate(pair, parts, rules))
+        outcome = _truncate(pair, parts, rules)
+        if isinstance(outcome, Outcome):
+            turns = [len(spans) for spans in pair.scored] or [1] * len(parts.answers)
+            inner = sum(ids.count(eos) > n for ids, n in zip(parts.answers, turns, strict=True))
+            outcome = outcome._replace(omissions=omissions, inner_ends=inner)
+        outcomes.append(outcome)
     return outcomes
 
 
@@ -167,7 +190,9 @@ def _special_tokens(tokenizer: PreTrainedTokenizerBase, place: str, answer: str)
     (bare,) = _ids(tokenizer, [answer])
     with_special = cast("list[int]", tokenizer(answer, verbose=False)["input_ids"])
     start = next(i for i in range(len(with_special)) if with_special[i : i + len(bare)] == bare)
-    return SpecialTokens(with_special[:start], cast(int, tokenizer.eos_token_id))
+    added = cast(Any, tokenizer).added_tokens_decoder.values()
+    ends = [token.content for token in added if token.special]
+    return SpecialTokens(with_special[:start], cast(int, tokenizer.eos_token_id), (tokenizer.eos_token, *ends))
 
 
 def _ids(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:
@@ -175,8 +200,10 @@ def _ids(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]
     return cast(Any, tokenizer)(texts, add_special_tokens=False, verbose=False)["input_ids"] if texts else []
 
 
-def _tokenized(pairs: Sequence[Pair], tokenizer: PreTrainedTokenizerBase) -> list[Parts]:
-    """Token ids of each pair, with special tokens and before truncation."""
+def _tokenized(
+    pairs: Sequence[Pair], tokenizer: PreTrainedTokenizerBase
+) -> Iterator[tuple[Parts, tuple[Omission, ...]]]:
+    """Token ids of each pair, with special tokens and before truncation, and characters that they do not hold."""
     together = iter(_ids(tokenizer, [p.prompt + text for p in pairs for text in ("", *filter(None, p.answers))]))
     bos = cast("int | None", tokenizer.bos_token_id)
     parts = [
@@ -187,6 +214,11 @@ def _tokenized(pairs: Sequence[Pair], tokenizer: PreTrainedTokenizerBase) -> lis
     separate = iter(_ids(tokenizer, [text for i in split for text in filter(None, pairs[i].answers)]))
     for i in split:
         parts[i] = parts[i]._replace(answers=tuple(next(separate) if text else [] for text in pairs[i].answers))
+    parts = [
+        part._replace(answers=_scored_marked(tokenizer, pair, part)) if pair.scored else part
+        for pair, part in zip(pairs, parts, strict=True)
+    ]
+    omissions = _omissions(pairs, parts, tokenizer)
     plain = (
         (pair.place, text)
         for pair, part in zip(pairs, parts, strict=True)
@@ -194,12 +226,13 @@ def _tokenized(pairs: Sequence[Pair], tokenizer: PreTrainedTokenizerBase) -> lis
         if ids and not pair.templated
     )
     first = next(plain, None)
-    if first is None:
-        return parts
-    special = _special_tokens(tokenizer, *first)
-    return [
-        part if pair.templated else _with_special_tokens(part, special) for pair, part in zip(pairs, parts, strict=True)
-    ]
+    if first is not None:
+        special = _special_tokens(tokenizer, *first)
+        parts = [
+            part if pair.templated else _with_special_tokens(pair, part, special)
+            for pair, part in zip(pairs, parts, strict=True)
+        ]
+    return zip(parts, omissions, strict=True)
 
 
 def _split_at_boundary(bos: int | None, prompt: list[int], wholes: Sequence[list[int] | None]) -> Parts:
@@ -214,29 +247,68 @@ def _split_at_boundary(bos: int | None, prompt: list[int], wholes: Sequence[list
     return Parts(prompt, answers, split, prefix=int(prompt[:1] == [bos]))
 
 
-def _with_special_tokens(parts: Parts, special: SpecialTokens) -> Parts:
+def _scored_marked(tokenizer: PreTrainedTokenizerBase, pair: Pair, parts: Parts) -> tuple[list[int], ...]:
+    """Ids of the answers, those outside of the pair's scored ranges marked and dropped from the end."""
+    answers = []
+    for text, ids, spans in zip(pair.answers, parts.answers, pair.scored, strict=True):
+        before = "" if parts.split else pair.prompt
+        encoded = cast(Any, tokenizer)(before + text, add_special_tokens=False, return_offsets_mapping=True)
+        offsets = [(a - len(before), b - len(before)) for a, b in encoded["offset_mapping"]][-len(ids) :] if ids else []
+        inside = [any(a < end and b > begin for begin, end in spans) for a, b in offsets]
+        if any(a < edge < b for a, b in offsets for span in spans for edge in span):
+            edges = [0, *(edge for span in spans for edge in span), len(text)]
+            pieces = _ids(tokenizer, [text[a:b] for a, b in itertools.pairwise(edges)])
+            ids = [i for piece in pieces for i in piece]
+            inside = [bool(number % 2) for number, piece in enumerate(pieces) for _ in piece]
+        last = max((n for n, each in enumerate(inside, start=1) if each), default=0)
+        answers.append([i if each else ~i for i, each in zip(ids[:last], inside, strict=False)])
+    return tuple(answers)
+
+
+def _omissions(
+    pairs: Sequence[Pair], parts: Sequence[Parts], tokenizer: PreTrainedTokenizerBase
+) -> list[tuple[Omission, ...]]:
+    """Characters of each pair that its tokens do not hold, found by decoding prompts and scored answer tokens."""
+    decode = cast(Any, tokenizer).backend_tokenizer.decode_batch
+    ids = [ids for part in parts for ids in (part.prompt, *([i for i in each if i >= 0] for each in part.answers))]
+    decoded = iter(decode(ids, skip_special_tokens=False))
+    found = []
+    for pair in pairs:
+        scored = pair.scored or [((0, len(text)),) for text in pair.answers]
+        texts = ["".join(text[a:b] for a, b in spans) for text, spans in zip(pair.answers, scored, strict=True)]
+        lost = [(n, lost_characters(text, next(decoded))) for n, text in enumerate((pair.prompt, *texts), start=-1)]
+        found.append(
+            tuple(Omission("characters that the tokenizer has no token for", n, text) for n, text in lost if text)
+        )
+    return found
+
+
+def _with_special_tokens(pair: Pair, parts: Parts, special: SpecialTokens) -> Parts:
     """Adds the prefix to the prompt and EOS to each answer, unless the text itself has them."""
-    prefix, eos = special
+    prefix, eos, ends = special
     prompt = parts.prompt if parts.prompt[: len(prefix)] == prefix else prefix + parts.prompt
-    answers = tuple(answer if answer[-1:] in ([], [eos]) else [*answer, eos] for answer in parts.answers)
+    answers = tuple(
+        ids if not ids or text.rstrip().endswith(ends) else [*ids, eos]
+        for text, ids in zip(pair.answers, parts.answers, strict=True)
+    )
     return Parts(prompt, answers, parts.split, max(parts.prefix, len(prefix)))
 
 
 def _check_ids(pair: Pair, parts: Parts, tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> None:
     """Raises InputError if the pair has ids that the model lacks."""
-    over = [ids for ids in (parts.prompt, *parts.answers) if max(ids, default=0) >= vocab_size]
+    over = {i for ids in (parts.prompt, *parts.answers) for i in ids if not ~vocab_size < i < vocab_size}
     if over:
         raise InputError(
             pair.place,
-            got=f"uses {named(tokenizer, sorted({i for ids in over for i in ids if i >= vocab_size}))}",
+            got=f"uses {named(tokenizer, sorted(i if i >= 0 else ~i for i in over))}",
             expected=f"ids below {vocab_size}, the model's vocab_size",
             remedy="If tokens were added for this model, resize its embeddings with transformers' "
             "resize_token_embeddings and save it; if not, set tokenizer.path to the tokenizer it came with.",
         )
 
 
-def _truncate(pair: Pair, parts: Parts, rules: TokenizationRules) -> Outcome | InputError:
-    """Truncates a pair as `encode` says, or returns the error that makes it a bad row."""
+def _truncate(pair: Pair, parts: Parts, rules: TokenizationRules) -> Outcome | TooLong | InputError:
+    """Truncates a pair as `encode` says, or returns what keeps it from that."""
     prompt, answers, split, prefix = parts
     max_length, max_prompt = rules.max_length, rules.max_prompt_length
     for name, text, ids in zip(("prompt", *_names(pair)), (True, *pair.answers), (prompt, *answers), strict=True):
@@ -244,6 +316,8 @@ def _truncate(pair: Pair, parts: Parts, rules: TokenizationRules) -> Outcome | I
             return InputError(pair.place, got=f"{name!r} has no token", expected="at least one", remedy=_DROP)
     over = len(prompt) + max(map(len, answers)) > max_length
     if over and len(prompt) > max_prompt:
+        if pair.droppable and rules.truncate_prompt == "keep_end":
+            return TooLong(len(prompt))
         if rules.truncate_prompt == "error":
             return InputError(
                 pair.place,
@@ -253,9 +327,17 @@ def _truncate(pair: Pair, parts: Parts, rules: TokenizationRules) -> Outcome | I
             )
         prompt = _truncate_prompt(prompt, prefix, max_prompt, rules.truncate_prompt)
     room = max_length - len(prompt)
-    encoded = Encoded.of(np.array(prompt, np.int32), *(np.array(ids[:room], np.int32) for ids in answers))
+    encoded = Encoded.of(np.array(prompt, np.int32), *(_first_scored(ids, room) for ids in answers))
     prompt_cut = len(parts.prompt) - len(prompt)
     cuts = tuple(max(0, len(ids) - room) for ids in answers)
+    for name, ids, all_ids in zip(_names(pair), encoded.answers, answers, strict=True):
+        if all_ids and not len(ids):
+            return InputError(
+                pair.place,
+                got=f"no scored token of {name!r} is within data.max_length {max_length}",
+                expected="at least one",
+                remedy=f"Raise data.max_length. {_DROP}",
+            )
     if pair.reference and (prompt_cut or any(cuts)):
         return InputError(
             pair.place,
@@ -274,6 +356,12 @@ def _truncate(pair: Pair, parts: Parts, rules: TokenizationRules) -> Outcome | I
             remedy=f"Raise data.max_length. {_DROP}" if any(cuts) else _DROP,
         )
     return Outcome(encoded, prompt_cut, cuts, boundary_split=split)
+
+
+def _first_scored(ids: list[int], room: int) -> np.ndarray:
+    """Returns the first `room` ids, without those at the end that are not scored."""
+    array = np.array(ids[:room], np.int32)
+    return array if not len(array) or array[-1] >= 0 else array[: np.flatnonzero(array >= 0).max(initial=-1) + 1]
 
 
 def _names(pair: Pair) -> list[str]:

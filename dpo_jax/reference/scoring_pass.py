@@ -47,6 +47,7 @@ class PairsToScore:
     lengths: Int[np.ndarray, "N K1"]  # tokens of the prompt and of each answer
     keys: UInt64[np.ndarray, "N 2"]  # digests of the pairs' token ids
     provided: Float[np.ndarray, "N _"]  # log-probs from the data in nats, used as they are; nan where there are none
+    scored: Int[np.ndarray, "N _"] | None = None  # scored tokens of each answer; None: all its tokens
 
     @functools.cached_property
     def hex_keys(self) -> np.ndarray:
@@ -108,7 +109,8 @@ def run_pass(
     token_values, write_tokens = None, None
     if tokens is not None:
         _check_none_provided(provided)
-        token_values = {name: TokenValues.empty(each.lengths[:, 1:], tokens) for name, each in sets.items()}
+        counts = {name: each.lengths[:, 1:] if each.scored is None else each.scored for name, each in sets.items()}
+        token_values = {name: TokenValues.empty(each, tokens) for name, each in counts.items()}
         write_tokens = _token_writer((token_values[name], each.hex_keys) for name, each in sets.items())
     logps = read_store(store.folder, write_tokens, likely=tokens or 0)
     _check_same_everywhere(logps)

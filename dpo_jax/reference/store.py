@@ -33,11 +33,12 @@ class Store(NamedTuple):
 
     folder: Path
     identity: dict[str, object]
+    date: str = ""  # YYYY-MM-DD, the day that chat templates write; not part of the identity, because the keys show it
 
 
 def check_identity(store: Store) -> None:
     """Raises InputError, naming every part that differs, if the folder holds values of another identity."""
-    folder, identity = store
+    folder, identity, _ = store
     manifest = folder / "manifest.json"
     if folder.exists() and not folder.is_dir():
         raise InputError(str(folder), got="is a file", expected="a folder, or nothing yet", remedy="Name another.")
@@ -113,9 +114,10 @@ def fit_answers(logps: Sequence[float], answers: int) -> list[float]:
 
 def write_manifest(store: Store) -> None:
     """Writes the identity of the values."""
-    folder, identity = store
+    folder, identity, date = store
     folder.mkdir(parents=True, exist_ok=True)
-    files.write_text(folder / "manifest.json", json.dumps({"identity": identity}, indent=2, sort_keys=True))
+    content = {"identity": identity, "date": date}
+    files.write_text(folder / "manifest.json", json.dumps(content, indent=2, sort_keys=True))
 
 
 def write_part(

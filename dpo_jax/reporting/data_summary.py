@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -10,9 +11,10 @@ from transformers import PreTrainedTokenizerBase
 
 from dpo_jax.config import Config
 from dpo_jax.data.dataset import PairSet
+from dpo_jax.data.marks import is_scored, unmark
 from dpo_jax.data.order import epoch_size, make_order
 from dpo_jax.data.packing import Shape, choose_shape, plan, unit_lengths
-from dpo_jax.run import checks
+from dpo_jax.run import checks, workdir
 from dpo_jax.run.choices import objective_of
 from dpo_jax.run.inputs import load_inputs, prepare, resolve_paths
 from dpo_jax.run.programs import ACCELERATOR_POSITIONS, CPU_POSITIONS
@@ -31,6 +33,7 @@ def show(config: Config, folder: Path, *, pairs: int) -> None:
     Raises: InputError for whatever cannot be used in configuration or data.
     """
     config = resolve_paths(config, folder)
+    config = workdir.dated(config, folder, Path(config.reference.path or folder / "reference"))
     checks.check_model_named(config)
     objective = objective_of(config.loss)
     checks.check_names(config, objective)
@@ -53,7 +56,10 @@ def show(config: Config, folder: Path, *, pairs: int) -> None:
 
 
 def example(pairs: PairSet, tokenizer: PreTrainedTokenizerBase, index: int) -> list[str]:
-    """One pair token by token, separated by `|`; only tokens of lines marked `scored` count in a loss."""
+    """One pair token by token, separated by `|`; only tokens of lines marked `scored` count in a loss.
+
+    An answer of several turns has a line for each stretch of scored tokens and for each of others between them.
+    """
 
     def line(name: str, ids: np.ndarray, end: str) -> str:
         text = "|".join(str(tokenizer.decode([int(i)])) for i in ids).replace("\n", "\\n")
@@ -62,8 +68,12 @@ def example(pairs: PairSet, tokenizer: PreTrainedTokenizerBase, index: int) -> l
     pair = pairs[index]
     lines = [f"--- {pairs.place(index)}", line("prompt", pair.prompt, ":")]
     for name, answer in zip(answer_names(pairs), pair.answers, strict=False):
-        if len(answer):  # missing in unpaired examples, and for objectives such as sft that read no rejected answers
-            lines.append(line(name, answer, ", scored:"))
+        # Missing in unpaired examples, and for objectives such as sft that read no rejected answers.
+        scored = is_scored(answer)
+        edges = [0, *(np.flatnonzero(scored[1:] != scored[:-1]) + 1), len(answer)] if len(answer) else []
+        for begin, end in itertools.pairwise(edges):
+            state = ", scored:" if scored[begin] else ", not scored:"
+            lines.append(line(name, unmark(answer[begin:end]), state))
     return lines
 
 
@@ -83,6 +93,13 @@ def truncated_and_dropped(pairs: PairSet) -> list[str]:
         f"tokenized separately, because a token would have spanned the boundary: {report['boundary_split']}",
         f"with reference log-probs given in the data: {report['reference_given']}",
     ]
+    if report["exchanges_cut"]:
+        lines.append(f"exchanges dropped from the start of long prompts: {report['exchanges_cut']:,}")
+    if report["partly_scored"]:
+        lines.append(
+            f"answers with turns that are not the model's: {report['partly_scored']:,}, of which "
+            f"{report['unscored_tokens']:,} tokens are not scored"
+        )
     for name, source in zip(pairs.names, report["sources"], strict=True):
         lines.append(f"read as {source['format']}: {name}, {source['pairs']:,} pairs of {source['rows']:,} rows")
         if source["header_left_out"]:

@@ -32,7 +32,8 @@ class EvalSet:
     pairs: Pairs
     lengths: Int[np.ndarray, "N K1"]  # tokens of the prompt and of each answer
     reference: ReferenceValues | None = None  # None for reference-free losses
-    mismatched: Any = None  # Pairs with `lengths`: each prompt with another's answer, if the objective reads them
+    mismatched: Any = None  # MismatchedPairs: each prompt with another's answers, if the objective reads them
+    scored: Int[np.ndarray, "N K"] | None = None  # scored tokens of each answer; None: all its tokens
 
 
 class Mismatched(NamedTuple):
@@ -109,10 +110,10 @@ def evaluate(
     sums = {} if stored is None else {name: np.asarray(each, np.float32) for name, each in stored.sums.items()}
     mismatched = None
     if pairs.mismatched is not None and stored is not None and stored.mismatched is not None:
-        lengths = pairs.mismatched.lengths
-        logps, _ = score_all(pairs.mismatched, lengths, None)
-        mismatched = Mismatched(logps, np.asarray(stored.mismatched, np.float32), np.asarray(lengths[:, 1:]))
-    scores = policy, reference, sums, np.asarray(pairs.lengths[:, 1:]), mismatched, jax.device_get(dict(running))
+        logps, _ = score_all(pairs.mismatched, pairs.mismatched.lengths, None)
+        mismatched = Mismatched(logps, np.asarray(stored.mismatched, np.float32), pairs.mismatched.scored)
+    scored = np.asarray(pairs.lengths[:, 1:] if pairs.scored is None else pairs.scored)
+    scores = policy, reference, sums, scored, mismatched, jax.device_get(dict(running))
     values = jax.device_get(summary(*jax.device_put(scores)))
     metrics = {f"eval/{name}": float(value) for name, value in values.items()}
     return metrics | {"eval/pairs": len(pairs.lengths), "eval_time_s": time.perf_counter() - started}

@@ -12,6 +12,7 @@ import numpy as np
 from dpo_jax.config import Config
 from dpo_jax.data.dataset import PairSet, ReadingRules, load
 from dpo_jax.data.mismatched import MismatchedPairs
+from dpo_jax.data.notices import left_out
 from dpo_jax.data.special_tokens import disagreements, unended
 from dpo_jax.data.tokenize import TokenizationRules, identity, load_tokenizer
 from dpo_jax.hf import folders, peft
@@ -57,6 +58,7 @@ class Inputs:
     sets: dict[str, PairSet]  # "train", "eval": those that the configuration names
     mismatched: dict[str, MismatchedPairs]  # by the same names; empty if the objective reads none
     data_rules: dict[str, str | int]  # settings that decide a pair's tokens, as the reference store's identity has them
+    date: str = ""  # YYYY-MM-DD, the day that chat templates write; empty: today
     warnings: tuple[str, ...] = ()  # a line each: disagreements between tokenizer, model and pairs
 
     @property
@@ -161,6 +163,7 @@ def load_inputs(config: Config, objective: Objective, *, training: bool) -> Inpu
     mismatched = {name: pairs.mismatched(max_length, place=f"config.data.{name}") for name, pairs in others.items()}
     warnings = disagreements(tokenizer, vocab_size=model.vocab_size, **files)
     for name, pairs in sets.items():
+        warnings += left_out(name, pairs.report)
         warnings += unended(name, pairs, tokenizer, max_length=max_length, **files)
     rules = ("format", "max_length", "max_prompt_length", "truncate_prompt")
     inputs = Inputs(
@@ -174,6 +177,7 @@ def load_inputs(config: Config, objective: Objective, *, training: bool) -> Inpu
         trainable=trainable_of(config, family_table(base, model)[0], model),
         sets=sets,
         mismatched=mismatched,
+        date=config.data.date,
         data_rules={name: getattr(config.data, name) for name in rules},
         warnings=tuple(warnings),
     )
@@ -195,7 +199,7 @@ def read_sets(config: Config, objective: Objective, tokenizer: Any, vocab_size: 
         pairs = load(
             spec,
             split=split,
-            reading=ReadingRules(data.format, data.on_bad_row, rankings),
+            reading=ReadingRules(data.format, data.on_bad_row, rankings, data.turns, data.date, data.on_template_loss),
             tokenizer=tokenizer,
             tokenization=TokenizationRules(vocab_size, data.max_length, data.max_prompt_length, data.truncate_prompt),
             cache_dir=data.cache_dir,

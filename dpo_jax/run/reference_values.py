@@ -45,7 +45,7 @@ def reference_store(inputs: Inputs, programs: Programs, folder: Path) -> Store |
         "attention": programs.attention,
         "platform": platform(),
     }
-    store = Store(folder, parts)
+    store = Store(folder, parts, inputs.date)
     check_identity(store)
     return store
 
@@ -100,7 +100,7 @@ def score_missing(
     tokens = programs.objective.reference_tokens
     done = run_pass(
         store,
-        {name: PairsToScore(each, each.lengths, each.keys, each.reference) for name, each in sets.items()},
+        {name: PairsToScore(each, each.lengths, each.keys, each.reference, each.scored) for name, each in sets.items()},
         lambda batch: programs.score_reference(params(), batch),
         shape=programs.score_shape,
         report=report,

@@ -60,13 +60,15 @@ class UpdateBatches:
         pairs, mismatched = self._inputs.sets["train"], self._inputs.mismatched.get("train")
         batch = make_batch(indices, pairs, self._values, shape, mismatched=mismatched)
         counts = work_counts(batch, pairs.lengths[indices], shape)
-        flops = train_flops(programs.model, pairs.lengths[indices], programs.layout, self._shares)
+        scored = int(batch.lengths.sum())
+        flops = train_flops(programs.model, pairs.lengths[indices], programs.layout, self._shares, scored)
         if scores_first(programs.objective, len(batch.present)):
             counts["positions_computed"] *= 2  # forward only at first; the tokens and their FLOPs are the same
         if mismatched is not None and batch.mismatched is not None:
-            scored = work_counts(batch.mismatched, mismatched.lengths[indices], shape)
-            counts = {name: count + scored[name] for name, count in counts.items()}
-            flops += forward_flops(programs.model, mismatched.lengths[indices], programs.layout, self._shares)
+            lengths, scored = mismatched.lengths[indices], int(batch.mismatched.lengths.sum())
+            more = work_counts(batch.mismatched, lengths, shape)
+            counts = {name: count + more[name] for name, count in counts.items()}
+            flops += forward_flops(programs.model, lengths, programs.layout, self._shares, scored)
         return Prepared(step, indices, sharding.put(batch, programs.mesh), counts, flops)
 
     def stream(self, stretches: Iterator[Sequence[int]]) -> Generator[tuple[Prepared, float], None, None]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import datetime
 import json
 import tempfile
 import time
@@ -37,6 +39,24 @@ def check(config: Config, workdir: Path, *, fields: Sequence[str] | None = None)
             expected="the configuration that the run began with",
             remedy="Undo the change, or give another --workdir.",
         )
+
+
+def dated(config: Config, workdir: Path, store: Path) -> Config:
+    """Returns the configuration with the day that chat templates write.
+
+    It is the one that the configuration names, else the one of the run in this folder or of the reference pass in
+    `store`, else today.
+    """
+    if config.data.date:
+        return config
+    date, manifest = datetime.date.today().isoformat(), store / "manifest.json"
+    if (workdir / "config.json").is_file():
+        date = record_from_json(*_recorded(workdir)).data.date
+    elif manifest.is_file():
+        with contextlib.suppress(ValueError):  # a damaged manifest is an error of the pass that reads it
+            date = json.loads(manifest.read_text()).get("date", date)
+    date = hosts.broadcast("date", date)
+    return dataclasses.replace(config, data=dataclasses.replace(config.data, date=date))
 
 
 def claim(config: Config, workdir: Path) -> None:

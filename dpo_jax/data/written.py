@@ -1,0 +1,176 @@
+"""Compares the messages of a conversation with the text that a chat template wrote of them."""
+
+from __future__ import annotations
+
+import json
+import os.path
+import re
+import unicodedata
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from dpo_jax.data.chat import Message
+from dpo_jax.types import Omission
+
+PROMPT = -1  # in place of an answer's index
+
+_THINK = re.compile(r"(</?think>)")
+_REASONING = ("reasoning_content", "reasoning", "thinking")  # keys under which messages have it apart
+
+
+class Piece(NamedTuple):
+    """A text that a template should write for a message."""
+
+    part: str  # the kind of text, for people
+    text: str
+    other: str = ""  # another spelling of it
+
+
+def omissions_of(
+    prompt: Sequence[Message],
+    answers: Sequence[Sequence[Message]],
+    wholes: Sequence[str],
+    start: int,
+    options: Mapping[str, Any],
+) -> list[Omission]:
+    """Returns what a template left out of the text of a prompt and of its answers.
+
+    The texts of the messages must stand in the text in their order; the system's may stand anywhere, because some
+    templates write it into the last user's turn.
+
+    Args:
+      wholes: text of the prompt with each of the answers.
+      start: characters of the prompt in it.
+      options: of the template: its `tools` must be written, and the template must read the names of the others.
+    """
+    missing = [Omission(piece.part, PROMPT, piece.text) for piece in _settings(options, wholes[0])]
+    missing += [Omission(piece.part, PROMPT, piece.text) for piece in _missing(wholes[0], prompt, 0)]
+    for number, (answer, whole) in enumerate(zip(answers, wholes, strict=True)):
+        missing += [Omission(piece.part, number, piece.text) for piece in _missing(whole, answer, start)]
+    return missing
+
+
+def places_of(text: str, messages: Sequence[Message], at: int) -> list[tuple[int, int]]:
+    """Returns the range of each message's own words in a text, in order from `at`; an empty one where none is there."""
+    places = []
+    for message in messages:
+        found = [place for _, place in _found(text, message, at) if place is not None]
+        begin = min((a for a, _ in found), default=at)
+        at = max((b for _, b in found), default=at)
+        places.append((begin, at))
+    return places
+
+
+def lost_characters(text: str, decoded: str) -> str:
+    """Returns the beginning of what decoded tokens lack or have otherwise of a text; empty where they agree.
+
+    Whitespace does not count, because many tokenizers write some of it otherwise, nor do compatible characters of
+    Unicode (NFKC), which some replace.
+    """
+    if text == decoded:
+        return ""
+    wanted, there = ("".join(unicodedata.normalize("NFKC", each).split()) for each in (text, decoded))
+    if wanted == there:
+        return ""
+    shared = len(os.path.commonprefix([wanted, there]))
+    return wanted[shared : shared + 20] or there[shared : shared + 20]
+
+
+def _missing(text: str, messages: Sequence[Message], at: int) -> Iterator[Piece]:
+    """Yields the pieces of messages that a text lacks, searched in their order from `at`."""
+    for message in messages:
+        anywhere = message["role"] in ("system", "developer")
+        ends = [at]
+        for piece, place in _found(text, message, 0 if anywhere else at):
+            if place is None:
+                yield piece
+            else:
+                ends.append(place[1])
+        at = at if anywhere else max(ends)
+
+
+def _found(text: str, message: Message, at: int) -> Iterator[tuple[Piece, tuple[int, int] | None]]:
+    """Yields the pieces of a message with their ranges in a text, None where a piece is missing.
+
+    Words are searched one after another; calls after them, name and arguments in any order.
+    """
+    for piece in _words(message):
+        place = _find(text, piece, at)
+        yield piece, place
+        at = at if place is None else place[1]
+    for piece in _calls(message):
+        yield piece, _find(text, piece, at)
+
+
+def _find(text: str, piece: Piece, at: int) -> tuple[int, int] | None:
+    """Returns the first range of a piece in a text, as it is or escaped as in JSON."""
+    found = text.find(piece.text, at)
+    if found >= 0:
+        return found, found + len(piece.text)
+    escaped = json.dumps(piece.text, ensure_ascii=False)[1:-1]
+    for spelling in filter(None, (escaped, json.dumps(piece.text)[1:-1], piece.other)):
+        found = text.find(spelling, at)
+        if found >= 0:
+            return found, found + len(spelling)
+    return None
+
+
+def _words(message: Message) -> Iterator[Piece]:
+    """Yields the texts of a message: reasoning kept apart, then its content, divided at the tags of reasoning."""
+    role = message["role"]
+    apart = next((message[key] for key in _REASONING if isinstance(message.get(key), str)), "")
+    if apart.strip():
+        yield Piece("reasoning", apart.strip())
+    content = message["content"]
+    if role != "assistant" or "think>" not in content:
+        if content.strip():
+            yield Piece("text" if role == "assistant" else f"a {role} message", content.strip())
+        return
+    inside = "<think>" not in content  # some answers begin inside the reasoning, after a generation header's tag
+    parts = [part.strip() for part in _THINK.split(content)]
+    for i, part in enumerate(parts):
+        if part in ("<think>", "</think>"):
+            inside = part == "<think>"
+            reasoning = parts[i + 1] if inside else parts[i - 1]
+            if reasoning:
+                yield Piece("reasoning", part)
+        elif part:
+            yield Piece("reasoning" if inside else "text", part)
+
+
+def _calls(message: Message) -> Iterator[Piece]:
+    """Yields names and arguments of the calls in a message."""
+    calls = message.get("tool_calls")
+    for call in calls if isinstance(calls, list) else []:
+        function = call.get("function", call) if isinstance(call, dict) else {}
+        if isinstance(function, dict):
+            yield from _leaves("a tool call", [function.get("name"), function.get("arguments")])
+
+
+def _settings(options: Mapping[str, Any], text: str) -> Iterator[Piece]:
+    """Yields what a text lacks of the schemas of tools, and the options that the template does not read."""
+    for tool in options.get("tools") or []:
+        function = tool.get("function", tool) if isinstance(tool, dict) else {}
+        schema = function.get("parameters") if isinstance(function, dict) else None
+        names = list(schema.get("properties") or {}) if isinstance(schema, dict) else []
+        for piece in _leaves("a tool's schema", [function.get("name"), function.get("description"), names]):
+            if _find(text, piece, 0) is None:
+                yield piece
+    for name in options.keys() - {"tools", "chat_template"}:
+        if not re.search(rf"\b{re.escape(name)}\b", options["chat_template"]):
+            yield Piece("a value of chat_template_kwargs", name)
+
+
+def _leaves(part: str, value: Any) -> Iterator[Piece]:
+    """Yields the keys, texts and numbers of a JSON value."""
+    if isinstance(value, dict):
+        for name, each in value.items():
+            yield from _leaves(part, [name, each])
+    elif isinstance(value, list):
+        for each in value:
+            yield from _leaves(part, each)
+    elif isinstance(value, str):
+        if value.strip():
+            yield Piece(part, value.strip())
+    elif value is not None:
+        yield Piece(part, json.dumps(value), str(value))
