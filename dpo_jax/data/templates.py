@@ -89,8 +89,9 @@ def write(row: Row, conversation: Conversation, templating: Templating) -> Templ
     if not all(whole.startswith(head) for whole in wholes) and not continued:
         # Some templates end the generation header with text that a finished answer lacks. The prompt then ends where
         # header and finished turn differ; a placeholder answer keeps the answers' own text out of the comparison.
-        turn = write([*prompt, {"role": "assistant", "content": _PROBE}])
-        start = _common_tokens(tokenizer, head, turn[: turn.rfind(_PROBE)])
+        for answer in answers:
+            turn = write([*prompt, {"role": "assistant", "content": _PROBE}, *answer[1:]])
+            start = _common_tokens(tokenizer, start, turn[: turn.rfind(_PROBE)])
         if len(start) <= len(write(prompt)):
             start = head  # they differ before the end of the role
     if not all(whole.startswith(start) for whole in wholes):

@@ -139,13 +139,13 @@ def encode(
     """
     _check_rules(rules)
     outcomes: list[Outcome | TooLong | InputError] = []
-    eos = tokenizer.eos_token_id
+    eos = cast("int | None", tokenizer.eos_token_id)
     for pair, (parts, omissions) in zip(pairs, _tokenized(pairs, tokenizer), strict=True):
         _check_ids(pair, parts, tokenizer, rules.vocab_size)
         outcome = _truncate(pair, parts, rules)
         if isinstance(outcome, Outcome):
             turns = [len(spans) for spans in pair.scored] or [1] * len(parts.answers)
-            inner = sum(ids.count(eos) > n for ids, n in zip(parts.answers, turns, strict=True))
+            inner = sum(eos is not None and ids.count(eos) > n for ids, n in zip(parts.answers, turns, strict=True))
             outcome = outcome._replace(omissions=omissions, inner_ends=inner)
         outcomes.append(outcome)
     return outcomes
@@ -192,7 +192,7 @@ def _special_tokens(tokenizer: PreTrainedTokenizerBase, place: str, answer: str)
     start = next(i for i in range(len(with_special)) if with_special[i : i + len(bare)] == bare)
     added = cast(Any, tokenizer).added_tokens_decoder.values()
     ends = [token.content for token in added if token.special]
-    return SpecialTokens(with_special[:start], cast(int, tokenizer.eos_token_id), (tokenizer.eos_token, *ends))
+    return SpecialTokens(with_special[:start], cast(int, tokenizer.eos_token_id), (str(tokenizer.eos_token), *ends))
 
 
 def _ids(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:

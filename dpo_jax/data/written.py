@@ -44,9 +44,12 @@ def omissions_of(
       options: of the template: its `tools` must be written, and the template must read the names of the others.
     """
     missing = [Omission(piece.part, PROMPT, piece.text) for piece in _settings(options, wholes[0])]
-    missing += [Omission(piece.part, PROMPT, piece.text) for piece in _missing(wholes[0], prompt, 0)]
+    lacking, end = _missing(wholes[0], prompt, 0)
+    missing += [Omission(piece.part, PROMPT, piece.text) for piece in lacking]
     for number, (answer, whole) in enumerate(zip(answers, wholes, strict=True)):
-        missing += [Omission(piece.part, number, piece.text) for piece in _missing(whole, answer, start)]
+        # From the end of the prompt's own words: generation headers may hold the tag that opens reasoning.
+        lacking, _ = _missing(whole, answer, min(start, end))
+        missing += [Omission(piece.part, number, piece.text) for piece in lacking]
     return missing
 
 
@@ -76,17 +79,19 @@ def lost_characters(text: str, decoded: str) -> str:
     return wanted[shared : shared + 20] or there[shared : shared + 20]
 
 
-def _missing(text: str, messages: Sequence[Message], at: int) -> Iterator[Piece]:
-    """Yields the pieces of messages that a text lacks, searched in their order from `at`."""
+def _missing(text: str, messages: Sequence[Message], at: int) -> tuple[list[Piece], int]:
+    """Returns the pieces of messages that a text lacks, searched in their order from `at`, and the end of the last."""
+    missing = []
     for message in messages:
         anywhere = message["role"] in ("system", "developer")
-        ends = [at]
+        end = at
         for piece, place in _found(text, message, 0 if anywhere else at):
             if place is None:
-                yield piece
+                missing.append(piece)
             else:
-                ends.append(place[1])
-        at = at if anywhere else max(ends)
+                end = max(end, place[1])
+        at = at if anywhere else end
+    return missing, at
 
 
 def _found(text: str, message: Message, at: int) -> Iterator[tuple[Piece, tuple[int, int] | None]]:
@@ -94,10 +99,20 @@ def _found(text: str, message: Message, at: int) -> Iterator[tuple[Piece, tuple[
 
     Words are searched one after another; calls after them, name and arguments in any order.
     """
+    opening = ""
     for piece in _words(message):
+        if piece.text in ("<think>", "</think>"):
+            opening = piece.text
+            continue
         place = _find(text, piece, at)
         yield piece, place
-        at = at if place is None else place[1]
+        if place is not None:
+            # A tag is looked for only beside the reasoning, because other turns have such tags as well.
+            for tag in filter(None, [opening]):
+                inside = text.find(tag, at, place[0])
+                yield Piece("reasoning", tag), (inside, inside + len(tag)) if inside >= 0 else None
+            at = place[1]
+        opening = ""
     for piece in _calls(message):
         yield piece, _find(text, piece, at)
 
