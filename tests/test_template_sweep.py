@@ -189,13 +189,14 @@ def silent_losses(row, tokenizer):
         return [], True
     conversation, losses = chat.of_pair(row), []
     prompt, *answers = model_reads(pair, outcome, tokenizer)
+    in_header = {"<think>"} if prompt.rstrip().endswith("<think>") else set()  # written before the model's turn
     for message in conversation.prompt:
         losses += [word for word in texts_of(message) if word not in prompt]
     for messages, (whole, scored) in zip(conversation.answers, answers, strict=True):
         spoken = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
         for i, message in enumerate(messages):
             own = i in spoken
-            for word in set(texts_of(message)):
+            for word in set(texts_of(message)) - in_header:
                 mine = any(word in texts_of(messages[j]) for j in spoken)
                 if own and word not in scored:
                     losses.append(f"not scored: {word}")
