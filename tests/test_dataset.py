@@ -1,6 +1,7 @@
 import dataclasses
 import datetime
 import json
+import re
 import shutil
 import tracemalloc
 import types
@@ -14,7 +15,8 @@ import pytest
 from transformers import PreTrainedTokenizerFast
 from transformers.utils import chat_template_utils
 
-from dpo_jax.data import dataset, formats, tokenize
+from dpo_jax.data import dataset, formats, sources, tokenize
+from dpo_jax.data.notices import left_out
 from dpo_jax.runtime import files
 from dpo_jax.types import Encoded, InputError, Row
 from tests.support.tokenizers_made import BOS_AND_EOS, CHATML, THINKING, make_tokenizer
@@ -434,6 +436,88 @@ def test_digest_tells_tokens_apart_that_a_template_wrote_on_another_day(tmp_path
 
     first = digest(1, "a")
     assert digest(2, "a") == first == digest(1, "b") != digest(2, "c")
+
+
+def test_given_day_decides_the_tokens_and_not_the_day_of_the_call(tmp_path, monkeypatch):
+    path, tokenizer = write(tmp_path / "a.jsonl", chat(2)), make_tokenizer(template="{{ strftime_now('%d') }}" + CHATML)
+    given = load(path, tmp_path / "a", tokenizer=tokenizer, date="2026-01-03")
+    today = types.SimpleNamespace(now=lambda: datetime.datetime(2026, 1, 9))
+    monkeypatch.setattr(chat_template_utils, "datetime", today)
+    assert load(path, tmp_path / "b", tokenizer=tokenizer, date="2026-01-03").digest == given.digest
+    assert tokenizer.decode(given[0].prompt).startswith("03<|im_start|>")
+    other = load(path, tmp_path / "a", tokenizer=tokenizer, date="2026-01-04")
+    assert other.digest != given.digest
+    # A template without a day reads the same entry of the cache on every day.
+    first = load(path, tmp_path / "a", date="2026-01-03")
+    monkeypatch.setattr(dataset, "read", lambda *_, **__: sources.read(path, split="train"))
+    monkeypatch.setattr(dataset, "encode", refuse)
+    assert load(path, tmp_path / "a", date="2026-01-04").digest == first.digest
+
+
+# What templates leave out, and exchanges that long prompts lose
+
+FORGETFUL = CHATML.replace("m.content +", "m.content.split('</think>')[-1] +")
+
+
+def thoughts(count, *, answers=("yes", "no")):
+    rows = chat(count)
+    for i, row in enumerate(rows):
+        for side, answer in zip(("chosen", "rejected"), answers, strict=True):
+            row[side] = [{"role": "assistant", "content": f"<think>\n{side} {i}\n</think>\n\n{answer}"}]
+    return rows
+
+
+def test_load_says_how_often_a_template_leaves_out_what(tmp_path):
+    tokenizer = make_tokenizer(template=FORGETFUL)
+    path = write(tmp_path / "a.jsonl", [*chat(2), *thoughts(3)])
+    with pytest.raises(InputError, match=rf"reasoning in 6 answers \(such as 'chosen 0' at {re.escape(path)}:3\)"):
+        load(path, tmp_path / "cache", tokenizer=tokenizer)
+    assert not list((tmp_path / "cache").iterdir())
+    found = load(path, tmp_path / "cache", tokenizer=tokenizer, on_template_loss="warn")
+    expected = {"part": "reasoning", "side": "answers", "count": 6, "place": f"{path}:3", "text": "chosen 0"}
+    assert (len(found), found.report["omitted"]) == (5, [expected])
+    (line,) = left_out("train", found.report)
+    assert line == f"train: lost on its way to the model: reasoning in 6 answers, such as 'chosen 0' at {path}:3"
+    assert left_out("train", load(path, tmp_path / "cache").report) == []
+
+
+def test_rows_with_nothing_left_to_compare_count_as_losses_first_and_are_bad_rows_then(tmp_path):
+    tokenizer = make_tokenizer(template=FORGETFUL)
+    path = write(tmp_path / "a.jsonl", [*chat(1), *thoughts(2, answers=("yes", "yes"))])
+    for on_bad_row in ("error", "skip"):
+        with pytest.raises(InputError, match="reasoning in 4 answers"):
+            load(path, tmp_path / "cache", tokenizer=tokenizer, on_bad_row=on_bad_row)
+    with pytest.raises(InputError, match="a.jsonl:2: the answers are equal once the chat template has left out"):
+        load(path, tmp_path / "cache", tokenizer=tokenizer, on_template_loss="warn")
+    options = {"tokenizer": tokenizer, "on_template_loss": "warn", "on_bad_row": "skip"}
+    assert len(load(path, tmp_path / "cache", **options)) == 1
+
+
+def test_long_conversation_loses_its_oldest_exchanges_and_then_tokens(tmp_path):
+    row, tokenizer = chat(1)[0], make_tokenizer(template=CHATML)
+    said = [{"role": role, "content": f"{n} {role}"} for n in range(3) for role in ("user", "assistant")]
+    row["prompt"] = [{"role": "system", "content": "brief"}, *said, {"role": "user", "content": "last"}]
+    path = write(tmp_path / "a.jsonl", [row])
+    whole = len(load(path, tmp_path / "cache", max_length=900, max_prompt_length=899)[0].prompt)
+
+    def read(max_prompt, **options):
+        limits = {"max_length": max_prompt + 2, "max_prompt_length": max_prompt}
+        found = load(path, tmp_path / "cache", **limits, **options)
+        names = ("prompts_cut", "prompt_tokens_cut", "exchanges_cut")
+        return tokenizer.decode(found[0].prompt), len(found[0].prompt), [found.report[name] for name in names]
+
+    text, size, counts = read(whole - 1)
+    assert text.startswith("<|im_start|>system\nbrief<|im_end|>\n<|im_start|>user\n1 user") and "last" in text
+    assert counts == [1, whole - size, 1]
+    text, size, counts = read(40)
+    assert text.startswith("<|im_start|>system\nbrief<|im_end|>\n<|im_start|>user\nlast")
+    assert counts == [1, whole - size, 3]
+    text, size, counts = read(12)  # the last exchange alone is too long: its tokens are truncated
+    assert size == 12 and text.endswith("last<|im_end|>\n<|im_start|>assistant\n") and counts == [1, whole - 12, 3]
+    text, size, counts = read(40, truncate_prompt="keep_start")
+    assert size == 40 and "0 user" in text and counts == [1, whole - 40, 0]
+    with pytest.raises(InputError, match=f"a prompt of {whole} tokens"):
+        read(40, truncate_prompt="error")
 
 
 def test_two_loads_of_the_same_data_at_once_both_succeed(tmp_path, monkeypatch):

@@ -182,7 +182,7 @@ def load(
             for source in sources:
                 _tokenize_source(source, writer, encoder, reading, tokenizer)
             if reading.strict:
-                writer.check_whole(spec)
+                writer.check_whole([source.name for source in sources])
             writer.finish(spec)
     return _open(folder, sources)
 
@@ -335,17 +335,18 @@ class _EntryWriter:
                 first = _Omitted(part, side, 0, [len(self.sources) - 1, _number(place)], omission.text)
                 self.omitted.setdefault((part, side), first).count += 1
 
-    def check_whole(self, spec: str) -> None:
-        """Raises InputError, with counts and examples, if anything was left out."""
+    def check_whole(self, names: Sequence[str]) -> None:
+        """Raises InputError, with counts and examples, if anything was left out of the sources with these names."""
         if not self.omitted:
             return
         most = sorted(self.omitted.values(), key=lambda entry: -entry.count)
         listed = [
-            f"{entry.part} in {entry.count} {entry.side} (such as {excerpt(entry.text)} at {entry.place[1]})"
+            f"{entry.part} in {entry.count} {entry.side} (such as {excerpt(entry.text)} at {names[source]}:{number})"
             for entry in most
+            for source, number in [entry.place]
         ]
         raise InputError(
-            f"data {spec!r}",
+            f"data {','.join(names)!r}",
             got=f"text is lost on its way to the model: {'; '.join(listed)}",
             expected="a chat template and a tokenizer that write all of it",
             remedy="Give such a template (tokenizer.path, chat_template_kwargs), take the text out of the data, or set "

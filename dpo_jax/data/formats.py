@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os.path
+import re
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -18,6 +19,7 @@ from dpo_jax.types import InputError, Pair, Row, Spans
 FORMATS = ("plain", "chat", "hh", "ranked", "unpaired")
 RANKINGS = ("all", "best", "whole")
 HEADER = "\n\nAssistant:"  # last text of the prompt in an HH transcript
+_HUMAN = "\n\nHuman:"
 
 _REFERENCE = ("ref_chosen_logps", "ref_rejected_logps")
 _LABELS = {"true": True, "1": True, "1.0": True, "false": False, "0": False, "0.0": False}
@@ -70,7 +72,8 @@ def render(
 
     plain: columns prompt, chosen, rejected, used unchanged; no separator is put between them.
     hh: columns chosen, rejected, each the entire transcript. The prompt ends with the last `"\\n\\nAssistant:"` before
-      the first difference, wherever inside the answers that difference is.
+      the first difference, wherever inside the answers that difference is. Turns of the human in
+      answers are not scored.
     chat: the same columns as message lists, with or without a prompt, written out by the tokenizer's chat template.
       The generation header belongs to the prompt; an answer continues an assistant message that ends the prompt.
       Optional columns `tools`, `chat_template_kwargs`; null keys in any of these count as absent.
@@ -102,7 +105,9 @@ def render(
     conversation = _conversation(row, format)
     if conversation is None:
         prompt, *answers = _texts(row, format)
-        written = Written(prompt, answers, [((0, len(answer)),) for answer in answers])
+        spoken = _spoken if format == "hh" and turns != "all" else _whole
+        spans = [spoken(answer) for answer in answers]
+        written = Written(prompt, answers, [each[-1:] if turns == "last" else each for each in spans])
     else:
         conversation = conversation._replace(prompt=templates.drop_oldest(conversation.prompt, drop))
         templated = templates.write(row, conversation, templates.Templating(tokenizer, turns, date))
@@ -295,6 +300,21 @@ def _reference(row: Row) -> tuple[float, float] | None:
             )
         values.append(logp)
     return values[0], values[1]
+
+
+def _whole(answer: str) -> Spans:
+    """The range of the entire answer."""
+    return ((0, len(answer)),)
+
+
+def _spoken(answer: str) -> Spans:
+    """Ranges of the assistant's turns in the answer of an HH transcript, which may go on with turns of the human."""
+    edges = [0]
+    for header in re.finditer(f"{_HUMAN}|{HEADER}", answer):
+        if (header[0] == _HUMAN) == bool(len(edges) % 2):
+            edges.append(header.start() if header[0] == _HUMAN else header.end())
+    edges += [len(answer)] * (len(edges) % 2)
+    return tuple((a, b) for a, b in zip(edges[::2], edges[1::2], strict=True) if answer[a:b].strip())
 
 
 def _transcript(row: Row) -> tuple[str, str, str]:

@@ -99,20 +99,19 @@ def _found(text: str, message: Message, at: int) -> Iterator[tuple[Piece, tuple[
 
     Words are searched one after another; calls after them, name and arguments in any order.
     """
-    opening = ""
+    tag, lost = "", False
     for piece in _words(message):
         if piece.text in ("<think>", "</think>"):
-            opening = piece.text
+            tag = piece.text
             continue
         place = _find(text, piece, at)
         yield piece, place
-        if place is not None:
-            # A tag is looked for only beside the reasoning, because other turns have such tags as well.
-            for tag in filter(None, [opening]):
-                inside = text.find(tag, at, place[0])
-                yield Piece("reasoning", tag), (inside, inside + len(tag)) if inside >= 0 else None
-            at = place[1]
-        opening = ""
+        # A tag is looked for only between the texts beside it, because other turns have such tags as well.
+        if tag and place is not None and not lost:
+            found = text.find(tag, at, place[0])
+            yield Piece("reasoning", tag), (found, found + len(tag)) if found >= 0 else None
+        tag, lost = "", place is None
+        at = at if place is None else place[1]
     for piece in _calls(message):
         yield piece, _find(text, piece, at)
 

@@ -1,0 +1,238 @@
+"""What of a conversation is scored, what a chat template leaves out, and where long prompts are shortened."""
+
+import dataclasses
+
+import pytest
+
+from dpo_jax.data import formats, templates, tokenize
+from dpo_jax.data.marks import is_scored, unmark
+from dpo_jax.data.written import lost_characters
+from dpo_jax.types import InputError, Row
+from tests.support.tokenizers_made import CHATML, THINKING, make_tokenizer
+
+RULES = tokenize.TokenizationRules(vocab_size=400, max_length=400, max_prompt_length=25, truncate_prompt="keep_end")
+# Keeps only what follows the reasoning, as the template of the R1 distillations does.
+FORGETFUL = CHATML.replace("m.content +", "(m.content or '').split('</think>')[-1] +")
+# Marks what the model generates, the end of the turn included and the line break after it not.
+MARKED = (
+    "{% for m in messages %}{% if m.role == 'assistant' %}{{ '<|im_start|>assistant\n' }}{% generation %}"
+    "{{ m.content + '<|im_end|>' }}{% endgeneration %}{{ '\n' }}"
+    "{% else %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+# Writes an empty thought into the last turn only, as Qwen3's does: earlier turns are no beginning of later text.
+LAST_TURN = CHATML.replace(
+    "'\n' + m.content", "'\n' + ('<think>\n\n</think>\n\n' if loop.last and m.role == 'assistant' else '') + m.content"
+)
+
+
+def message(role, content, **fields):
+    return {"role": role, "content": content, **fields}
+
+
+def said(*contents, first="assistant"):
+    """Messages of assistant and user in turn."""
+    roles = ("assistant", "user") if first == "assistant" else ("user", "assistant")
+    return [message(roles[i % 2], content) for i, content in enumerate(contents)]
+
+
+TURNS = {
+    "prompt": said("is it blue?", first="user"),
+    "chosen": said("yes it is", "sure?", "very sure"),
+    "rejected": said("no"),
+}
+
+
+def render(fields, *, template=CHATML, **options):
+    (pair,) = formats.render(Row("a:1", fields), format="chat", tokenizer=make_tokenizer(template=template), **options)
+    return pair
+
+
+def scored_texts(fields, *, template=CHATML, rules=RULES, **options):
+    """Stretches of the chosen answer that are scored, decoded from its tokens, and the whole of the answer."""
+    tokenizer = make_tokenizer(template=template)
+    pair = render(fields, template=template, **options)
+    (outcome,) = tokenize.encode([pair], tokenizer, rules)
+    assert isinstance(outcome, tokenize.Outcome)
+    ids, stretches = outcome.encoded.chosen, [""]
+    for i, scored in zip(unmark(ids).tolist(), is_scored(ids).tolist(), strict=True):
+        if scored:
+            stretches[-1] += tokenizer.decode([i])
+        elif stretches[-1]:
+            stretches.append("")
+    return stretches, tokenizer.decode(unmark(ids).tolist())
+
+
+# Scored turns
+
+WHOLE = "yes it is<|im_end|>\n<|im_start|>user\nsure?<|im_end|>\n<|im_start|>assistant\nvery sure<|im_end|>\n"
+
+
+@pytest.mark.parametrize(
+    ("turns", "stretches"),
+    [
+        ("assistant", ["yes it is<|im_end|>\n", "very sure<|im_end|>\n"]),
+        ("last", ["very sure<|im_end|>\n"]),
+        ("all", [WHOLE]),
+    ],
+)
+def test_scored_tokens_of_an_answer_are_those_of_the_turns_named(turns, stretches):
+    assert scored_texts(TURNS, turns=turns) == (stretches, WHOLE)
+
+
+@pytest.mark.parametrize(
+    ("template", "stretches"),
+    [
+        (MARKED, ["yes it is<|im_end|>", "very sure<|im_end|>"]),
+        (LAST_TURN, ["yes it is<|im_end|>\n", "<think>\n\n</think>\n\nvery sure<|im_end|>\n"]),
+        (THINKING, ["yes it is<|im_end|>\n", "very sure<|im_end|>\n"]),
+    ],
+)
+def test_scored_turns_are_found_in_templates_of_every_make(template, stretches):
+    assert scored_texts(TURNS, template=template)[0] == stretches
+
+
+def test_marks_of_a_template_hold_for_single_turns_too():
+    single = TURNS | {"chosen": TURNS["chosen"][:1]}
+    assert scored_texts(single, template=MARKED) == (["yes it is<|im_end|>"], "yes it is<|im_end|>")
+    assert scored_texts(single, template=MARKED, turns="all")[0] == ["yes it is<|im_end|>\n"]
+
+
+def test_answer_ends_with_its_last_scored_token():
+    open_turn = TURNS | {"chosen": TURNS["chosen"][:2]}
+    assert scored_texts(open_turn) == (["yes it is<|im_end|>\n"], "yes it is<|im_end|>\n")
+    # Truncation inside the user's turn leaves the turn before.
+    assert scored_texts(TURNS, rules=dataclasses.replace(RULES, max_length=28))[1] == "yes it is<|im_end|>\n"
+
+
+def test_answer_without_a_scored_token_within_the_limit_is_a_bad_row():
+    pair = render(TURNS, turns="last")
+    prompt = len(make_tokenizer()(pair.prompt)["input_ids"])
+    (outcome,) = tokenize.encode([pair], make_tokenizer(), dataclasses.replace(RULES, max_length=prompt + 12))
+    assert isinstance(outcome, InputError) and "no scored token of 'chosen'" in outcome.got
+
+
+def test_calls_are_scored_and_their_results_are_not():
+    template = (
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{% for c in m.tool_calls or [] %}<call>"
+        "{{ c.function | tojson }}</call>{% endfor %}{{ m.content }}<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+    call = {"function": {"name": "tide", "arguments": {"port": "Hull"}}}
+    chosen = [message("assistant", "", tool_calls=[call]), message("tool", "high"), message("assistant", "it is high")]
+    stretches, _ = scored_texts(TURNS | {"chosen": chosen}, template=template)
+    assert stretches == [
+        '<call>{"name": "tide", "arguments": {"port": "Hull"}}</call><|im_end|>\n',
+        "it is high<|im_end|>\n",
+    ]
+
+
+def test_human_turns_in_a_transcript_are_not_scored():
+    shared = "\n\nHuman: blue?\n\nAssistant:"
+    fields = {"chosen": f"{shared} yes\n\nHuman: sure?\n\nAssistant: yes", "rejected": f"{shared} no"}
+    for turns, expected in (("assistant", ((0, 4), (30, 34))), ("last", ((30, 34),)), ("all", None)):
+        (pair,) = formats.render(Row("a:1", fields), format="hh", tokenizer=make_tokenizer(), turns=turns)
+        assert pair.scored == (() if expected is None else (expected, ((0, 3),)))
+
+
+def test_token_across_the_end_of_a_turn_is_split():
+    # No special token stands between the turns: " is the" of both would be one piece of text.
+    glued = "{% for m in messages %}{{ m.content }}{% endfor %}"
+    fields = {"prompt": said("Hum", first="user"), "chosen": said("an: is t", "he sk", "y, t"), "rejected": said("no")}
+    stretches, whole = scored_texts(fields, template=glued)
+    assert (stretches, whole) == (["an: is t", "y, t"], "an: is the sky, t")
+
+
+# What is left out
+
+
+def parts(pair):
+    return {(omission.part, omission.answer, omission.text) for omission in pair.omissions}
+
+
+def test_text_that_a_template_leaves_out_is_named():
+    thought = TURNS | {"chosen": [message("assistant", "<think>\nhm\n</think>\n\nyes")]}
+    assert parts(render(thought, template=FORGETFUL)) == {("reasoning", 0, "hm")}
+    assert parts(render(thought)) == parts(render(TURNS)) == set()
+    without_system = CHATML.replace("messages %}", "messages if m.role != 'system' %}", 1)
+    system = TURNS | {"prompt": [message("system", "be brief"), *TURNS["prompt"]]}
+    assert parts(render(system, template=without_system)) == {("a system message", -1, "be brief")}
+    assert parts(render(system)) == set()
+    apart = TURNS | {"rejected": [message("assistant", "no", reasoning_content="hm")]}
+    assert parts(render(apart)) == {("reasoning", 1, "hm")}
+
+
+def test_calls_and_tools_that_a_template_leaves_out_are_named():
+    call = {"function": {"name": "tide", "arguments": {"port": "Hull"}}}
+    fields = TURNS | {
+        "chosen": [message("assistant", "one moment", tool_calls=[call])],
+        "tools": [{"function": {"name": "tide", "parameters": {"properties": {"port": {}}}}}],
+        "chat_template_kwargs": {"unread": 1},
+    }
+    assert parts(render(fields)) == {
+        ("a tool call", 0, "tide"),
+        ("a tool call", 0, "port"),
+        ("a tool call", 0, "Hull"),
+        ("a tool's schema", -1, "tide"),
+        ("a tool's schema", -1, "port"),
+        ("a value of chat_template_kwargs", -1, "unread"),
+    }
+
+
+def test_system_text_may_stand_in_a_later_turn_and_other_text_only_in_order():
+    into_last = (
+        "{% for m in messages %}{% if m.role == 'user' %}[{{ messages[0].content ~ '\n' if loop.index0 == 3 else '' }}"
+        "{{ m.content }}]{% elif m.role == 'assistant' %} {{ m.content }}{% endif %}{% endfor %}"
+    )
+    prompt = [message("system", "be brief"), *said("blue?", "yes", "green?", first="user")]
+    assert (
+        parts(render(TURNS | {"prompt": prompt, "chosen": said("no")[:1], "rejected": said("yes")}, template=into_last))
+        == set()
+    )
+    backwards = CHATML.replace("in messages", "in (messages[:-1] | reverse | list + messages[-1:])")
+    prompt = said("blue?", "yes", "green?", first="user")
+    fields = {"prompt": prompt, "chosen": said("it is"), "rejected": said("no")}
+    with pytest.raises(InputError, match="another way"):
+        render(fields, template=backwards)
+
+
+def test_answers_that_differ_only_in_what_is_left_out_are_refused_with_the_reason():
+    fields = TURNS | {
+        side: [message("assistant", f"<think>\n{thought}\n</think>\n\nyes")]
+        for side, thought in (("chosen", "short"), ("rejected", "much longer"))
+    }
+    with pytest.raises(templates.TemplateLoss, match="are equal once the chat template has left out 'short'"):
+        render(fields, template=FORGETFUL)
+
+
+def test_characters_without_a_token_are_named():
+    assert lost_characters("a  b\n", "a b") == lost_characters("ﬁ", "fi") == ""
+    assert lost_characters("a ü b", "a b") == "üb"
+    assert lost_characters("ab", "a?b") == "b"
+    (outcome,) = tokenize.encode([render(TURNS)], make_tokenizer(template=CHATML), RULES)
+    assert isinstance(outcome, tokenize.Outcome) and outcome.omissions == ()
+
+
+# Days
+
+
+def test_template_writes_the_day_that_is_given():
+    template = "{{ strftime_now('%d %b %Y') }}|" + CHATML + '{% if false %}{{ strftime_now("%Y") }}{% endif %}'
+    assert render(TURNS, template=template, date="2024-02-29").prompt.startswith("29 Feb 2024|")
+    assert templates.dated(template, "") == template and templates.writes_date(template)
+    assert templates.dated(CHATML, "2024-02-29") == CHATML and not templates.writes_date(CHATML)
+
+
+# Exchanges
+
+LONG = [message("system", "s"), *said("a", "b", "c", "d", first="user"), message("user", "e"), message("user", "f")]
+
+
+@pytest.mark.parametrize(("count", "left"), [(0, "sabcdef"), (1, "scdef"), (2, "sef")])
+def test_oldest_exchanges_are_dropped_whole_and_the_system_stays(count, left):
+    assert "".join(each["content"] for each in templates.drop_oldest(LONG, count)) == left
+    assert templates.droppable(LONG) == 2
+
+
+def test_prompt_that_is_one_exchange_drops_nothing():
+    assert templates.droppable(said("a", first="user")) == templates.droppable(said("a")) == 0
