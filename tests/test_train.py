@@ -1,6 +1,7 @@
 """Whole runs: what they write, how they resume, and what they refuse."""
 
 import contextlib
+import datetime
 import io
 import json
 import re
@@ -16,7 +17,7 @@ import transformers
 
 from dpo_jax import commands, train, trees
 from dpo_jax.hf import checkpoints
-from dpo_jax.run import update_batches
+from dpo_jax.run import update_batches, workdir
 from dpo_jax.types import InputError
 from tests.support.hf_folders import edit_weights
 from tests.support.runs import (
@@ -366,6 +367,28 @@ def test_reference_command_leaves_train_nothing_to_score(inputs, tmp_path, capsy
     assert f"{TRAIN_PAIRS + EVAL_PAIRS} scored" in capsys.readouterr().err
     train.run(make_config(inputs, train__steps=1), tmp_path / "run")
     assert " 0 scored in 0 forward passes" in capsys.readouterr().err
+
+
+def test_day_that_templates_write_is_the_one_on_which_the_run_began(finished, inputs, tmp_path, monkeypatch):
+    def day(config, folder, store=tmp_path / "store"):
+        return workdir.dated(config, folder, store).data.date
+
+    class Tomorrow(datetime.date):
+        @classmethod
+        def today(cls):
+            return cls(2999, 1, 2)
+
+    config, began = make_config(inputs), json.loads((finished / "config.json").read_text())["data"]["date"]
+    monkeypatch.setattr(datetime, "date", Tomorrow)
+    assert day(config, tmp_path / "new") == "2999-01-02" and day(config, finished) == began < "2999"
+    workdir.check(workdir.dated(config, finished, tmp_path), finished)  # the run may go on
+    # A reference pass before the run keeps the day on which it was begun.
+    manifest = json.loads((finished / "reference" / "manifest.json").read_text())
+    assert manifest["date"] == began == day(config, tmp_path / "new", finished / "reference")
+    chosen = make_config(inputs, data__date="2024-02-29")
+    assert day(chosen, finished) == day(chosen, tmp_path / "new") == "2024-02-29"
+    with pytest.raises(InputError, match=f"data.date: '{began}' -> '2024-02-29'"):
+        workdir.check(chosen, finished)
 
 
 def test_evaluate_repeats_the_last_evaluation(finished, inputs):
