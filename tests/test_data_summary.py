@@ -72,3 +72,23 @@ def test_endless_answers_are_found_on_either_side(tmp_path, label, side):
     tokens = np.where(np.asarray(found.tokens) == TOKENIZER.eos_token_id, 50, found.tokens)
     found = dataclasses.replace(found, tokens=tokens)
     assert "2 of 2 answers checked" in lines(TOKENIZER.eos_token_id)[0]
+
+
+def test_turns_that_are_not_scored_have_lines_and_lengths_of_their_own(tmp_path):
+    header = "\n\nHuman: is\n\nAssistant:"
+    rows = [{"chosen": f"{header} b\n\nHuman: c\n\nAssistant: d", "rejected": f"{header} e"}]
+    found = load(tmp_path, rows)
+    lines = [line.split(":", 1) for line in data_summary.example(found, TOKENIZER, 0)[2:]]
+    states = ["chosen, 2 tokens, scored", "chosen, 12 tokens, not scored", "chosen, 3 tokens, scored"]
+    assert [state for state, _ in lines] == [*states, "rejected, 3 tokens, scored"]
+    assert [text.replace("|", "").strip() for _, text in lines] == [
+        "b",
+        "\\n\\nHuman: c\\n\\nAssistant:",
+        "d<eos>",
+        "e<eos>",
+    ]
+    lines = data_summary.lengths(found, "shared")
+    titles = {line.partition(",")[0] for line in lines if line.startswith("chosen tokens:")}
+    assert titles == {"chosen tokens: mean 17.0"}
+    assert any(line.startswith("chosen tokens, scored: mean 5.0") for line in lines)
+    assert "of which 12 tokens are not scored" in "\n".join(data_summary.truncated_and_dropped(found))

@@ -21,7 +21,8 @@ def describe_data(inputs: Inputs) -> None:
     for name, pairs in inputs.sets.items():
         longest = int((pairs.lengths[:, 0] + pairs.lengths[:, 1:].max(1)).max())
         size = f"{len(pairs):,} pairs, {pairs.lengths.sum():,} tokens, longest {longest}"
-        say(f"{name}: {size}; {truncation(pairs.report)}")
+        partly = f", {pairs.scored.sum():,} of them scored" if pairs.report["partly_scored"] else ""
+        say(f"{name}: {size}{partly}; {truncation(pairs.report)}")
         if longest > inputs.model.max_positions:
             say(
                 f"warning: {name} has sequences of up to {longest} tokens and the model was trained on "

@@ -112,9 +112,11 @@ def truncated_and_dropped(pairs: PairSet) -> list[str]:
 def lengths(pairs: PairSet, layout: str) -> list[str]:
     """Histograms of the token counts of prompts and answers, and of the positions that a pair takes."""
     prompt, *answers = np.asarray(pairs.lengths).T
+    scored = np.asarray(pairs.scored).T if pairs.report["partly_scored"] else [prompt[:0] for _ in answers]
     columns = {
         "prompt tokens": prompt,
         **{f"{name} tokens": n[n > 0] for name, n in zip(answer_names(pairs), answers, strict=True)},
+        **{f"{name} tokens, scored": n[n > 0] for name, n in zip(answer_names(pairs), scored, strict=True)},
         f"positions per pair, {layout} prompt": unit_lengths(pairs.lengths, layout),
     }
     lines = []
