@@ -1,6 +1,6 @@
-"""Strict reading of a Hugging Face `config.json`: every field is used, known to change nothing, or refused.
+"""Strict reading of a Hugging Face `config.json`: every field is used, changes nothing, or is refused.
 
-A family takes the fields that it understands out of a copy; the fields that are left at the end must be harmless.
+A family takes the fields that it understands out of a copy; the fields that are left at the end must change nothing.
 """
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
+from dpo_jax.hf import transformers_source
 from dpo_jax.models.config import Rope
 from dpo_jax.models.rope import KINDS, frequencies
 from dpo_jax.types import InputError
@@ -17,25 +18,15 @@ Fields = dict[str, Any]  # of a config.json; each function here removes the ones
 REQUIRED = object()
 TRAINED_LENGTH = "original_max_position_embeddings"
 
-# Fields that any Hugging Face configuration may hold and that no causal decoder's forward pass reads. Names that
-# begin with an underscore are private to transformers and count as harmless too.
+# Fields that transformers reads for other purposes than a causal decoder's forward pass. Names that begin with an
+# underscore are private to transformers and count as harmless too.
 HARMLESS = frozenset(
     """
     architectures model_type transformers_version torch_dtype dtype use_cache initializer_range name_or_path
-    bos_token_id eos_token_id pad_token_id sep_token_id decoder_start_token_id tokenizer_class prefix
-    id2label label2id num_labels problem_type classifier_dropout finetuning_task task_specific_params
-    return_dict output_hidden_states output_attentions attn_implementation torchscript use_bfloat16 tf_legacy_loss
-    chunk_size_feed_forward is_decoder gradient_checkpointing tie_encoder_decoder tie_last_hidden_states
-    custom_pipeline custom_pipelines unsloth_fixed unsloth_version is_llama_config transformers.js_config
-    """.split()
-    # Defaults for text generation, which old configurations keep here.
-    + """
-    assistant_confidence_threshold assistant_lookbehind bad_words_ids begin_suppress_tokens diversity_penalty
-    do_sample early_stopping encoder_no_repeat_ngram_size encoder_repetition_penalty epsilon_cutoff eta_cutoff
-    exponential_decay_length_penalty forced_bos_token_id forced_eos_token_id length_penalty max_length min_length
-    no_repeat_ngram_size num_assistant_tokens num_assistant_tokens_schedule num_beam_groups num_beams
-    num_return_sequences output_scores remove_invalid_values repetition_penalty return_dict_in_generate
-    suppress_tokens target_lookbehind temperature top_k top_p typical_p
+    bos_token_id eos_token_id pad_token_id sep_token_id prefix max_length top_k
+    id2label label2id num_labels problem_type classifier_dropout
+    return_dict output_hidden_states output_attentions is_decoder gradient_checkpointing
+    attn_implementation experts_implementation
     """.split()
 )
 
@@ -96,7 +87,8 @@ def begin(hf: dict, architecture: str, place: str) -> Fields:
     Raises: InputError if it describes another class than `architecture`, or quantized weights.
     """
     named = hf.get("architectures") or [architecture]
-    if architecture not in named:
+    # In any case: the first conversions of LLaMA have LLaMAForCausalLM.
+    if architecture.lower() not in (str(each).lower() for each in named):
         raise InputError(
             f"{place}: architectures",
             got=f"got {named}",
@@ -138,6 +130,16 @@ def fits(value: Any, kind: type) -> bool:
     return isinstance(value, (int, kind)) and not isinstance(value, bool) and value > 0
 
 
+def rename(fields: Fields, aliases: Mapping[str, str], *, place: str) -> None:
+    """Moves fields from other names that transformers reads to the family's own, {other: own}.
+
+    Raises: InputError if both stand in the file and differ.
+    """
+    for other, own in aliases.items():
+        if other in fields:
+            fields[own] = agreed({name: fields.pop(name, None) for name in (other, own)}, place)
+
+
 def divide(whole: int, parts: int, place: str) -> int:
     """Returns the exact quotient. Raises InputError, naming `place`, if there is a remainder."""
     if whole % parts:
@@ -172,7 +174,7 @@ def take_rope(fields: Fields, *, place: str, head_dim: int, max_positions: int, 
     Raises: InputError for a type or parameter that is not known, one that is missing, or places that disagree.
     """
     kind, values = rope_values(fields, family, place)
-    check_rope(kind, values, place)
+    check_rope(kind, values, place, fields.get("model_type"))
     dim = int(head_dim * values.pop("partial_rotary_factor", family.fraction))
     if dim % 2 or not 2 <= dim <= head_dim or (dim < head_dim and not family.partial):
         raise InputError(
@@ -215,8 +217,8 @@ def rope_values(fields: Fields, family: RopeFields, place: str) -> tuple[str, Fi
     return family.aliases.get(kind, kind), values
 
 
-def check_rope(kind: str, values: Fields, place: str) -> None:
-    """Raises InputError unless a rope type is known, and has all parameters it needs and no others."""
+def check_rope(kind: str, values: Fields, place: str, model_type: object) -> None:
+    """Raises InputError unless a rope type is known, and has all parameters it needs and no others that are read."""
     if kind not in KINDS:
         raise InputError(
             f"{place}: rope_type",
@@ -234,14 +236,17 @@ def check_rope(kind: str, values: Fields, place: str) -> None:
         )
     # Phi-3 has the trained length beside every type.
     usual = {"rope_theta", "partial_rotary_factor", TRAINED_LENGTH}
-    if unknown := sorted(values.keys() - usual - {*needed, *optional}):
+    known = usual | {*needed, *optional}
+    if unknown := sorted(name for name in values.keys() - known if why_read(model_type, name)):
         raise InputError(
             f"{place}: rope_parameters",
             got=f"got {', '.join(f'{key}={values[key]!r}' for key in unknown)}",
-            expected=f"for type {kind} only {', '.join(sorted(usual | {*needed, *optional}))}",
-            remedy="If the model ignores these fields, delete them from a copy of config.json.",
+            expected=f"for type {kind} only {', '.join(sorted(known))}",
+            remedy="If the model was trained without, remove it from a copy of config.json.",
         )
     for name, value in values.items():
+        if name not in known:
+            continue
         kind_of_value = (
             "true or false" if name == "truncate" else "positive numbers" if "_factor" in name else "a number"
         )
@@ -303,23 +308,45 @@ def take_sliding(fields: Fields, *, place: str, window: int | None, default: Cal
     return [name == kinds[1] for name in names]
 
 
-def finish(fields: Fields, *, place: str, neutral: dict[str, tuple]) -> None:
+def finish(fields: Fields, *, place: str, neutral: Mapping[str, tuple]) -> None:
     """Raises InputError naming every remaining field that may change what the model computes.
 
+    A field changes nothing if it is null or in HARMLESS, if it has a value of `neutral` or NEUTRAL or its class's
+    default, or if the installed transformers does not read it.
+
     Args:
-      neutral: the family's additions to NEUTRAL. A field that is null counts as absent.
+      neutral: the family's additions to NEUTRAL, for fields that count whether transformers reads them or not.
     """
-    allowed = NEUTRAL | neutral
-    left = {name: value for name, value in fields.items() if value is not None and not name.startswith("_")}
-    wrong = {name: value for name, value in left.items() if name in allowed and value not in allowed[name]}
-    unknown = {name: value for name, value in left.items() if name not in allowed and name not in HARMLESS}
-    if not (wrong or unknown):
+    allowed = NEUTRAL | dict(neutral)
+    kind = fields.get("model_type")
+    wrong = {}
+    for name, value in sorted(fields.items()):
+        if value is None or name.startswith("_") or name in HARMLESS or value in allowed.get(name, ()):
+            continue
+        if name in neutral:
+            wrong[name] = f"{name}={value!r}"
+        elif not is_default(kind, name, value) and (why := why_read(kind, name)):
+            wrong[name] = f"{name}={value!r:.100} ({why})"
+    if not wrong:
         return
-    needed = [f"{name}={allowed[name][0] if allowed[name] else None!r}" for name in sorted(wrong)]
+    needed = [f"{name}={allowed[name][0]!r}" for name in wrong if allowed.get(name)]
     raise InputError(
         place,
-        got=f"got {', '.join(f'{name}={value!r}' for name, value in sorted((wrong | unknown).items()))}",
-        expected=", ".join(needed + ["only fields known here"] * bool(unknown)),
-        remedy="These fields may change what the model computes and are not implemented. Where they do not, or where "
-        "training without them is intended, edit a copy of config.json.",
+        got=f"got {', '.join(wrong.values())}",
+        expected=", ".join(needed + [f"no {name}" for name in wrong if not allowed.get(name)]),
+        remedy="What this changes in the model is not implemented. To train without it, remove it from a copy of "
+        "config.json; a model that was trained with it then computes something else.",
     )
+
+
+def why_read(model_type: object, name: str) -> str | None:
+    """Returns why a field may change what models of a type compute; None if transformers does not read it."""
+    code = transformers_source.source(str(model_type))
+    if not code.own:
+        return f"{transformers_source.version()} has no such model_type to tell what it does"
+    return f"read by {transformers_source.version()} in {file}" if (file := code.reader(name)) else None
+
+
+def is_default(model_type: object, name: str, value: Any) -> bool:
+    """Returns whether transformers gives a field this value where a file of the type lacks it."""
+    return transformers_source.source(str(model_type)).is_default(name, value)
