@@ -264,14 +264,14 @@ class X(Base):
 
 
 def test_every_family_has_its_source_and_no_field_by_a_computed_name():
-    """Such a field would not be found. The names that are computed are those of parts of a model, and head_dim."""
+    """Such a field would not be found. Computed are names of parts of a model, of arguments, and head_dim."""
     for kind in FAMILIES:
         source = transformers_source.source(kind)
         assert sorted(name.split("_")[0] for name in source.own) == ["configuration", "modeling"]
         computed = re.findall(
             r"""getattr\((?:self\.)?config, ([^"'].*?)[,)]""", "".join((source.own | source.shared).values())
         )
-        assert set(computed) <= {"head_dim_key", "sub_config_key", "subconfig_key"}
+        assert set(computed) <= {"head_dim_key", "key", "sub_config_key", "subconfig_key"}
 
 
 @pytest.mark.parametrize("kind", FAMILIES)

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 from dpo_jax.hf import transformers_source
 from dpo_jax.models.config import Rope
 from dpo_jax.models.rope import KINDS, frequencies
-from dpo_jax.types import InputError
+from dpo_jax.types import InputError, listed
 
 Fields = dict[str, Any]  # of a config.json; each function here removes the ones that it reads
 
@@ -240,7 +240,7 @@ def check_rope(kind: str, values: Fields, place: str, model_type: object) -> Non
     if unknown := sorted(name for name in values.keys() - known if why_read(model_type, name)):
         raise InputError(
             f"{place}: rope_parameters",
-            got=f"got {', '.join(f'{key}={values[key]!r}' for key in unknown)}",
+            got=f"got {listed([f'{key}={values[key]!r:.100}' for key in unknown])}",
             expected=f"for type {kind} only {', '.join(sorted(known))}",
             remedy="If the model was trained without, remove it from a copy of config.json.",
         )
@@ -250,8 +250,8 @@ def check_rope(kind: str, values: Fields, place: str, model_type: object) -> Non
         kind_of_value = (
             "true or false" if name == "truncate" else "positive numbers" if "_factor" in name else "a number"
         )
-        listed = value if name in ("short_factor", "long_factor") and isinstance(value, list) else [value]
-        good = isinstance(value, bool) if name == "truncate" else listed and all(fits(each, float) for each in listed)
+        numbers = value if name in ("short_factor", "long_factor") and isinstance(value, list) else [value]
+        good = isinstance(value, bool) if name == "truncate" else numbers and all(fits(each, float) for each in numbers)
         if not good:
             raise InputError(
                 f"{place}: {name}", got=f"got {value!r}", expected=kind_of_value, remedy="Correct the value."
@@ -332,10 +332,10 @@ def finish(fields: Fields, *, place: str, neutral: Mapping[str, tuple]) -> None:
     needed = [f"{name}={allowed[name][0]!r}" for name in wrong if allowed.get(name)]
     raise InputError(
         place,
-        got=f"got {', '.join(wrong.values())}",
-        expected=", ".join(needed + [f"no {name}" for name in wrong if not allowed.get(name)]),
-        remedy="What this changes in the model is not implemented. To train without it, remove it from a copy of "
-        "config.json; a model that was trained with it then computes something else.",
+        got=f"got {listed([*wrong.values()])}",
+        expected=listed(needed + [f"no {name}" for name in wrong if not allowed.get(name)]),
+        remedy="It may change what the model computes, and is not implemented. Remove it from a copy of config.json "
+        "only if the model is right without it.",
     )
 
 

@@ -24,7 +24,7 @@ from dpo_jax.hf import transpose
 from dpo_jax.hf.tensors import FLOATS, Header
 from dpo_jax.runtime import files
 from dpo_jax.runtime.prefetch import in_order
-from dpo_jax.types import InputError
+from dpo_jax.types import InputError, listed
 
 CONFIG = "config.json"
 GENERATION = "generation_config.json"
@@ -142,7 +142,7 @@ def weight_files(folder: Path) -> list[Path]:
         pickles = sorted(path.name for path in folder.glob("*") if path.suffix in (".bin", ".pt", ".pth"))
         raise InputError(
             str(folder),
-            got=f"only pickled weights ({', '.join(pickles)})" if pickles else "no weights",
+            got=f"only pickled weights ({listed(pickles)})" if pickles else "no weights",
             expected=f"{SINGLE} or {INDEX}",
             remedy="Pickle files can run code and are never read. Where torch is installed, convert them: "
             "AutoModelForCausalLM.from_pretrained(folder).save_pretrained(new_folder).",
@@ -154,7 +154,7 @@ def weight_files(folder: Path) -> list[Path]:
     if absent or not names:
         raise InputError(
             str(folder / INDEX),
-            got=f"names files that are not in the folder: {', '.join(absent)}" if absent else "names no files",
+            got=f"names files that are not in the folder: {listed(absent)}" if absent else "names no files",
             expected="every file of the checkpoint",
             remedy="Download or copy the missing files.",
         )
@@ -341,7 +341,7 @@ def check_replaceable(out: Path) -> None:
     if unknown:
         raise InputError(
             str(out),
-            got=f"holds {', '.join(unknown[:5])}{' ...' if len(unknown) > 5 else ''}",
+            got=f"holds {listed(unknown)}",
             expected="a new folder, or an earlier export to replace",
             remedy="Choose another folder; this one would be deleted.",
         )
