@@ -294,10 +294,21 @@ def test_changed_row_of_a_repeated_head_is_found_by_who_reads_it(tmp_path):
         load(tmp_path / "m", place=half(slice(20, 40)))
 
 
-def test_pickled_weights_are_refused(tmp_path):
+@pytest.mark.parametrize(
+    "name, said",
+    [
+        ("pytorch_model.bin", "names, but pytorch_model.bin; .*never read.*convert: Auto"),
+        ("model.gguf", "names, but model.gguf; .*gguf_file=NAME"),
+        ("consolidated.safetensors", "names, but consolidated.safetensors; .*Rename"),
+        (None, "no weights; .*Download the model again"),
+    ],
+)
+def test_weights_of_another_format_or_name_are_told(tmp_path, name, said):
     save(tmp_path / "m")
-    (tmp_path / "m" / FILE).rename(tmp_path / "m" / "pytorch_model.bin")
-    with pytest.raises(InputError, match=r"only pickled weights \(pytorch_model.bin\).*convert"):
+    file = (tmp_path / "m" / FILE).rename(tmp_path / "elsewhere")
+    if name:
+        file.rename(tmp_path / "m" / name)
+    with pytest.raises(InputError, match=said):
         load(tmp_path / "m")
 
 

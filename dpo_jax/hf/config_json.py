@@ -13,8 +13,10 @@ from dpo_jax.models.config import Rope
 from dpo_jax.models.rope import KINDS, frequencies
 from dpo_jax.types import InputError, listed
 
+KIND_NAMES = {str: "text", bool: "true or false", int: "a positive whole number", float: "a positive number"}
 Fields = dict[str, Any]  # of a config.json; each function here removes the ones that it reads
 
+COMPARE = "Compare the file with the one the model was published with."
 REQUIRED = object()
 TRAINED_LENGTH = "original_max_position_embeddings"
 
@@ -117,8 +119,8 @@ def take(fields: Fields, name: str, kind: type, *, place: str, default: object =
         raise InputError(
             f"{place}: {name}",
             got="missing" if value is None else f"got {value!r}",
-            expected=f"a {'' if kind in (str, bool) else 'positive '}{kind.__name__}",
-            remedy="Compare the file with the one the model was published with.",
+            expected=KIND_NAMES[kind],
+            remedy=COMPARE,
         )
     return kind(value)
 
@@ -130,7 +132,7 @@ def fits(value: Any, kind: type) -> bool:
     return isinstance(value, (int, kind)) and not isinstance(value, bool) and value > 0
 
 
-def rename(fields: Fields, aliases: Mapping[str, str], *, place: str) -> None:
+def join_aliases(fields: Fields, aliases: Mapping[str, str], *, place: str) -> None:
     """Moves fields from other names that transformers reads to the family's own, {other: own}.
 
     Raises: InputError if both stand in the file and differ.
@@ -147,7 +149,7 @@ def divide(whole: int, parts: int, place: str) -> int:
             place,
             got=f"got {whole}, which {parts} does not divide",
             expected=f"a multiple of {parts}",
-            remedy="Compare the file with the one the model was published with.",
+            remedy=COMPARE,
         )
     return whole // parts
 
@@ -181,14 +183,17 @@ def take_rope(fields: Fields, *, place: str, head_dim: int, max_positions: int, 
             f"{place}: {family.fractions[0]}",
             got=f"{dim} of a head's {head_dim} dimensions would be rotated",
             expected=f"an even number from 2 to {head_dim}" if family.partial else "all of them, an even number",
-            remedy="Compare the file with the one the model was published with.",
+            remedy=COMPARE,
         )
     lengths = {TRAINED_LENGTH: max_positions, "max_position_embeddings": max_positions}
     complete: Fields = {"rope_theta": family.theta} | lengths | values
     for name in ("short_factor", "long_factor"):
         if len(complete.get(name, ())) not in (0, dim // 2):
             raise InputError(
-                f"{place}: {name}", got=f"{len(complete[name])} numbers", expected=f"{dim // 2}", remedy="Correct it."
+                f"{place}: {name}",
+                got=f"{len(complete[name])} numbers",
+                expected=f"{dim // 2}, half of the rotated dimensions",
+                remedy=COMPARE,
             )
     return KINDS[kind][0](complete, frequencies(complete["rope_theta"], dim))
 
@@ -232,7 +237,7 @@ def check_rope(kind: str, values: Fields, place: str, model_type: object) -> Non
             f"{place}: rope_parameters",
             got=f"type {kind} without {', '.join(missing)}",
             expected=", ".join(needed),
-            remedy="Compare the file with the one the model was published with.",
+            remedy=COMPARE,
         )
     # Phi-3 has the trained length beside every type.
     usual = {"rope_theta", "partial_rotary_factor", TRAINED_LENGTH}
@@ -303,7 +308,7 @@ def take_sliding(fields: Fields, *, place: str, window: int | None, default: Cal
             f"{place}: layer_types",
             got=f"{kinds[1]} without a sliding_window",
             expected="the window",
-            remedy="Compare the file with the one the model was published with.",
+            remedy=COMPARE,
         )
     return [name == kinds[1] for name in names]
 

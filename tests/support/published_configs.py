@@ -626,6 +626,7 @@ REFUSED = {
         LLAMA31 | NAMES | dict(architectures=["LlamaForSequenceClassification"]),
         "architectures",
     ),
+    "Alibaba-NLP/gte-Qwen2-7B-instruct": (QWEN2 | remote("qwen", "Qwen2") | dict(is_causal=False), "is_causal"),
     "intfloat/e5-mistral-7b-instruct": (MISTRAL | dict(architectures=["MistralModel"]), "architectures"),
     "ibm-granite/granite-3.1-2b-instruct": (
         LLAMA3

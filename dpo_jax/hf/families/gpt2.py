@@ -24,7 +24,7 @@ SUMMARY = ("type", "use_proj", "activation", "proj_to_labels", "first_dropout") 
 def decoder_config(hf: dict, place: str) -> DecoderConfig:
     """Reads a GPT-2 `config.json`. Raises InputError on anything it cannot honor; `place` names the file."""
     fields = config_json.begin(hf, ARCHITECTURE, place)
-    config_json.rename(fields, ALIASES, place=place)
+    config_json.join_aliases(fields, ALIASES, place=place)
     take = partial(config_json.take, fields, place=place)
     for name in (*UNUSED, *(f"summary_{each}" for each in SUMMARY), "n_ctx"):
         fields.pop(name, None)
