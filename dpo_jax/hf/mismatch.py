@@ -123,7 +123,7 @@ def renaming(faults: Faults) -> Renaming | None:
     found = Counter(filter(None, map(prefixes, unwrapped.values()))).most_common(1)
     if not found:
         return None
-    ((lacks, surplus), _), *_ = found
+    (lacks, surplus), _ = found[0]
     renamed = {name: lacks + inner.removeprefix(surplus) for name, inner in unwrapped.items()}
     names = {name: new for name, new in renamed.items() if new in missing}
     wrappers = {part: WRAPPERS[part] for part in WRAPPERS if any(part in WRAPPER.findall(name) for name in names)}

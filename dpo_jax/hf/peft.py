@@ -97,18 +97,25 @@ def check_options(fields: Mapping, place: str) -> None:
 def adapted_by(names: Iterable[str], able: Sequence[Tensor], sizes: Sizes, *, place: str) -> list[Tensor]:
     """Returns the tensors of a model that an adapter's tensors, by their names, belong to.
 
-    Raises: InputError if it has tensors of others, such as embeddings, or of a model with other names.
+    Raises: InputError if it has tensors of others, such as embeddings, of some layers only, or of another model.
     """
-    modules = {module_of(each).format(layer=layer): each for each in able for layer in range(sizes["layer"])}
     stems = {name.removeprefix(PREFIX).partition(".lora_")[0] for name in names}
-    if others := sorted(stems - modules.keys()):
+    layers = range(sizes["layer"])
+    # {module, with {layer}: its names in the layers that have an adapter}
+    adapted = {
+        module: [name for layer in layers if (name := module.format(layer=layer)) in stems]
+        for module in map(module_of, able)
+    }
+    others = sorted(stems - {name for found in adapted.values() for name in found})
+    partly = [f"{module} in {len(found)} layers" for module, found in adapted.items() if 0 < len(found) < len(layers)]
+    if others or partly:
         raise InputError(
             place,
-            got=f"changes {listed(others)}",
-            expected=f"adapters of {', '.join(map(module_of, able))}, for {sizes['layer']} layers",
+            got=f"changes {listed(others or partly)}",
+            expected=f"adapters of {', '.join(adapted)}, each in all {len(layers)} layers",
             remedy="If it is of another model, set model.path to that. If not: " + MERGE,
         )
-    return [each for each in able if module_of(each).format(layer=0) in stems]
+    return [each for each in able if adapted[module_of(each)]]
 
 
 def load(folder: Path, adapters: Adapters, sizes: Sizes, *, place: Place = checkpoints.whole) -> dict:

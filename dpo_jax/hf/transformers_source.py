@@ -33,16 +33,17 @@ class Source(NamedTuple):
 
         Local variables and words in comments do not count: no configuration is read by them.
         """
-        pattern = rf"""[.'"]{re.escape(name)}\b|^    {re.escape(name)}:"""
-        for file, text in (self.own | self.shared).items():
-            if name in text and re.search(pattern, text, re.MULTILINE):
-                return file
-        return None
+        return next((file for file, text in (self.own | self.shared).items() if _has(text, name)), None)
 
     def is_default(self, name: str, value: Any) -> bool:
         """Returns whether `value` is the one that a model gets where the file lacks the field."""
-        classes = "\n".join(text for file, text in (self.own | self.shared).items() if "configuration_" in file)
-        stated = re.findall(rf"^    {re.escape(name)}: [^=\n]+ = (.+)$", classes, re.MULTILINE)
+        declared = f"    {name}: "
+        texts = [
+            text for file, text in (self.own | self.shared).items() if "configuration_" in file and declared in text
+        ]
+        stated = [
+            found for text in texts for found in re.findall(rf"^{re.escape(declared)}[^=\n]+ = (.+)$", text, re.M)
+        ]
         return bool(stated) and all(_literal(each) == value for each in stated)
 
 
@@ -64,6 +65,16 @@ def source(model_type: str) -> Source:
 def version() -> str:
     """Returns the name and version of the installed transformers."""
     return f"transformers {importlib.metadata.version('transformers')}"
+
+
+def _has(text: str, name: str) -> bool:
+    """Returns whether source text has `.name`, `"name`, or `name:` as a field of a class."""
+    # A pattern that begins with the name itself is found fast.
+    spans = (found.span() for found in re.finditer(rf"{re.escape(name)}\b", text))
+    return any(
+        text[start - 1 : start] in {".", "'", '"'} or (text[start - 5 : start], text[end : end + 1]) == ("\n    ", ":")
+        for start, end in spans
+    )
 
 
 def _literal(text: str) -> Any:
