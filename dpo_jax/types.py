@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple, Protocol, TypeAlias, runtime_checkable
 
 import numpy as np
@@ -18,6 +18,12 @@ class InputError(ValueError):
     def __init__(self, place: str, *, got: str, expected: str, remedy: str):
         self.place, self.got, self.expected, self.remedy = place, got, expected, remedy
         super().__init__(f"{place}: {got}; expected {expected}. {remedy}")
+
+
+def listed(names: Sequence[str], most: int = 5, separator: str = ", ") -> str:
+    """Joins names for a message: at most `most`, and the number of the others."""
+    more = len(names) - most
+    return separator.join(names[:most]) + (f" and {more} more" if more > 0 else "")
 
 
 def check_choice(place: str, value: str, valid: Iterable[str]) -> None:

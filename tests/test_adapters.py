@@ -233,8 +233,9 @@ def test_target_modules_say_no_more_than_is_needed_to_tell_them_apart():
 
 
 REFUSED = [
-    ({"peft_type": "IA3"}, "peft_type"),
-    ({"use_dora": True}, "use_dora=True"),
+    ({"peft_type": "IA3"}, "peft_type: got IA3.*merge_and_unload"),
+    ({"peft_type": "PROMPT_TUNING"}, "PROMPT_TUNING.*cannot be merged.*LoRA instead"),
+    ({"use_dora": True}, "use_dora=True.*merge_and_unload"),
     ({"bias": "all"}, "bias='all'"),
     ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
     ({"rank_pattern": {"q_proj": 8}}, "rank_pattern"),
@@ -245,7 +246,7 @@ REFUSED = [
 ]
 
 
-@pytest.mark.parametrize(("changes", "words"), REFUSED, ids=[next(iter(changes)) for changes, _ in REFUSED])
+@pytest.mark.parametrize(("changes", "words"), REFUSED, ids=[str(changes) for changes, _ in REFUSED])
 def test_adapters_that_compute_something_else_are_refused(changes, words, tmp_path):
     adapters = adapters_of("llama-all")
     config, table = table_of("llama-all")
@@ -257,6 +258,21 @@ def test_adapters_that_compute_something_else_are_refused(changes, words, tmp_pa
         peft.read(tmp_path / "adapter", table, config.stacks)
 
 
+def test_adapter_of_embeddings_or_with_whole_tensors_is_refused_with_the_way_out(tmp_path):
+    """PEFT puts whole embeddings into the file by itself where tokens were added."""
+    adapters = adapters_of("llama-all")
+    config, table = table_of("llama-all")
+    first = trees.nest(first_values(adapters, config.stacks, seed=0))
+    peft.save(first, adapters, table, config.stacks, base="owner/name", out=tmp_path / "adapter")
+    file = tmp_path / "adapter/adapter_model.safetensors"
+    tensors = load_file(file)
+    for name in ("model.embed_tokens.lora_embedding_A", "model.embed_tokens.weight"):
+        save_file(tensors | {f"base_model.model.{name}": np.zeros((3, 41), "f4")}, file)
+        module = "model.embed_tokens" + ".weight" * name.endswith("weight")
+        with pytest.raises(InputError, match=f"changes {module};.*merge_and_unload"):
+            peft.read(tmp_path / "adapter", table, config.stacks)
+
+
 def test_adapter_of_some_layers_or_of_another_model_is_refused(tmp_path):
     adapters = adapters_of("llama-all")
     config, table = table_of("llama-all")
@@ -265,13 +281,19 @@ def test_adapter_of_some_layers_or_of_another_model_is_refused(tmp_path):
     file = tmp_path / "adapter/adapter_model.safetensors"
     tensors = load_file(file)
     save_file({key: value for key, value in tensors.items() if "layers.1." not in key}, file)
-    with pytest.raises(InputError, match=r"missing base_model.model.model.layers.1.self_attn.q_proj.lora_A.weight"):
+    with pytest.raises(InputError, match="self_attn.q_proj in 3 layers.*in all 4 layers.*merge_and_unload"):
         peft.read(tmp_path / "adapter", table, config.stacks)
+    save_file({key: value for key, value in tensors.items() if "layers.1.self_attn.q_proj.lora_A" not in key}, file)
+    with pytest.raises(InputError, match=r"missing \S+.layers.1.self_attn.q_proj.lora_A.weight.*merge_and_unload"):
+        peft.read(tmp_path / "adapter", table, config.stacks)
+    save_file(tensors, file)
     other, others = table_of("gpt_neox-all")
-    with pytest.raises(InputError, match="unexpected base_model"):
+    with pytest.raises(
+        InputError, match="changes model.layers.0.mlp.down_proj, .* 23 more; .*query_key_value.*of another m"
+    ):
         peft.read(tmp_path / "adapter", others, other.stacks)
     file.rename(tmp_path / "adapter/adapter_model.bin")
-    with pytest.raises(InputError, match="no adapter_model.safetensors"):
+    with pytest.raises(InputError, match="no adapter_model.safetensors, but adapter_model.bin"):
         peft.read(tmp_path / "adapter", table, config.stacks)
 
 

@@ -7,7 +7,7 @@ import tracemalloc
 import jax
 import numpy as np
 import pytest
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 
 from dpo_jax import trees
 from dpo_jax.hf import checkpoints, folders, transpose
@@ -162,8 +162,8 @@ def test_every_missing_unexpected_and_misshapen_tensor_is_named_at_once(tmp_path
     assert error.value.got.split("; ") == [
         "missing model.layers.1.mlp.up_proj.weight [24, 16]",
         "lm_head.weight is I8, not one of F64, F32, BF16, F16",
-        "unexpected model.layers.3.mlp.up_proj.weight [24, 16]",
         "model.norm.weight is [15], not [16]",
+        "unexpected model.layers.3.mlp.up_proj.weight [24, 16]",
     ]
 
 
@@ -172,7 +172,61 @@ def test_long_lists_of_problems_are_cut_and_counted(tmp_path):
     edit_weights(tmp_path / "m", lambda tensors: tensors.update({f"extra.{i}": np.zeros(1, "f4") for i in range(25)}))
     with pytest.raises(InputError) as error:
         load(tmp_path / "m")
-    assert error.value.got.count("unexpected") == 20 and error.value.got.endswith("and 5 more")
+    assert error.value.got.count("unexpected") == 5 and error.value.got.endswith("and 20 more")
+
+
+LORA = {f"model.layers.0.self_attn.q_proj.lora_{side}.default.weight": np.zeros((2, 2), "f4") for side in "AB"}
+
+
+@pytest.mark.parametrize(
+    "change, said",
+    [
+        (lambda k: f"_orig_mod.{k}", "51 names have _orig_mod. .of torch.compile. in them, such as _orig_mod.lm_head"),
+        (
+            lambda k: f"module._orig_mod.{k}",
+            r"_orig_mod. .* and module. .*k.replace\('_orig_mod.', ''\).replace\('module.'",
+        ),
+        (lambda k: k.replace("mlp", "_fsdp_wrapped_module.mlp"), "18 names have _fsdp_wrapped_module. .of FSDP"),
+        (lambda k: k.replace("q_proj.w", "q_proj.base_layer.w"), "3 names have base_layer. .of PEFT"),
+        (lambda k: f"base_model.model.{k}", "51 names have base_model.model. .of PEFT"),
+        (lambda k: f"model.{k}", r"51 names have model. before them.*k.removeprefix\('model.'\)"),
+        (lambda k: f"language_model.{k}", "51 names have language_model. before them, such as language_model.lm_head"),
+        (lambda k: k.removeprefix("model."), "50 names lack model. before them.*'model.' . k:"),
+        (lambda k: "_fsdp_wrapped_module._flat_param", "FSDP has flattened the tensors .*FULL_STATE_DICT"),
+    ],
+)
+def test_names_that_a_wrapper_changed_are_one_line_with_the_wrapper(tmp_path, change, said):
+    save(tmp_path / "m")
+    tensors = load_file(tmp_path / "m" / FILE)
+    save_file({change(name): tensor for name, tensor in tensors.items()}, tmp_path / "m" / FILE)
+    with pytest.raises(InputError, match=said) as error:
+        load(tmp_path / "m")
+    assert "missing" not in error.value.got and "unexpected" not in error.value.got
+
+
+def test_faults_that_renaming_leaves_are_named_too(tmp_path):
+    save(tmp_path / "m")
+    tensors = load_file(tmp_path / "m" / FILE)
+    del tensors["lm_head.weight"]
+    renamed = {name.removeprefix("model."): tensor for name, tensor in tensors.items()}
+    save_file(renamed | {"x": np.zeros(2, "f4")}, tmp_path / "m" / FILE)
+    with pytest.raises(InputError) as error:
+        load(tmp_path / "m")
+    assert error.value.got.split("; ")[1:] == ["missing lm_head.weight [40, 16]", "unexpected x [2]"]
+
+
+def test_empty_tensors_and_unmerged_adapters_are_told_with_their_cause(tmp_path):
+    save(tmp_path / "m")
+    tensors = load_file(tmp_path / "m" / FILE)
+    empty = {name: np.zeros(0, "f4") if "proj" in name else tensor for name, tensor in tensors.items()}
+    save_file(empty, tmp_path / "m" / FILE)
+    with pytest.raises(InputError, match="42 tensors, such as .*, are empty, .* ZeRO-3.*zero_to_fp32.py") as error:
+        load(tmp_path / "m")
+    assert "is [0]" not in error.value.got
+    save_file(tensors | LORA, tmp_path / "m" / FILE)
+    with pytest.raises(InputError, match="adapter that was not merged;.*merge_and_unload") as error:
+        load(tmp_path / "m")
+    assert "unexpected" not in error.value.got
 
 
 @pytest.mark.parametrize(
@@ -240,10 +294,21 @@ def test_changed_row_of_a_repeated_head_is_found_by_who_reads_it(tmp_path):
         load(tmp_path / "m", place=half(slice(20, 40)))
 
 
-def test_pickled_weights_are_refused(tmp_path):
+@pytest.mark.parametrize(
+    "name, said",
+    [
+        ("pytorch_model.bin", "names, but pytorch_model.bin; .*never read.*convert: Auto"),
+        ("model.gguf", "names, but model.gguf; .*gguf_file=NAME"),
+        ("consolidated.safetensors", "names, but consolidated.safetensors; .*Rename"),
+        (None, "no weights; .*Download the model again"),
+    ],
+)
+def test_weights_of_another_format_or_name_are_told(tmp_path, name, said):
     save(tmp_path / "m")
-    (tmp_path / "m" / FILE).rename(tmp_path / "m" / "pytorch_model.bin")
-    with pytest.raises(InputError, match=r"only pickled weights \(pytorch_model.bin\).*convert"):
+    file = (tmp_path / "m" / FILE).rename(tmp_path / "elsewhere")
+    if name:
+        file.rename(tmp_path / "m" / name)
+    with pytest.raises(InputError, match=said):
         load(tmp_path / "m")
 
 
@@ -334,3 +399,9 @@ def test_table_with_a_name_or_leaf_twice_is_a_bug():
     for other in (plain("a.weight", "b", (2,)), plain("b.weight", "a", (2,))):
         with pytest.raises(AssertionError):
             leaf_shapes([one, other], {"layer": 1})
+
+
+def test_adapter_in_place_of_a_model_names_both_fields(tmp_path):
+    (tmp_path / "adapter_config.json").write_text('{"base_model_name_or_path": "owner/name"}')
+    with pytest.raises(InputError, match="adapter without its model.*lora.path to this folder.*model, owner/name"):
+        checkpoints.read_config(tmp_path)

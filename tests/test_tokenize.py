@@ -1,4 +1,5 @@
 import dataclasses
+import json
 import re
 from pathlib import Path
 
@@ -292,6 +293,50 @@ def test_load_tokenizer_says_that_there_is_none(tmp_path):
         with pytest.raises(InputError) as caught:
             tokenize.load_tokenizer(str(path))
         assert str(path) in caught.value.place and "tokenizer.json" in caught.value.expected
+
+
+@pytest.mark.parametrize(
+    "files, said",
+    [
+        ({"tokenizer.model": b"\n\x0e\n\x05<unk>"}, ".tokenizer.model has to.*`pip install sentencepiece protobuf`"),
+        ({"tokenizer.model": b"aGVsbG8= 0\nIQ== 1\n"}, ".tokenizer.model has to.*`pip install tiktoken`"),
+        ({"config.json": b"{}"}, "no vocabulary in this folder"),
+        (None, ".its vocabulary has to.*`pip install sentencepiece protobuf`"),
+    ],
+)
+def test_load_tokenizer_names_the_packages_that_convert_a_vocabulary(tmp_path, monkeypatch, files, said):
+    """What transformers says where none of them is installed is of tiktoken alone."""
+
+    def refuse(*args, **kwargs):
+        raise ImportError("`tiktoken` is required to read a `tiktoken` file")
+
+    monkeypatch.setattr(tokenize.AutoTokenizer, "from_pretrained", refuse)
+    for name, content in (files or {}).items():
+        (tmp_path / name).write_bytes(content)
+    with pytest.raises(InputError, match=said):
+        tokenize.load_tokenizer(str(tmp_path if files else "owner/name"))
+
+
+@pytest.mark.parametrize(
+    "described, said",
+    [
+        ({"tokenizer_class": "LlamaTokenizer"}, "no tokens but <s>, </s>, <unk>"),
+        (
+            {"tokenizer_class": "X", "auto_map": {"AutoTokenizer": ["tokenization_x.X", None]}},
+            "code of its own, which is",
+        ),
+    ],
+)
+def test_load_tokenizer_refuses_a_class_without_vocabulary_or_with_code(tmp_path, described, said):
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(described))
+    with pytest.raises(InputError, match=said):
+        tokenize.load_tokenizer(str(tmp_path))
+
+
+def test_load_tokenizer_needs_no_more_than_a_tokenizer_json(tmp_path):
+    make_tokenizer().save_pretrained(tmp_path)
+    (tmp_path / "tokenizer_config.json").unlink()
+    assert tokenize.load_tokenizer(str(tmp_path))("the sky").input_ids == make_tokenizer()("the sky").input_ids
 
 
 @pytest.mark.skipif(not NEOX.exists(), reason="needs ../shared/data/gpt_neox_20b_tokenizer.json")

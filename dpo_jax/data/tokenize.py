@@ -5,7 +5,9 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
+import re
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple, cast
 
 import numpy as np
@@ -16,6 +18,8 @@ from dpo_jax.data.written import lost_characters
 from dpo_jax.types import Encoded, InputError, Omission, Pair
 
 TRUNCATIONS = ("keep_end", "keep_start", "error")
+
+_CONVERTING = ("sentencepiece", "protobuf", "tiktoken")  # packages that convert vocabularies for transformers
 
 _NAMED = 5  # most tokens that a message names
 
@@ -75,12 +79,10 @@ def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, use_fast=True, trust_remote_code=False)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError) as error:
-        raise InputError(
-            f"tokenizer {path!r}",
-            got=f"not loadable ({' '.join(str(error).split())})",
-            expected="a folder or Hub id with tokenizer.json and tokenizer_config.json",
-            remedy="Set tokenizer.path, or save a tokenizer there with save_pretrained.",
-        ) from error
+        raise _not_loadable(path, " ".join(str(error).split())) from error
+    # transformers makes a tokenizer of special tokens alone where a folder says its class and has no vocabulary.
+    if not tokenizer.get_vocab().keys() - {*tokenizer.all_special_tokens}:
+        raise _not_loadable(path, f"it has no tokens but {', '.join(tokenizer.all_special_tokens)}")
     if not tokenizer.is_fast:
         raise InputError(
             f"tokenizer {path!r}",
@@ -89,6 +91,32 @@ def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
             remedy="Convert it with transformers and save it with save_pretrained.",
         )
     return tokenizer
+
+
+def _not_loadable(path: str, reason: str) -> InputError:
+    """Returns the error for a tokenizer that transformers cannot load, with the packages that it needs if they miss."""
+    folder = Path(path).expanduser()
+    remedy = "Set tokenizer.path, or save a tokenizer there with save_pretrained."
+    if "trust_remote_code" in reason:
+        reason = "its class comes with code of its own, which is never run"
+        remedy = "Set tokenizer.path to a folder with a tokenizer.json that this code has written."
+    elif any(package in reason for package in _CONVERTING):
+        # Without sentencepiece, transformers takes every file for one of tiktoken, and names that package instead.
+        file = next(iter(sorted(folder.glob("*.model"))), None)
+        of_tiktoken = file and re.match(rb"[\w+/=]+ \d+\n", file.read_bytes()[:200])
+        packages = "tiktoken" if of_tiktoken else "sentencepiece protobuf"
+        reason = "no vocabulary in this folder"
+        if file or not folder.is_dir():
+            reason = (
+                f"{file.name if file else 'its vocabulary'} has to be converted by {' and '.join(packages.split())}"
+            )
+            remedy = f"Run `pip install {packages}`, or save a tokenizer.json where these are installed."
+    return InputError(
+        f"tokenizer {path!r}",
+        got=f"not loadable ({reason})",
+        expected="a folder or Hub id with tokenizer.json, or another vocabulary that transformers converts",
+        remedy=remedy,
+    )
 
 
 def identity(tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:

@@ -25,7 +25,7 @@ from dpo_jax import trees
 from dpo_jax.hf.checkpoints import Place, whole
 from dpo_jax.hf.tensors import Sizes, Tensor, leaf_shapes
 from dpo_jax.models import quantized
-from dpo_jax.types import InputError
+from dpo_jax.types import InputError, listed
 
 PREFIX = "base_model.model."  # PEFT's, of every name
 KERNEL = re.compile(r"blocks/(attention|mlp)/\w+/kernel")  # leaves that can have an adapter
@@ -94,7 +94,7 @@ def choose(table: Sequence[Tensor], sizes: Sizes, targets: str) -> tuple[Tensor,
         raise InputError(
             "config.lora.targets",
             got=f"{targets!r}, which matches "
-            + (f"{', '.join(map(module_of, partly))} in some of the layers only" if partly else "none of them"),
+            + (f"{listed([*map(module_of, partly)])} in some of the layers only" if partly else "none of them"),
             expected=f"a regular expression that matches some of {', '.join(map(module_of, able))}, in every layer",
             remedy="Correct it; it has to match a whole name.",
         )

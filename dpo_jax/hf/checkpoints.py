@@ -30,7 +30,7 @@ from dpo_jax.models.config import DecoderConfig
 from dpo_jax.runtime import files
 from dpo_jax.runtime.prefetch import in_order
 from dpo_jax.trees import flatten, nest
-from dpo_jax.types import InputError
+from dpo_jax.types import InputError, listed
 
 __all__ = [
     "Hosts",
@@ -93,6 +93,14 @@ def read_config(folder: Path) -> tuple[DecoderConfig, dict]:
     Raises: InputError if the family is unknown, or a field asks for something that is not implemented.
     """
     path = folder / folders.CONFIG
+    if not path.is_file() and (folder / folders.ADAPTER_CONFIG).is_file():
+        base = folders.read_json(folder / folders.ADAPTER_CONFIG).get("base_model_name_or_path")
+        raise InputError(
+            str(folder),
+            got="an adapter without its model",
+            expected="a model",
+            remedy=f"Set lora.path to this folder, and model.path to its model{f', {base}' if base else ''}.",
+        )
     hf = folders.read_json(path)
     return family(hf, str(path)).decoder_config(hf, str(path)), hf
 
@@ -421,17 +429,19 @@ def with_dtype(hf: Mapping, dtype: str) -> dict:
 def fitting(params: Mapping, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Array]:
     """Returns the leaves of `params` by path. Raises InputError unless they have exactly these paths and shapes."""
     leaves = flatten(params)
-    problems = [f"missing {path} {list(shapes[path])}" for path in sorted(shapes.keys() - leaves.keys())]
-    problems += [f"unexpected {path}" for path in sorted(leaves.keys() - shapes.keys())]
-    problems += [
-        f"{path} is {list(leaves[path].shape)}, not {list(shapes[path])}"
-        for path in sorted(shapes.keys() & leaves.keys())
-        if tuple(leaves[path].shape) != shapes[path]
-    ]
-    if problems:
+    problems = (
+        [f"missing {path} {[*shapes[path]]}" for path in sorted(shapes.keys() - leaves.keys())],
+        [f"unexpected {path}" for path in sorted(leaves.keys() - shapes.keys())],
+        [
+            f"{path} is {[*leaves[path].shape]}, not {[*shapes[path]]}"
+            for path in sorted(shapes.keys() & leaves.keys())
+            if tuple(leaves[path].shape) != shapes[path]
+        ],
+    )
+    if any(problems):
         raise InputError(
             "params",
-            got="; ".join(problems),
+            got="; ".join(listed(each, separator="; ") for each in problems if each),
             expected="the leaves that config.json describes",
             remedy="Export into the architecture that was trained.",
         )

@@ -1,6 +1,6 @@
-"""Strict reading of a Hugging Face `config.json`: every field is used, known to change nothing, or refused.
+"""Strict reading of a Hugging Face `config.json`: every field is used, changes nothing, or is refused.
 
-A family takes the fields that it understands out of a copy; the fields that are left at the end must be harmless.
+A family takes the fields that it understands out of a copy; the fields that are left at the end must change nothing.
 """
 
 from __future__ import annotations
@@ -8,34 +8,27 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
+from dpo_jax.hf import transformers_source
 from dpo_jax.models.config import Rope
 from dpo_jax.models.rope import KINDS, frequencies
-from dpo_jax.types import InputError
+from dpo_jax.types import InputError, listed
 
+KIND_NAMES = {str: "text", bool: "true or false", int: "a positive whole number", float: "a positive number"}
 Fields = dict[str, Any]  # of a config.json; each function here removes the ones that it reads
 
+COMPARE = "Compare the file with the one the model was published with."
 REQUIRED = object()
 TRAINED_LENGTH = "original_max_position_embeddings"
 
-# Fields that any Hugging Face configuration may hold and that no causal decoder's forward pass reads. Names that
-# begin with an underscore are private to transformers and count as harmless too.
+# Fields that transformers reads for other purposes than a causal decoder's forward pass. Names that begin with an
+# underscore are private to transformers and count as harmless too.
 HARMLESS = frozenset(
     """
     architectures model_type transformers_version torch_dtype dtype use_cache initializer_range name_or_path
-    bos_token_id eos_token_id pad_token_id sep_token_id decoder_start_token_id tokenizer_class prefix
-    id2label label2id num_labels problem_type classifier_dropout finetuning_task task_specific_params
-    return_dict output_hidden_states output_attentions attn_implementation torchscript use_bfloat16 tf_legacy_loss
-    chunk_size_feed_forward is_decoder gradient_checkpointing tie_encoder_decoder tie_last_hidden_states
-    custom_pipeline custom_pipelines unsloth_fixed unsloth_version is_llama_config transformers.js_config
-    """.split()
-    # Defaults for text generation, which old configurations keep here.
-    + """
-    assistant_confidence_threshold assistant_lookbehind bad_words_ids begin_suppress_tokens diversity_penalty
-    do_sample early_stopping encoder_no_repeat_ngram_size encoder_repetition_penalty epsilon_cutoff eta_cutoff
-    exponential_decay_length_penalty forced_bos_token_id forced_eos_token_id length_penalty max_length min_length
-    no_repeat_ngram_size num_assistant_tokens num_assistant_tokens_schedule num_beam_groups num_beams
-    num_return_sequences output_scores remove_invalid_values repetition_penalty return_dict_in_generate
-    suppress_tokens target_lookbehind temperature top_k top_p typical_p
+    bos_token_id eos_token_id pad_token_id sep_token_id prefix max_length top_k
+    id2label label2id num_labels problem_type classifier_dropout
+    return_dict output_hidden_states output_attentions is_decoder gradient_checkpointing
+    attn_implementation experts_implementation
     """.split()
 )
 
@@ -96,7 +89,8 @@ def begin(hf: dict, architecture: str, place: str) -> Fields:
     Raises: InputError if it describes another class than `architecture`, or quantized weights.
     """
     named = hf.get("architectures") or [architecture]
-    if architecture not in named:
+    # In any case: the first conversions of LLaMA have LLaMAForCausalLM.
+    if architecture.lower() not in (str(each).lower() for each in named):
         raise InputError(
             f"{place}: architectures",
             got=f"got {named}",
@@ -125,8 +119,8 @@ def take(fields: Fields, name: str, kind: type, *, place: str, default: object =
         raise InputError(
             f"{place}: {name}",
             got="missing" if value is None else f"got {value!r}",
-            expected=f"a {'' if kind in (str, bool) else 'positive '}{kind.__name__}",
-            remedy="Compare the file with the one the model was published with.",
+            expected=KIND_NAMES[kind],
+            remedy=COMPARE,
         )
     return kind(value)
 
@@ -138,6 +132,16 @@ def fits(value: Any, kind: type) -> bool:
     return isinstance(value, (int, kind)) and not isinstance(value, bool) and value > 0
 
 
+def join_aliases(fields: Fields, aliases: Mapping[str, str], *, place: str) -> None:
+    """Moves fields from other names that transformers reads to the family's own, {other: own}.
+
+    Raises: InputError if both stand in the file and differ.
+    """
+    for other, own in aliases.items():
+        if other in fields:
+            fields[own] = agreed({name: fields.pop(name, None) for name in (other, own)}, place)
+
+
 def divide(whole: int, parts: int, place: str) -> int:
     """Returns the exact quotient. Raises InputError, naming `place`, if there is a remainder."""
     if whole % parts:
@@ -145,7 +149,7 @@ def divide(whole: int, parts: int, place: str) -> int:
             place,
             got=f"got {whole}, which {parts} does not divide",
             expected=f"a multiple of {parts}",
-            remedy="Compare the file with the one the model was published with.",
+            remedy=COMPARE,
         )
     return whole // parts
 
@@ -172,21 +176,24 @@ def take_rope(fields: Fields, *, place: str, head_dim: int, max_positions: int, 
     Raises: InputError for a type or parameter that is not known, one that is missing, or places that disagree.
     """
     kind, values = rope_values(fields, family, place)
-    check_rope(kind, values, place)
+    check_rope(kind, values, place, fields.get("model_type"))
     dim = int(head_dim * values.pop("partial_rotary_factor", family.fraction))
     if dim % 2 or not 2 <= dim <= head_dim or (dim < head_dim and not family.partial):
         raise InputError(
             f"{place}: {family.fractions[0]}",
             got=f"{dim} of a head's {head_dim} dimensions would be rotated",
             expected=f"an even number from 2 to {head_dim}" if family.partial else "all of them, an even number",
-            remedy="Compare the file with the one the model was published with.",
+            remedy=COMPARE,
         )
     lengths = {TRAINED_LENGTH: max_positions, "max_position_embeddings": max_positions}
     complete: Fields = {"rope_theta": family.theta} | lengths | values
     for name in ("short_factor", "long_factor"):
         if len(complete.get(name, ())) not in (0, dim // 2):
             raise InputError(
-                f"{place}: {name}", got=f"{len(complete[name])} numbers", expected=f"{dim // 2}", remedy="Correct it."
+                f"{place}: {name}",
+                got=f"{len(complete[name])} numbers",
+                expected=f"{dim // 2}, half of the rotated dimensions",
+                remedy=COMPARE,
             )
     return KINDS[kind][0](complete, frequencies(complete["rope_theta"], dim))
 
@@ -215,8 +222,8 @@ def rope_values(fields: Fields, family: RopeFields, place: str) -> tuple[str, Fi
     return family.aliases.get(kind, kind), values
 
 
-def check_rope(kind: str, values: Fields, place: str) -> None:
-    """Raises InputError unless a rope type is known, and has all parameters it needs and no others."""
+def check_rope(kind: str, values: Fields, place: str, model_type: object) -> None:
+    """Raises InputError unless a rope type is known, and has all parameters it needs and no others that are read."""
     if kind not in KINDS:
         raise InputError(
             f"{place}: rope_type",
@@ -230,23 +237,26 @@ def check_rope(kind: str, values: Fields, place: str) -> None:
             f"{place}: rope_parameters",
             got=f"type {kind} without {', '.join(missing)}",
             expected=", ".join(needed),
-            remedy="Compare the file with the one the model was published with.",
+            remedy=COMPARE,
         )
     # Phi-3 has the trained length beside every type.
     usual = {"rope_theta", "partial_rotary_factor", TRAINED_LENGTH}
-    if unknown := sorted(values.keys() - usual - {*needed, *optional}):
+    known = usual | {*needed, *optional}
+    if unknown := sorted(name for name in values.keys() - known if why_read(model_type, name)):
         raise InputError(
             f"{place}: rope_parameters",
-            got=f"got {', '.join(f'{key}={values[key]!r}' for key in unknown)}",
-            expected=f"for type {kind} only {', '.join(sorted(usual | {*needed, *optional}))}",
-            remedy="If the model ignores these fields, delete them from a copy of config.json.",
+            got=f"got {listed([f'{key}={values[key]!r:.100}' for key in unknown])}",
+            expected=f"for type {kind} only {', '.join(sorted(known))}",
+            remedy="If the model was trained without, remove it from a copy of config.json.",
         )
     for name, value in values.items():
+        if name not in known:
+            continue
         kind_of_value = (
             "true or false" if name == "truncate" else "positive numbers" if "_factor" in name else "a number"
         )
-        listed = value if name in ("short_factor", "long_factor") and isinstance(value, list) else [value]
-        good = isinstance(value, bool) if name == "truncate" else listed and all(fits(each, float) for each in listed)
+        numbers = value if name in ("short_factor", "long_factor") and isinstance(value, list) else [value]
+        good = isinstance(value, bool) if name == "truncate" else numbers and all(fits(each, float) for each in numbers)
         if not good:
             raise InputError(
                 f"{place}: {name}", got=f"got {value!r}", expected=kind_of_value, remedy="Correct the value."
@@ -298,28 +308,50 @@ def take_sliding(fields: Fields, *, place: str, window: int | None, default: Cal
             f"{place}: layer_types",
             got=f"{kinds[1]} without a sliding_window",
             expected="the window",
-            remedy="Compare the file with the one the model was published with.",
+            remedy=COMPARE,
         )
     return [name == kinds[1] for name in names]
 
 
-def finish(fields: Fields, *, place: str, neutral: dict[str, tuple]) -> None:
+def finish(fields: Fields, *, place: str, neutral: Mapping[str, tuple]) -> None:
     """Raises InputError naming every remaining field that may change what the model computes.
 
+    A field changes nothing if it is null or in HARMLESS, if it has a value of `neutral` or NEUTRAL or its class's
+    default, or if the installed transformers does not read it.
+
     Args:
-      neutral: the family's additions to NEUTRAL. A field that is null counts as absent.
+      neutral: the family's additions to NEUTRAL, for fields that count whether transformers reads them or not.
     """
-    allowed = NEUTRAL | neutral
-    left = {name: value for name, value in fields.items() if value is not None and not name.startswith("_")}
-    wrong = {name: value for name, value in left.items() if name in allowed and value not in allowed[name]}
-    unknown = {name: value for name, value in left.items() if name not in allowed and name not in HARMLESS}
-    if not (wrong or unknown):
+    allowed = NEUTRAL | dict(neutral)
+    kind = fields.get("model_type")
+    wrong = {}
+    for name, value in sorted(fields.items()):
+        if value is None or name.startswith("_") or name in HARMLESS or value in allowed.get(name, ()):
+            continue
+        if name in neutral:
+            wrong[name] = f"{name}={value!r}"
+        elif not is_default(kind, name, value) and (why := why_read(kind, name)):
+            wrong[name] = f"{name}={value!r:.100} ({why})"
+    if not wrong:
         return
-    needed = [f"{name}={allowed[name][0] if allowed[name] else None!r}" for name in sorted(wrong)]
+    needed = [f"{name}={allowed[name][0]!r}" for name in wrong if allowed.get(name)]
     raise InputError(
         place,
-        got=f"got {', '.join(f'{name}={value!r}' for name, value in sorted((wrong | unknown).items()))}",
-        expected=", ".join(needed + ["only fields known here"] * bool(unknown)),
-        remedy="These fields may change what the model computes and are not implemented. Where they do not, or where "
-        "training without them is intended, edit a copy of config.json.",
+        got=f"got {listed([*wrong.values()])}",
+        expected=listed(needed + [f"no {name}" for name in wrong if not allowed.get(name)]),
+        remedy="It may change what the model computes, and is not implemented. Remove it from a copy of config.json "
+        "only if the model is right without it.",
     )
+
+
+def why_read(model_type: object, name: str) -> str | None:
+    """Returns why a field may change what models of a type compute; None if transformers does not read it."""
+    code = transformers_source.source(str(model_type))
+    if not code.own:
+        return f"{transformers_source.version()} has no such model_type to tell what it does"
+    return f"read by {transformers_source.version()} in {file}" if (file := code.reader(name)) else None
+
+
+def is_default(model_type: object, name: str, value: Any) -> bool:
+    """Returns whether transformers gives a field this value where a file of the type lacks it."""
+    return transformers_source.source(str(model_type)).is_default(name, value)

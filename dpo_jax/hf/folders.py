@@ -24,7 +24,7 @@ from dpo_jax.hf import transpose
 from dpo_jax.hf.tensors import FLOATS, Header
 from dpo_jax.runtime import files
 from dpo_jax.runtime.prefetch import in_order
-from dpo_jax.types import InputError
+from dpo_jax.types import InputError, listed
 
 CONFIG = "config.json"
 GENERATION = "generation_config.json"
@@ -49,6 +49,7 @@ TOKENIZER_FILES = (
 TEMPLATE_FOLDER = "additional_chat_templates"  # named chat templates beside the default one
 # All files besides weights that a download may bring and an export may write. No *.bin, no *.py.
 SMALL_FILES = (CONFIG, GENERATION, INDEX, ADAPTER_CONFIG, ADAPTER, *TOKENIZER_FILES)
+FOREIGN = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".npz", ".msgpack", ".h5")  # weights that are not read
 # Bytes read or written at a time: few calls, and still in a core's own cache when they are converted.
 PIECE = 1 << 20
 GAP = 256 << 10  # bytes read where only some of them are needed: to skip the others would be slower, even in cache
@@ -118,7 +119,8 @@ def read_json(path: Path) -> dict:
     """Reads a JSON object from a file. Raises InputError if the file is missing or holds something else."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-        reason = "" if isinstance(value, dict) else f"a JSON {type(value).__name__}"
+        kinds = {list: "list", str: "string", bool: "true or false", type(None): "null"}
+        reason = "" if isinstance(value, dict) else f"a JSON {kinds.get(type(value), 'number')}"
     except FileNotFoundError:
         value, reason = {}, "no such file"
     except OSError as error:
@@ -139,14 +141,7 @@ def weight_files(folder: Path) -> list[Path]:
     if (folder / SINGLE).is_file():  # transformers, too, prefers it to an index
         return [folder / SINGLE]
     if not (folder / INDEX).is_file():
-        pickles = sorted(path.name for path in folder.glob("*") if path.suffix in (".bin", ".pt", ".pth"))
-        raise InputError(
-            str(folder),
-            got=f"only pickled weights ({', '.join(pickles)})" if pickles else "no weights",
-            expected=f"{SINGLE} or {INDEX}",
-            remedy="Pickle files can run code and are never read. Where torch is installed, convert them: "
-            "AutoModelForCausalLM.from_pretrained(folder).save_pretrained(new_folder).",
-        )
+        raise no_weights(folder)
     weight_map = read_json(folder / INDEX).get("weight_map")
     names = sorted({str(name) for name in weight_map.values()}) if isinstance(weight_map, dict) else []
     # Only plain names: an index must not reach outside its folder.
@@ -154,11 +149,33 @@ def weight_files(folder: Path) -> list[Path]:
     if absent or not names:
         raise InputError(
             str(folder / INDEX),
-            got=f"names files that are not in the folder: {', '.join(absent)}" if absent else "names no files",
+            got=f"names files that are not in the folder: {listed(absent)}" if absent else "names no files",
             expected="every file of the checkpoint",
             remedy="Download or copy the missing files.",
         )
     return [folder / name for name in names]
+
+
+def no_weights(folder: Path) -> InputError:
+    """Returns the error for a folder without the safetensors of a model: with the weights that it has instead."""
+    kinds = {suffix: sorted(path.name for path in folder.glob(f"*{suffix}")) for suffix in FOREIGN}
+    found = [name for names in kinds.values() for name in names]
+    remedy = "Download the model again; *.safetensors may be missing."
+    if kinds[".safetensors"]:
+        remedy = f"Rename a single file to {SINGLE}; several need {INDEX}, which transformers writes along with them."
+    elif found:
+        remedy = (
+            "Pickle files can run code and are never read, nor are other formats. Where torch is installed, convert: "
+            "AutoModelForCausalLM.from_pretrained(folder).save_pretrained(new_folder)."
+        )
+        if kinds[".gguf"]:
+            remedy += " For GGUF, from_pretrained takes gguf_file=NAME."
+    return InputError(
+        str(folder),
+        got=f"no weights under these names, but {listed(found)}" if found else "no weights",
+        expected=f"{SINGLE} or {INDEX}",
+        remedy=remedy,
+    )
 
 
 @contextlib.contextmanager
@@ -341,7 +358,7 @@ def check_replaceable(out: Path) -> None:
     if unknown:
         raise InputError(
             str(out),
-            got=f"holds {', '.join(unknown[:5])}{' ...' if len(unknown) > 5 else ''}",
+            got=f"holds {listed(unknown)}",
             expected="a new folder, or an earlier export to replace",
             remedy="Choose another folder; this one would be deleted.",
         )

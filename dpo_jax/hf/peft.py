@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +14,7 @@ from dpo_jax.hf.adapters import PREFIX, Adapters, choose, module_of
 from dpo_jax.hf.checkpoints import DEFAULT, Place, WriteOptions
 from dpo_jax.hf.tensors import Sizes, Tensor, all_names, bind, leaf_shapes
 from dpo_jax.runtime import files
-from dpo_jax.types import InputError
+from dpo_jax.types import InputError, listed
 
 CONFIG, FILE = folders.ADAPTER_CONFIG, folders.ADAPTER
 
@@ -25,27 +25,20 @@ UNREAD = (
     "megatron_core peft_version qalora_group_size revision runtime_config target_modules task_type"
 ).split()
 
-# Fields that change what an adapter computes unless they have one of these values.
+# Values at which an option that is not off changes nothing here.
 NEUTRAL: dict[str, tuple] = {
-    "alora_invocation_tokens": ([],),
-    "alpha_pattern": ({},),
-    "arrow_config": ({},),
     "bias": ("none",),
     # Others, such as pissa, subtract the initial adapter from the model's weights.
-    "init_lora_weights": (True, False, "gaussian", "orthogonal", "eva"),
-    "kasa_config": ({},),
-    "layer_replication": ([],),
-    "lora_bias": (False,),
-    "modules_to_save": ([],),
-    "monteclora_config": ({},),
-    "rank_pattern": ({},),
-    "target_parameters": ([],),
-    "trainable_token_indices": ([],),
-    "use_bdlora": (False, {}),
-    "use_dora": (False,),
-    "use_qalora": (False,),
-    "velora_config": ({},),
+    "init_lora_weights": (True, "gaussian", "orthogonal", "eva"),
 }
+
+
+# Kinds that add vectors to the sequence and change no weight.
+UNMERGEABLE = "PROMPT_TUNING MULTITASK_PROMPT_TUNING P_TUNING PREFIX_TUNING ADAPTION_PROMPT CPT CARTRIDGE".split()
+MERGE = (
+    "Merge it with PEFT: PeftModel.from_pretrained(model, folder).merge_and_unload().save_pretrained(new_folder); then "
+    "set model.path to new_folder, and leave lora.path empty."
+)
 
 
 def read(folder: Path, table: Sequence[Tensor], sizes: Sizes) -> Adapters:
@@ -60,22 +53,69 @@ def read(folder: Path, table: Sequence[Tensor], sizes: Sizes) -> Adapters:
     place = str(path)
     kind = config_json.take(fields, "peft_type", str, place=place)
     if kind != "LORA":
-        raise InputError(f"{place}: peft_type", got=kind, expected="LORA", remedy="Merge it into its model with PEFT.")
+        remedy = "Its vectors cannot be merged into weights: train LoRA instead." if kind in UNMERGEABLE else MERGE
+        raise InputError(f"{place}: peft_type", got=f"got {kind}", expected="LORA", remedy=remedy)
     rank = config_json.take(fields, "r", int, place=place)
     alpha = config_json.take(fields, "lora_alpha", float, place=place, default=8.0)
     stabilized = config_json.take(fields, "use_rslora", bool, place=place, default=False)
-    config_json.finish({name: fields[name] for name in fields if name not in UNREAD}, place=place, neutral=NEUTRAL)
+    check_options(fields, place)
     if not (folder / FILE).is_file():
+        pickled = (folder / FILE).with_suffix(".bin")
         raise InputError(
-            str(folder), got=f"no {FILE}", expected="an adapter in safetensors", remedy="Save it with PEFT again."
+            str(folder),
+            got=f"no {FILE}{f', but {pickled.name}' if pickled.is_file() else ''}",
+            expected="an adapter in safetensors; pickle files can run code and are never read",
+            remedy="Save it again with PEFT: PeftModel.from_pretrained(model, folder).save_pretrained(new_folder).",
         )
     with folders.open_weights(folder / FILE) as source:
-        stems = {name.removeprefix(PREFIX).partition(".lora_")[0] for name in source.headers}
         able = choose(table, sizes, "")
-        adapted = [each for each in able if module_of(each).format(layer=0) in stems]
+        adapted = adapted_by(source.headers, able, sizes, place=str(folder / FILE))
         adapters = Adapters(rank, alpha, stabilized, tuple(adapted))
-        bind(adapters.table, sizes, source.headers, skipped="", place=str(folder / FILE))
+        bind(adapters.table, sizes, source.headers, skipped="", place=str(folder / FILE), adapter_remedy=MERGE)
     return adapters
+
+
+def check_options(fields: Mapping, place: str) -> None:
+    """Raises InputError naming every option of an adapter_config.json that changes what a plain LoRA adapter computes.
+
+    Options that are off (null, false, empty) pass, known or not.
+    """
+    wrong = {
+        name: value
+        for name, value in fields.items()
+        if name not in UNREAD and value and value not in NEUTRAL.get(name, ())
+    }
+    if wrong:
+        raise InputError(
+            place,
+            got=f"got {', '.join(f'{name}={value!r:.100}' for name, value in sorted(wrong.items()))}",
+            expected="a plain LoRA adapter without these options",
+            remedy=MERGE,
+        )
+
+
+def adapted_by(names: Iterable[str], able: Sequence[Tensor], sizes: Sizes, *, place: str) -> list[Tensor]:
+    """Returns the tensors of a model that an adapter's tensors, by their names, belong to.
+
+    Raises: InputError if it has tensors of others, such as embeddings, of some layers only, or of another model.
+    """
+    stems = {name.removeprefix(PREFIX).partition(".lora_")[0] for name in names}
+    layers = range(sizes["layer"])
+    # {module, with {layer}: its names in the layers that have an adapter}
+    adapted = {
+        module: [name for layer in layers if (name := module.format(layer=layer)) in stems]
+        for module in map(module_of, able)
+    }
+    others = sorted(stems - {name for found in adapted.values() for name in found})
+    partly = [f"{module} in {len(found)} layers" for module, found in adapted.items() if 0 < len(found) < len(layers)]
+    if others or partly:
+        raise InputError(
+            place,
+            got=f"changes {listed(others or partly)}",
+            expected=f"adapters of {', '.join(adapted)}, each in all {len(layers)} layers",
+            remedy="If it is of another model, set model.path to that. If not: " + MERGE,
+        )
+    return [each for each in able if adapted[module_of(each)]]
 
 
 def load(folder: Path, adapters: Adapters, sizes: Sizes, *, place: Place = checkpoints.whole) -> dict:

@@ -13,13 +13,12 @@ from typing import NamedTuple
 
 import numpy as np
 
-from dpo_jax.types import InputError
+from dpo_jax.hf import mismatch
 
 # safetensors' codes of the types that weights may have, widest alignment first, as files are ordered.
 FLOATS = {"F64": "float64", "F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 STACKED = ("layer", "expert")  # leading axes of leaves, and fields of tensor names
 Sizes = Mapping[str, int]  # {"layer": layers of the model, "expert": experts in a layer}
-MAX_LISTED = 20  # problems named in one error; the rest are counted
 
 
 class Tensor(NamedTuple):
@@ -208,7 +207,13 @@ def all_names(table: Sequence[Tensor], sizes: Sizes) -> list[Bound]:
 
 
 def bind(
-    table: Sequence[Tensor], sizes: Sizes, headers: Mapping[str, Header], *, skipped: str, place: str
+    table: Sequence[Tensor],
+    sizes: Sizes,
+    headers: Mapping[str, Header],
+    *,
+    skipped: str,
+    place: str,
+    adapter_remedy: str = "",
 ) -> list[Bound]:
     """Finds every tensor of a table in a checkpoint; returns them in the order of the table.
 
@@ -216,10 +221,25 @@ def bind(
       headers: the checkpoint's tensors by name.
       skipped: pattern, matched in full, of names of tensors that the model does not need.
       place: the checkpoint, for errors.
-    Raises: InputError naming every missing, unexpected and misshapen tensor at once.
+      adapter_remedy: for errors; not empty where the tensors are those of an adapter.
+    Raises: InputError naming missing, unexpected and misshapen tensors at once, and their cause where it is known.
     """
+    bound, faults = match(table, sizes, headers, skipped)
+    if any(faults):
+
+        def find(names: Mapping[str, str]) -> mismatch.Faults:
+            return match(table, sizes, {names.get(name, name): headers[name] for name in headers}, skipped)[1]
+
+        raise mismatch.explain(faults, find, place=place, adapter_remedy=adapter_remedy)
+    return bound
+
+
+def match(
+    table: Sequence[Tensor], sizes: Sizes, headers: Mapping[str, Header], skipped: str
+) -> tuple[list[Bound], mismatch.Faults]:
+    """Returns the tensors of a table that a checkpoint has, and what is missing, wrong or unexpected in it."""
     bound: list[Bound] = []
-    problems: list[str] = []
+    missing: dict[tuple[str, ...], str] = {}
     for tensor in table:
         for at in np.ndindex(*tensor.stacks(sizes)):
             names = tensor.called(at)
@@ -227,22 +247,15 @@ def bind(
             if name is not None:
                 bound.append(Bound(name, tensor, at))
             elif not tensor.repeats:
-                problems.append(f"missing {' or '.join(names)} {list(tensor.shape)}")
+                missing[tuple(names)] = str([*tensor.shape])
     used = {b.name: b.tensor.shape for b in bound}
+    wrong, unexpected = {}, {}
     for name, header in sorted(headers.items()):
         if name in used and header.shape != used[name]:
-            problems.append(f"{name} is {list(header.shape)}, not {list(used[name])}")
+            wrong[name] = f"is {[*header.shape]}, not {[*used[name]]}"
         elif name in used and header.dtype not in FLOATS:
-            problems.append(f"{name} is {header.dtype}, not one of {', '.join(FLOATS)}")
+            wrong[name] = f"is {header.dtype}, not one of {', '.join(FLOATS)}"
         elif name not in used and not re.fullmatch(skipped, name):
-            problems.append(f"unexpected {name} {list(header.shape)}")
-    if problems:
-        more = len(problems) - MAX_LISTED
-        raise InputError(
-            place,
-            got="; ".join(problems[:MAX_LISTED]) + (f"; and {more} more" if more > 0 else ""),
-            expected="exactly the tensors that config.json describes",
-            remedy="Compare config.json with the checkpoint; weights merged or saved by another tool may need "
-            "converting first.",
-        )
-    return bound
+            unexpected[name] = str([*header.shape])
+    empty = [name for name in wrong if 0 in headers[name].shape]
+    return bound, mismatch.Faults(missing, wrong, empty, unexpected)

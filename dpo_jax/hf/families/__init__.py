@@ -75,7 +75,10 @@ def family(hf: dict, place: str) -> Family:
         problem = "its config.json reads like Llama's"
         remedy = "If it is Llama by another name, say so in a copy: model_type llama, architectures LlamaForCausalLM."
     except InputError as error:
-        problem = f"read as Llama's, {error.place}: {error.got}; expected {error.expected}"
+        field = error.place.removeprefix(place).removeprefix(": ")
+        problem = (
+            f"read as Llama's, its config.json has {f'{field}: ' if field else ''}{error.got.removeprefix('got ')}"
+        )
         remedy = "Other architectures are not implemented; docs/families.md says how to add one."
     raise InputError(
         f"{place}: model_type", got=f"got {name!r}; {problem}", expected=f"one of {', '.join(FAMILIES)}", remedy=remedy

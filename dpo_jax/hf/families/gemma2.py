@@ -13,7 +13,6 @@ from dpo_jax.models.config import DecoderConfig, LayerKind
 ARCHITECTURE = "Gemma2ForCausalLM"
 SKIPPED = llama.SKIPPED
 ABSENT = gemma.ABSENT | {"num_key_value_heads": 4}
-NEUTRAL = gemma.NEUTRAL | {"cache_implementation": ("hybrid",)}
 NORMS = {
     "attention_norm": "input_layernorm",
     "attention_post_norm": "post_attention_layernorm",
@@ -35,7 +34,7 @@ def decoder_config(hf: dict, place: str) -> DecoderConfig:
         attention_soft_cap=take_cap(fields, "attn_logit_softcapping", place, absent=50.0),
         logit_soft_cap=take_cap(fields, "final_logit_softcapping", place, absent=30.0),
     )
-    config_json.finish(fields, place=place, neutral=NEUTRAL)
+    config_json.finish(fields, place=place, neutral=gemma.NEUTRAL)
     return config
 
 

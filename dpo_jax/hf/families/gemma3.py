@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dpo_jax.hf import config_json
 from dpo_jax.hf.config_json import Fields, RopeFields
-from dpo_jax.hf.families import gemma2, llama
+from dpo_jax.hf.families import gemma, gemma2, llama
 from dpo_jax.models.config import DecoderConfig, LayerKind, Rope
 from dpo_jax.types import InputError
 
@@ -32,7 +32,7 @@ def decoder_config(hf: dict, place: str) -> DecoderConfig:
         kinds=lambda rope: [LayerKind(local, window) if each else LayerKind(rope) for each in slides],
         logit_soft_cap=gemma2.take_cap(fields, "final_logit_softcapping", place, absent=None),
     )
-    config_json.finish(fields, place=place, neutral=gemma2.NEUTRAL)
+    config_json.finish(fields, place=place, neutral=gemma.NEUTRAL)
     return config
 
 
@@ -51,7 +51,7 @@ def take_local_rope(fields: Fields, place: str) -> Rope:
         )
     fields["rope_parameters"] = by_type.get("full_attention")
     own = {name: fields.pop(name, None) for name in ("rope_local_base_freq",)}
-    own["rope_parameters"] = by_type.get("sliding_attention")
+    own |= {"rope_parameters": by_type.get("sliding_attention"), "model_type": fields.get("model_type")}
     sizes = {name: fields.get(name) for name in ("head_dim", "max_position_embeddings")}
     return config_json.take_rope(
         own,

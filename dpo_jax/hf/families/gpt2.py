@@ -10,6 +10,12 @@ from dpo_jax.models.config import DecoderConfig
 
 ARCHITECTURE = "GPT2LMHeadModel"
 SKIPPED = r"(transformer\.)?h\.\d+\.attn\.(bias|masked_bias)"  # the causal mask and its fill value
+ALIASES = {
+    "hidden_size": "n_embd",
+    "max_position_embeddings": "n_positions",
+    "num_attention_heads": "n_head",
+    "num_hidden_layers": "n_layer",
+}
 # Dropout is dropped, not refused: every GPT-2 says 0.1, and preference training uses none.
 UNUSED = ("resid_pdrop", "embd_pdrop", "attn_pdrop")
 SUMMARY = ("type", "use_proj", "activation", "proj_to_labels", "first_dropout")  # summary_*: of another head
@@ -18,6 +24,7 @@ SUMMARY = ("type", "use_proj", "activation", "proj_to_labels", "first_dropout") 
 def decoder_config(hf: dict, place: str) -> DecoderConfig:
     """Reads a GPT-2 `config.json`. Raises InputError on anything it cannot honor; `place` names the file."""
     fields = config_json.begin(hf, ARCHITECTURE, place)
+    config_json.join_aliases(fields, ALIASES, place=place)
     take = partial(config_json.take, fields, place=place)
     for name in (*UNUSED, *(f"summary_{each}" for each in SUMMARY), "n_ctx"):
         fields.pop(name, None)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from functools import partial
 
 from dpo_jax.hf import config_json
+from dpo_jax.hf.families import gpt2
 from dpo_jax.hf.tensors import Tensor, bias, matrix, plain
 from dpo_jax.models import rope
 from dpo_jax.models.config import DecoderConfig, LayerKind, Rope
@@ -19,6 +20,7 @@ UNUSED = ("summary_type", "summary_use_proj", "summary_activation", "summary_pro
 def decoder_config(hf: dict, place: str) -> DecoderConfig:
     """Reads a GPT-J `config.json`. Raises InputError on anything it cannot honor; `place` names the file."""
     fields = config_json.begin(hf, ARCHITECTURE, place)
+    config_json.join_aliases(fields, gpt2.ALIASES, place=place)
     take = partial(config_json.take, fields, place=place)
     for name in (*UNUSED, "rotary"):
         fields.pop(name, None)

@@ -14,10 +14,8 @@ from dpo_jax.types import InputError
 
 ARCHITECTURE = "LlamaForCausalLM"
 SKIPPED = r".*\.rotary_emb\.inv_freq"  # a buffer that transformers stored before 4.32
-NEUTRAL = {
-    "pretraining_tp": (1,),  # splits matrix products, which rounds differently
-    "rope_interleaved": (False,),
-}
+# Of nanotron's checkpoints: queries and keys of neighboring dimensions are rotated, which transformers does not know.
+NEUTRAL = {"rope_interleaved": (False,)}
 LAYER = "model.layers.{layer}."
 NORMS = {"attention_norm": "input_layernorm", "mlp_norm": "post_attention_layernorm"}
 
@@ -26,6 +24,7 @@ def decoder_config(hf: dict, place: str) -> DecoderConfig:
     """Reads a Llama `config.json`. Raises InputError on anything it cannot honor; `place` names the file."""
     fields = config_json.begin(hf, ARCHITECTURE, place)
     biases = take_biases(fields, place)
+    fields.pop("pretraining_tp", None)  # matrix products in so many parts: the same sums
     mlp_bias = config_json.take(fields, "mlp_bias", bool, place=place, default=False)
     config = read(fields, place, mlp_bias=mlp_bias, **biases)
     config_json.finish(fields, place=place, neutral=NEUTRAL)
