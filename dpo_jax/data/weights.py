@@ -10,6 +10,8 @@ import numpy as np
 from dpo_jax.data.columns import DROP, is_given, number
 from dpo_jax.types import InputError, Pair, Row
 
+_LARGEST = float(np.finfo(np.float32).max)  # losses are computed in float32
+
 
 def weighed(row: Row, pairs: list[Pair], *, instead: str = "") -> list[Pair]:
     """Returns the pairs of a row with the numbers in its columns `weight` and `margin`; empty ones are 1 and 0.
@@ -37,12 +39,12 @@ def weighed(row: Row, pairs: list[Pair], *, instead: str = "") -> list[Pair]:
 
 
 def _value(row: Row, name: str, default: float, *, low: float, expected: str) -> float:
-    """Number of an optional column, which must be one in float32 too."""
+    """Number of an optional column."""
     value = row.fields.get(name)
     if not is_given(value):
         return default
     converted = number(value)
-    if converted is None or converted < low or abs(converted) > np.finfo(np.float32).max:
+    if converted is None or converted < low or abs(converted) > _LARGEST:
         expected = f"{expected}, or nothing, which is {default:g}"
         raise InputError(row.place, got=f"{name!r} is {value!r}", expected=expected, remedy=DROP)
     return converted
