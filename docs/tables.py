@@ -18,6 +18,7 @@ ROOT = Path(__file__).parents[1]
 INPUTS = {  # what a loss may read besides log-probs, in words
     "present": "the whole batch",
     "baseline": "a running mean",
+    "margin": "margins",
     "kl": "other prompts' answers",
     "sequence_kl": "divergences along answers",
 }

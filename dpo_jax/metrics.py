@@ -5,6 +5,8 @@ from __future__ import annotations
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from dpo_jax.losses.common import divisor, mean, weighted_sum
+
 
 def pair_metrics(
     losses: Float[Array, "P"],
@@ -13,6 +15,7 @@ def pair_metrics(
     lengths: Int[Array, "P K"],
     present: Bool[Array, "P"],
     *,
+    weight: Float[Array, "P"] | None = None,
     token_sums: dict[str, Float[Array, "P K"]] | None = None,
     paired: bool = True,
     chosen_only: bool = False,
@@ -28,6 +31,7 @@ def pair_metrics(
       rewards: None for a loss that implies none: no rewards are reported.
       lengths: scored tokens of each answer; 0 for a missing one.
       present: False for padding.
+      weight: as how many pairs each counts, in all means; None: 1.
       token_sums: quantities summed over an answer's tokens, reported as means over all tokens of that side.
       paired: whether every pair has two answers. If not, the margin is the difference of the mean rewards, and no
         accuracy is reported.
@@ -39,24 +43,20 @@ def pair_metrics(
     sides = {"chosen": slice(0, 1), "rejected": slice(1, None)}
     if chosen_only:
         del sides["rejected"]
-    metrics = {"loss": _mean(losses, present)}
+    metrics = {"loss": mean(losses, present, weight)}
     if rewards is not None:
-        mean_rewards = {name: _mean(rewards[:, side], scored[:, side]) for name, side in sides.items()}
+        mean_rewards = {name: mean(rewards[:, side], scored[:, side], weight) for name, side in sides.items()}
         metrics |= {f"rewards/{name}": value for name, value in mean_rewards.items()}
         if paired:
             better, worse = jnp.triu_indices(rewards.shape[1], 1)
             margins, both = rewards[:, better] - rewards[:, worse], scored[:, better] & scored[:, worse]
-            metrics["rewards/margins"] = _mean(margins, both)
-            metrics["rewards/accuracies"] = _mean((margins > 0).astype(policy.dtype), both)
+            metrics["rewards/margins"] = mean(margins, both, weight)
+            metrics["rewards/accuracies"] = mean((margins > 0).astype(policy.dtype), both, weight)
         else:
             metrics["rewards/margins"] = mean_rewards["chosen"] - mean_rewards["rejected"]
     for name, side in sides.items():
-        metrics[f"logps/{name}"] = _mean(policy[:, side], scored[:, side])
-        tokens = jnp.maximum(jnp.where(scored, lengths, 0)[:, side].sum(), 1)
+        metrics[f"logps/{name}"] = mean(policy[:, side], scored[:, side], weight)
+        tokens = divisor(weighted_sum(jnp.where(scored, lengths, 0)[:, side], weight), weight)
         for quantity, sums in (token_sums or {}).items():
-            metrics[f"{quantity}/{name}"] = jnp.where(scored, sums, 0)[:, side].sum() / tokens
+            metrics[f"{quantity}/{name}"] = weighted_sum(jnp.where(scored, sums, 0)[:, side], weight) / tokens
     return metrics
-
-
-def _mean(values, mask):
-    return jnp.where(mask, values, 0).sum() / jnp.maximum(mask.sum(), 1)

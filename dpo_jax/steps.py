@@ -18,6 +18,7 @@ from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from dpo_jax import accumulate, aliases, losses
 from dpo_jax.accumulate import each_microbatch, mask_absent
+from dpo_jax.losses.common import divisor, weighted_sum
 from dpo_jax.metrics import pair_metrics
 from dpo_jax.types import Batch, InputError
 
@@ -42,6 +43,8 @@ class Scores(NamedTuple):
     lengths: Int[Array, "P K"]  # scored tokens; 0: missing
     present: Bool[Array, "P"]  # False: padding
     reference_sums: Mapping[str, Float[Array, "P K"]] = MappingProxyType({})  # those of `sums` the reference has too
+    weight: Float[Array, "P"] | None = None  # as how many pairs each counts; None: 1
+    margin: Float[Array, "P"] | None = None  # of the data, for losses that read it; None: 0
 
 
 def init_state(params: PyTree, tx: optax.GradientTransformation, loss_fn: losses.Loss | None = None) -> TrainState:
@@ -69,7 +72,9 @@ def make_train_step(
     """Builds `step(state, batch) -> (state, metrics)`.
 
     The gradient is that of the mean loss over all pairs of the batch, however they are split into microbatches: each
-    microbatch adds its pairs' losses, divided by the number of pairs in the batch, into float32 accumulators. Only the
+    microbatch adds its pairs' losses, divided by the number of pairs in the batch, into float32 accumulators. With
+    `batch.weight` w the mean is sum w_i l_i / sum w_i over the whole batch, and so are the means of all metrics: a pair
+    of weight 2 is the pair twice. A batch whose weights are all 0 has loss and gradient 0. Only the
     `batch.count` microbatches in use are computed. A loss that reads the whole batch (it has a parameter `present`, or
     a baseline) sees all of it: with several microbatches, all are scored without gradient first, at the cost of one
     more forward pass, and the loss's derivatives are then propagated back through one microbatch after the other.
@@ -78,14 +83,15 @@ def make_train_step(
       logps_fn: `(params, rows) -> [P, K]`: log-probs in nats of the batch's pairs that are in `rows`, one microbatch
         of `batch.rows`, and any finite value for the other pairs.
       loss_fn: `(policy, reference, *, lengths, ...) -> [P]`, from `losses.make_loss` or like those of `losses.LOSSES`.
-        Each of its parameters that is named in `losses.objective.GIVEN` is passed as a keyword.
+        Each of its parameters that is named in `losses.GIVEN` is passed as a keyword, and each named in
+        `losses.COLUMNS`, weight and margin, where the batch has it. The step multiplies its losses by the weights.
       tx: the optimizer; it receives float32 gradients.
       has_aux: `logps_fn` returns `(logps, {name: [P, K] sums over answer tokens})`; reported as means over tokens.
       in_place: `logps_fn` accumulates gradients itself: it takes the running sums as a third argument and returns
         `(result, sums)`, see `accumulate`. Otherwise each microbatch's gradient is computed and then added.
       crops: functions of a microbatch's rows; `batch.crop` says which is applied to each. Each is compiled.
       penalties: {aux name: weight}; weight x mean over answer tokens is added to the objective, not to the reported
-        loss.
+        loss. The pairs' weights do not enter: a pair of weight 2 is routed once.
       mask_gradients: sets the gradients of frozen parts of a leaf to 0.
       paired: whether every pair has both answers, see `pair_metrics`.
       seed: of the rounding of bfloat16 parameters, see `apply_updates`.
@@ -101,18 +107,19 @@ def make_train_step(
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Array]]:
         _check_baselines(state.running, baselines)
         present = batch.present.any(0)
-        pairs = jnp.maximum(present.sum(), 1)
+        pairs = divisor(weighted_sum(present, batch.weight), batch.weight)
         tokens = jnp.maximum(jnp.where(present[:, None], batch.lengths, 0).sum(), 1)
-        kl = _mismatched_kl(score_step, state.params, batch.mismatched) if "kl" in needs else None
+        kl = _mismatched_kl(score_step, state.params, batch) if "kl" in needs else None
 
         def scores_of(scored) -> Scores:
             logps, aux = scored
-            return Scores(logps, aux, batch.reference, batch.lengths, present, batch.reference_sums or {})
+            stored = batch.reference_sums or {}
+            return Scores(logps, aux, batch.reference, batch.lengths, present, stored, batch.weight, batch.margin)
 
         def mean_loss(scored, here):
             # Masked after the loss: a masked margin of 0 would still count as log 2.
             each, _ = pair_losses(loss_fn, scores_of(scored), state.running, kl=kl)
-            return jnp.where(here, each, 0).sum() / pairs
+            return weighted_sum(jnp.where(here, each, 0), batch.weight) / pairs
 
         slopes = None
         if scores_first(loss_fn, len(batch.present)):
@@ -173,10 +180,12 @@ def _scoring_into_sums(logps_fn: LogpsFn, *, has_aux: bool, in_place: bool) -> C
     return score
 
 
-def _mismatched_kl(score_step: Callable[..., PyTree], params: PyTree, mismatched: Batch | None) -> Float[Array, ""]:
+def _mismatched_kl(score_step: Callable[..., PyTree], params: PyTree, batch: Batch) -> Float[Array, ""]:
+    mismatched = batch.mismatched
     assert mismatched is not None
     logps, _ = score_step(params, mismatched)
-    return losses.estimate_kl(logps, mismatched.reference, mismatched.lengths, mismatched.present.any(0))
+    present = mismatched.present.any(0)
+    return losses.estimate_kl(logps, mismatched.reference, mismatched.lengths, present, batch.weight)
 
 
 def scores_first(loss_fn: losses.Loss, microbatches: int) -> bool:
@@ -204,10 +213,14 @@ def pair_losses(
     """
     if update_baselines and isinstance(loss_fn, losses.Objective):
         compared = scores.logps, scores.reference
-        running = loss_fn.follow(running, *compared, lengths=scores.lengths, present=scores.present)
+        running = loss_fn.follow(
+            running, *compared, lengths=scores.lengths, present=scores.present, weight=scores.weight
+        )
     stored = {f"reference_{name}": sums for name, sums in scores.reference_sums.items()}
     available = {"present": scores.present, "kl": kl, "running": running, **stored, **scores.sums}
     extra = {name: available[name] for name in losses.needs_of(loss_fn)}
+    columns = {"weight": scores.weight, "margin": scores.margin}
+    extra |= {name: columns[name] for name in losses.columns_of(loss_fn) if columns[name] is not None}
     return loss_fn(scores.logps, scores.reference, lengths=scores.lengths, **extra), running
 
 
@@ -223,6 +236,7 @@ def loss_metrics(
         rewards,
         scores.lengths,
         scores.present,
+        weight=scores.weight,
         token_sums=sums,
         paired=paired,
         chosen_only=losses.answers_read_by(loss_fn) == "chosen",

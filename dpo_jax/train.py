@@ -328,7 +328,15 @@ def evaluate_on_eval(
     return evaluate(
         functools.partial(programs.score, params),
         summary,
-        EvalSet(pairs, pairs.lengths, values.get("eval"), inputs.mismatched.get("eval"), pairs.scored),
+        EvalSet(
+            pairs,
+            pairs.lengths,
+            values.get("eval"),
+            inputs.mismatched.get("eval"),
+            pairs.scored,
+            weight=pairs.pair_weights,
+            margin=pairs.margins,
+        ),
         shape=programs.score_shape,
         running=running,
     )

@@ -70,6 +70,8 @@ class Pair:
     scored: tuple[Spans, ...] = ()  # for each answer, the parts of its text that are scored; empty: all answers, whole
     omissions: tuple[Omission, ...] = ()  # what the template left out of the row
     droppable: int = 0  # exchanges at the start of the prompt that can be dropped, see `templates.drop_oldest`
+    weight: float = 1.0  # factor of its loss, and the number of pairs that it counts as; >= 0
+    margin: float = 0.0  # by how much the chosen answer's reward should exceed the rejected one's, beyond 0
 
     @property
     def answers(self) -> tuple[str, ...]:
@@ -154,3 +156,7 @@ class Batch(NamedTuple):
     crop: Int[AnyArray, "A"] | None = None  # index of the crop applied to each microbatch; None: not cropped
     reference_sums: dict[str, AnyArray] | None = None  # {name: [P, K]}, further sums under the reference, in nats
     mismatched: Batch | None = None  # the same prompts with answers to others, scored without gradient, to estimate KL
+    # Factor of each pair's loss, >= 0; every mean of the batch counts the pair as so many pairs. None: 1 for each.
+    weight: Float[AnyArray, "P"] | None = None
+    # Offset of each pair's reward margin, for losses that have a parameter `margin`. None: 0 for each.
+    margin: Float[AnyArray, "P"] | None = None

@@ -53,6 +53,17 @@ def test_lengths_count_answers_that_are_there(tmp_path):
     ]
 
 
+def test_summary_counts_weights_and_margins(tmp_path):
+    rows = [{"prompt": "is ", "chosen": "b", "rejected": each, "weight": 2, "margin": 0.5} for each in ("c", "d")]
+    found = load(tmp_path, [rows[0] | {"weight": "", "margin": 0}, *rows])
+    lines = data_summary.truncated_and_dropped(found)
+    assert "2 pairs have a weight other than 1; 1 to 2" in lines
+    assert "2 pairs have a margin other than 0; 0 to 0.5" in lines
+    alone = data_summary.truncated_and_dropped(found.without_rejected())
+    assert "2 pairs have a margin, which is not read, as no answers are compared" in alone
+    assert not [line for line in data_summary.truncated_and_dropped(load(tmp_path, UNPAIRED)) if "pairs have" in line]
+
+
 def test_lengths_of_answers_that_nobody_reads_are_left_out(tmp_path):
     lines = data_summary.lengths(load(tmp_path, UNPAIRED).without_rejected(), "shared")
     assert not [line for line in lines if line.startswith("rejected")]

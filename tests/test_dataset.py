@@ -110,6 +110,8 @@ def test_load_reports_what_it_read_cut_and_gave(tmp_path):
         "inner_ends": 0,
         "boundary_split": 1,
         "reference_given": 1,
+        "weights_given": 0,
+        "margins_given": 0,
         "dropped": [],
         "omitted": [],
         "sources": [
@@ -199,6 +201,40 @@ def test_load_stops_at_a_broken_line_even_if_rows_may_be_skipped(tmp_path):
 
 
 # Rankings and unpaired examples
+
+
+def test_load_keeps_weights_and_margins_of_pairs_and_none_where_there_are_none(tmp_path):
+    rows = plain(4)
+    without = load(write(tmp_path / "a.jsonl", rows), tmp_path / "cache")
+    assert without.pair_weights is None and without.margins is None
+    rows[1] |= {"weight": 2.5}
+    rows[2] |= {"weight": "0"}
+    weighed = load(write(tmp_path / "a.jsonl", rows), tmp_path / "cache")
+    assert weighed.pair_weights is not None and weighed.margins is None
+    rows[3] |= {"margin": -0.5}
+    path = write(tmp_path / "a.jsonl", rows)
+    for _ in range(2):  # written, and read again
+        found = load(path, tmp_path / "cache")
+        assert found.pair_weights is not None and found.margins is not None
+        assert found.pair_weights.dtype == found.margins.dtype == np.float32
+        assert (found.pair_weights.tolist(), found.margins.tolist()) == ([1, 2.5, 0, 1], [0, 0, 0, -0.5])
+        assert (found.report["weights_given"], found.report["margins_given"]) == (2, 1)
+    # A run does not go on with others.
+    assert len({each.digest for each in (without, weighed, found)}) == 3
+    assert contents(without) == contents(found)
+    # What compares no answers has no margins.
+    alone = found.without_rejected()
+    assert alone.margins is None and alone.pair_weights is found.pair_weights
+
+
+def test_load_skips_rows_of_bad_weights(tmp_path):
+    rows = plain(3)
+    rows[1] |= {"weight": -2}
+    path = write(tmp_path / "a.jsonl", rows)
+    with pytest.raises(InputError, match=r"a\.jsonl:2: 'weight' is -2; expected a finite number, 0 or more"):
+        load(path, tmp_path / "cache")
+    found = load(path, tmp_path / "cache", on_bad_row="skip")
+    assert len(found) == 2 and found.report["dropped"][0]["reason"] == "'weight' is -N"
 
 
 def rankings(count):

@@ -141,6 +141,50 @@ def test_render_refuses_half_a_reference_and_what_is_no_number(chosen, rejected,
     assert got in failure({**fields, "ref_chosen_logps": chosen, "ref_rejected_logps": rejected}).got
 
 
+@pytest.mark.parametrize(
+    ("given", "weight", "margin"),
+    [
+        ({}, 1.0, 0.0),
+        ({"weight": None, "margin": ""}, 1.0, 0.0),
+        ({"weight": 2, "margin": 0.25}, 2.0, 0.25),
+        ({"weight": "0.5", "margin": "-1e-1"}, 0.5, -0.1),  # CSV has only text; a margin may be below 0
+        ({"weight": 0}, 0.0, 0.0),
+    ],
+)
+def test_render_reads_weights_and_margins(given, weight, margin):
+    pair = render({"prompt": "a", "chosen": "b", "rejected": "c"} | given)
+    assert (pair.weight, pair.margin) == (weight, margin)
+    talk = render(CHAT | given, format="chat")
+    assert (talk.weight, talk.margin) == (weight, margin)
+
+
+@pytest.mark.parametrize(
+    ("given", "got"),
+    [
+        ({"weight": -1}, "'weight' is -1"),
+        ({"weight": float("nan")}, "'weight' is nan"),
+        ({"weight": "high"}, "'weight' is 'high'"),
+        ({"weight": 1e39}, "'weight' is 1e+39"),  # infinite in float32
+        ({"weight": [1, 2]}, "'weight' is [1, 2]"),
+        ({"margin": float("inf")}, "'margin' is inf"),
+        ({"margin": True}, "'margin' is True"),
+    ],
+)
+def test_render_refuses_weights_and_margins_that_are_no_such_numbers(given, got):
+    assert failure({"prompt": "a", "chosen": "b", "rejected": "c"} | given).got == got
+
+
+def test_weight_of_a_ranking_is_that_of_each_pair_and_a_margin_needs_a_pair():
+    ranking = {"prompt": "a", "responses": ["b", "c", "d"], "ranks": [1, 2, 3], "weight": 3}
+    row = Row("prefs.jsonl:17", ranking)
+    pairs = formats.render(row, format="ranked", tokenizer=make_tokenizer(template=CHATML))
+    assert [pair.weight for pair in pairs] == [3, 3, 3]
+    single = {"prompt": "a", "completion": "b", "label": True, "weight": "3"}
+    assert render(single, format="unpaired").weight == 3
+    for fields, format, what in ((ranking, "ranked", "a ranking"), (single, "unpaired", "one completion")):
+        assert failure(fields | {"margin": 1}, format=format).got == f"'margin' beside {what}"
+
+
 # HH transcripts
 
 

@@ -11,8 +11,8 @@ ROOT = Path(__file__).parents[1]
 
 LEVELS = (
     "__init__ types trees aliases",
-    "runtime accumulate metrics logprobs losses",
-    "sharding models data optim config",
+    "runtime accumulate logprobs losses",
+    "metrics sharding models data optim config",
     "hf flags",
     "cost parallel steps demo",
     "scoring",

@@ -244,3 +244,70 @@ def test_no_gradient_flows_into_the_kl_estimate():
         policy
     )
     assert value > 0 and not np.any(gradient)
+
+
+# --- margins of the data (ODPO) --------------------------------------------------------------------------------------
+
+MARGIN = np.array([0.5, 0.0, 2.0, -0.7])
+SEQUENCE_KL = np.array([[0.3, 1.2], [0.1, 0.4], [2.0, 0.5], [0.0, 0.0]])
+(A, B), (D_W, D_L), (LOGP_W, LOGP_L), (N_W, N_L) = ((POLICY - REFERENCE).T, SEQUENCE_KL.T, POLICY.T, LENGTHS.T)
+# The number that each loss makes of a pair, from which the margin is subtracted. 0.132: beta' of these four pairs.
+LOGITS = {
+    "sigmoid": 0.1 * (A - B),
+    "robust": 0.1 * (A - B),
+    "hinge": 0.1 * (A - B),
+    "sigmoid_norm": 5 * (A / N_W - B / N_L),
+    "dpo_positive": 0.1 * (A - B - 50 * np.maximum(0, -A)),
+    "tdpo1": 0.1 * (A - B - (D_L - D_W)),
+    "tdpo2": 0.1 * (A - B - 0.5 * (D_L - D_W)),
+    "beta_dpo": 0.1 * (1 + 0.6 * (A - B).mean()) * (A - B),
+    "simpo": 2 * (LOGP_W / N_W - LOGP_L / N_L) - 1,
+    "cpo": 0.1 * (LOGP_W - LOGP_L),
+}
+
+
+def with_margin(name, policy=POLICY, margin=MARGIN):
+    objective = make_loss(name, {})
+    known = {
+        "present": jnp.ones(4, bool),
+        "sequence_kl": jnp.asarray(SEQUENCE_KL),
+        "running": {"beta_dpo": {"value": 0.0}},
+    }
+    given = {need: known[need] for need in objective.needs}
+    return per_pair(name, {}, policy=policy, margin=jnp.asarray(margin), **given)
+
+
+def test_losses_that_read_margins_are_these():
+    assert {name for name, entry in losses.REGISTRY.items() if entry.takes_margins} == LOGITS.keys()
+
+
+@pytest.mark.parametrize("name", LOGITS)
+def test_margin_is_subtracted_from_the_logit(name):
+    z = LOGITS[name] - MARGIN
+    against, favoring = np.log1p(np.exp(z)), np.log1p(np.exp(-z))
+    expected = {
+        "robust": (0.9 * favoring - 0.1 * against) / 0.8,
+        "hinge": np.maximum(0, 1 - z),
+        "cpo": favoring - LOGP_W / N_W,
+    }.get(name, favoring)
+    np.testing.assert_allclose(with_margin(name), expected, rtol=1e-12)
+
+
+def test_gradient_with_a_margin_equals_closed_form_and_none_flows_past_it():
+    # d/da of -log S(beta (a - b) - m) is -beta S(m - beta (a - b)).
+    grad = jax.grad(lambda p: with_margin("sigmoid", policy=p).sum())(jnp.asarray(POLICY))
+    np.testing.assert_allclose(grad[:, 0], -0.1 / (1 + np.exp(LOGITS["sigmoid"] - MARGIN)), rtol=1e-9)
+    np.testing.assert_allclose(grad[:, 1], -grad[:, 0], rtol=1e-9)
+
+
+def test_margin_moves_the_optimum_and_no_reward():
+    # A pair that has reached the margin has the loss of a pair without one that is at 0.
+    reached = POLICY + np.stack([(MARGIN - LOGITS["sigmoid"]) / 0.1, np.zeros(4)], 1)
+    np.testing.assert_allclose(with_margin("sigmoid", policy=reached), np.log(2), rtol=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("name", "takes"), [("sigmoid*0.8,sft*0.2", True), ("sft", True), ("sigmoid,bco_pair", False), ("ipo", False)]
+)
+def test_sum_takes_margins_if_all_that_compare_answers_do(name, takes):
+    assert make_loss(name, {}).takes_margins == takes

@@ -13,6 +13,7 @@ import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from dpo_jax import losses, steps
+from dpo_jax.run import evaluate
 from dpo_jax.types import Batch
 from tests.support.loss_cases import CASES, SUMMED
 
@@ -116,6 +117,120 @@ def test_microbatches_order_padding_and_mesh_change_nothing(case):
         mesh = Mesh(np.array(jax.devices()), ("pairs",))
         assert mesh.size == 8
         assert_same(updates(case, mesh=mesh, microbatches=2, padding=4), case)
+
+
+# --- weights and margins of pairs -------------------------------------------------------------------------------------
+
+COUNTS = np.array([2, 1, 3, 1, 1, 1, 1, 2, 0, 0, 0, 0])  # twelve pairs, of which four count nothing
+MARGINS = np.random.default_rng(3).normal(size=PAIRS)
+# Not of `aot`: a batch in which a pair stands twice is another distribution, which weights do not reach.
+WEIGHTABLE = [
+    case for case in ALL if ("-" not in case or case in SUMMED) and losses.make_loss(*ALL[case]).takes_weights
+]
+WEIGHED = ["sigmoid", "beta_dpo", "bco_pair", "kto", "sum"]
+
+
+@pytest.fixture
+def x64():
+    jax.config.update("jax_enable_x64", True)
+    yield
+    jax.config.update("jax_enable_x64", False)
+
+
+def weighed_and_repeated(case, microbatches):
+    """The same pairs with weights, in so many microbatches, and as often as their weights say, in one."""
+    objective = losses.make_loss(*ALL[case])
+    answers = 4 if case == "plackett_luce" else 2
+    margin = MARGINS if objective.takes_margins else None
+    order = np.repeat(np.arange(PAIRS), COUNTS)
+    weighed = make_batch(objective, microbatches=microbatches, answers=answers)
+    repeated = make_batch(objective, order=order, answers=answers)
+    batches = (
+        weighed._replace(weight=COUNTS.astype(float), margin=margin),
+        repeated._replace(margin=None if margin is None else margin[order]),
+    )
+    return objective, jax.tree.map(lambda x: x.astype(np.float64) if x.dtype == np.float32 else x, batches)
+
+
+def trained(step, objective, batch):
+    """Parameters and metrics after some updates, baselines apart: these hold sums, which grow with the weights."""
+    state, rows = steps.init_state(jnp.linspace(-0.4, 0.4, FEATURES), TX, objective), []
+    for _ in range(STEPS):
+        state, metrics = step(state, batch)
+        rows.append(metrics)
+    return jax.device_get((state.params, rows))
+
+
+def assert_equal_means(found, expected):
+    assert found[1][0].keys() == expected[1][0].keys()
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-9), found, expected)
+
+
+@pytest.mark.parametrize(
+    "case", [case if case in WEIGHED else pytest.param(case, marks=pytest.mark.slow) for case in WEIGHTABLE]
+)
+def test_a_pair_of_weight_two_is_the_pair_twice(x64, case):
+    objective, (whole, repeated) = weighed_and_repeated(case, 1)
+    weighed = weighed_and_repeated(case, 4)[1][0]
+    step = jax.jit(steps.make_train_step(logps_fn, objective, TX, has_aux=True))
+    expected = trained(step, objective, repeated)
+    assert np.abs(expected[0] - np.linspace(-0.4, 0.4, FEATURES)).max() > 1e-4
+    assert_equal_means(trained(step, objective, whole), expected)
+    assert_equal_means(trained(step, objective, weighed), expected)
+    # Only the ratios of weights count, however small they are.
+    assert_equal_means(trained(step, objective, weighed._replace(weight=weighed.weight / 64)), expected)
+
+
+def test_a_batch_without_weight_moves_nothing_and_stays_finite(x64):
+    for case in ("sigmoid", "bco_pair"):
+        objective, (weighed, _) = weighed_and_repeated(case, 4)
+        nothing = weighed._replace(weight=np.zeros(PAIRS))
+        params, rows = trained(
+            jax.jit(steps.make_train_step(logps_fn, objective, TX, has_aux=True)), objective, nothing
+        )
+        np.testing.assert_array_equal(params, jnp.linspace(-0.4, 0.4, FEATURES))
+        assert all(value == 0 for row in rows for value in row.values())
+
+
+def test_loss_of_weighted_pairs_with_margins_equals_closed_form(x64):
+    objective, (weighed, _) = weighed_and_repeated("sigmoid", 4)
+    step = jax.jit(steps.make_train_step(logps_fn, objective, TX, has_aux=True))
+    _, rows = trained(step, objective, weighed)
+    start = np.linspace(-0.4, 0.4, FEATURES)
+    ratios = weighed.rows["logps"].sum(0) @ start - weighed.reference
+    each = np.log1p(np.exp(MARGINS - 0.1 * (ratios[:, 0] - ratios[:, 1])))
+    assert rows[0]["loss"] == pytest.approx((COUNTS * each).sum() / COUNTS.sum(), rel=1e-12)
+
+
+@pytest.mark.parametrize("case", ["sigmoid", "kto"])
+def test_evaluation_counts_pairs_by_their_weights(x64, case):
+    objective, batches = weighed_and_repeated(case, 1)
+    summary = evaluate.make_summary(objective)
+
+    def metrics(batch):
+        logps, sums = (jax.tree.map(lambda x: x[0], each) for each in logps_fn(np.linspace(-0.4, 0.4, 5), batch.rows))
+        other = batch.mismatched
+        if other is not None:
+            other = evaluate.Mismatched((other.rows["logps"] @ np.ones(5))[0], other.reference, other.lengths)
+        compared = batch.reference, batch.reference_sums, batch.lengths, other, objective.start()
+        return summary((logps, sums), *compared, batch.weight, batch.margin)
+
+    weighed, repeated = map(metrics, batches)
+    assert weighed.keys() == repeated.keys() and float(weighed["loss"]) != 0
+    assert (float(metrics(batches[0]._replace(margin=None))["loss"]) == float(weighed["loss"])) == (case == "kto")
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-9), weighed, repeated)
+
+
+@pytest.mark.slow
+def test_weights_are_those_of_the_whole_mesh(x64):
+    objective, (weighed, repeated) = weighed_and_repeated("sum", 2)
+    mesh = Mesh(np.array(jax.devices()[:4]), ("pairs",))
+    step = jax.jit(steps.make_train_step(logps_fn, objective, TX, has_aux=True))
+    expected = trained(step, objective, repeated)
+    placed = jax.device_put(weighed, NamedSharding(mesh, PartitionSpec()))
+    spread = NamedSharding(mesh, PartitionSpec(None, "pairs"))
+    placed = placed._replace(rows=jax.tree.map(lambda x: jax.device_put(x, spread), weighed.rows))
+    assert_equal_means(trained(step, objective, placed), expected)
 
 
 def test_whole_batch_is_more_than_its_microbatches_apart():

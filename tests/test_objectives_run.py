@@ -149,6 +149,58 @@ def test_batch_that_is_scored_first_counts_twice(folders, tmp_path):
     assert [row["tokens_real"] for row in twice] == [row["tokens_real"] for row in once]
 
 
+def weigh(folder, into, *, margins=True):
+    """Writes the pairs of `folder` with weights, and with margins, next to the same model."""
+
+    def row(fields, index):
+        given = {"weight": (0, 1, 2, 0.5)[index % 4]} | ({"margin": (0.3, -0.2, 1.5)[index % 3]} if margins else {})
+        return fields | given
+
+    return runs.convert(folder, row, into)
+
+
+def mean_at_reference(pairs):
+    """Loss of pairs where the policy is the reference, with weights and margins: the mean of log(1 + exp(margin))."""
+    weights, margins = (np.array([pair[name] for pair in pairs]) for name in ("weight", "margin"))
+    return (weights * np.log1p(np.exp(margins))).sum() / weights.sum()
+
+
+def test_weights_and_margins_reach_updates_and_evaluation(folders, tmp_path, monkeypatch, capsys):
+    folder = weigh(folders["paired"], tmp_path / "inputs")
+    config = make_config(folder, train__steps=3)
+    train.run(config, tmp_path / "run")
+    rows, evaluations = (read_rows(tmp_path / "run" / name) for name in ("metrics.jsonl", "eval.jsonl"))
+    given = {name: read_rows(folder / f"{name}.jsonl") for name in ("train", "eval")}
+    first = train.order_of(config, load_inputs(config))(0)
+    assert rows[0]["loss"] == pytest.approx(mean_at_reference([given["train"][i] for i in first]), abs=1e-5)
+    assert evaluations[0]["eval/loss"] == pytest.approx(mean_at_reference(given["eval"]), abs=1e-5)
+    assert "train: 30 pairs have a weight other than 1; 0 to 2" in capsys.readouterr().err
+    # Interrupted, and evaluated by itself.
+    with killed_at(2, monkeypatch), pytest.raises(Killed):
+        train.run(config, tmp_path / "cut")
+    train.run(config, tmp_path / "cut")
+    assert untimed(read_rows(tmp_path / "cut" / "metrics.jsonl")) == untimed(rows)
+    row = commands.evaluate_checkpoint(config, tmp_path / "run")
+    assert untimed([row]) == untimed([evaluations[-1]])
+
+
+def test_weights_and_margins_that_an_objective_cannot_use_are_refused(folders, tmp_path):
+    folder = weigh(folders["paired"], tmp_path / "both")
+    for loss in ("ipo", "sigmoid*0.8,bco_pair*0.2"):
+        with pytest.raises(InputError, match=r"config\.data\.train: 40 pairs with a margin, and loss .* reads none"):
+            load_inputs(make_config(folder, loss__name=loss))
+    # Fine-tuning reads neither rejected answers nor by how much they are worse.
+    assert load_inputs(make_config(folder, loss__name="sft")).sets["train"].margins is None
+    weights = weigh(folders["paired"], tmp_path / "weights", margins=False)
+    with pytest.raises(InputError, match="30 pairs with a weight, and loss 'aot' compares whole batches"):
+        load_inputs(make_config(weights, loss__name="aot"))
+    for row in (rows := read_rows(weights / "train.jsonl")):
+        row["weight"] = 0
+    (weights / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(InputError, match="all weights are 0"):
+        load_inputs(make_config(weights))
+
+
 @pytest.mark.slow
 def test_reference_follows_the_policy(uninterrupted, tmp_path):
     config, whole = uninterrupted("tr, hard")

@@ -80,21 +80,29 @@ def make_batch(
     shape: Shape,
     *,
     mismatched: Pairs | None = None,
+    weights: Float32[np.ndarray, "N"] | None = None,
+    margins: Float32[np.ndarray, "N"] | None = None,
 ) -> Batch:
     """Makes the batch of the pairs with these indices, in this order.
 
     Args:
       reference: stored reference log-probs; None: the objective reads none.
       mismatched: the same prompts with answers of other prompts, if the objective reads them.
+      weights, margins: of all pairs of the set; None: the batch has none.
     """
-    if reference is None:
-        return _lay_out(chosen, pairs, shape, None)
-    values = reference.of(chosen)
-    tokens = None if values.tokens is None else [values.tokens[i] for i in range(len(chosen))]
-    batch = _lay_out(chosen, pairs, shape, values.logps, values.sums or None, tokens)
-    if mismatched is None:
-        return batch
-    return batch._replace(mismatched=_lay_out(chosen, mismatched, shape, values.mismatched))
+    values = None if reference is None else reference.of(chosen)
+    if values is None:
+        batch = _lay_out(chosen, pairs, shape, None)
+    else:
+        tokens = None if values.tokens is None else [values.tokens[i] for i in range(len(chosen))]
+        batch = _lay_out(chosen, pairs, shape, values.logps, values.sums or None, tokens)
+        if mismatched is not None:
+            batch = batch._replace(mismatched=_lay_out(chosen, mismatched, shape, values.mismatched))
+
+    def padded(all_values: np.ndarray | None) -> np.ndarray | None:
+        return None if all_values is None else np.pad(all_values[chosen], (0, shape.pairs - len(chosen)))
+
+    return batch._replace(weight=padded(weights), margin=padded(margins))
 
 
 def _lay_out(

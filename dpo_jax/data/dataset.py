@@ -14,7 +14,7 @@ from typing import Any, TypeAlias, TypeVar
 
 import numpy as np
 import xxhash
-from jaxtyping import Float64, Int32, Int64, UInt64
+from jaxtyping import Float32, Float64, Int32, Int64, UInt64
 from transformers import PreTrainedTokenizerBase
 
 from dpo_jax.data.formats import FORMATS, RANKINGS, detect, header_left_out, kind_of, render
@@ -28,7 +28,7 @@ from dpo_jax.data.written import PROMPT
 from dpo_jax.runtime import files
 from dpo_jax.types import Encoded, InputError, Omission, Pair, Row, check_choice
 
-CACHE_VERSION = 4  # to be raised when the same rows would be tokenized, ordered or stored differently
+CACHE_VERSION = 5  # to be raised when the same rows would be tokenized, ordered or stored differently
 
 LOSSES = ("error", "warn")  # values of `on_template_loss`
 
@@ -47,6 +47,8 @@ _COLUMNS = {
     "reference": (np.float64, 2),
     "source": (np.int32, 0),
     "numbers": (np.int64, 0),
+    "pair_weights": (np.float32, 0),
+    "margins": (np.float32, 0),
 }
 
 # Fields of the report that are summed over pairs.
@@ -62,6 +64,8 @@ _COUNTS = (
     "inner_ends",
     "boundary_split",
     "reference_given",
+    "weights_given",
+    "margins_given",
 )
 
 T = TypeVar("T")
@@ -85,6 +89,8 @@ class PairSet:
     numbers: Int64[np.ndarray, " N"]  # line or row in the source, counted from 1
     starts: Int64[np.ndarray, " N"]  # index of each pair's first id in tokens
     tokens: Int32[np.ndarray, " T"]  # ids of all pairs; those of answers that are not scored are marked, see `marks`
+    pair_weights: Float32[np.ndarray, " N"] | None = None  # factor of each pair's loss; None: 1 for every pair
+    margins: Float32[np.ndarray, " N"] | None = None  # offset of each pair's reward margin; None: 0 for every pair
 
     def __len__(self) -> int:
         return len(self.starts)
@@ -99,7 +105,8 @@ class PairSet:
         """Returns the pairs with chosen answers only, for an objective that does not read rejected ones."""
         kept = np.array([1, 1, 0], np.int32)
         lengths, scored = self.lengths[:, :3] * kept, self.scored[:, :2] * kept[1:]
-        return dataclasses.replace(self, lengths=lengths, scored=scored, reference=self.reference[:, :2])
+        reference = self.reference[:, :2]
+        return dataclasses.replace(self, lengths=lengths, scored=scored, reference=reference, margins=None)
 
     def widened(self, answers: int) -> PairSet:
         """Returns the pairs with columns for at least this many answers, as in a batch with longer rankings."""
@@ -155,8 +162,9 @@ def load(
     tokenized separately; `partly_scored` and `unscored_tokens`, answers with tokens that are not scored; `inner_ends`,
     answers with EOS inside; `omitted`, what template and tokenizer left out, a list of
     {part, side, count, place, text};
-    `reference_given`, pairs with reference log-probs of their own; and `sources`, a list of {name, weight, digest,
-    format, rows, pairs, header_left_out}.
+    `reference_given`, pairs with reference log-probs of their own; `weights_given` and `margins_given`, pairs with a
+    weight other than 1 and a margin other than 0; and `sources`, a list of {name, weight, digest, format, rows, pairs,
+    header_left_out}.
 
     Args:
       spec, split: as in `sources.read`.
@@ -305,6 +313,8 @@ class _EntryWriter:
             "reference": np.array([pair.reference or (np.nan, np.nan) for pair, _ in good]),
             "source": np.full(len(good), len(self.sources) - 1),
             "numbers": np.array([_number(pair.place) for pair, _ in good]),
+            "pair_weights": np.array([pair.weight for pair, _ in good]),
+            "margins": np.array([pair.margin for pair, _ in good]),
         }
         for name, values in columns.items():
             self.arrays[name].append(values)
@@ -388,6 +398,8 @@ def _counts_of(pair: Pair, outcome: Outcome) -> tuple[int, ...]:
         outcome.inner_ends,
         outcome.boundary_split,
         pair.reference is not None,
+        pair.weight != 1,
+        pair.margin != 0,
     )
 
 
@@ -538,6 +550,8 @@ def _open(folder: Path, sources: Sequence[Source]) -> PairSet:
     weights = tuple(source.weight for source in sources)
     # The rules alone do not determine the tokens: some chat templates write today's date.
     digest = xxhash.xxh3_128(folder.name.encode() + arrays["keys"].tobytes()).hexdigest()
+    for name, count in (("pair_weights", "weights_given"), ("margins", "margins_given")):
+        arrays[name] = arrays[name] if report[count] else None  # so that a run without them compiles what it always did
     pairs = PairSet(digest, report.pop("kind"), names, weights, report, **arrays)
     return pairs.widened(pairs.lengths.shape[1] - 1)
 

@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from dpo_jax.data import chat, templates
 from dpo_jax.data.columns import DROP, as_text, check_characters, check_different, column, is_given, number, text
 from dpo_jax.data.templates import TemplateLoss
+from dpo_jax.data.weights import weighed
 from dpo_jax.types import InputError, Pair, Row, Spans
 
 FORMATS = ("plain", "chat", "hh", "ranked", "unpaired")
@@ -84,7 +85,8 @@ def render(
     In ranked and unpaired rows the prompt is text or a list of messages. If it is messages, responses and completions
     are assistant messages or lists of them, and become text as in chat.
 
-    Columns `ref_chosen_logps` and `ref_rejected_logps` of pairs are passed on; other columns are ignored.
+    Columns `ref_chosen_logps` and `ref_rejected_logps` of pairs are passed on, and so are `weight` of all rows and
+    `margin` of pairs; other columns are ignored.
 
     Args:
       format: one of FORMATS; every row must be of it.
@@ -95,8 +97,8 @@ def render(
         worse one; whole: one item with all answers, whose order must be defined.
     Raises: TemplateLoss for a row whose answers are empty or equal once the template has left out part of them;
       InputError for a row of another format, an empty answer, two equal answers, one reference column without the
-      other or reference columns without a pair, a ranking with too few or invalid numbers, or a conversation that the
-      template cannot write.
+      other or reference columns without a pair, a weight or margin that cannot be used, a ranking with too few or
+      invalid numbers, or a conversation that the template cannot write.
     """
     if format not in FORMATS:
         raise InputError(
@@ -123,11 +125,12 @@ def render(
         )
     _check_written(row, written, _names(format, len(written.answers)))
     if format == "ranked":
-        return _of_ranking(row, written, rankings)
+        return weighed(row, _of_ranking(row, written, rankings), instead="a ranking")
     if format == "unpaired":
         _check_no_reference(row, "one completion")
-        return [written.pair(row, (0, None) if _is_desirable(row) else (None, 0))]
-    return [dataclasses.replace(written.pair(row, (0, 1)), reference=_reference(row))]
+        pair = written.pair(row, (0, None) if _is_desirable(row) else (None, 0))
+        return weighed(row, [pair], instead="one completion")
+    return weighed(row, [dataclasses.replace(written.pair(row, (0, 1)), reference=_reference(row))])
 
 
 class Written(NamedTuple):

@@ -4,8 +4,9 @@ Every loss is called as `loss(policy, reference, *, lengths, **options)`. `polic
 summed over answer tokens, in nats, column 0 chosen and column 1 rejected. It returns [P], not averaged. In formulas, a
 and b are the log-ratios (policy less reference) of the chosen and the rejected answer, h = a - b is the margin, S the
 sigmoid, n_w and n_l are the answers' tokens. A loss that reads more, such as `present`, `kl` or `sequence_kl`, names it
-as a parameter, and a training step passes it. `make_loss` combines losses, weights and modifiers into an `Objective`,
-which is called in the same way. `registry` lists all losses; examples/own_loss.py is one of one's own.
+as a parameter, and a training step passes it: `weight` and `margin`, which need a default, only where the data have
+them. `make_loss` combines losses, weights and modifiers into an `Objective`, which is called in the same way.
+`registry` lists all losses; examples/own_loss.py is one of one's own.
 """
 
 import warnings
@@ -15,6 +16,7 @@ from dpo_jax.losses.modifiers import desensitized, f_scores, wpo_weights
 from dpo_jax.losses.objective import (
     Objective,
     answers_read_by,
+    columns_of,
     make_loss,
     needs_of,
     options_of,
@@ -39,9 +41,10 @@ from dpo_jax.losses.pairwise import (
     tdpo2,
 )
 from dpo_jax.losses.reference_free import cpo, orpo, sft, simpo
-from dpo_jax.losses.registry import GIVEN, LOSSES, REFERENCE_FREE, REGISTRY, SUMS, Loss
+from dpo_jax.losses.registry import COLUMNS, GIVEN, LOSSES, REFERENCE_FREE, REGISTRY, SUMS, Loss
 
 __all__ = [
+    "COLUMNS",
     "GIVEN",
     "LOSSES",
     "REFERENCE_FREE",
@@ -56,6 +59,7 @@ __all__ = [
     "apo_zero",
     "bco_pair",
     "beta_dpo",
+    "columns_of",
     "cpo",
     "desensitized",
     "discopop",

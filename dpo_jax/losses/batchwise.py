@@ -14,7 +14,10 @@ from dpo_jax.losses.common import (
     NOT_NEGATIVE,
     POSITIVE,
     check,
+    divisor,
     log_ratios,
+    mean,
+    offset,
     smoothed,
     zero_where_missing,
 )
@@ -22,6 +25,8 @@ from dpo_jax.losses.common import (
 Logps = Float[Array, "P 2"]
 Lengths = Int[Array, "P 2"]
 Present = Bool[Array, "P"]
+Weight = Float[Array, "P"]
+Margin = Float[Array, "P"]
 Losses = Float[Array, "P"]
 Scalar = float | Float[Array, ""]
 
@@ -74,7 +79,11 @@ def kto(
 
 
 def estimate_kl(
-    policy: Float[Array, "P K"], reference: Float[Array, "P K"], lengths: Int[Array, "P K"], present: Present
+    policy: Float[Array, "P K"],
+    reference: Float[Array, "P K"],
+    lengths: Int[Array, "P K"],
+    present: Present,
+    weight: Weight | None = None,
 ) -> Float[Array, ""]:
     """Estimates KL(policy || reference) for KTO: max(0, mean log-ratio) of mismatched answers.
 
@@ -85,6 +94,7 @@ def estimate_kl(
       policy, reference: log-probs of mismatched answers, in nats.
       lengths: their scored tokens; 0 for a missing one.
       present: which rows are real, not padding.
+      weight: as how many pairs each counts, that of the prompt's pair; None: 1.
     Returns: nats, >= 0, without gradient.
     Source: Ethayarajh et al. 2024 (2402.01306), where it is z_0.
 
@@ -93,8 +103,7 @@ def estimate_kl(
     0.5
     """
     exists = (lengths > 0) & present[:, None]
-    mean = jnp.where(exists, policy - reference, 0).sum() / jnp.maximum(exists.sum(), 1)
-    return jax.lax.stop_gradient(jax.nn.relu(mean))
+    return jax.lax.stop_gradient(jax.nn.relu(mean(policy - reference, exists, weight)))
 
 
 def bco_pair(policy: Logps, reference: Logps, *, lengths: Lengths, baseline: Scalar = 0.0, beta: float = 0.1) -> Losses:
@@ -129,6 +138,8 @@ def beta_dpo(
     *,
     lengths: Lengths | None = None,
     present: Present | None = None,
+    weight: Weight | None = None,
+    margin: Margin | None = None,
     baseline: Scalar = 0.0,
     beta: float = 0.1,
     sensitivity: float = 0.6,
@@ -144,6 +155,8 @@ def beta_dpo(
         into `reference`.
       lengths: not read; every loss takes it.
       present: which pairs are real, not padding; None: all.
+      weight: as how many pairs each counts in mean h; None: 1.
+      margin: Delta, subtracted from beta' h, see `common.offset`; None: 0. mean h and M are without it.
       baseline: M, the running mean of h, in nats (see `follow_margins`).
       beta: beta_0, > 0. The beta' of a batch carries no gradient.
       sensitivity: alpha, >= 0; 0 gives `sigmoid`.
@@ -160,8 +173,8 @@ def beta_dpo(
     a, b = log_ratios(policy, reference)
     h = a - b
     real = jnp.ones(h.shape, bool) if present is None else present
-    excess = _mean(jax.lax.stop_gradient(h), real) - jax.lax.stop_gradient(baseline)
-    return -jax.nn.log_sigmoid(jnp.maximum(LEAST_BETA, beta * (1 + sensitivity * excess)) * h)
+    excess = mean(jax.lax.stop_gradient(h), real, weight) - jax.lax.stop_gradient(baseline)
+    return -jax.nn.log_sigmoid(offset(jnp.maximum(LEAST_BETA, beta * (1 + sensitivity * excess)) * h, margin))
 
 
 def aot(
@@ -250,10 +263,6 @@ def _sorted(values: Float[Array, "P"], present: Present) -> Float[Array, "P"]:
     return values[jnp.lexsort((values, ~present))]
 
 
-def _mean(values: Float[Array, "P"], present: Present) -> Float[Array, ""]:
-    return jnp.where(present, values, 0).sum() / jnp.maximum(present.sum(), 1)
-
-
 # --- baselines, which are carried from one update to the next --------------------------------------------------------
 
 Statistics = dict[str, Array]  # of one baseline: `value`, which the loss reads, and what it is computed from
@@ -268,21 +277,37 @@ class Baseline(NamedTuple):
 
 
 def follow_rewards(
-    before: Statistics, policy: Logps, reference: Logps, *, lengths: Lengths, present: Present, beta: float
+    before: Statistics,
+    policy: Logps,
+    reference: Logps,
+    *,
+    lengths: Lengths,
+    present: Present,
+    beta: float,
+    weight: Weight | None = None,
 ) -> Statistics:
     """Updates BCO's reward shift: the mean of two means, of all chosen and of all rejected answers' rewards so far."""
     exists = ((lengths > 0) & present[:, None]).astype(policy.dtype)
+    if weight is not None:
+        exists = exists * weight[:, None]
     sums = before["sums"] + (beta * (policy - reference) * exists).sum(0)
     counts = before["counts"] + exists.sum(0)
-    return {"value": (sums / jnp.maximum(counts, 1)).mean(), "sums": sums, "counts": counts}
+    return {"value": (sums / divisor(counts, weight)).mean(), "sums": sums, "counts": counts}
 
 
 def follow_margins(
-    before: Statistics, policy: Logps, reference: Logps, *, lengths: Lengths, present: Present, beta: float
+    before: Statistics,
+    policy: Logps,
+    reference: Logps,
+    *,
+    lengths: Lengths,
+    present: Present,
+    beta: float,
+    weight: Weight | None = None,
 ) -> Statistics:
     """Updates beta-DPO's mean margin: M <- 0.9 M + 0.1 mean h."""
     a, b = log_ratios(policy, reference)
-    return {"value": MOMENTUM * before["value"] + (1 - MOMENTUM) * _mean(a - b, present)}
+    return {"value": MOMENTUM * before["value"] + (1 - MOMENTUM) * mean(a - b, present, weight)}
 
 
 REWARD_SHIFT = Baseline(lambda: {"value": jnp.zeros(()), "sums": jnp.zeros(2), "counts": jnp.zeros(2)}, follow_rewards)

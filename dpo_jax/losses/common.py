@@ -7,7 +7,7 @@ import math
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int, Num, Shaped
 
 from dpo_jax.types import InputError
 
@@ -28,6 +28,52 @@ def token_counts(lengths: Int[Array, "P K"], like: Array) -> Float[Array, "P K"]
 def smoothed(z: Float[Array, "P"], label_smoothing: float) -> Float[Array, "P"]:
     """Returns -(1-e) log S(z) - e log S(-z), with e the label smoothing and S the sigmoid."""
     return -(1 - label_smoothing) * jax.nn.log_sigmoid(z) - label_smoothing * jax.nn.log_sigmoid(-z)
+
+
+def offset(z: Float[Array, "P"], margin: Float[Array, "P"] | None) -> Float[Array, "P"]:
+    """Returns reward margins less the margins that the data ask for, as in DPO with an offset (ODPO).
+
+    z - Delta: the chosen answer's reward should exceed the rejected one's by Delta. It may be below 0, where the data
+    hold the two to be nearly equal or the label to be doubtful, such as the logarithm of a difference of scores.
+
+    Args:
+      z: beta times what the loss compares; the logit of the chosen answer being preferred.
+      margin: Delta, any finite numbers; None: 0.
+    Source: Amini et al. 2024 (2402.10571), where DPO's loss becomes -log S(beta h - Delta).
+
+    >>> print(f"{smoothed(offset(jnp.array([0.3]), jnp.array([0.5])), 0.0)[0]:.4f}")  # log(1 + exp(0.2))
+    0.7981
+    """
+    return z if margin is None else z - margin
+
+
+def weighted_sum(values: Shaped[Array, "P *K"], weight: Float[Array, "P"] | None) -> Num[Array, ""]:
+    """Returns the sum of `values`, each as often as its pair counts; values of pairs of weight 0 are not read.
+
+    Args:
+      weight: >= 0; None: 1 for every pair.
+    """
+    if weight is None:
+        return values.sum()
+    each = weight.reshape(-1, *(1,) * (values.ndim - 1))
+    return (jnp.where(each > 0, values, 0) * each).sum()
+
+
+def divisor(count: Num[Array, "*n"], weight: Float[Array, "P"] | None) -> Num[Array, "*n"]:
+    """Returns a `weighted_sum` of counts as a divisor: 1 where nothing counts."""
+    # Counts are whole numbers; a sum of weights may be any number, and its scale must cancel.
+    return jnp.maximum(count, 1) if weight is None else jnp.where(count > 0, count, 1)
+
+
+def mean(
+    values: Float[Array, "P *K"], mask: Bool[Array, "P *K"], weight: Float[Array, "P"] | None = None
+) -> Float[Array, ""]:
+    """Returns the mean of `values` where `mask` is true, each as often as its pair counts; 0 where nothing does.
+
+    >>> print(mean(jnp.array([1.0, 4.0, 9.0]), jnp.array([True, True, False]), jnp.array([2.0, 1.0, 5.0])))
+    2.0
+    """
+    return weighted_sum(jnp.where(mask, values, 0), weight) / divisor(weighted_sum(mask, weight), weight)
 
 
 def nll(policy: Float[Array, "P K"], lengths: Int[Array, "P K"], average: bool) -> Float[Array, "P"]:

@@ -17,6 +17,7 @@ from dpo_jax.losses.batchwise import Baseline, Running
 from dpo_jax.losses.common import nll, token_counts
 from dpo_jax.losses.modifiers import desensitized, f_scores, wpo_weights
 from dpo_jax.losses.registry import (
+    COLUMNS,
     EVERY_KIND,
     GIVEN,
     LOSSES,
@@ -80,7 +81,7 @@ class Objective:
         Args:
           policy, reference: log-probs of whole answers, in nats; no gradient flows into `reference`.
           lengths: scored tokens of each answer; 0 for a missing one.
-          given: the inputs that `needs` names.
+          given: the inputs that `needs` names, and those that `columns` names where the data have them.
         """
         compared, held = self._compared(policy, reference, given)
         total = jnp.zeros(len(policy), policy.dtype)
@@ -124,6 +125,11 @@ class Objective:
         return frozenset(needed | ({"log_collision"} if self.wpo else set()))
 
     @property
+    def columns(self) -> frozenset[str]:
+        """Names of the data's columns that it reads, out of COLUMNS."""
+        return frozenset(name for term in self.terms for name in arguments(term.loss) if name in COLUMNS)
+
+    @property
     def sums(self) -> frozenset[str]:
         """Names of the sums over an answer's tokens that it reads, out of SUMS."""
         return self.needs & frozenset(SUMS)
@@ -162,6 +168,16 @@ class Objective:
         kinds = EVERY_KIND - {"unpaired"} if compares_two else EVERY_KIND
         return kinds.intersection(*(term.entry.kinds for term in self.terms))
 
+    @property
+    def takes_weights(self) -> bool:
+        """Whether its pairs may have weights: each of its losses takes them."""
+        return all(term.entry.takes_weights for term in self.terms)
+
+    @property
+    def takes_margins(self) -> bool:
+        """Whether its pairs may have margins: each of its losses that compare answers reads them."""
+        return all(term.entry.takes_margins for term in self.terms if term.entry.answers_read == "all")
+
     def rewards(
         self, policy: Float[Array, "P K"], reference: Float[Array, "P K"], lengths: Int[Array, "P K"]
     ) -> Float[Array, "P K"] | None:
@@ -188,11 +204,17 @@ class Objective:
         *,
         lengths: Int[Array, "P K"],
         present: Bool[Array, "P"],
+        weight: Float[Array, "P"] | None = None,
     ) -> Running:
-        """Returns the baselines after a whole batch, without gradient."""
+        """Returns the baselines after a whole batch, without gradient.
+
+        Args:
+          weight: as how many pairs each counts; None: 1.
+        """
+        batch = {"lengths": lengths, "present": present, "weight": weight}
         policy = jax.lax.stop_gradient(policy)
         return {
-            name: baseline.follow(running[name], policy, reference, lengths=lengths, present=present, beta=beta)
+            name: baseline.follow(running[name], policy, reference, beta=beta, **batch)
             for name, (baseline, beta) in self._baselines.items()
         }
 
@@ -209,6 +231,11 @@ class Objective:
 def needs_of(loss: Loss) -> frozenset[str]:
     """Returns the names of the keyword inputs that a loss must be called with: its parameters named in GIVEN."""
     return loss.needs if isinstance(loss, Objective) else frozenset(arguments(loss)) & frozenset(GIVEN) - {"baseline"}
+
+
+def columns_of(loss: Loss) -> frozenset[str]:
+    """Returns the names of the data's columns that a loss reads: its parameters named in COLUMNS."""
+    return loss.columns if isinstance(loss, Objective) else frozenset(arguments(loss)) & frozenset(COLUMNS)
 
 
 def rewards_of(loss: Loss, policy: Array, reference: Array, lengths: Array) -> Array | None:

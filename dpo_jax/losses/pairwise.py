@@ -14,6 +14,7 @@ from dpo_jax.losses.common import (
     SHARE,
     check,
     log_ratios,
+    offset,
     smoothed,
     token_counts,
     zero_where_missing,
@@ -22,6 +23,7 @@ from dpo_jax.losses.common import (
 Logps = Float[Array, "P 2"]
 Lengths = Int[Array, "P 2"]
 Losses = Float[Array, "P"]
+Margin = Float[Array, "P"]
 
 
 def sigmoid(
@@ -29,22 +31,27 @@ def sigmoid(
     reference: Logps,
     *,
     lengths: Lengths | None = None,
+    margin: Margin | None = None,
     beta: float = 0.1,
     label_smoothing: float = 0.0,
 ) -> Losses:
     """Logistic preference loss: DPO, and with label smoothing conservative DPO.
 
-    -(1-e) log S(beta h) - e log S(-beta h)
+    -(1-e) log S(beta h - Delta) - e log S(Delta - beta h)
+
+    Delta is 0 without `margin`; with it, this is DPO with an offset (ODPO).
 
     Args:
       policy, reference: log-probs of whole answers, in nats; column 0 chosen, column 1 rejected. No gradient flows
         into `reference`.
       lengths: not read; every loss takes it.
+      margin: Delta, subtracted from the logit, see `common.offset`; None: 0.
       beta: inverse temperature, > 0; larger stays nearer the reference.
       label_smoothing: e, the assumed rate of flipped labels, in [0, 0.5).
     Returns: losses [P]; log 2 where policy equals reference.
     Raises: InputError if an option is out of range.
-    Source: Rafailov et al. 2023 (2305.18290), Eq. 7; smoothing: Mitchell 2023 (cDPO), Eq. 3.
+    Source: Rafailov et al. 2023 (2305.18290), Eq. 7; smoothing: Mitchell 2023 (cDPO), Eq. 3;
+      margin: Amini et al. 2024 (2402.10571).
 
     >>> policy, reference = jnp.array([[-10.0, -14.0]]), jnp.array([[-11.0, -12.0]])
     >>> print(f"{sigmoid(policy, reference, beta=0.1)[0]:.4f}")
@@ -53,7 +60,7 @@ def sigmoid(
     check("beta", beta, POSITIVE)
     check("label_smoothing", label_smoothing, FLIP_RATE)
     a, b = log_ratios(policy, reference)
-    return smoothed(beta * (a - b), label_smoothing)
+    return smoothed(offset(beta * (a - b), margin), label_smoothing)
 
 
 def robust(
@@ -61,6 +68,7 @@ def robust(
     reference: Logps,
     *,
     lengths: Lengths | None = None,
+    margin: Margin | None = None,
     beta: float = 0.1,
     label_smoothing: float = 0.1,
 ) -> Losses:
@@ -72,6 +80,7 @@ def robust(
       policy, reference: log-probs of whole answers, in nats; column 0 chosen, column 1 rejected. No gradient flows
         into `reference`.
       lengths: not read; every loss takes it.
+      margin: Delta, subtracted from the logit, see `common.offset`; None: 0.
       beta: inverse temperature, > 0.
       label_smoothing: e, the known rate of flipped labels, in [0, 0.5); 0 gives `sigmoid`.
     Returns: losses [P], below 0 for large margins; log 2 where policy equals reference.
@@ -85,10 +94,12 @@ def robust(
     check("beta", beta, POSITIVE)
     check("label_smoothing", label_smoothing, FLIP_RATE)
     a, b = log_ratios(policy, reference)
-    return smoothed(beta * (a - b), -label_smoothing / (1 - 2 * label_smoothing))
+    return smoothed(offset(beta * (a - b), margin), -label_smoothing / (1 - 2 * label_smoothing))
 
 
-def hinge(policy: Logps, reference: Logps, *, lengths: Lengths | None = None, beta: float = 0.1) -> Losses:
+def hinge(
+    policy: Logps, reference: Logps, *, lengths: Lengths | None = None, margin: Margin | None = None, beta: float = 0.1
+) -> Losses:
     """Hinge preference loss: a pair whose margin has reached 1/beta no longer trains.
 
     max(0, 1 - beta h)
@@ -97,6 +108,7 @@ def hinge(policy: Logps, reference: Logps, *, lengths: Lengths | None = None, be
       policy, reference: log-probs of whole answers, in nats; column 0 chosen, column 1 rejected. No gradient flows
         into `reference`.
       lengths: not read; every loss takes it.
+      margin: Delta, subtracted from the logit, see `common.offset`; None: 0.
       beta: slope, > 0; the reciprocal of the margin gamma in SLiC.
     Returns: losses [P]; 1 where policy equals reference.
     Raises: InputError if beta is out of range.
@@ -108,7 +120,7 @@ def hinge(policy: Logps, reference: Logps, *, lengths: Lengths | None = None, be
     """
     check("beta", beta, POSITIVE)
     a, b = log_ratios(policy, reference)
-    return jax.nn.relu(1 - beta * (a - b))
+    return jax.nn.relu(1 - offset(beta * (a - b), margin))
 
 
 def ipo(policy: Logps, reference: Logps, *, lengths: Lengths, beta: float = 0.1, average: bool = True) -> Losses:
@@ -145,6 +157,7 @@ def sigmoid_norm(
     reference: Logps,
     *,
     lengths: Lengths,
+    margin: Margin | None = None,
     beta: float = 5.0,
     label_smoothing: float = 0.0,
 ) -> Losses:
@@ -156,6 +169,7 @@ def sigmoid_norm(
       policy, reference: log-probs of whole answers, in nats; column 0 chosen, column 1 rejected. No gradient flows
         into `reference`.
       lengths: scored tokens n_w, n_l of each answer; 0 only in padding pairs.
+      margin: Delta, subtracted from the logit, see `common.offset`; None: 0.
       beta: inverse temperature, > 0; larger than for sums, by about the length of an answer.
       label_smoothing: the assumed rate of flipped labels, in [0, 0.5).
     Returns: losses [P]; log 2 where policy equals reference.
@@ -170,7 +184,7 @@ def sigmoid_norm(
     check("label_smoothing", label_smoothing, FLIP_RATE)
     a, b = log_ratios(policy, reference)
     tokens = token_counts(lengths, policy)
-    return smoothed(beta * (a / tokens[:, 0] - b / tokens[:, 1]), label_smoothing)
+    return smoothed(offset(beta * (a / tokens[:, 0] - b / tokens[:, 1]), margin), label_smoothing)
 
 
 def exo_pair(
@@ -344,6 +358,7 @@ def dpo_positive(
     reference: Logps,
     *,
     lengths: Lengths | None = None,
+    margin: Margin | None = None,
     beta: float = 0.1,
     penalty: float = 50.0,
 ) -> Losses:
@@ -355,6 +370,7 @@ def dpo_positive(
       policy, reference: log-probs of whole answers, in nats; column 0 chosen, column 1 rejected. No gradient flows
         into `reference`.
       lengths: not read; every loss takes it.
+      margin: Delta, subtracted from the logit, see `common.offset`; None: 0.
       beta: inverse temperature, > 0.
       penalty: lambda, >= 0; 0 gives `sigmoid`.
     Returns: losses [P]; log 2 where policy equals reference.
@@ -368,7 +384,7 @@ def dpo_positive(
     check("beta", beta, POSITIVE)
     check("penalty", penalty, NOT_NEGATIVE)
     a, b = log_ratios(policy, reference)
-    return -jax.nn.log_sigmoid(beta * (a - b - penalty * jax.nn.relu(-a)))
+    return -jax.nn.log_sigmoid(offset(beta * (a - b - penalty * jax.nn.relu(-a)), margin))
 
 
 def tdpo1(
@@ -377,6 +393,7 @@ def tdpo1(
     *,
     lengths: Lengths | None = None,
     sequence_kl: Float[Array, "P 2"],
+    margin: Margin | None = None,
     beta: float = 0.1,
 ) -> Losses:
     """Token-level DPO: the margin less the difference of the answers' sequential KL divergences.
@@ -388,6 +405,7 @@ def tdpo1(
         into `reference`.
       lengths: not read; every loss takes it.
       sequence_kl: D of each answer, in nats, with gradient; column 0 chosen, column 1 rejected.
+      margin: Delta, subtracted from the logit, see `common.offset`; None: 0.
       beta: inverse temperature, > 0.
     Returns: losses [P]; log 2 where policy equals reference.
     Raises: InputError if beta is out of range.
@@ -399,7 +417,7 @@ def tdpo1(
     """
     check("beta", beta, POSITIVE)
     a, b = log_ratios(policy, reference)
-    return -jax.nn.log_sigmoid(beta * (a - b - (sequence_kl[:, 1] - sequence_kl[:, 0])))
+    return -jax.nn.log_sigmoid(offset(beta * (a - b - (sequence_kl[:, 1] - sequence_kl[:, 0])), margin))
 
 
 def tdpo2(
@@ -408,6 +426,7 @@ def tdpo2(
     *,
     lengths: Lengths | None = None,
     sequence_kl: Float[Array, "P 2"],
+    margin: Margin | None = None,
     beta: float = 0.1,
     kl_weight: float = 0.5,
 ) -> Losses:
@@ -420,6 +439,7 @@ def tdpo2(
         into `reference`.
       lengths: not read; every loss takes it.
       sequence_kl: D of each answer, in nats, with gradient; column 0 chosen, column 1 rejected.
+      margin: Delta, subtracted from the logit, see `common.offset`; None: 0.
       beta: inverse temperature, > 0.
       kl_weight: alpha, >= 0; 0 gives `sigmoid`.
     Returns: losses [P]; log 2 where policy equals reference.
@@ -434,7 +454,7 @@ def tdpo2(
     check("kl_weight", kl_weight, NOT_NEGATIVE)
     a, b = log_ratios(policy, reference)
     excess = sequence_kl[:, 1] - jax.lax.stop_gradient(sequence_kl[:, 0])
-    return -jax.nn.log_sigmoid(beta * (a - b - kl_weight * excess))
+    return -jax.nn.log_sigmoid(offset(beta * (a - b - kl_weight * excess), margin))
 
 
 def plackett_luce(

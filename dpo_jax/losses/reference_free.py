@@ -6,11 +6,23 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from dpo_jax.losses.common import FLIP_RATE, NOT_NEGATIVE, POSITIVE, check, nll, smoothed, token_counts
+from dpo_jax.losses.common import (
+    FLIP_RATE,
+    NOT_NEGATIVE,
+    POSITIVE,
+    check,
+    divisor,
+    nll,
+    offset,
+    smoothed,
+    token_counts,
+    weighted_sum,
+)
 
 Logps = Float[Array, "P 2"]
 Lengths = Int[Array, "P 2"]
 Losses = Float[Array, "P"]
+Margin = Float[Array, "P"]
 
 
 def simpo(
@@ -18,6 +30,7 @@ def simpo(
     reference: Logps | None = None,
     *,
     lengths: Lengths,
+    margin: Margin | None = None,
     beta: float = 2.0,
     gamma: float = 1.0,
     label_smoothing: float = 0.0,
@@ -30,6 +43,7 @@ def simpo(
       policy: log-probs of whole answers, in nats; column 0 chosen, column 1 rejected.
       reference: not read.
       lengths: scored tokens n_w, n_l of each answer; 0 only in padding pairs.
+      margin: Delta, subtracted from the logit besides gamma, see `common.offset`; None: 0.
       beta: inverse temperature, > 0.
       gamma: the margin, >= 0.
       label_smoothing: the assumed rate of flipped labels, in [0, 0.5).
@@ -44,7 +58,7 @@ def simpo(
     check("gamma", gamma, NOT_NEGATIVE)
     check("label_smoothing", label_smoothing, FLIP_RATE)
     each = policy / token_counts(lengths, policy)
-    return smoothed(beta * (each[:, 0] - each[:, 1]) - gamma, label_smoothing)
+    return smoothed(offset(beta * (each[:, 0] - each[:, 1]) - gamma, margin), label_smoothing)
 
 
 def cpo(
@@ -52,6 +66,7 @@ def cpo(
     reference: Logps | None = None,
     *,
     lengths: Lengths,
+    margin: Margin | None = None,
     beta: float = 0.1,
     label_smoothing: float = 0.0,
     nll_weight: float = 1.0,
@@ -65,6 +80,7 @@ def cpo(
       policy: log-probs of whole answers, in nats; column 0 chosen, column 1 rejected.
       reference: not read.
       lengths: scored tokens n_w, n_l of each answer; 0 only in padding pairs.
+      margin: Delta, subtracted from the logit, see `common.offset`; None: 0.
       beta: inverse temperature, > 0.
       label_smoothing: the assumed rate of flipped labels, in [0, 0.5).
       nll_weight: alpha, >= 0.
@@ -79,7 +95,7 @@ def cpo(
     check("beta", beta, POSITIVE)
     check("label_smoothing", label_smoothing, FLIP_RATE)
     check("nll_weight", nll_weight, NOT_NEGATIVE)
-    return smoothed(beta * (policy[:, 0] - policy[:, 1]), label_smoothing) + nll_weight * nll(
+    return smoothed(offset(beta * (policy[:, 0] - policy[:, 1]), margin), label_smoothing) + nll_weight * nll(
         policy, lengths, nll_average
     )
 
@@ -118,7 +134,11 @@ def orpo(
 
 
 def sft(
-    policy: Float[Array, "P K"], reference: Float[Array, "P K"] | None = None, *, lengths: Int[Array, "P K"]
+    policy: Float[Array, "P K"],
+    reference: Float[Array, "P K"] | None = None,
+    *,
+    lengths: Int[Array, "P K"],
+    weight: Float[Array, "P"] | None = None,
 ) -> Losses:
     """Negative log-likelihood of the chosen answers: supervised fine-tuning.
 
@@ -128,11 +148,13 @@ def sft(
       policy: log-probs of whole answers, in nats; column 0 chosen. The others are not read.
       reference: not read.
       lengths: scored tokens of each answer of the whole batch; 0 in padding pairs.
+      weight: as how many pairs each counts in P and in the sum; None: 1.
     Returns: losses [P], in nats per token.
 
     >>> print(sft(jnp.array([[-10.0, -30.0], [-2.0, -5.0]]), lengths=jnp.array([[10, 20], [2, 5]])).round(4))
     [1.6667 0.3333]
     """
     tokens = lengths[:, 0].astype(policy.dtype)
-    pairs = jnp.sum((lengths > 0).any(1))  # pairs without a chosen answer count too: the mean is over all of them
-    return -policy[:, 0] * pairs / jnp.maximum(jnp.sum(tokens), 1)
+    # Pairs without a chosen answer count too: the mean is over all of them.
+    pairs = weighted_sum((lengths > 0).any(1), weight)
+    return -policy[:, 0] * pairs / divisor(weighted_sum(tokens, weight), weight)

@@ -56,6 +56,8 @@ Value = float | bool | str | None  # of an option
 SUMS = ("shared_logps", "log_collision", "sequence_kl")
 # Each parameter of a loss that is named here is passed to it as a keyword, besides `lengths`.
 GIVEN = ("present", "running", "baseline", "kl", *SUMS, "reference_shared_logps")
+# The same of parameters that have a default, which they keep where the data lack the column.
+COLUMNS = ("weight", "margin")
 
 # Kinds of data.
 PAIRED = frozenset({"paired"})
@@ -71,7 +73,7 @@ def arguments(loss: Loss) -> Mapping[str, inspect.Parameter]:
 
 def defaults_of(loss: Loss) -> dict[str, Value]:
     """Returns every option of a function with its default, or with the value that `functools.partial` bound."""
-    inputs = ("policy", "reference", "lengths", *GIVEN)
+    inputs = ("policy", "reference", "lengths", *GIVEN, *COLUMNS)
     return {
         name: each.default
         for name, each in arguments(loss).items()
@@ -259,6 +261,19 @@ class Entry:
     def reads_batch(self) -> bool:
         """Whether it reads the whole batch at once, so that microbatches cannot be made one by one."""
         return bool(arguments(self.function).keys() & {"present", "baseline"})
+
+    @property
+    def takes_weights(self) -> bool:
+        """Whether a pair of weight n is the same to it as the pair n times.
+
+        A loss of single pairs is multiplied from outside. One that reads the whole batch must read the weights too.
+        """
+        return not arguments(self.function).keys() & {"present"} or "weight" in arguments(self.function)
+
+    @property
+    def takes_margins(self) -> bool:
+        """Whether it reads the margins of the data."""
+        return "margin" in arguments(self.function)
 
 
 _ENTRIES = (

@@ -10,6 +10,7 @@ import numpy as np
 from jaxtyping import PyTree
 
 from dpo_jax import sharding, trees
+from dpo_jax.data.dataset import PairSet
 from dpo_jax.run.inputs import Inputs
 from dpo_jax.run.programs import Programs
 from dpo_jax.runtime import hosts
@@ -23,6 +24,8 @@ def describe_data(inputs: Inputs) -> None:
         size = f"{len(pairs):,} pairs, {pairs.lengths.sum():,} tokens, longest {longest}"
         partly = f", {pairs.scored.sum():,} of them scored" if pairs.report["partly_scored"] else ""
         say(f"{name}: {size}{partly}; {truncation(pairs.report)}")
+        for line in weights_and_margins(pairs):
+            say(f"{name}: {line}")
         if longest > inputs.model.max_positions:
             say(
                 f"warning: {name} has sequences of up to {longest} tokens and the model was trained on "
@@ -38,6 +41,18 @@ def truncation(report: Mapping[str, Any]) -> str:
     split = f"; {report['boundary_split']} pairs with prompt and answer tokenized separately"
     counts = f"{report['prompts_cut']} prompts and {report['answers_cut']} answers truncated"
     return f"{counts}{split if report['boundary_split'] else ''}; {dropped or 'no rows dropped'}"
+
+
+def weights_and_margins(pairs: PairSet) -> list[str]:
+    """Returns a line for weights other than 1 and one for margins other than 0: how many, and the range of all."""
+    lines = []
+    for what, usual, values in (("weight", 1, pairs.pair_weights), ("margin", 0, pairs.margins)):
+        given = pairs.report[f"{what}s_given"]
+        if values is not None:
+            lines.append(f"{given:,} pairs have a {what} other than {usual}; {values.min():g} to {values.max():g}")
+        elif given:
+            lines.append(f"{given:,} pairs have a {what}, which is not read, as no answers are compared")
+    return lines
 
 
 def describe_run(programs: Programs, params: PyTree, frozen: PyTree, start: int, total: int) -> None:

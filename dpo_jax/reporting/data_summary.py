@@ -14,6 +14,7 @@ from dpo_jax.data.dataset import PairSet
 from dpo_jax.data.marks import is_scored, unmark
 from dpo_jax.data.order import epoch_size, make_order
 from dpo_jax.data.packing import Shape, choose_shape, plan, unit_lengths
+from dpo_jax.reporting.console import weights_and_margins
 from dpo_jax.run import checks, workdir
 from dpo_jax.run.choices import objective_of
 from dpo_jax.run.inputs import load_inputs, prepare, resolve_paths
@@ -92,6 +93,7 @@ def truncated_and_dropped(pairs: PairSet) -> list[str]:
         f"{report['answers_cut']} answers by {report['answer_tokens_cut']:,}",
         f"tokenized separately, because a token would have spanned the boundary: {report['boundary_split']}",
         f"with reference log-probs given in the data: {report['reference_given']}",
+        *weights_and_margins(pairs),
     ]
     if report["exchanges_cut"]:
         lines.append(f"exchanges dropped from the start of long prompts: {report['exchanges_cut']:,}")

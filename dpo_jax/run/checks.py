@@ -9,7 +9,7 @@ from dpo_jax import sharding
 from dpo_jax.config import Config
 from dpo_jax.data.dataset import PairSet
 from dpo_jax.data.order import epoch_size, share
-from dpo_jax.losses import Objective
+from dpo_jax.losses import REGISTRY, Objective
 from dpo_jax.models import decoder, quantized
 from dpo_jax.models.attention.choose import IMPLEMENTATIONS
 from dpo_jax.models.config import DecoderConfig
@@ -116,6 +116,34 @@ def check_kind(pairs: PairSet, name: str, objective: Objective, loss: str) -> No
             got=f"{pairs.kind} data, and loss {loss!r}",
             expected=f"{' or '.join(sorted(objective.kinds))} data for it",
             remedy="Change loss.name, or its options, or the data: docs/objectives.md says what goes with what.",
+        )
+
+
+def check_weights_and_margins(pairs: PairSet, name: str, objective: Objective, loss: str) -> None:
+    """Raises InputError for weights or margins of pairs that the objective, configured as `loss`, cannot use."""
+    place, report = f"config.data.{name}", pairs.report
+    readers = ", ".join(each for each, entry in REGISTRY.items() if entry.takes_margins)
+    others = ", ".join(each for each, entry in REGISTRY.items() if not entry.takes_weights)
+    if report["margins_given"] and not objective.takes_margins:
+        raise InputError(
+            place,
+            got=f"{report['margins_given']} pairs with a margin, and loss {loss!r} reads none",
+            expected=f"no column margin, or losses that read it: {readers}",
+            remedy="Remove the column or change loss.name.",
+        )
+    if pairs.pair_weights is None:
+        return
+    if not objective.takes_weights:
+        raise InputError(
+            place,
+            got=f"{report['weights_given']} pairs with a weight, and loss {loss!r} compares whole batches without them",
+            expected=f"no column weight, or other losses than {others}; one of your own that reads `present` must read "
+            "`weight` too",
+            remedy="Remove the column or change loss.name.",
+        )
+    if not pairs.pair_weights.any():
+        raise InputError(
+            place, got="all weights are 0", expected="one above 0", remedy="Correct the column weight or remove it."
         )
 
 

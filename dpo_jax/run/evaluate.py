@@ -34,6 +34,8 @@ class EvalSet:
     reference: ReferenceValues | None = None  # None for reference-free losses
     mismatched: Any = None  # MismatchedPairs: each prompt with another's answers, if the objective reads them
     scored: Int[np.ndarray, "N K"] | None = None  # scored tokens of each answer; None: all its tokens
+    weight: Float[np.ndarray, "N"] | None = None  # as how many pairs each counts in every mean; None: 1
+    margin: Float[np.ndarray, "N"] | None = None  # of the data, for losses that read it; None: 0
 
 
 class Mismatched(NamedTuple):
@@ -45,11 +47,11 @@ class Mismatched(NamedTuple):
 
 
 def make_summary(loss_fn: losses.Loss, *, paired: bool = True) -> Summary:
-    """Returns `summary(policy, reference, reference_sums, lengths, mismatched, running)`, the metrics of a whole set
-    as one small program.
+    """Returns `summary(policy, reference, reference_sums, lengths, mismatched, running, weight, margin)`, the metrics
+    of a whole set as one small program.
 
     `policy` is (log-probs [N, K], sums over answers); `mismatched` a Mismatched or None; `running` the state that the
-    objective carries from update to update.
+    objective carries from update to update; `weight` and `margin` those of the pairs, or None.
     """
 
     @jax.jit
@@ -60,13 +62,15 @@ def make_summary(loss_fn: losses.Loss, *, paired: bool = True) -> Summary:
         lengths: Int[jax.Array, "N K"],
         mismatched: Mismatched | None,
         running: PyTree,
+        weight: Float[jax.Array, "N"] | None = None,
+        margin: Float[jax.Array, "N"] | None = None,
     ) -> dict[str, jax.Array]:
         present = jnp.ones(len(lengths), bool)
         kl = None
         if mismatched is not None:
-            kl = losses.estimate_kl(*mismatched, present)
+            kl = losses.estimate_kl(*mismatched, present, weight)
         logps, sums = policy
-        scores = Scores(logps, sums, reference, lengths, present, reference_sums)
+        scores = Scores(logps, sums, reference, lengths, present, reference_sums, weight, margin)
         each, _ = pair_losses(loss_fn, scores, running, kl=kl, update_baselines=False)
         metrics = loss_metrics(loss_fn, each, scores, paired=paired)
         return metrics | ({} if kl is None else {"kl": kl})
@@ -114,6 +118,7 @@ def evaluate(
         mismatched = Mismatched(logps, np.asarray(stored.mismatched, np.float32), pairs.mismatched.scored)
     scored = np.asarray(pairs.lengths[:, 1:] if pairs.scored is None else pairs.scored)
     scores = policy, reference, sums, scored, mismatched, jax.device_get(dict(running))
-    values = jax.device_get(summary(*jax.device_put(scores)))
+    of_pairs = (None if each is None else np.asarray(each) for each in (pairs.weight, pairs.margin))  # off the disk
+    values = jax.device_get(summary(*jax.device_put((*scores, *of_pairs))))
     metrics = {f"eval/{name}": float(value) for name, value in values.items()}
     return metrics | {"eval/pairs": len(pairs.lengths), "eval_time_s": time.perf_counter() - started}

@@ -19,7 +19,7 @@ from dpo_jax.hf import folders, peft
 from dpo_jax.hf.checkpoints import check_tokenizer, check_weights, family_table, read_config, resolve
 from dpo_jax.losses import Objective
 from dpo_jax.models.config import DecoderConfig
-from dpo_jax.run.checks import check_kind, check_pairs, fit
+from dpo_jax.run.checks import check_kind, check_pairs, check_weights_and_margins, fit
 from dpo_jax.run.choices import trainable_of
 from dpo_jax.run.trainable import Trainable
 from dpo_jax.runtime import hosts
@@ -206,6 +206,7 @@ def read_sets(config: Config, objective: Objective, tokenizer: Any, vocab_size: 
         )
         check_pairs(pairs, name, sft_steps=config.sft.steps)
         check_kind(pairs, name, objective, config.loss.name)
+        check_weights_and_margins(pairs, name, objective, config.loss.name)
         sets[name] = pairs.without_rejected() if objective.answers_read == "chosen" else pairs
     if not sets:
         raise InputError(
