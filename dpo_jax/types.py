@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple, Protocol, TypeAlias, runtime_checkable
 
@@ -11,13 +12,28 @@ from jaxtyping import Bool, Float, Int, PyTree
 
 AnyArray: TypeAlias = Any  # numpy, JAX, or the shape of one; this module does not import jax
 
+Value: TypeAlias = Any  # of a column of a row: text, number, truth value, list, mapping or None
+
+
+# Characters that terminals act on, but for tabs and line breaks: control characters and those that reverse text. And
+# halves of surrogate pairs, which cannot be printed.
+_UNPRINTABLE = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+
+
+def printable(text: str) -> str:
+    """Returns the text with an escape such as `\\x1b` for each character that a terminal would act on."""
+    return _UNPRINTABLE.sub(lambda match: match.group().encode("unicode_escape").decode(), text)
+
 
 class InputError(ValueError):
-    """Input from a user that cannot be used: the place, what was found there, what was expected, and the remedy."""
+    """Input from a user that cannot be used: the place, what was found there, what was expected, and the remedy.
+
+    All four may quote a file; they are made `printable`.
+    """
 
     def __init__(self, place: str, *, got: str, expected: str, remedy: str):
-        self.place, self.got, self.expected, self.remedy = place, got, expected, remedy
-        super().__init__(f"{place}: {got}; expected {expected}. {remedy}")
+        self.place, self.got, self.expected, self.remedy = map(printable, (place, got, expected, remedy))
+        super().__init__(f"{self.place}: {self.got}; expected {self.expected}. {self.remedy}")
 
 
 def listed(names: Sequence[str], most: int = 5, separator: str = ", ") -> str:

@@ -91,6 +91,13 @@ def inspected(inputs, tmp_path, capsys, rows, *options):
     return capsys.readouterr().out
 
 
+def test_inspect_escapes_what_terminals_act_on(inputs, tmp_path, capsys):
+    rows = [{"prompt": "is ", "chosen": "\x1b[31mred\x9b", "rejected": "b\u202e", "\x1b[2J": 1}]
+    shown = inspected(inputs, tmp_path, capsys, rows, "--config.train.batch_pairs=1")
+    assert "\\x1b" in shown and "nothing reads: '\\x1b[2J'" in shown
+    assert not {"\x1b", "\x9b", "\u202e"} & set(shown)
+
+
 def test_inspect_shows_the_one_answer_of_an_unpaired_example(inputs, tmp_path, capsys):
     rows = [{"prompt": "a", "completion": each, "label": each == "b"} for each in ("b", "cd")]
     shown = inspected(inputs, tmp_path, capsys, rows, "--config.loss.name=apo_zero")

@@ -8,6 +8,7 @@ import pytest
 
 from dpo_jax.data import dataset, special_tokens, tokenize
 from dpo_jax.reporting import data_summary
+from dpo_jax.types import InputError
 from tests.support.tokenizers_made import make_tokenizer
 
 TOKENIZER = make_tokenizer()
@@ -67,6 +68,16 @@ def test_summary_counts_weights_and_margins(tmp_path):
 def test_lengths_of_answers_that_nobody_reads_are_left_out(tmp_path):
     lines = data_summary.lengths(load(tmp_path, UNPAIRED).without_rejected(), "shared")
     assert not [line for line in lines if line.startswith("rejected")]
+
+
+def test_errors_escape_what_terminals_act_on():
+    error = InputError("a\x1b:1", got="\x07", expected="text\tof\nlines", remedy="\ud800")
+    assert str(error) == "a\\x1b:1: \\x07; expected text\tof\nlines. \\ud800" and error.got == "\\x07"
+
+
+def test_layouts_are_named(tmp_path):
+    lines = data_summary.truncated_and_dropped(load(tmp_path, [{"question": "is ", "chosen": "b", "rejected": "c"}]))
+    assert any(line.startswith("read as plain (question): ") for line in lines)
 
 
 @pytest.mark.parametrize(("label", "side"), [(True, 1), (False, 2)])

@@ -97,6 +97,7 @@ def test_load_reports_what_it_read_cut_and_gave(tmp_path):
     digests = [source.pop("digest") for source in found.report["sources"]]
     assert len(set(digests)) == 2
     assert found.kind == "paired"
+    rest = {"weight": 1.0, "layouts": [], "unread": []}
     assert found.report == {
         "rows": 5,
         "pairs": 5,
@@ -115,10 +116,39 @@ def test_load_reports_what_it_read_cut_and_gave(tmp_path):
         "dropped": [],
         "omitted": [],
         "sources": [
-            {"name": path, "weight": 1.0, "format": "plain", "rows": 3, "pairs": 3, "header_left_out": ""},
-            {"name": talk, "weight": 1.0, "format": "chat", "rows": 2, "pairs": 2, "header_left_out": "<think>\n"},
+            {"name": path, "format": "plain", "rows": 3, "pairs": 3, "header_left_out": "", "templated": False} | rest,
+            {"name": talk, "format": "chat", "rows": 2, "pairs": 2, "header_left_out": "<think>\n", "templated": True}
+            | rest,
         ],
     }
+
+
+def test_load_reads_columns_by_other_names_and_reports_those_that_nothing_reads(tmp_path):
+    rows = [{"q": row["prompt"], "a": row["chosen"], "b": row["rejected"], "id": 0} for row in plain(3)]
+    rows[2]["note"] = "x"  # the last row alone
+    path, same = write(tmp_path / "a.jsonl", rows), write(tmp_path / "b.jsonl", plain(3))
+    found = load(f"{path},{same}", tmp_path, columns="prompt=q,chosen=a,rejected=b")
+    assert contents(found) == contents(load(f"{same},{same}", tmp_path))
+    assert [source["unread"] for source in found.report["sources"]] == [["id", "note"], []]
+    for columns, got in (
+        ("prompt=w,chosen=a,rejected=b", "no column 'w' among 'q', 'a'"),
+        ("weight=w", "no row has: 'w'"),
+    ):
+        with pytest.raises(InputError, match=got):
+            load(path if "chosen" in columns else same, tmp_path, columns=columns)
+
+
+def test_load_drops_rows_of_damaged_layouts_and_names_the_layout(tmp_path):
+    rows = [
+        {"prompt": f"q{i}", "response_0": f"a{i}", "response_1": "b", "better_response_id": better}
+        for i, better in enumerate([5, 0, 1, 7])
+    ]
+    path = write(tmp_path / "a.jsonl", rows)
+    found = load(path, tmp_path, on_bad_row="skip")
+    assert found.numbers.tolist() == [2, 3] and found.report["sources"][0]["layouts"] == ["PKU-SafeRLHF"]
+    assert found.report["dropped"][0]["places"] == [f"{path}:1", f"{path}:4"]
+    with pytest.raises(InputError, match=r"a\.jsonl:1: 5 beside two answers"):
+        load(path, tmp_path)
 
 
 # Bad rows
@@ -392,6 +422,7 @@ def test_load_opens_what_an_earlier_call_wrote_wherever_the_file_lies_by_then(tm
         {"format": "plain"},
         {"on_bad_row": "skip"},
         {"rankings": "best"},
+        {"columns": "chosen=rejected,rejected=chosen"},
         {"tokenizer": make_tokenizer(template=CHATML, adds="<bos> $A")},
         {"tokenizer": make_tokenizer(template=BOS_AND_EOS)},
         {"weight": "*2"},

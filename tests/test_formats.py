@@ -64,8 +64,9 @@ def test_detect_knows_each_format(fields, format):
         ({"chosen": "b", "rejected": "\n\nAssistant: c"}, "without a 'prompt' column"),
         ({"prompt": "a", "chosen": "b"}, "no 'rejected'"),
         ({"prompt": "a", "label": True}, "no 'chosen'"),
-        ({"prompt": "a", "chosen": [YES], "rejected": "c"}, "'chosen' is a list"),
-        ({"prompt": "a", "chosen": "b", "rejected": 3}, "'rejected' is a int"),
+        ({"prompt": "a", "chosen": None, "rejected": "c"}, "'chosen' is null"),
+        ({"prompt": "a", "chosen": "b", "rejected": 3}, "'rejected' is a number"),
+        ({"prompt": "a", "chosen": "b", "rejected": {"text": "c"}}, "'rejected' is an object with the keys 'text'"),
     ],
 )
 def test_detect_says_what_it_cannot_tell(fields, got):
@@ -91,8 +92,8 @@ def test_render_takes_plain_text_as_it_stands_and_ignores_other_columns():
 def test_render_names_the_missing_column(name):
     fields = {"prompt": "a", "chosen": "b", "rejected": "c"}
     assert f"no {name!r}" in failure({k: v for k, v in fields.items() if k != name}).got
-    assert f"no {name!r}" in failure({**fields, name: None}).got
-    assert f"{name!r} is a int" in failure({**fields, name: 1}).got
+    assert failure({**fields, name: None}).got == f"{name!r} is null"
+    assert failure({**fields, name: 1}).got == f"{name!r} is a number"
 
 
 @pytest.mark.parametrize("empty", ["", " \n\t"])
@@ -284,6 +285,82 @@ def test_render_ends_the_prompt_where_header_and_finished_turn_part():
     assert (pair.chosen, pair.rejected) == ("<b>yes<|im_end|>\n", "<i>no<|im_end|>\n")
 
 
+def test_render_reads_text_as_messages_if_the_format_is_chat():
+    expected = render(CHAT, format="chat")
+    assert render({"prompt": USER["content"], "chosen": "yes", "rejected": "no"}, format="chat") == expected
+    asked = f"\n\nHuman: {USER['content']}\n\nAssistant:"
+    assert render(transcripts(asked, " yes", " no"), format="chat") == expected
+    assert render({"prompt": asked, "chosen": " yes", "rejected": " no"}, format="chat") == expected
+
+
+def test_render_compares_messages_by_what_templates_write():
+    expected = render(CHAT, format="chat")
+    for numbered in ({"id": 1}, {"weight": 0.5, "token_count": 3}):
+        assert render({"chosen": [{**USER, **numbered}, YES], "rejected": [USER, NO]}, format="chat") == expected
+        assert render({**CHAT, "chosen": [USER | numbered, YES], "rejected": [USER, NO]}, format="chat") == expected
+    assert "equal" in failure({**CHAT, "rejected": [{**YES, "id": 2}]}, format="chat").got
+
+
+def test_render_joins_parts_of_text():
+    parts = [{"type": "text", "text": "Is the "}, {"type": "text", "text": "sky blue?", "image": None}]
+    assert render({**CHAT, "prompt": [{**USER, "content": parts}]}, format="chat") == render(CHAT, format="chat")
+
+
+WITH_CALLS = CHATML.replace("m.content", "m.content + (m.tool_calls | tojson if m.tool_calls else '')")
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        {
+            "role": "assistant",
+            "content": None,
+            "tool_calls": [{"type": "function", "function": {"name": "f", "arguments": '{"a": null}'}}],
+        },
+        {"role": "assistant", "function_call": {"name": "f", "arguments": '{"a": null}'}},
+        {"from": "function_call", "value": '{"name": "f", "arguments": {"a": null}}'},
+        {"role": "tool_call", "content": '[{"name": "f", "arguments": {"a": null}}]'},
+    ],
+)
+def test_render_decodes_the_arguments_of_calls_once(call):
+    written = '[{"type": "function", "function": {"name": "f", "arguments": {"a": null}}}]<|im_end|>\n'
+    assert render({**CHAT, "chosen": [call]}, format="chat", template=WITH_CALLS).chosen == written
+
+
+@pytest.mark.parametrize("text", ["a=1", "[1]", '{"a": 1'])
+def test_render_refuses_arguments_that_are_no_object(text):
+    call = {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": text}}]}
+    assert failure({**CHAT, "chosen": [call]}, format="chat").got.startswith("message 1 of 'chosen' calls 'f' with")
+
+
+@pytest.mark.parametrize("role", ["human", "Human", "User"])
+def test_render_takes_the_names_that_roles_have_elsewhere(role):
+    assert render({**CHAT, "prompt": [{**USER, "role": role}]}, format="chat") == render(CHAT, format="chat")
+
+
+@pytest.mark.parametrize(
+    "printed",
+    [
+        str([USER, YES]),
+        "[{'content': 'a', 'role': 'user'}\n {'content': 'b', 'role': 'assistant'}]",
+        "array([{'content': 'a', 'role': 'user'}], dtype=object)",
+        '[{"role": "user", "content": "cut',
+    ],
+)
+def test_printed_messages_are_refused(printed):
+    fields = {"prompt": "a", "chosen": printed, "rejected": "b"}
+    for format in ("plain", "chat"):
+        error = failure(fields, format=format)
+        assert error.got.startswith("'chosen' is text that holds") and "json.dumps" in error.expected
+    with pytest.raises(InputError, match="'chosen' is text that holds"):
+        formats.detect(Row("a:1", {"chosen": printed, "rejected": printed + " "}))
+
+
+def test_text_that_only_looks_like_a_list_stays_text():
+    for text in ('[{"name": "a"}]', "[{'name': 'a'}]", "[1]", "{'a': 1}", '{"role": "x", '):
+        assert render({"prompt": "a", "chosen": text, "rejected": "b"}).chosen == text
+
+
 def test_header_left_out_is_what_only_the_generation_header_has():
     row = Row("a:1", CHAT)
     left_out = [
@@ -327,10 +404,13 @@ def test_render_takes_tool_calls_without_text_as_answers():
     ("changes", "got"),
     [
         ({"chosen": [{"role": "assistant", "content": 3}]}, "message 1 of 'chosen'"),
-        ({"chosen": [{"role": "assistant", "content": [{"type": "text", "text": "yes"}]}]}, "message 1 of 'chosen'"),
+        (
+            {"chosen": [{"role": "assistant", "content": [{"type": "image", "url": "x"}]}]},
+            "part of type 'image'",
+        ),
         ({"prompt": [USER, {"content": "a"}]}, "message 2 of 'prompt'"),
         ({"rejected": ["no"]}, "message 1 of 'rejected'"),
-        ({"rejected": "no"}, "'rejected' is a str"),
+        ({"rejected": 3}, "'rejected' is a number"),
         ({"prompt": []}, "no prompt message"),
         ({"prompt": None}, "no prompt message"),
         ({"prompt": "Another question", "chosen": [USER, YES], "rejected": [USER, NO]}, "a text prompt that is not"),
@@ -460,18 +540,18 @@ def test_render_writes_rankings_of_messages_as_it_writes_pairs():
 @pytest.mark.parametrize(
     ("changes", "got"),
     [
-        ({"responses": None}, "no 'responses'"),
-        ({"responses": "w"}, "'responses' is a str"),
+        ({"responses": None}, "'responses' is null"),
+        ({"responses": "w"}, "'responses' is text"),
         ({"responses": ["w"], "scores": [1]}, "1 response(s)"),
-        ({"responses": ["w", "x", "y", 3]}, "response 4 is a int"),
-        ({"responses": ["w", "x", "y", None]}, "response 4 is a NoneType"),
+        ({"responses": ["w", "x", "y", 3]}, "response 4 is a number"),
+        ({"responses": ["w", "x", "y", None]}, "response 4 is null"),
         ({"responses": ["w", "x", " ", "z"]}, "response 3 is empty"),
         ({"responses": ["w", "x", "y", "x"]}, "responses 2 and 4 are equal"),
         ({"responses": ["w", "x", "y", "\ud83d"]}, "half a character"),
-        ({"prompt": None}, "no 'prompt'"),
+        ({"prompt": None}, "'prompt' is null"),
         ({"scores": None}, "neither 'scores' nor 'ranks'"),
         ({"ranks": [1, 2, 3, 4]}, "both 'scores' and 'ranks'"),
-        ({"scores": 3}, "'scores' is a int for 4 responses"),
+        ({"scores": 3}, "'scores' is a number for 4 responses"),
         ({"scores": [1, 2, 3]}, "3 scores for 4 responses"),
         ({"scores": [1, 2, 3, None]}, "None in 'scores'"),
         ({"scores": [1, 2, 3, float("nan")]}, "nan in 'scores'"),
@@ -503,7 +583,7 @@ def test_render_lets_empty_reference_columns_stand_beside_a_ranking():
 @pytest.mark.parametrize(
     ("changes", "got"),
     [
-        ({"responses": [[NO], "yes"]}, "response 2 is a str"),
+        ({"responses": [[NO], 3]}, "response 2 is a number"),
         ({"responses": [[NO], [{"role": "assistant"}]]}, "message 1 of response 2 lacks"),
         ({"responses": [[NO], [NO]]}, "the answers are equal"),
         ({"responses": [[NO], [YES], [NO]], "ranks": [1, 2, 3]}, "responses 1 and 3 are equal"),
@@ -543,17 +623,17 @@ def test_render_writes_completions_of_messages_as_it_writes_pairs():
 @pytest.mark.parametrize(
     ("changes", "got"),
     [
-        ({"label": None}, "no 'label'"),
+        ({"label": None}, "'label' is null"),
         ({"label": "good"}, "'label' is 'good'"),
         ({"label": ""}, "'label' is ''"),
         ({"label": 2}, "'label' is 2"),
         ({"label": 0.5}, "'label' is 0.5"),
-        ({"completion": None}, "no 'completion'"),
+        ({"completion": None}, "'completion' is null"),
         ({"completion": " "}, "'completion' is empty"),
-        ({"completion": [YES]}, "'completion' is a list"),
+        ({"completion": 3}, "'completion' is a number"),
         ({"completion": "\ud83d"}, "half a character"),
-        ({"prompt": None}, "no 'prompt'"),
-        ({"prompt": [USER]}, "'completion' is a str"),
+        ({"prompt": None}, "'prompt' is null"),
+        ({"prompt": [USER], "completion": 3}, "'completion' is a number"),
         (
             {"prompt": [USER], "completion": [{"role": "user", "content": "b"}]},
             "the answer in 'completion' starts with",

@@ -13,14 +13,17 @@ from dpo_jax.types import InputError
 
 ROWS = [{"prompt": f"p{i}", "chosen": f'line\none, "{i}"', "rejected": "ü"} for i in range(3)]
 LINES = "".join(json.dumps(row) + "\n" for row in ROWS)
+CSV = "prompt,chosen,rejected\n" + "".join(f'p{i},"line\none, ""{i}""",ü\n' for i in range(3))
+MESSAGES = {"messages": [{"role": "user", "content": "p"}], "chosen": {"role": "assistant", "content": "c"}}
 
 
 def write(path, content):
-    """Writes text or bytes as they are (compressed for .gz), a list of rows as Parquet or CSV."""
+    """Writes text or bytes as they are (compressed for .gz and .zst), a list of rows as Parquet or CSV."""
     if isinstance(content, str):
         content = content.encode()
     if isinstance(content, bytes):
-        path.write_bytes(gzip.compress(content) if path.suffix == ".gz" else content)
+        compress = {".gz": gzip.compress, ".zst": zstd}.get(path.suffix, bytes)
+        path.write_bytes(compress(content))
     elif path.suffix == ".parquet":
         pyarrow.parquet.write_table(pyarrow.Table.from_pylist(content), path)
     else:
@@ -29,6 +32,10 @@ def write(path, content):
             writer.writeheader()
             writer.writerows(content)
     return str(path)
+
+
+def zstd(content):
+    return pyarrow.compress(content, codec="zstd", asbytes=True)
 
 
 def read_one(spec, split="train"):
@@ -54,6 +61,14 @@ def failure(spec, split="train"):
         ("e.json", " " + json.dumps(ROWS, indent=1), (1, 2, 3)),
         ("f.parquet", ROWS, (1, 2, 3)),
         ("g.CSV", ROWS, (2, 4, 6)),
+        ("h.jsonl.zst", LINES, (1, 2, 3)),
+        ("i.json.gz", json.dumps(ROWS), (1, 2, 3)),
+        (
+            "j.csv.zst",
+            "prompt,chosen,rejected\n" + "".join(f'p{i},"line\none, ""{i}""",ü\n' for i in range(3)),
+            (2, 4, 6),
+        ),
+        ("k.jsonl", json.dumps(ROWS, indent=1), (1, 2, 3)),
     ],
 )
 def test_read_gives_the_rows_of_every_kind_of_file_with_their_places_each_time(tmp_path, name, content, numbers):
@@ -63,6 +78,48 @@ def test_read_gives_the_rows_of_every_kind_of_file_with_their_places_each_time(t
         rows = list(source.rows)
         assert [row.fields for row in rows] == ROWS
         assert [row.place for row in rows] == [f"{path}:{number}" for number in numbers]
+
+
+@pytest.mark.parametrize("indent", [None, 1])
+@pytest.mark.parametrize(
+    ("content", "rows"),
+    [
+        ({"version": "1.0", "data": ROWS}, ROWS),
+        ({"mine": ROWS, "tags": ["a"]}, ROWS),
+        ({"features": [{"name": "prompt"}], "rows": [{"row_idx": i, "row": row} for i, row in enumerate(ROWS)]}, ROWS),
+        ({name: [row[name] for row in ROWS] for name in ROWS[0]}, ROWS),
+        ({name: {str(i): row[name] for i, row in enumerate(ROWS)} for name in ROWS[0]}, ROWS),
+        (ROWS[0], ROWS[:1]),
+        (MESSAGES, [MESSAGES]),
+        ({"a": [{"role": "user"}], "b": [{"role": "user"}]}, [{"a": [{"role": "user"}], "b": [{"role": "user"}]}]),
+    ],
+)
+def test_read_finds_the_rows_in_one_object(tmp_path, content, rows, indent):
+    path = write(tmp_path / "a.json", json.dumps(content, indent=indent))
+    assert [row.fields for row in read_one(path).rows] == rows
+    assert [row.place for row in read_one(path).rows] == [f"{path}:{i + 1}" for i in range(len(rows))]
+
+
+def test_read_asks_which_of_several_lists_has_the_rows(tmp_path):
+    path = write(tmp_path / "a.json", json.dumps({"train": ROWS, "test": ROWS[:1]}, indent=1))
+    assert "under the keys 'train', 'test'" in failure(path).got
+
+
+def test_read_takes_patterns_of_files_in_order_each_with_the_weight(tmp_path):
+    (tmp_path / "deep").mkdir()
+    for name in ("train-2.jsonl", "train-1.jsonl", "test-1.jsonl", "deep/train-3.jsonl"):
+        write(tmp_path / name, LINES)
+    found = sources.read(f"{tmp_path}/train-*.jsonl*0.5,{tmp_path}/**/train-?.jsonl", split="train")
+    names = [(Path(source.name).name, source.weight) for source in found]
+    assert names[:2] == [("train-1.jsonl", 0.5), ("train-2.jsonl", 0.5)]
+    assert names[2:] == [("train-3.jsonl", 1.0), ("train-1.jsonl", 1.0), ("train-2.jsonl", 1.0)]
+    pattern = f"{tmp_path}/none-*.jsonl"
+    error = failure(pattern)
+    assert error.place == pattern and "no file matches" in error.got
+
+
+def test_read_takes_a_name_that_looks_like_a_pattern_as_the_file_it_is(tmp_path):
+    assert read_one(write(tmp_path / "a[1].jsonl", LINES)).name.endswith("a[1].jsonl")
 
 
 def test_read_takes_folders_that_datasets_wrote_and_the_split_asked_for(tmp_path):
@@ -128,7 +185,8 @@ def test_rows_are_read_lazily(tmp_path):
         ("c.jsonl", LINES.encode() + b'{"a": "\xff"}\n', ":4", "byte 8 is not UTF-8"),
         ("d.json", '[{"a": 1},\n{"a"}]', "", "line 2, column"),
         ("e.json", '[{"a": 1}, "b"]', ":2", "a JSON str"),
-        ("f.json", '{\n"a": 1\n}', ":1", "broken JSON"),
+        ("f.json", '{\n"a": 1,\n}', "", "line 3, column 1"),
+        ("m.jsonl", '{"a": 1,}\n{"a": 2}\n', ":1", "broken JSON at column 9"),
         ("g.csv", 'a,b\nx,"y\nz"\nx\n', ":4", "number of fields"),
         ("h.csv", "a,b\nx,y,z\n", ":2", "number of fields"),
         ("k.jsonl", LINES + '{"a": ' + "9" * 5000 + "}\n", ":4", "cannot be read as JSON"),
@@ -145,13 +203,16 @@ def test_read_says_where_a_file_is_broken(tmp_path, name, content, place, got):
     assert error.expected and error.remedy
 
 
-def test_read_says_which_line_of_a_truncated_gz_is_missing(tmp_path):
+def test_read_says_which_line_of_a_truncated_stream_is_missing(tmp_path):
     many = "".join(json.dumps({"chosen": str(i) * 50}) + "\n" for i in range(5000))
     whole = gzip.compress(many.encode())
     (tmp_path / "a.jsonl.gz").write_bytes(whole[: len(whole) // 2])
-    error = failure(tmp_path / "a.jsonl.gz")
-    assert "damaged gzip" in error.got
-    assert 1 < int(error.place.rpartition(":")[2]) < 5000
+    zipped = zstd(many.encode())
+    (tmp_path / "a.jsonl.zst").write_bytes(zipped[: len(zipped) // 2])
+    for name, kind in (("a.jsonl.gz", "gzip"), ("a.jsonl.zst", "zstd")):
+        error = failure(tmp_path / name)
+        assert f"damaged {kind}" in error.got
+        assert 1 < int(error.place.rpartition(":")[2]) < 5000
 
 
 def test_read_takes_csv_with_a_column_that_has_no_name(tmp_path):
@@ -198,7 +259,7 @@ def test_read_says_that_a_file_is_missing_without_asking_the_hub(monkeypatch, na
     assert error.place == name and "no such file" in error.got
 
 
-@pytest.mark.parametrize("weight", ["", "0", "-1", "nan", "inf", "two", ".jsonl"])
+@pytest.mark.parametrize("weight", ["0", "-1", "nan", "inf"])
 def test_read_refuses_weights_that_are_no_number_above_zero(tmp_path, weight):
     path = write(tmp_path / "a.jsonl", LINES)
     error = failure(f"{path}*{weight}")
@@ -211,9 +272,19 @@ def test_read_refuses_parts_without_a_name(tmp_path):
         assert "without a name" in failure(spec).got
 
 
-def test_read_refuses_folders_of_other_things(tmp_path):
-    write(tmp_path / "a.jsonl", LINES)
-    assert "save_to_disk" in failure(tmp_path).got
+def test_read_names_the_files_in_a_folder_of_other_things(tmp_path):
+    assert "none that can be read" in failure(tmp_path).remedy
+    for name in (
+        "data/train-00000-of-00002.parquet",
+        "data/train-00001-of-00002.parquet",
+        "more/a.jsonl",
+        ".git/b.json",
+    ):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("")
+    error = failure(tmp_path)
+    assert "save_to_disk" in error.got
+    assert error.remedy.endswith(f": {tmp_path}/data/train-*.parquet, {tmp_path}/more/a.jsonl.")
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from dpo_jax import cli, train, trees
-from dpo_jax.data import dataset, special_tokens, tokenize
+from dpo_jax.data import dataset, notices, special_tokens, tokenize
 from dpo_jax.hf import checkpoints, folders
 from dpo_jax.reporting import console
 from dpo_jax.run import choices
@@ -224,6 +224,43 @@ def test_answers_that_were_cut_are_not_said_to_be_endless(tmp_path):
 
     assert lines(32) == []
     assert "1 of 2 answers" in lines(33)[0] and f"{path}:2" in lines(33)[0]  # had it been allowed one more
+
+
+WRITTEN = [{"prompt": "<|im_start|>user\nis<|im_end|>\n", "chosen": "b<|im_end|>", "rejected": "c<|im_end|>"}]
+
+
+@pytest.mark.parametrize(
+    ("rows", "template", "how"),
+    [
+        (PLAIN, CHATML, 'data.format="chat"'),
+        ([{"prompt": "is", "completion": "b", "label": True}], CHATML, "messages in place of text"),
+        (PLAIN, None, ""),
+        (CHAT, CHATML, ""),
+        (WRITTEN, CHATML, ""),
+    ],
+)
+def test_text_that_a_chat_template_could_have_written_is_a_warning(tmp_path, rows, template, how):
+    path = tmp_path / "train.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    tokenizer = make_tokenizer(template=template)
+    found = dataset.load(
+        str(path),
+        split="train",
+        reading=dataset.ReadingRules(format="auto", on_bad_row="error", rankings="all"),
+        tokenizer=tokenizer,
+        tokenization=tokenize.TokenizationRules(
+            TOKENS, max_length=32, max_prompt_length=16, truncate_prompt="keep_end"
+        ),
+        cache_dir=str(tmp_path / "cache"),
+    )
+    lines = notices.untemplated("train", found, tokenizer)
+    assert len(lines) == bool(how) and all(str(path) in line and f"; {how} would" in line for line in lines)
+
+
+def test_columns_that_nothing_reads_are_a_warning(tmp_path):
+    config = write(tmp_path, [PLAIN[0] | {"n": 1}, PLAIN[1] | {"\x1b": 2}], make_tokenizer(), eos_token_id=1)
+    (line,) = (line for line in load_inputs(config, training=True).warnings if "nothing reads" in line)
+    assert f"the columns 'n', '\\x1b' of {tmp_path / 'train.jsonl'}" in line
 
 
 def test_a_run_and_inspect_say_each_warning(tmp_path, capsys):

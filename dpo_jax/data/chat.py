@@ -2,13 +2,33 @@
 
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-from dpo_jax.data.columns import DROP, check_different, column
-from dpo_jax.types import InputError, Row
+from dpo_jax.data.columns import DROP, check_different, column, described, is_given
+from dpo_jax.types import InputError, Row, Value
 
-Message = dict[str, Any]
+Message = dict[str, Value]
+
+HEADER = "\n\nAssistant:"  # last text of the prompt in an HH transcript
+HUMAN = "\n\nHuman:"  # its first
+
+# Fields of a message that templates write. Messages that differ elsewhere, such as in an id, are the same message.
+_WRITTEN = ("content", "role", "tool_calls", "name", "tool_call_id", "reasoning_content", "reasoning", "thinking")
+_STANDARD = ("system", "user", "assistant", "tool")
+_ROLES = {
+    **{role: role for role in _STANDARD},
+    **{"human": "user", "gpt": "assistant", "chatgpt": "assistant", "bot": "assistant", "model": "assistant"},
+    **{"observation": "tool", "tool_response": "tool", "function_response": "tool"},
+}
+_CALLS = ("function_call", "tool_call")  # roles of messages whose content is the JSON text of one or several calls
+
+_JSON = re.compile(r"\s*\[?\s*\{")
+_BEGUN = re.compile(r'\s*\[\s*\{\s*"(role|from)"\s*:')
+_PRINTED = re.compile(r"\s*(?:array\()?\[?\s*\{\s*'(role|content|from|value)'\s*:")
+_TURN = re.compile(r"\n\n(Human|Assistant):")
 
 
 class Conversation(NamedTuple):
@@ -18,30 +38,49 @@ class Conversation(NamedTuple):
     answers: list[list[Message]]
 
 
+def is_messages(value: object) -> bool:
+    """Whether a value is a list, one message, or the JSON text of messages."""
+    if isinstance(value, str):
+        return _decoded(value) is not None
+    return isinstance(value, list) or is_message(value)
+
+
+def is_message(value: object) -> bool:
+    """Whether a value is a chat message, of ShareGPT too."""
+    return isinstance(value, dict) and ("role" in value or "from" in value)
+
+
 def of_pair(row: Row) -> Conversation:
     """Prompt and answers from columns chosen and rejected; the prompt is in its own column, in the answers, or in both.
 
+    Text is the content of a user message in the prompt's column and of an assistant message in an answer's.
+
     Raises: InputError if the messages are damaged or do not make a prompt and two answers.
     """
-    chosen, rejected = (messages(row, column(row, name), repr(name)) for name in ("chosen", "rejected"))
-    same = [a == b for a, b in zip(chosen, rejected, strict=False)]
+    names, own = ["'chosen'", "'rejected'"], row.fields.get("prompt")
+    values = [column(row, "chosen"), column(row, "rejected")]
+    if own is None and all(isinstance(value, str) and HEADER in value for value in values):
+        values = [_turns(value) for value in values]
+    elif isinstance(own, str) and own.startswith(HUMAN):  # whose header ends without the space that answers begin with
+        values = [value.strip() if isinstance(value, str) else value for value in values]
+    chosen, rejected = (messages(row, *each, author="assistant") for each in zip(values, names, strict=True))
+    if own is not None and not isinstance(own, str) or is_messages(own):
+        return after_prompt(row, [chosen, rejected], names)
+    same = [_alike(a, b) for a, b in zip(chosen, rejected, strict=False)]
     shared = same.index(False) if False in same else len(same)
-    own = row.fields.get("prompt")
+    prompt = chosen[:shared]
     if own is None:
-        start, prompt = shared, chosen[:shared]
-    elif isinstance(own, str):
-        # Public data sets often repeat the question as text beside entire conversations.
-        start, prompt = shared, chosen[:shared] or [{"role": "user", "content": own}]
-        if all(own.strip() != message["content"].strip() for message in prompt):
-            raise InputError(
-                row.place,
-                got="a text prompt that is not one of the messages both answers start with",
-                expected="answers that start with this prompt, or with an assistant message",
-                remedy="Give the prompt as messages.",
-            )
-    else:
-        return after_prompt(row, [chosen, rejected], ["'chosen'", "'rejected'"])
-    return _checked(row, prompt, [chosen[start:], rejected[start:]], ["'chosen'", "'rejected'"])
+        return _checked(row, prompt, [chosen[shared:], rejected[shared:]], names)
+    # Public data sets often repeat the question as text beside entire conversations.
+    prompt = prompt or messages(row, own, "'prompt'", author="user")
+    if shared and all(own.strip() != message["content"].strip() for message in prompt):
+        raise InputError(
+            row.place,
+            got="a text prompt that is not one of the messages both answers start with",
+            expected="answers that start with this prompt, or with an assistant message",
+            remedy="Give the prompt as messages.",
+        )
+    return _checked(row, prompt, [chosen[shared:], rejected[shared:]], names)
 
 
 def after_prompt(row: Row, answers: list[list[Message]], names: Sequence[str]) -> Conversation:
@@ -51,38 +90,150 @@ def after_prompt(row: Row, answers: list[list[Message]], names: Sequence[str]) -
       names: names of the answers, for errors.
     Raises: InputError if the messages are damaged, or an answer does not start with an assistant message.
     """
-    prompt = messages(row, column(row, "prompt"), "'prompt'")
-    repeated = all(answer[: len(prompt)] == prompt for answer in answers)
-    return _checked(row, prompt, [answer[len(prompt) if repeated else 0 :] for answer in answers], names)
+    prompt = messages(row, column(row, "prompt"), "'prompt'", author="user")
+    size = len(prompt)
+    repeated = all(len(answer) >= size and all(map(_alike, answer, prompt)) for answer in answers)
+    return _checked(row, prompt, [answer[size if repeated else 0 :] for answer in answers], names)
 
 
-def messages(row: Row, value: Any, name: str) -> list[Message]:
-    """Chat messages without their null fields. Raises: InputError if the value is no list of messages."""
-    value = without_nulls(value)
+def messages(row: Row, value: Value, name: str, *, author: str) -> list[Message]:
+    """Chat messages without their null fields: a list of them, a single one, or JSON text of either.
+
+    Keys and roles of ShareGPT become those of chat templates, parts of text are joined, and the JSON text of a call's
+    arguments is decoded.
+
+    Args:
+      name: of the value, for errors.
+      author: role of the message that any other text is the content of.
+    Raises: InputError if the value is something else.
+    """
+    if isinstance(value, str):
+        check_not_printed(row, value, name)
+        decoded = _decoded(value)
+        if decoded is None and author == "user" and value.startswith(HUMAN):
+            decoded = _turns(value)
+        value = [{"role": author, "content": value}] if decoded is None else decoded
+    value = without_nulls([value] if isinstance(value, dict) else value)
     if not isinstance(value, list):
         raise InputError(
-            row.place, got=f"{name} is a {type(value).__name__}", expected="a list of chat messages", remedy=DROP
+            row.place, got=f"{name} is {described(value)}", expected="text or a list of chat messages", remedy=DROP
         )
-    checked: list[Message] = []
-    for message in value:
-        fields = message if isinstance(message, dict) else {}
-        content = fields.get("content", "" if fields.get("tool_calls") else None)
-        if not isinstance(fields.get("role"), str) or not isinstance(content, str):
+    return [_message(row, each, f"message {n} of {name}") for n, each in enumerate(value, start=1)]
+
+
+def check_not_printed(row: Row, text: str, name: str) -> None:
+    """Raises InputError for text that is a list of messages as Python or numpy prints it, or broken JSON of one."""
+    printed = _PRINTED.match(text)
+    if printed or _BEGUN.match(text) and _decoded(text) is None:
+        how = "messages as Python or numpy prints them" if printed else "broken JSON of messages"
+        raise InputError(
+            row.place,
+            got=f"{name} is text that holds {how}: {text[:40]!r}",
+            expected="messages, or JSON text of them (json.dumps)",
+            remedy="Store the column as lists of messages, in JSONL or Parquet.",
+        )
+
+
+def _decoded(text: str) -> Value:
+    """Value of the JSON text of a message or a list of messages; None for any other text."""
+    if not _JSON.match(text):
+        return None
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+    return value if value and all(map(is_message, value if isinstance(value, list) else [value])) else None
+
+
+def _turns(transcript: str) -> list[Message]:
+    """Messages of an HH transcript, without the empty one that a header at its end would start."""
+    _, *parts = _TURN.split(transcript)
+    roles = {"Human": "user", "Assistant": "assistant"}
+    turns = [{"role": roles[who], "content": said.strip()} for who, said in zip(parts[::2], parts[1::2], strict=True)]
+    return turns[:-1] if turns and turns[-1] == {"role": "assistant", "content": ""} else turns
+
+
+def _message(row: Row, value: Value, name: str) -> Message:
+    """A message with text as its content. Raises: InputError if it is damaged."""
+    fields = value if isinstance(value, dict) else {}
+    if "role" not in fields and "from" in fields:
+        others = {key: each for key, each in fields.items() if key not in ("from", "value")}
+        fields = {"role": fields["from"], "content": fields.get("value"), **others}
+    role, content = fields.get("role"), fields.get("content")
+    calls = fields.get("tool_calls") or fields.get("function_call")
+    if isinstance(content, list):
+        content = _joined(row, content, name)
+    if role in _CALLS:
+        role, content, calls = "assistant", "", content
+    elif content is None and calls:
+        content = ""
+    if not isinstance(role, str) or not isinstance(content, str):
+        got = f"{name} is {described(value)}" if not fields else f"{name} lacks a role or has content that is not text"
+        raise InputError(row.place, got=got, expected='{"role": text, "content": text}', remedy=DROP)
+    if role in _STANDARD and not calls and content is fields.get("content"):
+        return fields
+    message = {**fields, "role": _ROLES.get(role.lower(), role), "content": content}
+    if calls:
+        message.pop("function_call", None)
+        message["tool_calls"] = _calls(row, calls, name)
+    return message
+
+
+def _joined(row: Row, parts: list[Value], name: str) -> str:
+    """Text of a message whose content is a list of parts. Raises: InputError if one is no text."""
+    for part in parts:
+        if not isinstance(part, dict) or not isinstance(part.get("text"), str):
+            what = f"part of type {part['type']!r}" if isinstance(part, dict) and "type" in part else described(part)
             raise InputError(
-                row.place,
-                got=f"message {len(checked) + 1} of {name} lacks a role or has content that is not text",
-                expected='{"role": text, "content": text}',
-                remedy=DROP,
+                row.place, got=f"{name} has a part that is no text: {what}", expected="parts of text alone", remedy=DROP
             )
-        checked.append({**fields, "content": content})
-    return checked
+    return "".join(part["text"] for part in parts)
+
+
+def _calls(row: Row, calls: Value, name: str) -> list[Value]:
+    """Calls of a message in the form that templates read, `arguments` decoded from JSON text."""
+    calls = _object(row, calls, f"{name} has a call", (dict, list)) if isinstance(calls, str) else calls
+    decoded = []
+    for call in calls if isinstance(calls, list) else [calls]:
+        if not isinstance(call, dict):
+            raise InputError(
+                row.place, got=f"{name} has a call that is {described(call)}", expected="objects", remedy=DROP
+            )
+        if "function" not in call:
+            call = {"type": "function", "function": call}
+        function = call["function"]
+        if isinstance(function, dict) and isinstance(function.get("arguments"), str):
+            what = f"{name} calls {function.get('name')!r} with arguments"
+            arguments = _object(row, function["arguments"] or "{}", what, dict)
+            call = {**call, "function": {**function, "arguments": arguments}}
+        decoded.append(call)
+    return decoded
+
+
+def _object(row: Row, text: str, what: str, types: type | tuple[type, ...]) -> Value:
+    """Value of JSON text. Raises: InputError if it is broken or of another type."""
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError):
+        value = None
+    if not isinstance(value, types):
+        got = f"{what} that are no JSON object: {text[:40]!r}"
+        raise InputError(row.place, got=got, expected="an object, or the JSON text of one", remedy=DROP)
+    return value
+
+
+def _alike(one: Message, other: Message) -> bool:
+    """Whether a template would write two messages the same way."""
+    return one == other or all(one.get(name) == other.get(name) for name in _WRITTEN)
 
 
 def _checked(row: Row, prompt: list[Message], answers: list[list[Message]], names: Sequence[str]) -> Conversation:
-    """Checks that there is a prompt and that the answers are different, not empty, and start with the assistant."""
+    """Adds the row's system text; checks that there is a prompt, and answers: different, not empty, the assistant's."""
+    prompt = _with_system(row, prompt)
     if not prompt:
-        raise InputError(row.place, got="no prompt message", expected="at least one", remedy=DROP)
-    check_different(row, answers)
+        expected = "a prompt column, or messages that both answers start with"
+        raise InputError(row.place, got="no prompt message", expected=expected, remedy=DROP)
+    check_different(row, answers, same=lambda one, other: len(one) == len(other) and all(map(_alike, one, other)))
     for name, answer in zip(names, answers, strict=True):
         if answer and answer[0]["role"] != "assistant":
             raise InputError(
@@ -96,7 +247,26 @@ def _checked(row: Row, prompt: list[Message], answers: list[list[Message]], name
     return Conversation(prompt, answers)
 
 
-def without_nulls(value: Any) -> Any:
+def _with_system(row: Row, prompt: list[Message]) -> list[Message]:
+    """Puts the text of the column `system` first. Raises: InputError if the prompt has another system message."""
+    system = row.fields.get("system")
+    if not is_given(system):
+        return prompt
+    message = system if isinstance(system, dict) else {"role": "system", "content": system}
+    (message,) = messages(row, message, "'system'", author="system")
+    if not prompt or prompt[0]["role"] != "system":
+        return [message, *prompt]
+    if prompt[0]["content"].strip() != message["content"].strip():
+        raise InputError(
+            row.place,
+            got="a 'system' column beside a prompt with another system message",
+            expected="one system message",
+            remedy='Remove one of them; data.columns="system=" leaves the column out.',
+        )
+    return prompt
+
+
+def without_nulls(value: Value) -> Value:
     """Removes null keys at any depth: Arrow adds them for keys that only other rows have."""
     if isinstance(value, dict):
         return {name: without_nulls(each) for name, each in value.items() if each is not None}

@@ -2,27 +2,66 @@
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Sequence
-from typing import Any
+import operator
+import re
+from collections.abc import Callable, Sequence
 
-from dpo_jax.types import InputError, Row
+from dpo_jax.types import InputError, Row, Value
 
 DROP = 'Correct or drop the row, or set data.on_bad_row="skip".'
 
 
-def column(row: Row, name: str) -> Any:
+_KINDS = {type(None): "null", bool: "true or false", int: "a number", float: "a number", str: "text", list: "a list"}
+
+# Words in the names of columns that may hold what a target of data.columns does; the longer ones come first.
+_HINTS = {
+    "prompt": ("prompt", "question", "instruction", "query", "input"),
+    "chosen": ("chosen", "preferred", "accepted", "better", "best", "win", "good", "pos"),
+    "rejected": ("rejected", "dispreferred", "worse", "worst", "lose", "bad", "neg"),
+}
+
+
+def described(value: object) -> str:
+    """Returns what a value is, for messages: `text`, `a number`, `an object with the keys 'a', 'b'`."""
+    if isinstance(value, dict):
+        return f"an object with the keys {', '.join(map(repr, value))}" if value else "an empty object"
+    return _KINDS.get(type(value), f"a {type(value).__name__}")
+
+
+def column(row: Row, name: str) -> Value:
     """Value of a column. Raises: InputError if it is missing or null."""
     value = row.fields.get(name)
-    if value is None:
-        raise InputError(
-            row.place,
-            got=f"no {name!r} among the columns {', '.join(map(repr, row.fields))}",
-            expected="chosen and rejected, with a prompt column unless the answers carry the prompt; or prompt, "
-            "responses and scores or ranks; or prompt, completion and label",
-            remedy="Rename or add the column.",
-        )
-    return value
+    if value is not None:
+        return value
+    if name in row.fields:
+        raise InputError(row.place, got=f"{name!r} is null", expected="a value", remedy=DROP)
+    raise missing(row, name)
+
+
+def missing(row: Row, name: str) -> InputError:
+    """Error for a row without a column, which says what is read and how to map the columns that it has."""
+    return InputError(
+        row.place,
+        got=f"no {name!r} among the columns {', '.join(map(repr, row.fields)) or '(there is none)'}",
+        expected="chosen and rejected, with a prompt column unless the answers carry the prompt; prompt, responses and "
+        "scores or ranks; prompt, completion and label; or a layout of docs/data.md (OpenAI, ShareGPT, Alpaca, NeMo, "
+        "two responses and the better one, and others)",
+        remedy=f'Map the columns, such as data.columns="{_mapping(row)}", or rename them.',
+    )
+
+
+def _mapping(row: Row) -> str:
+    """Suggests a value of data.columns from the names of a row's columns."""
+    pairs = []
+    for target, hints in _HINTS.items():
+        columns = [name for name, value in row.fields.items() if isinstance(value, (str, list, dict))]
+        names = (name for hint in hints for name in columns if hint in name.lower())
+        fitting = (name for name in names if not (target == "chosen" and re.search("non|dis", name.lower())))
+        if target not in row.fields:
+            pairs.append(f"{target}={next(fitting, f'{target.upper()}_COLUMN')}")
+    return ",".join(pairs)
 
 
 def text(row: Row, name: str) -> str:
@@ -33,7 +72,8 @@ def text(row: Row, name: str) -> str:
 def as_text(row: Row, value: object, name: str) -> str:
     """Returns the value. Raises: InputError if it is no text."""
     if not isinstance(value, str):
-        raise InputError(row.place, got=f"{name} is a {type(value).__name__}", expected="text", remedy=DROP)
+        got = f"{name} is {described(value)}"
+        raise InputError(row.place, got=got, expected='text (or messages, where data.format is "chat")', remedy=DROP)
     return value
 
 
@@ -52,11 +92,11 @@ def check_characters(row: Row, text: str) -> None:
         ) from error
 
 
-def check_different(row: Row, answers: Sequence[object]) -> None:
-    """Raises InputError if two answers, as text or as messages, are equal."""
-    for n, answer in enumerate(answers):
-        if answer in answers[:n]:
-            which = "the answers" if len(answers) == 2 else f"responses {answers.index(answer) + 1} and {n + 1}"
+def check_different(row: Row, answers: Sequence[Value], *, same: Callable[[Value, Value], bool] = operator.eq) -> None:
+    """Raises InputError if two answers are the same text, or what `same` says of other values."""
+    for (n, first), (m, second) in itertools.combinations(enumerate(answers, start=1), 2):
+        if same(first, second):
+            which = "the answers" if len(answers) == 2 else f"responses {n} and {m}"
             expected = "two different answers" if len(answers) == 2 else "different answers"
             raise InputError(row.place, got=f"{which} are equal", expected=expected, remedy=DROP)
 
@@ -64,6 +104,11 @@ def check_different(row: Row, answers: Sequence[object]) -> None:
 def is_given(value: object) -> bool:
     """Whether an optional column has a value. Empty text counts as none, because CSV has no other null."""
     return value is not None and value != ""
+
+
+def is_empty(value: object) -> bool:
+    """Whether a column says nothing: null, empty text, an empty list or an empty object."""
+    return not value and not isinstance(value, (bool, int, float))
 
 
 def number(value: object) -> float | None:

@@ -17,10 +17,12 @@ import xxhash
 from jaxtyping import Float32, Float64, Int32, Int64, UInt64
 from transformers import PreTrainedTokenizerBase
 
+from dpo_jax.data import formats, published
 from dpo_jax.data.formats import FORMATS, RANKINGS, detect, header_left_out, kind_of, render
 from dpo_jax.data.keys import content_key
 from dpo_jax.data.marks import count_scored
 from dpo_jax.data.mismatched import MismatchedPairs, mismatched
+from dpo_jax.data.renaming import Renaming
 from dpo_jax.data.sources import Source, read
 from dpo_jax.data.templates import TURNS, TemplateLoss, excerpt, writes_date
 from dpo_jax.data.tokenize import Outcome, TokenizationRules, TooLong, encode, identity
@@ -28,7 +30,7 @@ from dpo_jax.data.written import PROMPT
 from dpo_jax.runtime import files
 from dpo_jax.types import Encoded, InputError, Omission, Pair, Row, check_choice
 
-CACHE_VERSION = 5  # to be raised when the same rows would be tokenized, ordered or stored differently
+CACHE_VERSION = 6  # to be raised when the same rows would be tokenized, ordered or stored differently
 
 LOSSES = ("error", "warn")  # values of `on_template_loss`
 
@@ -138,6 +140,7 @@ class ReadingRules:
     turns: str = "assistant"  # one of `templates.TURNS`
     date: str = ""  # YYYY-MM-DD, the day that templates write; empty: today
     on_template_loss: str = "error"  # error; warn: rows of which a template leaves something out are used as they are
+    columns: str = ""  # names under which columns are read; see `renaming.Renaming`
 
     @property
     def strict(self) -> bool:
@@ -164,7 +167,7 @@ def load(
     {part, side, count, place, text};
     `reference_given`, pairs with reference log-probs of their own; `weights_given` and `margins_given`, pairs with a
     weight other than 1 and a margin other than 0; and `sources`, a list of {name, weight, digest, format, rows, pairs,
-    header_left_out}.
+    header_left_out, layouts, unread, templated}.
 
     Args:
       spec, split: as in `sources.read`.
@@ -179,6 +182,8 @@ def load(
     check_choice("data.on_template_loss", reading.on_template_loss, LOSSES)
     if not writes_date(tokenizer.chat_template):
         reading = dataclasses.replace(reading, date="")
+    standard = formats.known_columns()
+    renaming = Renaming(reading.columns, known=standard | published.COLUMNS, standard=standard)
     sources = read(spec, split=split)
     rules = {**dataclasses.asdict(reading), **dataclasses.asdict(tokenization), **identity(tokenizer)}
     parts = [[source.digest, source.weight] for source in sources]
@@ -188,7 +193,8 @@ def load(
         encoder = functools.partial(encode, tokenizer=tokenizer, rules=tokenization)
         with _replacing(folder) as unfinished, _EntryWriter(unfinished) as writer:
             for source in sources:
-                _tokenize_source(source, writer, encoder, reading, tokenizer)
+                _tokenize_source(source, writer, encoder, reading, published.Reader(renaming), tokenizer)
+            renaming.check_ended()
             if reading.strict:
                 writer.check_whole([source.name for source in sources])
             writer.finish(spec)
@@ -243,6 +249,9 @@ class _SourceCounts:
     rows: int
     pairs: int
     header_left_out: str  # see `formats.header_left_out`
+    layouts: list[str] = dataclasses.field(default_factory=list)  # of `published` that rows had
+    unread: list[str] = dataclasses.field(default_factory=list)  # columns with a value that nothing read
+    templated: bool = False  # a chat template wrote its pairs
 
 
 @dataclasses.dataclass
@@ -323,6 +332,7 @@ class _EntryWriter:
                 self.counts[name] += count
         self.sources[-1].rows += rows
         self.sources[-1].pairs += len(good)
+        self.sources[-1].templated |= good[0][0].templated
 
     def drop(self, bad: Sequence[InputError]) -> None:
         """Counts bad rows of the current source by reason; numbers in a message do not make another reason."""
@@ -413,13 +423,16 @@ def _tokenize_source(
     writer: _EntryWriter,
     encoder: Encoder,
     reading: ReadingRules,
+    reader: published.Reader,
     tokenizer: PreTrainedTokenizerBase,
 ) -> None:
     """Renders, encodes and writes the rows of a source, a chunk at a time."""
     rows, format, skip = iter(source.rows), reading.format, reading.on_bad_row == "skip"
     first = True
-    while chunk := list(itertools.islice(rows, _CHUNK_ROWS)):
+    while as_written := list(itertools.islice(rows, _CHUNK_ROWS)):
+        chunk = [_or_error(functools.partial(reader.read, row)) for row in as_written]
         if first:
+            reader.renaming.check_begun(source.name, as_written)
             format = _detect(chunk, skip) if format == "auto" else format
             kind = kind_of(format, reading.rankings)
             writer.begin(source, format, kind, _header_left_out(chunk, format, tokenizer))
@@ -442,10 +455,14 @@ def _tokenize_source(
         writer.omit([(pairs[0][0].place, _row_omissions(pairs)) for pairs in good])
         writer.add(list(itertools.chain(*good)), rows=len(good))
         writer.drop(bad)
+        for row in chunk:
+            if isinstance(row, Row):
+                reader.note(row, format)
+    writer.sources[-1].layouts, writer.sources[-1].unread = list(reader.layouts), list(reader.unread)
 
 
 def _encoded(
-    rows: Sequence[Row], renderer: Callable[..., list[Pair]], encoder: Encoder
+    rows: Sequence[Row | InputError], renderer: Callable[..., list[Pair]], encoder: Encoder
 ) -> list[list[tuple[Pair, Outcome]] | InputError]:
     """Renders and encodes rows: for each, its pairs with their outcomes, or the error that makes it a bad row.
 
@@ -455,7 +472,10 @@ def _encoded(
     results: list[list[tuple[Pair, Outcome]] | InputError | None] = [None] * len(rows)
     waiting, full, drop = list(range(len(rows))), dict[int, int](), 0
     while waiting:
-        rendered = {i: _or_error(functools.partial(renderer, rows[i], drop=drop)) for i in waiting}
+        rendered = {
+            i: _or_error(functools.partial(renderer, row, drop=drop)) if isinstance(row := rows[i], Row) else row
+            for i in waiting
+        }
         encoded = iter(encoder([pair for item in rendered.values() if isinstance(item, list) for pair in item]))
         waiting = []
         for i, pairs in rendered.items():
@@ -509,19 +529,20 @@ def _or_error(function: Callable[[], T]) -> T | InputError:
         return error
 
 
-def _detect(rows: Sequence[Row], skip: bool) -> str:
+def _detect(rows: Sequence[Row | InputError], skip: bool) -> str:
     """Format of the first row, or, if rows may be skipped, of the first row that has a known format."""
-    formats = [_or_error(functools.partial(detect, row)) for row in (rows if skip else rows[:1])]
-    for format in formats:
+    first = rows if skip else rows[:1]
+    found = [_or_error(functools.partial(detect, row)) if isinstance(row, Row) else row for row in first]
+    for format in found:
         if isinstance(format, str):
             return format
-    raise next(error for error in formats if isinstance(error, InputError))
+    raise next(error for error in found if isinstance(error, InputError))
 
 
-def _header_left_out(rows: Sequence[Row], format: str, tokenizer: PreTrainedTokenizerBase) -> str:
+def _header_left_out(rows: Sequence[Row | InputError], format: str, tokenizer: PreTrainedTokenizerBase) -> str:
     """Result of `formats.header_left_out` for the first row that the template can write; empty if there is none."""
     left_out = functools.partial(header_left_out, format=format, tokenizer=tokenizer)
-    results = (_or_error(functools.partial(left_out, row)) for row in rows)
+    results = (_or_error(functools.partial(left_out, row)) for row in rows if isinstance(row, Row))
     return next((text for text in results if isinstance(text, str)), "")
 
 

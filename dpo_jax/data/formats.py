@@ -12,44 +12,78 @@ from typing import Any, NamedTuple
 from transformers import PreTrainedTokenizerBase
 
 from dpo_jax.data import chat, templates
-from dpo_jax.data.columns import DROP, as_text, check_characters, check_different, column, is_given, number, text
+from dpo_jax.data.chat import HEADER, HUMAN
+from dpo_jax.data.columns import (
+    DROP,
+    as_text,
+    check_characters,
+    check_different,
+    column,
+    described,
+    is_given,
+    number,
+    text,
+)
 from dpo_jax.data.templates import TemplateLoss
 from dpo_jax.data.weights import weighed
 from dpo_jax.types import InputError, Pair, Row, Spans
 
 FORMATS = ("plain", "chat", "hh", "ranked", "unpaired")
 RANKINGS = ("all", "best", "whole")
-HEADER = "\n\nAssistant:"  # last text of the prompt in an HH transcript
-_HUMAN = "\n\nHuman:"
-
-_REFERENCE = ("ref_chosen_logps", "ref_rejected_logps")
+REFERENCE = ("ref_chosen_logps", "ref_rejected_logps")
+_OF_PAIRS = {"prompt", "chosen", "rejected", *REFERENCE}
+_OF_MESSAGES = {"system", "tools", "chat_template_kwargs"}
+_OF_ALL = {"weight", "margin"}
+# Columns that are read, of text and of messages.
+_READ = {
+    "plain": _OF_PAIRS,
+    "hh": _OF_PAIRS,
+    "chat": _OF_PAIRS,
+    "ranked": {"prompt", "responses", "scores", "ranks"},
+    "unpaired": {"prompt", "completion", "label"},
+}
+_READ_OF_TEXT = {format: frozenset(names | _OF_ALL) for format, names in _READ.items()}
+_READ_OF_MESSAGES = {format: frozenset(names | _OF_ALL | _OF_MESSAGES) for format, names in _READ.items()}
 _LABELS = {"true": True, "1": True, "1.0": True, "false": False, "0": False, "0.0": False}
 
 
 def detect(row: Row) -> str:
     """Detects the format of a row.
 
-    `chat` for messages, `plain` for text with a prompt column, `hh` for HH transcripts, `ranked` for a list of
-    responses, `unpaired` for a single completion. Raises: InputError if it is none of them.
+    `chat` for messages or a `system` column, `plain` for text with a prompt column, `hh` for HH transcripts, `ranked`
+    for a list of responses, `unpaired` for a single completion. Raises: InputError if it is none of them.
     """
     if any(row.fields.get(name) is None for name in ("chosen", "rejected")):
         for name, format in (("responses", "ranked"), ("completion", "unpaired")):
             if row.fields.get(name) is not None:
                 return format
-    chosen, rejected = (column(row, name) for name in ("chosen", "rejected"))
-    if isinstance(chosen, list) and isinstance(rejected, list):
+    values = [column(row, name) for name in ("chosen", "rejected")]
+    if "system" in row.fields or any(map(chat.is_messages, [*values, row.fields.get("prompt")])):
         return "chat"
-    texts = text(row, "chosen"), text(row, "rejected")
+    texts = [as_text(row, value, repr(name)) for value, name in zip(values, ("chosen", "rejected"), strict=True)]
     if row.fields.get("prompt") is not None:
         return "plain"
     if all(HEADER in each for each in texts):
         return "hh"
+    for name, each in zip(("'chosen'", "'rejected'"), texts, strict=True):
+        chat.check_not_printed(row, each, name)
     raise InputError(
         row.place,
         got="text answers without a 'prompt' column",
         expected=f"a prompt column, or transcripts with {HEADER!r} before each answer",
-        remedy="Add the prompt as a column of its own: plain text does not show where an answer starts.",
+        remedy='Name the column of the prompt, data.columns="prompt=COLUMN", or add one: text does not show where an '
+        "answer starts.",
     )
+
+
+def known_columns() -> set[str]:
+    """Returns the names of all columns that rows of some format are read from."""
+    return set().union(*_READ_OF_MESSAGES.values())
+
+
+def columns_read(row: Row, format: str) -> frozenset[str]:
+    """Names of the columns that rows like this one are read from, missing ones included."""
+    return (_READ_OF_MESSAGES if _holds_messages(row, format) else _READ_OF_TEXT)[format]
 
 
 def kind_of(format: str, rankings: str) -> str:
@@ -75,18 +109,19 @@ def render(
     hh: columns chosen, rejected, each the entire transcript. The prompt ends with the last `"\\n\\nAssistant:"` before
       the first difference, wherever inside the answers that difference is. Turns of the human in
       answers are not scored.
-    chat: the same columns as message lists, with or without a prompt, written out by the tokenizer's chat template.
-      The generation header belongs to the prompt; an answer continues an assistant message that ends the prompt.
-      Optional columns `tools`, `chat_template_kwargs`; null keys in any of these count as absent.
+    chat: the same columns as messages, with or without a prompt, written out by the tokenizer's chat template. Text is
+      a user message in the prompt and an assistant message in an answer; HH transcripts become their turns. The
+      generation header belongs to the prompt; an answer continues an assistant message that ends the prompt. Optional
+      columns `system`, `tools`, `chat_template_kwargs`; null keys in any of these count as absent.
     ranked: columns prompt, responses (a list of at least two), and a number for each: in `scores` (higher is better)
       or in `ranks` (from 1, the best).
     unpaired: columns prompt, completion, label (true for a desirable completion). The other answer is left empty.
 
-    In ranked and unpaired rows the prompt is text or a list of messages. If it is messages, responses and completions
-    are assistant messages or lists of them, and become text as in chat.
+    Ranked and unpaired rows are text, or become it as in chat if prompt or answers are messages or the row has a column
+    `system`.
 
     Columns `ref_chosen_logps` and `ref_rejected_logps` of pairs are passed on, and so are `weight` of all rows and
-    `margin` of pairs; other columns are ignored.
+    `margin` of pairs. `columns_read` names all that are read.
 
     Args:
       format: one of FORMATS; every row must be of it.
@@ -190,16 +225,39 @@ def _conversation(row: Row, format: str) -> chat.Conversation | None:
     """Messages of a row; None if it holds text."""
     if format == "chat":
         return chat.of_pair(row)
-    if format not in ("ranked", "unpaired") or not isinstance(row.fields.get("prompt"), list):
+    if not _holds_messages(row, format):
         return None
     answers = _responses(row) if format == "ranked" else [column(row, "completion")]
     names = _names(format, len(answers))
-    lists = [[answer] if isinstance(answer, dict) else answer for answer in answers]
-    return chat.after_prompt(row, [chat.messages(row, *each) for each in zip(lists, names, strict=True)], names)
+    named = zip(answers, names, strict=True)
+    return chat.after_prompt(row, [chat.messages(row, *each, author="assistant") for each in named], names)
+
+
+def _holds_messages(row: Row, format: str) -> bool:
+    """Whether a row is a conversation, which a chat template writes; otherwise it holds text."""
+    if format not in ("ranked", "unpaired"):
+        return format == "chat"
+    answers = row.fields.get("responses") if format == "ranked" else [row.fields.get("completion")]
+    values = [row.fields.get("prompt"), *(answers if isinstance(answers, list) else [])]
+    return "system" in row.fields or any(map(chat.is_messages, values))
 
 
 def _texts(row: Row, format: str) -> tuple[str, ...]:
-    """Prompt and answers of a row that holds text."""
+    """Prompt and answers of a row that holds text. Raises: InputError if it has what only a chat template writes."""
+    if is_given(row.fields.get("system")):
+        raise InputError(
+            row.place,
+            got=f"a 'system' column beside {format} text",
+            expected="no system text, because no chat template is applied",
+            remedy='Set data.format="chat", or leave the column out with data.columns="system=".',
+        )
+    texts = _texts_of(row, format)
+    for name, each in zip(("'prompt'", *_names(format, len(texts) - 1)), texts, strict=True):
+        chat.check_not_printed(row, each, name)
+    return texts
+
+
+def _texts_of(row: Row, format: str) -> tuple[str, ...]:
     if format == "hh":
         return _transcript(row)
     if format == "plain":
@@ -215,7 +273,7 @@ def _responses(row: Row) -> list[Any]:
     """Values of the column `responses`. Raises: InputError if they are fewer than two."""
     value = column(row, "responses")
     if not isinstance(value, list) or len(value) < 2:
-        got = f"{len(value)} response(s)" if isinstance(value, list) else f"'responses' is a {type(value).__name__}"
+        got = f"{len(value)} response(s)" if isinstance(value, list) else f"'responses' is {described(value)}"
         raise InputError(row.place, got=got, expected="a list of at least two", remedy=DROP)
     return value
 
@@ -251,7 +309,7 @@ def _values(row: Row, count: int) -> tuple[str, list[float]]:
     (name,) = present
     values = row.fields[name]
     if not isinstance(values, list) or len(values) != count:
-        got = f"{len(values)} {name}" if isinstance(values, list) else f"{name!r} is a {type(values).__name__}"
+        got = f"{len(values)} {name}" if isinstance(values, list) else f"{name!r} is {described(values)}"
         raise InputError(row.place, got=f"{got} for {count} responses", expected="one for each", remedy=DROP)
     numbers = [converted for value in values if (converted := number(value)) is not None]
     if len(numbers) < count:
@@ -276,7 +334,7 @@ def _is_desirable(row: Row) -> bool:
 
 def _check_no_reference(row: Row, what: str) -> None:
     """Raises InputError if a row that holds `what`, which is no pair, has reference columns."""
-    for name in _REFERENCE:
+    for name in REFERENCE:
         if is_given(row.fields.get(name)):
             raise InputError(
                 row.place,
@@ -288,11 +346,11 @@ def _check_no_reference(row: Row, what: str) -> None:
 
 def _reference(row: Row) -> tuple[float, float] | None:
     """Reference log-probabilities given with the row, in nats; None if it has none."""
-    columns = [value if is_given(value := row.fields.get(name)) else None for name in _REFERENCE]
+    columns = [value if is_given(value := row.fields.get(name)) else None for name in REFERENCE]
     if columns == [None, None]:
         return None
     values: list[float] = []
-    for name, value in zip(_REFERENCE, columns, strict=True):
+    for name, value in zip(REFERENCE, columns, strict=True):
         logp = number(value)
         if logp is None:
             raise InputError(
@@ -313,9 +371,9 @@ def _whole(answer: str) -> Spans:
 def _spoken(answer: str) -> Spans:
     """Ranges of the assistant's turns in the answer of an HH transcript, which may go on with turns of the human."""
     edges = [0]
-    for header in re.finditer(f"{_HUMAN}|{HEADER}", answer):
-        if (header[0] == _HUMAN) == bool(len(edges) % 2):
-            edges.append(header.start() if header[0] == _HUMAN else header.end())
+    for header in re.finditer(f"{HUMAN}|{HEADER}", answer):
+        if (header[0] == HUMAN) == bool(len(edges) % 2):
+            edges.append(header.start() if header[0] == HUMAN else header.end())
     edges += [len(answer)] * (len(edges) % 2)
     return tuple((a, b) for a, b in zip(edges[::2], edges[1::2], strict=True) if answer[a:b].strip())
 

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
+import numpy as np
+from transformers import PreTrainedTokenizerBase
+
+from dpo_jax.data.dataset import PairSet
 from dpo_jax.data.templates import excerpt
 
 
@@ -25,4 +29,36 @@ def left_out(name: str, report: Mapping[str, Any]) -> list[str]:
             f"{name}: {report['inner_ends']} answers hold the token that ends a sequence inside their text; "
             "a model trained on them may stop there"
         )
+    return lines
+
+
+def unread(name: str, report: Mapping[str, Any]) -> list[str]:
+    """Returns a line for each source of a set with columns that nothing reads."""
+    return [
+        f"{name}: nothing reads the columns {', '.join(map(repr, source['unread']))} of {source['name']}; data.columns "
+        "can name one that should be read"
+        for source in report["sources"]
+        if source["unread"]
+    ]
+
+
+def untemplated(name: str, pairs: PairSet, tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """One line for each source of text, if the tokenizer has a chat template that it may have been meant for.
+
+    A first prompt with special tokens shows that a template wrote the text before.
+
+    Args:
+      name: name of the set, for the lines.
+    """
+    if tokenizer.chat_template is None:
+        return []
+    added = {*cast(Any, tokenizer).get_added_vocab().values()} - {cast(Any, tokenizer).bos_token_id}
+    lines = []
+    for index, source in enumerate(pairs.report["sources"]):
+        first = int(np.searchsorted(pairs.source, index))
+        if source["pairs"] and not source["templated"] and not added & {*pairs[first].prompt.tolist()}:
+            how = 'data.format="chat"' if source["format"] in ("plain", "hh") else "messages in place of text"
+            lines.append(
+                f"{name}: {source['name']} is text, for which the chat template is not used; {how} would use it"
+            )
     return lines

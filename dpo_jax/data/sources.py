@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import csv
 import dataclasses
+import functools
+import glob
 import gzip
-import json
+import io
 import math
 import re
 import zlib
@@ -17,6 +19,7 @@ import pyarrow
 import pyarrow.parquet
 import xxhash
 
+from dpo_jax.data import json_rows
 from dpo_jax.types import InputError, Row
 
 if TYPE_CHECKING:
@@ -24,6 +27,9 @@ if TYPE_CHECKING:
 
 _HUB_ID = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+?)(:(?P<config>[\w.-]+))??(:(?P<split>[\w.-]+))?")
 _BATCH_ROWS = 256  # rows of Parquet or Arrow in memory at a time
+_SHARD = re.compile(r"\d+-of-\d+")  # in the names of files that hold a part of a split
+_METADATA = {"dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json"}
+_NAMED = 5  # most files that a message names
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,25 +58,28 @@ class Source:
 def read(spec: str, *, split: str) -> list[Source]:
     """Opens every part of a data specification such as `a.jsonl,b.parquet*0.5`.
 
-    A part is a file (.jsonl, .jsonl.gz, .json, .parquet, .csv), a folder written by `datasets.save_to_disk`, or a Hub
-    id `owner/name`, `owner/name:split` or `owner/name:config:split`; `*weight` may follow, 1 if it does not.
+    A part is a file (.jsonl, .json, .csv, these also as .gz or .zst; .parquet), a pattern of files such as
+    `data/train-*.parquet` (`**` for folders at any depth), a folder written by `datasets.save_to_disk`, or a Hub id
+    `owner/name`, `owner/name:split` or `owner/name:config:split`; `*weight` may follow, 1 if it does not.
 
     Args:
       split: split of Hub data sets that name none, and of folders that hold several; a file has no splits.
-    Returns: the sources in the order written. Each file is read once for its digest; rows are read lazily.
+    Returns: the sources in the order written, those of a pattern in the order of their names. Each file is read once
+      for its digest; rows are read lazily.
     Raises: InputError for a part that is missing, empty, of an unknown kind or broken in its first row. Iterating over
       the rows raises it at the first broken row.
     """
-    return [_source(*_weighted(part.strip(), spec), split=split) for part in spec.split(",")]
+    parts = [weighted(part.strip(), spec) for part in spec.split(",")]
+    return [_source(name, weight, split=split) for part, weight in parts for name in _matching(part)]
 
 
-def _weighted(part: str, spec: str) -> tuple[str, float]:
-    """Splits `name*weight` into name and weight."""
+def weighted(part: str, spec: str) -> tuple[str, float]:
+    """Splits `name*weight` into name and weight; a `*` with something else after it belongs to a pattern."""
     name, star, text = part.rpartition("*") if "*" in part else (part, "", "1")
     try:
         weight = float(text)
     except ValueError:
-        weight = math.nan
+        return part, 1.0
     if not (math.isfinite(weight) and weight > 0):
         raise InputError(
             f"data {spec!r}",
@@ -86,6 +95,27 @@ def _weighted(part: str, spec: str) -> tuple[str, float]:
             remedy="Name the data or remove the extra comma.",
         )
     return name.strip(), weight
+
+
+def is_pattern(part: str) -> bool:
+    """Whether a part of a specification may stand for several files."""
+    return bool(set("*?[") & set(part))
+
+
+def _matching(part: str) -> list[str]:
+    """Names of the files that match a pattern, sorted; the name itself if it is none."""
+    path = Path(part).expanduser()
+    if not is_pattern(part) or path.exists():
+        return [part]
+    names = sorted(name for name in glob.glob(str(path), recursive=True) if Path(name).is_file())
+    if not names:
+        raise InputError(
+            part,
+            got="a pattern that no file matches",
+            expected="files, such as data/train-*.parquet; or name*WEIGHT with a number above 0",
+            remedy=f"Check the pattern; it is taken from {Path.cwd()}.",
+        )
+    return names
 
 
 def _source(name: str, weight: float, *, split: str) -> Source:
@@ -109,7 +139,7 @@ def _extension(name: str) -> str:
     raise InputError(
         name,
         got=f"a file with extension {Path(name).suffix!r}",
-        expected=f"one of {', '.join(READERS)}",
+        expected=_KINDS,
         remedy="Convert the file, or rename it with the extension of its format.",
     )
 
@@ -127,59 +157,37 @@ def _file_digest(path: Path, name: str) -> str:
     return digest.hexdigest()
 
 
-def _jsonl(path: Path, name: str) -> Iterator[Row]:
-    """Rows of a file with one JSON object per line; blank lines are skipped."""
-    number = 0
-    with gzip.open(path, "rb") if path.name.lower().endswith(".gz") else path.open("rb") as lines:
-        try:
-            for number, line in enumerate(lines, start=1):
-                if line.strip():
-                    yield _row(f"{name}:{number}", _parse(line, f"{name}:{number}"))
-        except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-            raise InputError(
-                f"{name}:{number + 1}",
-                got=f"a damaged gzip stream ({error})",
-                expected="a whole .gz file",
-                remedy="Copy or download the file again.",
-            ) from error
+def _opened(path: Path) -> io.BufferedReader:
+    """Opens a file to read its bytes, decompressed if its name ends in .gz or .zst."""
+    if path.name.lower().endswith(".gz"):
+        return io.BufferedReader(gzip.GzipFile(path))
+    if path.name.lower().endswith(".zst"):
+        stream = pyarrow.input_stream(str(path), compression="zstd")
+        return io.BufferedReader(cast(io.RawIOBase, stream))
+    return path.open("rb")
 
 
 def _json(path: Path, name: str) -> Iterator[Row]:
-    """Rows of a JSON file: a list of objects, parsed as a whole, or one object per line."""
-    with path.open("rb") as file:
-        start = file.read(4096).removeprefix(b"\xef\xbb\xbf").lstrip()
-    if not start.startswith(b"["):
-        yield from _jsonl(path, name)
-        return
-    for number, value in enumerate(_parse(path.read_bytes(), name), start=1):
-        yield _row(f"{name}:{number}", value)
+    """Rows of a JSON file; see `json_rows.read`."""
+    return _undamaged(json_rows.read(functools.partial(_opened, path), name), name)
 
 
-def _parse(data: bytes, place: str) -> Any:
-    """Parses UTF-8 JSON. Raises: InputError that names the place."""
+def _undamaged(rows: Iterable[Row], name: str) -> Iterator[Row]:
+    """Yields the rows. Raises: InputError if the file's compressed stream is damaged."""
+    row = None
     try:
-        return json.loads(data.decode("utf-8-sig"))
-    except UnicodeDecodeError as error:
-        got, expected = f"byte {error.start + 1} is not UTF-8", "UTF-8 text"
-        raise InputError(place, got=got, expected=expected, remedy="Convert the file to UTF-8.") from error
-    except (ValueError, RecursionError) as error:  # besides broken JSON: numbers of thousands of digits, deep nesting
-        got = f"cannot be read as JSON ({error})"
-        if isinstance(error, json.JSONDecodeError):
-            where = f"line {error.lineno}, column {error.colno}" if error.lineno > 1 else f"column {error.colno}"
-            got = f"broken JSON at {where} ({error.msg})"
-        raise InputError(place, got=got, expected="one complete JSON object", remedy="Correct or remove it.") from error
-
-
-def _row(place: str, value: object) -> Row:
-    """A row from a parsed JSON value. Raises: InputError if it is no object."""
-    if isinstance(value, dict):
-        return Row(place, value)
-    raise InputError(
-        place,
-        got=f"a JSON {type(value).__name__}",
-        expected="an object with the columns as keys",
-        remedy="Correct or remove it.",
-    )
+        for row in rows:
+            yield row
+    except (EOFError, OSError, zlib.error) as error:
+        number = int(row.place.rpartition(":")[2]) if row else 0
+        kind = name.lower().rpartition(".")[2]
+        compressed = {"gz": "gzip", "zst": "zstd"}.get(kind, "")
+        raise InputError(
+            f"{name}:{number + 1}",
+            got=f"a damaged {compressed} stream ({error})" if compressed else f"cannot be read ({error})",
+            expected="a whole file",
+            remedy="Copy or download the file again.",
+        ) from error
 
 
 def _parquet(path: Path, name: str) -> Iterator[Row]:
@@ -201,10 +209,14 @@ def _parquet(path: Path, name: str) -> Iterator[Row]:
 
 def _csv(path: Path, name: str) -> Iterator[Row]:
     """Rows of a CSV file whose first line names the columns; every value is text."""
+    return _undamaged(_csv_rows(path, name), name)
+
+
+def _csv_rows(path: Path, name: str) -> Iterator[Row]:
     # The csv module allows 128 KiB per field, which long answers exceed; the limit is global to the process.
     csv.field_size_limit(2**31 - 1)
     line = 1
-    with path.open(encoding="utf-8-sig", newline="") as file:
+    with io.TextIOWrapper(_opened(path), encoding="utf-8-sig", newline="") as file:
         reader = csv.DictReader(file, strict=True)
         try:
             for fields in reader:
@@ -224,12 +236,12 @@ def _csv(path: Path, name: str) -> Iterator[Row]:
 
 
 READERS: dict[str, Callable[[Path, str], Iterator[Row]]] = {
-    ".jsonl": _jsonl,
-    ".jsonl.gz": _jsonl,
-    ".json": _json,
+    **{f".jsonl{compression}": _json for compression in ("", ".gz", ".zst")},
+    **{f".json{compression}": _json for compression in ("", ".gz", ".zst")},
+    **{f".csv{compression}": _csv for compression in ("", ".gz", ".zst")},
     ".parquet": _parquet,
-    ".csv": _csv,
 }
+_KINDS = ".jsonl, .json or .csv (also with .gz or .zst after it) or .parquet"
 
 
 def _folder(name: str, path: Path, split: str) -> datasets.Dataset:
@@ -241,8 +253,8 @@ def _folder(name: str, path: Path, split: str) -> datasets.Dataset:
         raise InputError(
             name,
             got="a folder that datasets.save_to_disk did not write",
-            expected="a saved Dataset or DatasetDict, or a file",
-            remedy="Give the files in it, separated by commas.",
+            expected="a saved Dataset or DatasetDict, or files",
+            remedy=f"Give the files in it: {_patterns(name, path) or 'there is none that can be read'}.",
         ) from error
     if isinstance(data, datasets.Dataset):
         return data
@@ -256,13 +268,23 @@ def _folder(name: str, path: Path, split: str) -> datasets.Dataset:
     return data[split]
 
 
+def _patterns(name: str, folder: Path) -> str:
+    """Names the data files in a folder, those of a split by one pattern such as `data/train-*.parquet`."""
+    paths = (path.relative_to(folder) for path in sorted(folder.rglob("*")) if path.is_file())
+    files = (path for path in paths if path.name.lower().endswith(tuple(READERS)) and path.name not in _METADATA)
+    visible = (path.as_posix() for path in files if not any(part.startswith(".") for part in path.parts))
+    patterns = dict.fromkeys(_SHARD.sub("*", path) for path in visible)
+    more = f" and {len(patterns) - _NAMED} more" if len(patterns) > _NAMED else ""
+    return ", ".join(f"{name.rstrip('/')}/{pattern}" for pattern in list(patterns)[:_NAMED]) + more
+
+
 def _hub(name: str, split: str) -> datasets.Dataset:
     match = _HUB_ID.fullmatch(name)
     if match is None or name.lower().endswith(tuple(READERS)):
         raise InputError(
             name,
             got="no such file or folder",
-            expected=f"a file ({', '.join(READERS)}), a saved datasets folder or a Hub id owner/name",
+            expected=f"a file ({_KINDS}), a saved datasets folder or a Hub id owner/name",
             remedy=f"Check the path; it is taken from {Path.cwd()}.",
         )
     import datasets

@@ -265,7 +265,8 @@ def _options(row: Row, templating: Templating) -> dict[str, Any]:
             row.place,
             got="chat messages, and a tokenizer without a chat template",
             expected="a template to write them with",
-            remedy="Set tokenizer.path to a chat model's tokenizer, or give the preferences as text.",
+            remedy="Set tokenizer.path to a chat model's tokenizer, or give the preferences as text. Columns of text, "
+            "instructions too, are read as they stand with data.format='plain'.",
         )
     template = tokenizer.get_chat_template(options.get("chat_template"), options["tools"])
     return {**options, "chat_template": dated(template, templating.date)}

@@ -19,6 +19,7 @@ from dpo_jax.run import checks, workdir
 from dpo_jax.run.choices import objective_of
 from dpo_jax.run.inputs import load_inputs, prepare, resolve_paths
 from dpo_jax.run.programs import ACCELERATOR_POSITIONS, CPU_POSITIONS
+from dpo_jax.types import printable
 
 BAR, BINS = 40, 8  # characters of the longest bar of a histogram, and its most bins
 SAMPLED_STEPS = 64  # most steps that are packed to measure how full rows are
@@ -48,9 +49,9 @@ def show(config: Config, folder: Path, *, pairs: int) -> None:
             truncated_and_dropped(examples),
             lengths(examples, layout),
         ):
-            print("\n".join(section), end="\n\n")
+            print(printable("\n".join(section)), end="\n\n")
     for warning in inputs.warnings:
-        print(f"warning: {warning}", end="\n\n")
+        print(printable(f"warning: {warning}"), end="\n\n")
     if "train" in inputs.sets:
         checks.updates_of(config, inputs.sets["train"])
         print("\n".join(packing(config, inputs.sets["train"], inputs.lengths, layout)))
@@ -103,7 +104,12 @@ def truncated_and_dropped(pairs: PairSet) -> list[str]:
             f"{report['unscored_tokens']:,} tokens are not scored"
         )
     for name, source in zip(pairs.names, report["sources"], strict=True):
-        lines.append(f"read as {source['format']}: {name}, {source['pairs']:,} pairs of {source['rows']:,} rows")
+        layouts = f" ({', '.join(source['layouts'])})" if source["layouts"] else ""
+        lines.append(
+            f"read as {source['format']}{layouts}: {name}, {source['pairs']:,} pairs of {source['rows']:,} rows"
+        )
+        if source["unread"]:
+            lines.append(f"  columns that nothing reads: {', '.join(map(repr, source['unread']))}")
         if source["header_left_out"]:
             lines.append(f"  its template ends the generation header in {source['header_left_out']!r}, left out here")
     for entry in report["dropped"]:

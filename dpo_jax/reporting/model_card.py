@@ -8,6 +8,7 @@ from pathlib import Path
 
 import dpo_jax
 from dpo_jax.config import Config
+from dpo_jax.data.sources import is_pattern, weighted
 from dpo_jax.hf.adapters import Adapters, module_of
 from dpo_jax.losses import Objective, options_of
 
@@ -95,8 +96,9 @@ def _names(spec: str) -> str:
     """Returns a data specification with names of files and folders in place of their paths."""
 
     def name(part: str) -> str:
-        path, star, weight = part.strip().partition("*")
-        folder = Path(path).expanduser()
-        return (folder.resolve().name if folder.exists() else path) + star + weight
+        source, _ = weighted(part.strip(), spec)
+        path = Path(source).expanduser()
+        short = path.resolve().name if path.exists() else path.name if is_pattern(source) else source
+        return short + part.strip()[len(source) :]
 
     return ", ".join(map(name, spec.split(",")))

@@ -12,7 +12,7 @@ import numpy as np
 from dpo_jax.config import Config
 from dpo_jax.data.dataset import PairSet, ReadingRules, load
 from dpo_jax.data.mismatched import MismatchedPairs
-from dpo_jax.data.notices import left_out
+from dpo_jax.data.notices import left_out, unread, untemplated
 from dpo_jax.data.special_tokens import disagreements, unended
 from dpo_jax.data.tokenize import TokenizationRules, identity, load_tokenizer
 from dpo_jax.hf import folders, peft
@@ -163,7 +163,7 @@ def load_inputs(config: Config, objective: Objective, *, training: bool) -> Inpu
     mismatched = {name: pairs.mismatched(max_length, place=f"config.data.{name}") for name, pairs in others.items()}
     warnings = disagreements(tokenizer, vocab_size=model.vocab_size, **files)
     for name, pairs in sets.items():
-        warnings += left_out(name, pairs.report)
+        warnings += left_out(name, pairs.report) + unread(name, pairs.report) + untemplated(name, pairs, tokenizer)
         warnings += unended(name, pairs, tokenizer, max_length=max_length, **files)
     rules = ("format", "max_length", "max_prompt_length", "truncate_prompt")
     inputs = Inputs(
@@ -199,7 +199,9 @@ def read_sets(config: Config, objective: Objective, tokenizer: Any, vocab_size: 
         pairs = load(
             spec,
             split=split,
-            reading=ReadingRules(data.format, data.on_bad_row, rankings, data.turns, data.date, data.on_template_loss),
+            reading=ReadingRules(
+                data.format, data.on_bad_row, rankings, data.turns, data.date, data.on_template_loss, data.columns
+            ),
             tokenizer=tokenizer,
             tokenization=TokenizationRules(vocab_size, data.max_length, data.max_prompt_length, data.truncate_prompt),
             cache_dir=data.cache_dir,

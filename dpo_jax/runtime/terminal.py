@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from tqdm import tqdm
 
 from dpo_jax.runtime import hosts
+from dpo_jax.types import printable
 
 # Metrics shown with each step, and their formats; a metric that the loss does not have is left out.
 SHOWN = {
@@ -22,11 +23,11 @@ SHOWN = {
 def say(message: str) -> None:
     """Prints a line to standard error, above a progress bar if there is one; standard output is for results.
 
-    Only process 0 prints.
+    Only process 0 prints. The message may quote files; it is made `printable`.
     """
     if not hosts.first():
         return
-    tqdm.write(message, file=sys.stderr)
+    tqdm.write(printable(message), file=sys.stderr)
     sys.stderr.flush()
 
 

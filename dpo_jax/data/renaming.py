@@ -1,0 +1,79 @@
+"""The setting `data.columns`: gives columns of a file the names under which they are read."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+
+from dpo_jax.types import InputError, Row, Value
+
+_MISSING = object()
+# Columns that rows can do without; they may be missing at the beginning of a file.
+_OPTIONAL = {"system", "tools", "chat_template_kwargs", "weight", "margin", "ref_chosen_logps", "ref_rejected_logps"}
+
+
+class Renaming:
+    """A mapping `target=source,...` from names of columns that are read to those that a file has.
+
+    A source `a.b` is the key `b` of the objects in a column `a`. An empty source leaves the target out.
+
+    Args:
+      text: the mapping; empty: rows pass unchanged.
+      known: names of the columns that something reads.
+      standard: those among them that a message lists.
+    Raises: InputError if the text is no mapping, or names an unknown target or one target twice.
+    """
+
+    def __init__(self, text: str, *, known: Collection[str], standard: Collection[str]):
+        self.sources: dict[str, str] = {}
+        self.seen: set[str] = set()  # sources that a row had
+        for part in text.split(",") if text.strip() else []:
+            target, equals, source = (each.strip() for each in part.partition("="))
+            if not target or not equals or "=" in source:
+                raise _refusal(f"{part!r}", "READ_AS=COLUMN_OF_THE_FILE, separated by commas")
+            if target in self.sources:
+                raise _refusal(f"{target!r} twice", "each name once")
+            if source and target not in known:
+                expected = f"one of {', '.join(sorted(standard))}; or a column of a layout in docs/data.md"
+                raise _refusal(f"{target!r}, which nothing reads", expected)
+            self.sources[target] = source
+
+    def apply(self, row: Row) -> Row:
+        """Returns the row with its columns under the names by which they are read."""
+        if not self.sources:
+            return row
+        values = {target: _value(row.fields, source) for target, source in self.sources.items() if source}
+        values = {target: value for target, value in values.items() if value is not _MISSING}
+        self.seen.update(self.sources[target] for target in values)
+        moved = {source or target for target, source in self.sources.items()}
+        return Row(row.place, {name: value for name, value in row.fields.items() if name not in moved} | values)
+
+    def check_begun(self, place: str, rows: Sequence[Row]) -> None:
+        """Raises InputError if the first rows of a source, as they were read, lack a column that is necessary."""
+        names = dict.fromkeys(name for row in rows for name in row.fields)
+        for target, source in self.sources.items():
+            there = source in self.seen or source in names or target in names
+            if source and not there and target not in _OPTIONAL and "." not in source:
+                raise InputError(
+                    place,
+                    got=f"no column {source!r} among {', '.join(map(repr, names))}",
+                    expected=f"the column that data.columns reads as {target!r}",
+                    remedy="Correct data.columns.",
+                )
+
+    def check_ended(self) -> None:
+        """Raises InputError if no row of all sources had one of the columns."""
+        missing = [source for source in self.sources.values() if source and source not in self.seen]
+        if missing:
+            raise _refusal(f"columns that no row has: {', '.join(map(repr, missing))}", "columns of the data")
+
+
+def _value(fields: dict[str, Value], source: str) -> Value:
+    """Value of a column, or of a key within the objects of one."""
+    value: Value = fields
+    for name in [source] if source in fields else source.split("."):
+        value = value.get(name, _MISSING) if isinstance(value, dict) else _MISSING
+    return value
+
+
+def _refusal(got: str, expected: str) -> InputError:
+    return InputError("data.columns", got=got, expected=expected, remedy="Correct it.")
