@@ -15,7 +15,7 @@ import pytest
 from transformers import PreTrainedTokenizerFast
 from transformers.utils import chat_template_utils
 
-from dpo_jax.data import dataset, formats, sources, tokenize
+from dpo_jax.data import dataset, formats, keys, reading, sources, tokenize
 from dpo_jax.data.notices import left_out
 from dpo_jax.runtime import files
 from dpo_jax.types import Encoded, InputError, Row
@@ -81,7 +81,7 @@ def test_load_gives_the_pairs_of_every_source_in_order(tmp_path):
     expected = [outcome.encoded for outcome in outcomes if isinstance(outcome, tokenize.Outcome)]
     assert len(found) == 5 and contents(found) == [ids(pair) for pair in expected]
     assert found.lengths.tolist() == [pair.lengths for pair in expected]
-    assert [tuple(key) for key in found.keys.tolist()] == [dataset.content_key(pair) for pair in expected]
+    assert [tuple(key) for key in found.keys.tolist()] == [keys.content_key(pair) for pair in expected]
     np.testing.assert_array_equal(found.reference, [[np.nan] * 2, [-1.5, -2.5], *[[np.nan] * 2] * 3])
     assert found.source.tolist() == [0, 0, 0, 1, 1]
     assert (found.names, found.weights) == ((a, b), (1.0, 2.5))
@@ -301,7 +301,7 @@ def test_load_keeps_rankings_whole_with_a_column_for_each_answer(tmp_path):
     expected = [o.encoded for o in tokenize.encode(texts, tokenizer, LIMITS) if isinstance(o, tokenize.Outcome)]
     assert found.kind == "ranked" and contents(found) == [ids(pair) for pair in expected]
     assert found.lengths.tolist() == [[*pair.lengths, *[0] * (5 - len(pair.lengths))] for pair in expected]
-    assert [tuple(key) for key in found.keys.tolist()] == [dataset.content_key(found[i]) for i in range(4)]
+    assert [tuple(key) for key in found.keys.tolist()] == [keys.content_key(found[i]) for i in range(4)]
     assert found.reference.shape == (4, 4) and not np.isfinite(found.reference).all(1).any()
     assert (found.report["rows"], found.report["pairs"]) == (4, 4)
     alike = load(write(tmp_path / "b.jsonl", rankings(2)[1:]), tmp_path / "cache", rankings="whole")
@@ -378,7 +378,7 @@ def test_widened_set_has_the_same_pairs_in_more_columns(tmp_path):
     assert wide.lengths[:, :3].tolist() == found.lengths.tolist() and not wide.lengths[:, 3:].any()
     assert wide.reference[1].tolist() == [-1.5, -2.5, 0, 0]
     assert np.isfinite(wide.reference).all(1).tolist() == [False, True, False]
-    assert [dataset.content_key(wide[i]) for i in range(3)] == [tuple(key) for key in found.keys.tolist()]
+    assert [keys.content_key(wide[i]) for i in range(3)] == [tuple(key) for key in found.keys.tolist()]
     assert found.widened(2).lengths is found.lengths
     assert wide.widened(2).lengths.shape == (3, 5)  # never narrower: answers would be lost
 
@@ -441,7 +441,7 @@ def test_digest_changes_with_everything_that_changes_the_pairs(tmp_path, monkeyp
 
 def test_content_key_tells_apart_whatever_is_another_pair():
     def key(*sides):
-        return dataset.content_key(Encoded.of(*(np.array(side, np.int32) for side in sides)))
+        return keys.content_key(Encoded.of(*(np.array(side, np.int32) for side in sides)))
 
     same = [key([1, 2], [3], [4]), key([1, 2], [3], [4])]
     others = [key([1], [2, 3], [4]), key([1, 2], [4], [3]), key([1, 2], [3], [5]), key([1, 2], [3, 4], [])]
@@ -451,21 +451,21 @@ def test_content_key_tells_apart_whatever_is_another_pair():
 
 
 def test_content_key_of_a_pair_is_that_of_stores_written_before_rankings():
-    high, low = dataset.content_key(Encoded.of(*(np.array(side, np.int32) for side in ([1, 2], [3], [4]))))
+    high, low = keys.content_key(Encoded.of(*(np.array(side, np.int32) for side in ([1, 2], [3], [4]))))
     assert f"{high:016x}{low:016x}" == "a12a209a4f3ad2c70e93afbe3638674e"
-    high, low = dataset.content_key(Encoded.of(*(np.array(side, np.int32) for side in ([1, 2], [3, 5], []))))
+    high, low = keys.content_key(Encoded.of(*(np.array(side, np.int32) for side in ([1, 2], [3, 5], []))))
     assert f"{high:016x}{low:016x}" == "dcd0da07b4312292ae8560c7c1e06e79"
 
 
 def test_content_key_does_not_depend_on_columns_that_a_set_has_for_longer_rankings():
     two, none = Encoded.of(*(np.array([n], np.int32) for n in (1, 2, 3))), np.array([], np.int32)
-    assert dataset.content_key(two._replace(others=(none, none))) == dataset.content_key(two)
+    assert keys.content_key(two._replace(others=(none, none))) == keys.content_key(two)
 
 
 def test_load_gives_the_same_in_chunks_of_any_size(tmp_path, monkeypatch):
     path = write(tmp_path / "a.jsonl", with_bad_rows() + plain(4, 20))
     whole = load(path, tmp_path / "one", on_bad_row="skip")
-    monkeypatch.setattr(dataset, "_CHUNK_ROWS", 2)
+    monkeypatch.setattr(reading, "_CHUNK_ROWS", 2)
     parts = load(path, tmp_path / "two", on_bad_row="skip")
     assert contents(parts) == contents(whole) and parts.report == whole.report
     for name in ("keys", "lengths", "numbers", "source", "starts"):
@@ -483,7 +483,7 @@ def test_a_run_killed_on_the_way_leaves_nothing_that_is_read_later(tmp_path, mon
         return tokenize.encode(*args, **options)
 
     with monkeypatch.context() as patch:
-        patch.setattr(dataset, "_CHUNK_ROWS", 3)
+        patch.setattr(reading, "_CHUNK_ROWS", 3)
         patch.setattr(dataset, "encode", killed_at_the_second_chunk)
         patch.setattr(shutil, "rmtree", lambda *_, **__: None)  # a killed process cleans nothing up
         with pytest.raises(KeyboardInterrupt):
@@ -633,7 +633,7 @@ def test_default_cache_follows_the_environment(tmp_path, monkeypatch):
 
 
 def test_memory_stays_flat_as_the_data_grows(tmp_path, monkeypatch):
-    monkeypatch.setattr(dataset, "_CHUNK_ROWS", 20)
+    monkeypatch.setattr(reading, "_CHUNK_ROWS", 20)
     tokenizer = make_tokenizer()
     load(write(tmp_path / "warm.jsonl", plain(20)), tmp_path / "cache", tokenizer=tokenizer)
     peaks = []

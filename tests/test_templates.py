@@ -127,6 +127,13 @@ def test_calls_are_scored_and_their_results_are_not():
     ]
 
 
+def test_template_that_joins_arguments_to_text_gets_them_as_json_text():
+    joins = CHATML.replace("m.content +", "m.content + (m.tool_calls[0].function.arguments if m.tool_calls else '') +")
+    call = {"function": {"name": "tide", "arguments": {"port": "Hüll"}}}
+    pair = render(TURNS | {"chosen": [message("assistant", "tide", tool_calls=[call])]}, template=joins)
+    assert pair.chosen == 'tide{"port": "Hüll"}<|im_end|>\n' and not pair.omissions
+
+
 def test_human_turns_in_a_transcript_are_not_scored():
     shared = "\n\nHuman: blue?\n\nAssistant:"
     fields = {"chosen": f"{shared} yes\n\nHuman: sure?\n\nAssistant: yes", "rejected": f"{shared} no"}

@@ -272,6 +272,20 @@ def _options(row: Row, templating: Templating) -> dict[str, Any]:
     return {**options, "chat_template": dated(template, templating.date)}
 
 
+def _with_arguments_as_text(message: Message) -> Message:
+    """Writes the arguments of a message's calls as JSON text."""
+
+    def written(call: Any) -> Any:
+        if not isinstance(call, dict):
+            return call
+        if "function" in call:
+            return {**call, "function": written(call["function"])}
+        return call | {"arguments": json.dumps(call["arguments"], ensure_ascii=False)} if "arguments" in call else call
+
+    calls = message.get("tool_calls")
+    return {**message, "tool_calls": [written(call) for call in calls]} if isinstance(calls, list) else message
+
+
 def writes_date(template: object) -> bool:
     """Whether a chat template, or one of several by name, writes the current date."""
     return "strftime_now" in str(template)
@@ -294,8 +308,13 @@ def _apply(
     tokenizer: PreTrainedTokenizerBase, place: str, options: dict[str, Any], messages: Sequence[Message], **form: bool
 ) -> str:
     """Text that the chat template writes for messages. Raises: InputError if it fails."""
+    render = functools.partial(tokenizer.apply_chat_template, tokenize=False, **form, **options)
     try:
-        text = tokenizer.apply_chat_template(list(messages), tokenize=False, **form, **options)
+        try:
+            text = render(list(messages))
+        except TypeError:
+            # Some templates join the arguments of calls to text, so they take them as JSON text.
+            text = render([_with_arguments_as_text(message) for message in messages])
     except (jinja2.TemplateError, ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
         raise InputError(
             place,
