@@ -128,9 +128,10 @@ def test_calls_are_scored_and_their_results_are_not():
 
 
 def test_template_that_joins_arguments_to_text_gets_them_as_json_text():
-    joins = CHATML.replace("m.content +", "m.content + (m.tool_calls[0].function.arguments if m.tool_calls else '') +")
+    arguments = "(m.tool_calls[0].function.name + m.tool_calls[0].function.arguments if m.tool_calls else '')"
     call = {"function": {"name": "tide", "arguments": {"port": "Hüll"}}}
-    pair = render(TURNS | {"chosen": [message("assistant", "tide", tool_calls=[call])]}, template=joins)
+    fields = TURNS | {"chosen": [message("assistant", "", tool_calls=[call])]}
+    pair = render(fields, template=CHATML.replace("m.content +", f"m.content + {arguments} +"))
     assert pair.chosen == 'tide{"port": "Hüll"}<|im_end|>\n' and not pair.omissions
 
 
