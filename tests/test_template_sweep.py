@@ -227,3 +227,22 @@ def test_no_template_loses_text_in_silence(kind):
         assert told[False] >= len(MADE) - 3  # most write these whole
     if kind == "options":
         assert not told[False]
+
+
+CALL = "(m.tool_calls[0].function.name + m.tool_calls[0].function.arguments | tojson if m.tool_calls else '')"
+CALLS = CHATML.replace("m.content +", f"m.content + {CALL} +")
+
+
+@pytest.mark.parametrize(("template", "lost"), [(CALLS, set()), (CHATML, {"a tool call"})], ids=["written", "left out"])
+def test_later_turns_that_repeat_a_call_are_not_taken_for_it(template, lost):
+    """The answer has the call's words plain; the call, if it is written, has them escaped."""
+    function = {"name": "get_tide", "arguments": {"port": 'the "old" port'}}
+    answer = [
+        {"role": "assistant", "content": "", "tool_calls": [{"type": "function", "function": function}]},
+        {"role": "tool", "content": "High at noon."},
+        {"role": "assistant", "content": 'At the "old" port it is high at noon.'},
+    ]
+    row = {"prompt": [{"role": "user", "content": "When?"}], "chosen": answer, "rejected": answer[:2] + [answer[0]]}
+    (pair,) = formats.render(Row("a:1", row), format="chat", tokenizer=make_tokenizer(template=template))
+    assert {omission.part for omission in pair.omissions} == lost
+    assert not any("noon" in pair.chosen[a:b] for a, b in pair.scored[0][:1])

@@ -1,6 +1,7 @@
 """The loss curve of a run laid over TRL's: same checkpoint, pairs and order, float32, learning rate 1e-4."""
 
 import argparse
+import importlib
 import shutil
 
 import pytest
@@ -10,12 +11,12 @@ from dpo_jax.demo import quickstart
 from tests.support import make_golden
 from tests.support.family_cases import CASES
 from tests.support.hf_folders import LLAMA, NEOX
-from tests.support.runs import make_inputs
+from tests.support.runs import make_inputs, read_rows
 
 pytest.importorskip("torch")
 pytest.importorskip("trl")
 
-from benchmarks import vs_trl
+from benchmarks import common, vs_trl
 
 pytestmark = pytest.mark.slow
 PAIRS, STEPS = 4, 20
@@ -29,16 +30,20 @@ def inputs(tmp_path_factory):
     return make_inputs(tmp_path_factory.mktemp("inputs"), train_pairs=PAIRS * FEW_STEPS)
 
 
-def curves(tmp_path, inputs, *, steps, accumulate=1, adapter="", loss=None, settings=None, least=1e-3):
+def curves(tmp_path, inputs, *, steps, accumulate=1, adapter="", loss=None, settings=None, least=1e-3, chat=None):
     """Losses of dpo_jax and of TRL, from the model and the pairs of a folder.
 
     Args:
+      chat: rows of messages in place of the folder's pairs.
       loss: fields of `config.loss`.
       settings: what TRL calls the same.
       least: what the losses of a curve must differ by.
     """
     pairs = tmp_path / "pairs.jsonl"
-    vs_trl.write_pairs(str(inputs / "train.jsonl"), pairs, inputs / "model", count=PAIRS * steps, max_length=128)
+    if chat is None:
+        vs_trl.write_pairs(str(inputs / "train.jsonl"), pairs, inputs / "model", count=PAIRS * steps, max_length=128)
+    else:
+        common.write_rows(chat, pairs)
     args = argparse.Namespace(
         model=str(inputs / "model"),
         pairs_file=str(pairs),
@@ -49,7 +54,8 @@ def curves(tmp_path, inputs, *, steps, accumulate=1, adapter="", loss=None, sett
         adapter=adapter,
         learning_rate=1e-2 if adapter else 1e-4,
         # The row length that is found for these pairs: to find it takes longer than to train on them.
-        fields={"data.row_length": 128} | {f"loss.{name}": value for name, value in (loss or {}).items()},
+        fields={"data.row_length": 128, "data.format": "plain" if chat is None else "chat"}
+        | {f"loss.{name}": value for name, value in (loss or {}).items()},
     )
     ours = vs_trl.run_ours(tmp_path, args)["losses"]
     # TRL weighs the balance of experts as config.json says, unless told not to.
@@ -137,3 +143,72 @@ def test_every_objective_has_parity_with_trl(tmp_path, inputs, name):
     distance = max(abs(a - b) for a, b in zip(ours, theirs, strict=True)) / max(map(abs, theirs))
     print(f"{name}: largest difference {distance:.2e} of the loss, losses {min(ours):.4g} to {max(ours):.4g}")
     assert distance < 1e-4
+
+
+# Without marks dpo_jax finds turns by rendering prefixes; TRL's side of the test finds them by marks.
+TEMPLATE = (
+    "{% for m in messages %}{% if m.role == 'user' %}{{ 'Customer:' + m.content + '\n' }}"
+    "{% else %}{{ 'Desk:' }}{{ m.content + eos_token }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'Desk:' }}{% endif %}"
+)
+SPOKEN = "{{ m.content + eos_token }}"
+MARKED = TEMPLATE.replace(SPOKEN, "{% generation %}" + SPOKEN + "{% endgeneration %}")
+
+
+def conversations(rows, count):
+    """Rows of messages whose answers are two turns of the desk, with one of the customer between them."""
+
+    def answer(first, then):
+        last = then.partition(".")[0] + "."
+        turns = [("assistant", first), ("user", " Are you sure?"), ("assistant", last)]
+        return [{"role": role, "content": text} for role, text in turns]
+
+    made = []
+    for i in range(count):
+        row, other = rows[i % len(rows)], rows[(i + 1 + i // len(rows)) % len(rows)]
+        asked = row["prompt"].removeprefix("Customer:").removesuffix("\nDesk:")
+        sides = {side: answer(row[side], other[side]) for side in ("chosen", "rejected")}
+        made.append({"prompt": [{"role": "user", "content": asked}], **sides})
+    return made
+
+
+def narrow_masks(monkeypatch, masks):
+    """Has TRL score only marked tokens of each sequence; returns a list to which it adds how many others there are.
+
+    Args:
+      masks: marks of tokens by the ids of a sequence.
+    """
+    collator = importlib.import_module("trl.trainer.dpo_trainer").DataCollatorForPreference
+    collate, others = collator.torch_call, []
+
+    def narrowed(self, examples):
+        batch = collate(self, examples)
+        columns = (batch[name] for name in ("input_ids", "attention_mask", "completion_mask"))
+        for ids, attended, scored in zip(*columns, strict=True):
+            mask = masks[tuple(ids[attended.bool()].tolist())]
+            before = int(scored.sum())
+            scored[: len(mask)] *= scored.new_tensor(mask)
+            others.append(before - int(scored.sum()))
+        return batch
+
+    monkeypatch.setattr(collator, "torch_call", narrowed)
+    return others
+
+
+def test_answers_of_several_turns_have_parity_with_trl(tmp_path, inputs, monkeypatch):
+    """TRL's DPO has no option for it: its mask of completions is narrowed to what a template marks as generated."""
+    inputs = shutil.copytree(inputs, tmp_path / "inputs")
+    rows, masks = conversations(read_rows(inputs / "train.jsonl"), PAIRS * 5), {}
+    tokenizer = transformers.AutoTokenizer.from_pretrained(inputs / "model")
+    for messages in (row["prompt"] + row[side] for row in rows for side in ("chosen", "rejected")):
+        marked = tokenizer.apply_chat_template(
+            messages, chat_template=MARKED, return_dict=True, return_assistant_tokens_mask=True
+        )
+        masks[tuple(marked["input_ids"])] = marked["assistant_masks"]
+    tokenizer.chat_template = TEMPLATE
+    tokenizer.save_pretrained(inputs / "model")
+    others = narrow_masks(monkeypatch, masks)
+    ours, theirs = curves(tmp_path, inputs, steps=5, chat=rows)
+    distance = max(abs(a - b) for a, b in zip(ours, theirs, strict=True))
+    print(f"turns: largest difference {distance:.2e}, losses {min(ours):.4f} to {max(ours):.4f}")
+    assert min(others) > 0 and distance < 1e-4

@@ -112,21 +112,20 @@ def _found(text: str, message: Message, at: int) -> Iterator[tuple[Piece, tuple[
             yield Piece("reasoning", tag), (found, found + len(tag)) if found >= 0 else None
         tag, lost = "", place is None
         at = at if place is None else place[1]
-    for piece in _calls(message):
-        yield piece, _find(text, piece, at)
+    calls = [(piece, _find(text, piece, at)) for piece in _calls(message)]
+    written = all(place is not None for _, place in calls)
+    for piece, place in calls:
+        # Names and numbers of a call that is left out are found in other turns, where they must not end this message.
+        yield piece, place if written or place is None else (at, at)
 
 
 def _find(text: str, piece: Piece, at: int) -> tuple[int, int] | None:
     """Returns the first range of a piece in a text, as it is or escaped as in JSON."""
-    found = text.find(piece.text, at)
-    if found >= 0:
-        return found, found + len(piece.text)
-    escaped = json.dumps(piece.text, ensure_ascii=False)[1:-1]
-    for spelling in filter(None, (escaped, json.dumps(piece.text)[1:-1], piece.other)):
-        found = text.find(spelling, at)
-        if found >= 0:
-            return found, found + len(spelling)
-    return None
+    spellings = {piece.text, piece.other, *(json.dumps(piece.text, ensure_ascii=each)[1:-1] for each in (False, True))}
+    found = [(text.find(spelling, at), len(spelling)) for spelling in spellings - {""}]
+    # The nearest: a later turn may repeat in plain words what a call has escaped.
+    begin, length = min(((begin, -length) for begin, length in found if begin >= 0), default=(-1, 0))
+    return (begin, begin - length) if begin >= 0 else None
 
 
 def _words(message: Message) -> Iterator[Piece]:
