@@ -236,9 +236,12 @@ def _alike(one: Message, other: Message) -> bool:
 def _checked(row: Row, prompt: list[Message], answers: list[list[Message]], names: Sequence[str]) -> Conversation:
     """Adds the row's system text; checks that there is a prompt, and answers: different, not empty, the assistant's."""
     prompt = _with_system(row, prompt)
-    if not prompt and all(answers):
-        got = f"no prompt: {' and '.join(names)} {'begin with different messages' * (len(names) > 1)}"
-        got = "an empty prompt" if row.fields.get("prompt") is not None else got.rstrip()
+    for name, answer in zip(names, answers, strict=True):
+        if not answer and any(answers):
+            raise InputError(row.place, got=f"{name} is empty", expected="an answer", remedy=DROP)
+    if not prompt:
+        got = f"no prompt: {' and '.join(names)} begin with different messages"
+        got = "'prompt' is empty" if row.fields.get("prompt") is not None else got
         expected = "a column 'prompt', or messages with which both answers begin"
         raise InputError(row.place, got=got, expected=expected, remedy=DROP)
     check_different(row, answers, same=lambda one, other: len(one) == len(other) and all(map(_alike, one, other)))

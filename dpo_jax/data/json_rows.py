@@ -78,7 +78,7 @@ def _parse(data: bytes, place: str, first: tuple[int, bytes] | None = None, *, b
         if first and (line <= first[0] or by_line):
             number, text = first
             _parse(text, f"{place}:{number}")
-        expected = "a list of objects, or one object per line" if first else "valid JSON, an object in each line"
+        expected = "a list of objects, or one object per line" if first else "valid JSON"
         remedy = "Correct the file there." if first else "Correct or remove the line."
         raise InputError(place, got=got, expected=expected, remedy=remedy) from error
 

@@ -16,6 +16,13 @@ from dpo_jax.models.config import DecoderConfig
 from dpo_jax.run.choices import optimizer_of
 from dpo_jax.types import InputError, check_choice
 
+# Kinds of data, for messages.
+KINDS = {
+    "paired": "pairs of a chosen and a rejected answer",
+    "unpaired": "answers labeled good or bad",
+    "ranked": "whole rankings",
+}
+
 
 def check_names(config: Config, objective: Objective) -> None:
     """Raises InputError for any unknown name or option, or a reference sync of an objective that reads no reference."""
@@ -24,7 +31,7 @@ def check_names(config: Config, objective: Objective) -> None:
             "config.reference.sync_steps",
             got=f"got {config.reference.sync_steps}, and loss {config.loss.name!r} reads no reference",
             expected="0",
-            remedy="Unset it or choose a loss that reads one.",
+            remedy="Leave it out, or choose a loss that reads one.",
         )
     optimizer_of(config.optimizer, total_steps=1)
     decoder.check_remat(config.model.remat)
@@ -71,7 +78,8 @@ def fit(config: Config, model: DecoderConfig, lengths: Int[np.ndarray, "N _"]) -
     if config.data.layout == "shared" and model.needs_whole_sequences:
         raise InputError(
             "config.data.layout",
-            got=f"'shared', and {longest} tokens exceed the model's window, or change its rotary frequencies",
+            got=f"'shared', and sequences of {longest} tokens, longer than the model's attention window or than "
+            "its rotary frequencies are made for",
             expected="auto or repeated",
             remedy="Change it, or lower data.max_length.",
         )
@@ -87,7 +95,7 @@ def check_pairs(pairs: PairSet, name: str, *, sft_steps: int) -> None:
         raise InputError(
             "config.sft.steps",
             got=f"got {sft_steps}, and {provided} pairs bring reference log-probs, of the model before those steps",
-            expected="0, or pairs without: the reference is the model after them",
+            expected="0, or pairs without them: the reference is the model after those steps",
             remedy="Remove the columns ref_chosen_logps and ref_rejected_logps, or set sft.steps to 0.",
         )
     counts = np.bincount(pairs.source, minlength=len(pairs.names)).tolist()
@@ -113,8 +121,8 @@ def check_kind(pairs: PairSet, name: str, objective: Objective, loss: str) -> No
     if pairs.kind not in objective.kinds:
         raise InputError(
             f"config.data.{name}",
-            got=f"{pairs.kind} data, and loss {loss!r}",
-            expected=f"{' or '.join(sorted(objective.kinds))} data for it",
+            got=f"{KINDS[pairs.kind]}, and loss {loss!r}",
+            expected=" or ".join(KINDS[kind] for kind in sorted(objective.kinds)) + " for this loss",
             remedy="Change loss.name, or its options, or the data: docs/objectives.md says what goes with what.",
         )
 
