@@ -63,7 +63,7 @@ def _flag_error(text: str, flag_values: flags.FlagValues) -> InputError:
     """Describes an error of absl: a value of another type, a flag that is unknown or has no value."""
     match = re.match(r"flag --([\w.]+)=(.*?): ", text, re.DOTALL)
     if match is None:
-        text = text.removeprefix("Unknown command line ").replace(" ?", "?")
+        text = text.replace("Unknown command line flag", "unknown flag").replace(" ?", "?")
         return InputError("command line", got=text, expected="flags of this command", remedy="See dpo-jax --help.")
     name, value = match[1], match[2]
     expected = getattr(flag_values[name].parser, "syntactic_help", "") or "true or false"

@@ -39,7 +39,7 @@ def disagreements(
     ours, theirs = _ids(tokenizer.bos_token_id), _ids(config.get("bos_token_id"))
     if _differ(ours, theirs, tokens):
         lines.append(
-            f"bos_token_id in config.json is {named(tokenizer, theirs)}; the tokenizer's own, which is used, is "
+            f"bos_token_id in config.json is {named(tokenizer, theirs)}; the tokenizer's own is "
             f"{named(tokenizer, ours) or 'none'}"
         )
     ours, (theirs, file) = _ids(tokenizer.eos_token_id), _stops(config, generation)

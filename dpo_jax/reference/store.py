@@ -59,7 +59,7 @@ def check_identity(store: Store) -> None:
         details = "; ".join(f"{part} was {stored.get(part)}, is {identity.get(part)}" for part in sorted(differ))
         raise InputError(
             str(folder),
-            got=f"reference log-probs that were computed with another {', '.join(sorted(differ))} ({details})",
+            got=f"reference log-probs of a run that differs in {', '.join(sorted(differ))} ({details})",
             expected="log-probs of this run's model, data and settings",
             remedy="Give --config.reference.path=NEW_FOLDER to compute them anew, or undo the change.",
         )

@@ -115,7 +115,7 @@ def _membership(source: str, settings: Mapping[str, str | int | None]) -> Member
             ", ".join(settings),
             got=f"got {', '.join(map(str, settings.values()))}",
             expected="HOST:PORT, the number of processes, and the index of this one, from 0 and below that number",
-            remedy="Give for example --coordinator=10.0.0.1:8476 --processes=4 --process=0.",
+            remedy="Give for example 10.0.0.1:8476, 4 and 0; the next process has the index 1.",
         )
     return Membership(address, processes, process)
 
