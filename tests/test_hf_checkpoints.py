@@ -1,6 +1,7 @@
 """Hugging Face folders without torch: what is read, and what is refused."""
 
 import json
+import re
 import shutil
 import tracemalloc
 

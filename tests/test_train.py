@@ -533,10 +533,10 @@ def test_reference_pass_of_a_loss_that_reads_none_is_refused(inputs, tmp_path):
 
 def test_folder_that_cannot_be_written_to_is_refused(inputs, tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(InputError, match=r"cannot be written to|is a file"):
+    with pytest.raises(InputError, match=r"cannot be written to|: a file; expected a folder"):
         train.run(make_config(inputs), tmp_path / "file" / "run")
 
 
 def test_evaluate_without_a_checkpoint_is_refused(inputs, tmp_path):
-    with pytest.raises(InputError, match="no checkpoint; expected one of a training run"):
+    with pytest.raises(InputError, match="no checkpoint in it; expected one of a training run"):
         commands.evaluate_checkpoint(make_config(inputs), tmp_path)
