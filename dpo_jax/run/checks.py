@@ -14,7 +14,7 @@ from dpo_jax.models import decoder, quantized
 from dpo_jax.models.attention.choose import IMPLEMENTATIONS
 from dpo_jax.models.config import DecoderConfig
 from dpo_jax.run.choices import optimizer_of
-from dpo_jax.types import InputError, check_choice
+from dpo_jax.types import InputError, check_choice, listed
 
 # Kinds of data, for messages.
 KINDS = {
@@ -94,9 +94,10 @@ def check_pairs(pairs: PairSet, name: str, *, sft_steps: int) -> None:
     if provided and sft_steps:
         raise InputError(
             "config.sft.steps",
-            got=f"got {sft_steps}, and {provided} pairs bring reference log-probs, of the model before those steps",
+            got=f"got {sft_steps}, and {provided} pairs with reference log-probs, of the model before those steps",
             expected="0, or pairs without them: the reference is the model after those steps",
-            remedy="Remove the columns ref_chosen_logps and ref_rejected_logps, or set sft.steps to 0.",
+            remedy="Leave these out with --config.data.columns=ref_chosen_logps=,ref_rejected_logps=, or give "
+            "--config.sft.steps=0.",
         )
     counts = np.bincount(pairs.source, minlength=len(pairs.names)).tolist()
     for source, weight, count in zip(pairs.names, pairs.weights, counts, strict=True):
@@ -119,11 +120,13 @@ def check_pairs(pairs: PairSet, name: str, *, sft_steps: int) -> None:
 def check_kind(pairs: PairSet, name: str, objective: Objective, loss: str) -> None:
     """Raises InputError for pairs of a kind that the objective, configured as `loss`, cannot be trained on."""
     if pairs.kind not in objective.kinds:
+        readers = [each for each, entry in REGISTRY.items() if pairs.kind in entry.kinds]
         raise InputError(
             f"config.data.{name}",
             got=f"{KINDS[pairs.kind]}, and loss {loss!r}",
             expected=" or ".join(KINDS[kind] for kind in sorted(objective.kinds)) + " for this loss",
-            remedy="Change loss.name, or its options, or the data: docs/objectives.md says what goes with what.",
+            remedy=f"Change loss.name (such data are for {listed(readers)}), or its options, or the data: "
+            "docs/objectives.md says what goes with what.",
         )
 
 
@@ -137,7 +140,7 @@ def check_weights_and_margins(pairs: PairSet, name: str, objective: Objective, l
             place,
             got=f"{report['margins_given']} pairs with a margin, and loss {loss!r} reads none",
             expected=f"no column margin, or losses that read it: {readers}",
-            remedy="Remove the column or change loss.name.",
+            remedy='Leave the column out with --config.data.columns="margin=", or change loss.name.',
         )
     if pairs.pair_weights is None:
         return
@@ -147,11 +150,14 @@ def check_weights_and_margins(pairs: PairSet, name: str, objective: Objective, l
             got=f"{report['weights_given']} pairs with a weight, and loss {loss!r} compares whole batches without them",
             expected=f"no column weight, or other losses than {others}; one of your own that reads `present` must read "
             "`weight` too",
-            remedy="Remove the column or change loss.name.",
+            remedy='Leave the column out with --config.data.columns="weight=", or change loss.name.',
         )
     if not pairs.pair_weights.any():
         raise InputError(
-            place, got="all weights are 0", expected="one above 0", remedy="Correct the column weight or remove it."
+            place,
+            got="all weights are 0",
+            expected="one above 0",
+            remedy='Correct the column weight, or leave it out with --config.data.columns="weight=".',
         )
 
 
