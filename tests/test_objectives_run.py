@@ -277,7 +277,11 @@ def test_token_level_run_keeps_the_references_likely_tokens(folders, tmp_path):
 
 
 BAD = [
-    (UNPAIRED, {"loss__name": "sigmoid"}, "config.data.train: answers labeled good or bad, and loss 'sigmoid'.*such data are for .*kto"),
+    (
+        UNPAIRED,
+        {"loss__name": "sigmoid"},
+        "config.data.train: answers labeled good or bad, and loss 'sigmoid'.*such data are for .*kto",
+    ),
     (UNPAIRED, {"loss__name": "bco_pair", "loss__wpo": True}, "answers labeled good or bad, and loss 'bco_pair'"),
     ("paired", {"loss__name": "simpo", "reference__sync_steps": 2}, "config.reference.sync_steps.*reads no reference"),
     ("paired", {"reference__mixup_alpha": 0.5}, "config.reference.mixup_alpha.*sync_steps is set"),

@@ -468,7 +468,7 @@ def test_evaluation_comes_every_so_many_steps_and_at_the_end(watched):
         ({"optimizer__name": "adam"}, "config.optimizer.name"),
         ({"model__attention": "flash"}, "config.model.attention: got 'flash'"),
         ({"model__remat": "all"}, "config.model.remat: got 'all'"),
-        ({"data__train": ""}, "config.data.train: is empty"),
+        ({"data__train": ""}, "config.data.train: empty"),
         ({"data__train": "nowhere.jsonl"}, "nowhere.jsonl"),
         ({"train__batch_pairs": 41}, "config.train.batch_pairs: got 41, and an epoch has 40 pairs"),
         ({"sft__steps": 1, "sft__batch_pairs": 64}, "config.sft.batch_pairs: got 64"),
@@ -502,7 +502,9 @@ def test_data_changed_under_a_run_is_refused(inputs, tmp_path, split):
     path.write_text("".join(path.read_text().splitlines(keepends=True)[:-1]))
     # Whether it is complete, as here, or goes on.
     for _ in range(2):
-        with pytest.raises(InputError, match=rf"config\.data\.{split}: .*, which are not those of the checkpoint at step 2"):
+        with pytest.raises(
+            InputError, match=rf"config\.data\.{split}: .*, which are not those of the checkpoint at step 2"
+        ):
             train.run(config, tmp_path / "run")
         shutil.rmtree(tmp_path / "run" / "export", ignore_errors=True)
 
