@@ -23,7 +23,8 @@ dpo-jax COMMAND --config=configs/NAME.py [--config.section.field=value ...] --wo
   train      everything: reference pass, updates, evaluation, export; run again, it goes on where it stopped
   reference  only the reference pass, into reference.path
   evaluate   metrics of the newest checkpoint of DIR on data.eval, as JSON
-  inspect    the data once rendered, tokenized, truncated and packed; touches no device
+  inspect    the data once rendered, tokenized, truncated and packed, with --pairs=N examples of each set; touches no
+             device
   plan       memory of a chip, time and cost of a run on --topology=v5p:4x4x4[,slices=2] or h100:64, without weights,
              data or that hardware. --sweep compares meshes, remat policies and microbatches, --reference_in_step
              compares with holding two models. Ends with status 3 where memory does not suffice
@@ -148,9 +149,8 @@ def parse(command: Command, argv: list[str]) -> Parsed:
         flag.define(flag.name, flag.default, flag.help, flag_values=values, **flag.limits)
     unexpected = parse_flags(argv, values)[1:]
     if unexpected:
-        raise InputError(
-            "command line", got=f"unexpected {unexpected[0]!r}", expected="only --flags", remedy="See dpo-jax --help."
-        )
+        remedy = "Write fields as --config.section.field=value; see dpo-jax --help."
+        raise InputError("command line", got=f"unexpected {unexpected[0]!r}", expected="only --flags", remedy=remedy)
     if command.needs_workdir and not values["workdir"].value:
         raise InputError("--workdir", got="not given", expected="a folder", remedy="Give for example --workdir=runs/1.")
     workdir = Path(values["workdir"].value or "")

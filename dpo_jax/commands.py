@@ -78,7 +78,7 @@ def score_reference(config: Config, folder: Path) -> None:
             "config.loss.name",
             got=f"{config.loss.name!r}, which reads no reference",
             expected="a loss that does",
-            remedy="Train without a reference pass.",
+            remedy="Run dpo-jax train at once: it needs no reference pass.",
         )
     inputs = read_inputs(config, objective, folder, training=False)
     describe_data(inputs)
@@ -96,7 +96,8 @@ def evaluate_checkpoint(config: Config, folder: Path) -> dict[str, float]:
     config, inputs, programs, step = open_run(config, folder)
     params, running = restore(inputs, programs, folder, step)
     if "eval" not in inputs.sets:
-        raise InputError("config.data.eval", got="empty", expected="a path or Hub id", remedy="Name the pairs.")
+        remedy = f"Give them as --config={folder / 'config.json'} --config.data.eval=FILE."
+        raise InputError("config.data.eval", got="empty", expected="pairs to evaluate on", remedy=remedy)
     store = reference_store(inputs, programs, store_folder(config, folder))
     values, _ = complete_store(inputs, store, programs)
     if config.reference.sync_steps:
@@ -104,8 +105,8 @@ def evaluate_checkpoint(config: Config, folder: Path) -> dict[str, float]:
             raise InputError(
                 "config.data.train",
                 got="empty, and the reference syncs with the policy",
-                expected="the pairs that the run trains on, which tell its syncs",
-                remedy="Name them.",
+                expected="the pairs that the run trains on, which decide what each sync scored",
+                remedy="Give them as --config.data.train=FILE.",
             )
         total = checks.updates_of(config, inputs.sets["train"])
         sync = sync_of(config, inputs, programs, store, order_of(config, inputs), total)
@@ -128,7 +129,7 @@ def export_checkpoint(config: Config, folder: Path, out: Path | None, *, merge: 
     config, inputs, programs, step = open_run(config, folder)
     if merge and inputs.trainable.adapters is None:
         raise InputError(
-            "--merge", got="a run without adapters", expected="one with lora.rank", remedy="Leave --merge off."
+            "--merge", got="a run without adapters", expected="one with lora.rank set", remedy="Leave --merge off."
         )
     params, _ = restore(inputs, programs, folder, step)
     final = folder / "export"
@@ -188,8 +189,8 @@ def restore(inputs: Inputs, programs: Programs, folder: Path, step: int) -> tupl
         except TypeError as error:  # orbax's, for another tree than the checkpoint's
             raise InputError(
                 "config.loss.name",
-                got=f"a loss with other baselines than the checkpoint at step {step} has",
-                expected="the loss of the run, or one with the same baselines",
-                remedy="Undo the change.",
+                got=f"a loss whose running averages are not those of the checkpoint at step {step}",
+                expected="the loss that the run was trained with, or one with the same running averages",
+                remedy="Leave the change of loss.name out.",
             ) from error
     return join(trained, load_frozen(inputs.source, programs)), running

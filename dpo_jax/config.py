@@ -26,7 +26,7 @@ from ml_collections import config_dict
 
 from dpo_jax import aliases
 from dpo_jax.losses.registry import OPTIONS
-from dpo_jax.types import InputError
+from dpo_jax.types import InputError, shown
 
 _Section = TypeVar("_Section")
 
@@ -266,8 +266,8 @@ _RULES: tuple[tuple[str, Rule], ...] = (  # as the comments of the fields; an un
 )
 RULES: dict[str, Rule] = {name: rule for names, rule in _RULES for name in names.split()}
 RULES |= {f"loss.{name}": (each.valid.holds, each.valid.expected) for name, each in OPTIONS.items() if each.valid}
-Problems = dict[str, tuple[str, str, str]]  # dotted name of a field: got, expected, remedy
-_TYPE_NAMES = {int: "an integer", float: "a number", bool: "true or false", str: "text"}
+Problems = dict[str, tuple[str, str, str]]  # dotted name of a field: got, expected, remedy (empty: change the value)
+_TYPE_NAMES = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
 
 
 def base() -> Any:  # a ConfigDict; its own annotations would make every `config.loss.beta = 0.1` a type error
@@ -328,7 +328,7 @@ def from_json(text: str, place: str, *, overridden: Collection[str] = ()) -> Con
         raise InputError(
             f"{place}: config.loss.name",
             got=f"{name!r}, which names code, in a data file",
-            expected="a loss of dpo_jax.losses, or code that a recipe or the command line names",
+            expected="a loss of docs/objectives.md, or code that a recipe or the command line names",
             remedy=f"Give the recipe with --config, or this file and --config.loss.name={name}.",
         )
     return config
@@ -341,10 +341,11 @@ def record_from_json(text: str, place: str) -> Config:
     """
     try:
         fields = json.loads(text)
+        got = f"{shown(fields)} in place of fields"
     except json.JSONDecodeError as error:
-        fields = str(error)
+        fields, got = None, f"broken JSON ({error})"
     if not isinstance(fields, dict):
-        got, expected, remedy = f"{fields!r:.80}", "a JSON object", "Give the config.json that a run wrote."
+        expected, remedy = "a JSON object", "Give the config.json that a run wrote."
         raise InputError(place, got=got, expected=expected, remedy=remedy)
     return _checked(fields, f"{place}: config")
 
@@ -358,7 +359,11 @@ def changed(old: Config, new: Config, fields: Sequence[str] | None = None) -> li
     before, after = flat(old), flat(new)
     fields = [name for name in before if name not in RESUMABLE] if fields is None else fields
     names = [name for name in fields if before[name] != after[name]]
-    return [f"{name}: {before[name]!r} -> {after[name]!r}" for name in names]
+
+    def value(of: object) -> str:
+        return "unset" if of is None else shown(of, 200)
+
+    return [f"{name}: {value(before[name])} -> {value(after[name])}" for name in names]
 
 
 def _checked(fields: Mapping[str, object], place: str) -> Config:
@@ -369,7 +374,11 @@ def _checked(fields: Mapping[str, object], place: str) -> Config:
         if value is not None and name not in problems and not is_valid(value):
             _refuse(problems, name, value, expected)
     _check_relations(config, problems)
-    errors = [InputError(f"{place}.{name}", got=g, expected=e, remedy=r) for name, (g, e, r) in problems.items()]
+    change = "Change it in the recipe or give --config.{}=VALUE." if place == "config" else "Correct it in the file."
+    errors = [
+        InputError(f"{place}.{name}", got=got, expected=expected, remedy=remedy or change.format(name))
+        for name, (got, expected, remedy) in problems.items()
+    ]
     if errors:
         listing = "They are:" + "".join(f"\n  {error}" for error in errors)
         several = InputError(place, got=f"{len(errors)} problems", expected="none", remedy=listing)
@@ -378,8 +387,7 @@ def _checked(fields: Mapping[str, object], place: str) -> Config:
 
 
 def _refuse(problems: Problems, name: str, value: object, expected: str) -> None:
-    remedy = f"Change it in the recipe or give --config.{name}=VALUE."
-    problems[name] = "empty" if value == "" else repr(value), expected, remedy
+    problems[name] = "empty" if value == "" else shown(value), expected, ""
 
 
 def _check_relations(config: Config, problems: Problems) -> None:
@@ -412,7 +420,8 @@ def _check_relations(config: Config, problems: Problems) -> None:
         expected = "1, unless reference.sync_steps is set and all parameters train"
         _refuse(problems, "reference.mixup_alpha", reference.mixup_alpha, expected)
     if (mesh.replica, mesh.fsdp, mesh.tensor).count(-1) > 1:
-        problems["mesh"] = str(mesh), "at most one axis of -1", "Give the other axes a size."
+        got = f"replica {mesh.replica}, fsdp {mesh.fsdp}, tensor {mesh.tensor}"
+        problems["mesh"] = got, "at most one axis of -1", "Give the other axes a size."
 
 
 def _section(section: type[_Section], fields: Mapping[str, Any], prefix: str, problems: Problems) -> _Section:
@@ -426,9 +435,14 @@ def _section(section: type[_Section], fields: Mapping[str, Any], prefix: str, pr
         elif type(value) is kind or (kind is float and type(value) is int) or (optional and value is None):
             values[name] = float(value) if kind is float and value is not None else value  # 1 means 1.0
         else:
-            expected = _TYPE_NAMES.get(kind, "a section of fields") + (", or nothing" if optional else "")
+            expected = type_name(kind) + (", or nothing" if optional else "")
             _refuse(problems, f"{prefix}{name}", value, expected)
     return section(**values)
+
+
+def type_name(kind: type) -> str:
+    """Returns what values of a field of this type are, for messages."""
+    return _TYPE_NAMES.get(kind, "an object with the fields of the section")
 
 
 def _unknown(name: str, valid: Iterable[str]) -> tuple[str, str, str]:

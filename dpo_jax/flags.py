@@ -12,9 +12,9 @@ from collections.abc import Collection, Sequence
 from absl import flags
 from ml_collections import config_dict, config_flags
 
-from dpo_jax.config import Config, _kinds, _thaw, _unknown, flat, freeze, from_json, record_from_json
+from dpo_jax.config import Config, _kinds, _thaw, _unknown, flat, freeze, from_json, record_from_json, type_name
 from dpo_jax.runtime.terminal import say
-from dpo_jax.types import InputError
+from dpo_jax.types import InputError, shown
 
 
 def define_flags(argv: Sequence[str] | None = None, flag_values: flags.FlagValues = flags.FLAGS) -> None:
@@ -34,8 +34,7 @@ def parse_flags(argv: Sequence[str] | None = None, flag_values: flags.FlagValues
     except flags.Error as error:
         if isinstance(error.__context__, InputError):  # absl turns what _Source raised into its own error
             raise error.__context__ from None
-        expected, remedy = "a flag that exists and a value of its type", "See dpo-jax --help."
-        raise InputError("command line", got=str(error), expected=expected, remedy=remedy) from None
+        raise _flag_error(str(error), flag_values) from None
     config = flag_values["config"].value
     if config is not None:
         config.update_from_flattened_dict({match[1]: None for arg in argv if (match := _UNSET.fullmatch(arg))})
@@ -60,6 +59,22 @@ def load(source: str, overrides: Sequence[str] = ()) -> Config:
     return from_flags(flag_values)
 
 
+def _flag_error(text: str, flag_values: flags.FlagValues) -> InputError:
+    """Describes an error of absl: a value of another type, a flag that is unknown or has no value."""
+    match = re.match(r"flag --([\w.]+)=(.*?): ", text, re.DOTALL)
+    if match is None:
+        text = text.replace("Unknown command line flag", "unknown flag").replace(" ?", "?")
+        return InputError("command line", got=text, expected="flags of this command", remedy="See dpo-jax --help.")
+    name, value = match[1], match[2]
+    expected = getattr(flag_values[name].parser, "syntactic_help", "") or "true or false"
+    if name.startswith("config."):
+        section = Config()
+        for part in name.split(".")[1:-1]:
+            section = getattr(section, part)
+        expected = type_name(_kinds(type(section))[name.rpartition(".")[2]][0])
+    return InputError(f"--{name}", got=f"got {shown(value)}", expected=expected, remedy=f"Write --{name}=VALUE.")
+
+
 _UNSET = re.compile(r"--?config\.([^=]+)=None")
 
 
@@ -82,7 +97,8 @@ def _check_overrides(argv: list[str], flag_values: flags.FlagValues) -> list[str
     try:
         argv = flag_values.read_flags_from_files(argv, force_gnu=False)
     except flags.Error as error:
-        raise InputError("--flagfile", got=str(error), expected="a readable file", remedy="Check the path.") from None
+        got = str(error).removeprefix("ERROR:: ")
+        raise InputError("--flagfile", got=got, expected="a readable file", remedy="Check the path.") from None
     names = _overridden(argv)
     fields = flat(Config())
     for name in names:
@@ -90,6 +106,10 @@ def _check_overrides(argv: list[str], flag_values: flags.FlagValues) -> list[str
             head = name.partition(".")[0]
             siblings = [field for field in fields if field.partition(".")[0] == head]
             got, expected, remedy = _unknown(name, siblings) if siblings else _unknown(head, _kinds(Config))
+            if name in _kinds(Config):
+                got = f"{name!r} is a section of fields"
+            elif fitting := [field for field in fields if field.endswith(f".{name}")]:
+                remedy = f"Did you mean {' or '.join(fitting)}?"
             raise InputError(f"--config.{name}", got=got, expected=expected, remedy=remedy)
     for name in [match[1] for arg in argv if (match := _UNSET.fullmatch(arg))]:
         if fields[name] is not None:  # only fields that are unset by default may be unset
@@ -132,8 +152,9 @@ class _Source(flags.ArgumentParser):
                 raise _no_config(path, "no function get_config")
             config = get_config(*args)
             if not isinstance(config, config_dict.ConfigDict) or not set(_kinds(Config)) <= set(config):
-                got = f"get_config returns {config!r:.80}"
-                expected, remedy = "dpo_jax.config.base() with fields changed", "Begin it with config = base()."
+                got = f"get_config returns {'nothing' if config is None else shown(config)}"
+                expected = "dpo_jax.config.base() with fields changed"
+                remedy = "Begin it with config = base(), and end it with return config."
                 raise InputError(path, got=got, expected=expected, remedy=remedy)
             return config.lock()
         except InputError:
@@ -149,8 +170,13 @@ def _recipe_error(error: Exception, path: str) -> InputError:
     owner: object = frames[-1][0].f_locals.get("self")
     name = re.search(r"""["'\\]+(\w+)["'\\]""", str(error))
     fields = list(owner) if isinstance(owner, config_dict.ConfigDict) else []
+    typed = re.match(r"Could not override field '(\w+)'.*?\. (.*) is of .*<class '(\w+)'>\.?$", str(error), re.DOTALL)
     if fields and name and name[1] not in fields:
         got, expected, remedy = _unknown(name[1], fields)
+    elif typed:
+        kinds = {"int": int, "float": float, "bool": bool, "str": str}
+        got, expected = f"{typed[1]} = {shown(typed[2])}", type_name(kinds.get(typed[3], Config))
+        remedy = "Correct the recipe."
     else:
         got, expected, remedy = f"{type(error).__name__}: {error}", "a recipe that runs", "Correct the recipe."
     return InputError(place, got=got, expected=expected, remedy=remedy)

@@ -70,8 +70,8 @@ def parse_rules(text: str) -> Rules:
             raise InputError(
                 "config.mesh.rules",
                 got=repr(each),
-                expected=f"REGEX=AXIS,AXIS,... of {', '.join(AXES)} and -, each axis once",
-                remedy="Correct it; rules are separated by ';'.",
+                expected=f"REGEX=AXIS,AXIS,... with axes {', '.join(AXES)} or -, each axis once",
+                remedy="Write a rule as in 'embedding=tensor,-'; rules are separated by ';'.",
             )
         rules.append((pattern, P(*(None if name == "-" else name for name in names))))
     return (*rules, *RULES)
@@ -87,9 +87,10 @@ def mesh_shape(sizes: Sequence[int], devices: int) -> tuple[int, ...]:
     if math.prod(filled) != devices:
         raise InputError(
             "config.mesh",
-            got=f"{' x '.join(f'{a} {s}' for a, s in zip(AXES, sizes, strict=True))} on {devices} devices",
+            got=f"{' x '.join(f'{a} {s}' for a, s in zip(AXES, sizes, strict=True))} on "
+            f"{devices} device{'s' * (devices > 1)}",
             expected=f"sizes whose product is {devices}",
-            remedy="Change one, or set it to -1 for all remaining devices.",
+            remedy="Change one, or give for example --config.mesh.fsdp=-1 for all remaining devices.",
         )
     return filled
 

@@ -114,7 +114,7 @@ def from_sft(inputs: Inputs, folder: Path) -> Inputs:
     exported = folder / "sft" / "export"
     if not exported.exists():
         raise InputError(
-            str(exported), got="no such folder", expected="the model after sft.steps", remedy="Run train again first."
+            str(exported), got="no such folder", expected="the fine-tuned model", remedy="Run dpo-jax train first."
         )
     return inputs.starting_from(exported)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import re
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple, Protocol, TypeAlias, runtime_checkable
@@ -42,12 +43,18 @@ def listed(names: Sequence[str], most: int = 5, separator: str = ", ") -> str:
     return separator.join(names[:most]) + (f" and {more} more" if more > 0 else "")
 
 
+def shown(value: object, most: int = 60) -> str:
+    """Returns a value for a message, in at most `most` characters; null, true and false are written as in JSON."""
+    text = json.dumps(value) if value is None or isinstance(value, bool) else repr(value)
+    return text if len(text) <= most else text[: most - 3] + "..."
+
+
 def check_choice(place: str, value: str, valid: Iterable[str]) -> None:
     """Raises InputError unless `value`, found at `place`, is one of the valid names."""
     names = list(valid)
     if value not in names:
         raise InputError(
-            place, got=f"got {value!r}", expected=f"one of {', '.join(names)}", remedy="Name one of these."
+            place, got=f"got {shown(value)}", expected=f"one of {', '.join(names)}", remedy="Name one of these."
         )
 
 

@@ -189,8 +189,8 @@ def test_module_is_the_same_program():
         (["train", "--config=configs/hh.py", "--config.loss.beta=-1", "--workdir=x"], "config.loss.beta"),
         (["train", "configs/hh.py", "--workdir=x"], "unexpected 'configs/hh.py'"),
         (["evaluate", "--workdir=nowhere"], "no config.json"),
-        (["train", "--config=configs/hh.py", "--workdir=x", "--out=y"], "Unknown command line flag 'out'"),
-        (["export", "--config=configs/hh.py", "--workdir=x", "--pairs=1"], "Unknown command line flag 'pairs'"),
+        (["train", "--config=configs/hh.py", "--workdir=x", "--out=y"], "unknown flag 'out'"),
+        (["export", "--config=configs/hh.py", "--workdir=x", "--pairs=1"], "unknown flag 'pairs'"),
     ],
 )
 def test_mistakes_are_one_line_and_status_two(capsys, monkeypatch, argv, message):

@@ -147,7 +147,7 @@ def test_load_drops_rows_of_damaged_layouts_and_names_the_layout(tmp_path):
     found = load(path, tmp_path, on_bad_row="skip")
     assert found.numbers.tolist() == [2, 3] and found.report["sources"][0]["layouts"] == ["PKU-SafeRLHF"]
     assert found.report["dropped"][0]["places"] == [f"{path}:1", f"{path}:4"]
-    with pytest.raises(InputError, match=r"a\.jsonl:1: 5 beside two answers"):
+    with pytest.raises(InputError, match=r"a\.jsonl:1: 'better_response_id' is 5; expected 0 or 1"):
         load(path, tmp_path)
 
 
@@ -261,7 +261,7 @@ def test_load_skips_rows_of_bad_weights(tmp_path):
     rows = plain(3)
     rows[1] |= {"weight": -2}
     path = write(tmp_path / "a.jsonl", rows)
-    with pytest.raises(InputError, match=r"a\.jsonl:2: 'weight' is -2; expected a finite number, 0 or more"):
+    with pytest.raises(InputError, match=r"a\.jsonl:2: 'weight' is -2; expected a number, 0 or more"):
         load(path, tmp_path / "cache")
     found = load(path, tmp_path / "cache", on_bad_row="skip")
     assert len(found) == 2 and found.report["dropped"][0]["reason"] == "'weight' is -N"
@@ -544,7 +544,8 @@ def test_load_says_how_often_a_template_leaves_out_what(tmp_path):
     expected = {"part": "reasoning", "side": "answers", "count": 6, "place": f"{path}:3", "text": "chosen 0"}
     assert (len(found), found.report["omitted"]) == (5, [expected])
     (line,) = left_out("train", found.report)
-    assert line == f"train: lost on its way to the model: reasoning in 6 answers, such as 'chosen 0' at {path}:3"
+    said = "the model does not get all of the text: reasoning in 6 answers is left out, such as 'chosen 0'"
+    assert line == f"train: {said} at {path}:3"
     assert left_out("train", load(path, tmp_path / "cache").report) == []
 
 

@@ -168,6 +168,8 @@ def test_balance_without_experts_and_positions_that_were_never_learned_are_refus
 def test_prompts_cannot_be_shared_beyond_a_window():
     mistral = decoder_config(GOLDEN["mistral-all"]["config"])
     shared = configs.Config(data=configs.Data(layout="shared"))
-    with pytest.raises(InputError, match="layout: 'shared', and 6 tokens exceed the model's window"):
+    with pytest.raises(
+        InputError, match="layout: 'shared', and sequences of 6 tokens, longer than the model's attention window"
+    ):
         checks.fit(shared, mistral, np.array([[2, 3, 4]]))
     assert checks.fit(shared, mistral, np.array([[2, 3, 3]]))[1] == "shared"

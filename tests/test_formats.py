@@ -61,7 +61,7 @@ def test_detect_knows_each_format(fields, format):
 @pytest.mark.parametrize(
     ("fields", "got"),
     [
-        ({"chosen": "b", "rejected": "\n\nAssistant: c"}, "without a 'prompt' column"),
+        ({"chosen": "b", "rejected": "\n\nAssistant: c"}, "answers as text, and no column 'prompt'"),
         ({"prompt": "a", "chosen": "b"}, "no 'rejected'"),
         ({"prompt": "a", "label": True}, "no 'chosen'"),
         ({"prompt": "a", "chosen": None, "rejected": "c"}, "'chosen' is null"),
@@ -76,7 +76,9 @@ def test_detect_says_what_it_cannot_tell(fields, got):
 
 
 def test_render_refuses_unknown_formats_and_lists_the_known():
-    with pytest.raises(InputError, match="'sharegpt'; expected auto or one of plain, chat, hh, ranked, unpaired"):
+    with pytest.raises(
+        InputError, match="config.data.format: 'sharegpt'; expected one of plain, chat, hh, ranked, unpaired"
+    ):
         render(CHAT, format="sharegpt")
 
 
@@ -134,7 +136,7 @@ def test_render_passes_reference_log_probabilities_on():
         (-1.0, float("nan"), "'ref_rejected_logps' is nan"),
         (float("-inf"), -1.0, "'ref_chosen_logps' is -inf"),
         ("x", -1.0, "'ref_chosen_logps' is 'x'"),
-        (-1.0, True, "'ref_rejected_logps' is True"),
+        (-1.0, True, "'ref_rejected_logps' is true"),
     ],
 )
 def test_render_refuses_half_a_reference_and_what_is_no_number(chosen, rejected, got):
@@ -168,7 +170,7 @@ def test_render_reads_weights_and_margins(given, weight, margin):
         ({"weight": 1e39}, "'weight' is 1e+39"),  # infinite in float32
         ({"weight": [1, 2]}, "'weight' is [1, 2]"),
         ({"margin": float("inf")}, "'margin' is inf"),
-        ({"margin": True}, "'margin' is True"),
+        ({"margin": True}, "'margin' is true"),
     ],
 )
 def test_render_refuses_weights_and_margins_that_are_no_such_numbers(given, got):
@@ -211,8 +213,8 @@ def test_render_splits_transcripts_at_the_last_header_both_share():
 
 def test_render_refuses_transcripts_that_share_no_header():
     fields = {"chosen": "\n\nHuman: a\n\nAssistant: b", "rejected": "\n\nHuman: c\n\nAssistant: b"}
-    assert "common to both" in failure(fields, format="hh").got
-    assert "a 'prompt' column" in failure({**fields, "prompt": "a"}, format="hh").got
+    assert "that both texts share" in failure(fields, format="hh").got
+    assert "a column 'prompt', and config.data.format is 'hh'" in failure({**fields, "prompt": "a"}, format="hh").got
 
 
 @pytest.mark.skipif(not HH.exists(), reason="needs ../shared/data/hh_harmless_train.jsonl.gz")
@@ -403,7 +405,7 @@ def test_render_takes_tool_calls_without_text_as_answers():
 @pytest.mark.parametrize(
     ("changes", "got"),
     [
-        ({"chosen": [{"role": "assistant", "content": 3}]}, "message 1 of 'chosen'"),
+        ({"chosen": [{"role": "assistant", "content": 3}]}, "message 1 of 'chosen' has a 'content' that is a number"),
         (
             {"chosen": [{"role": "assistant", "content": [{"type": "image", "url": "x"}]}]},
             "part of type 'image'",
@@ -411,10 +413,17 @@ def test_render_takes_tool_calls_without_text_as_answers():
         ({"prompt": [USER, {"content": "a"}]}, "message 2 of 'prompt'"),
         ({"rejected": ["no"]}, "message 1 of 'rejected'"),
         ({"rejected": 3}, "'rejected' is a number"),
-        ({"prompt": []}, "no prompt message"),
-        ({"prompt": None}, "no prompt message"),
-        ({"prompt": "Another question", "chosen": [USER, YES], "rejected": [USER, NO]}, "a text prompt that is not"),
-        ({"chosen": [USER, YES]}, "starts with a 'user' message"),
+        ({"prompt": []}, "'prompt' is empty"),
+        ({"prompt": None}, "no prompt: 'chosen' and 'rejected' begin with different messages"),
+        ({"chosen": [USER, YES], "prompt": None, "rejected": []}, "'rejected' is empty"),
+        (
+            {"prompt": "Another question", "chosen": [USER, YES], "rejected": [USER, NO]},
+            "a text in 'prompt' that is none",
+        ),
+        ({"chosen": [USER, YES]}, "begins with a message of the role 'user'"),
+        ({"chosen": [{"role": "assistant", "text": "yes"}]}, "message 1 of 'chosen' has no 'content'"),
+        ({"chosen": [{"role": 3, "content": "yes"}]}, "message 1 of 'chosen' has a 'role' that is a number"),
+        ({"system": 3}, "'system' is a number"),
         ({"tools": "[{"}, "'tools' is broken JSON"),
         ({"tools": {"a": 1}}, "'tools' is a dict"),
         ({"chat_template_kwargs": ["terse"]}, "'chat_template_kwargs' a list"),
@@ -542,7 +551,7 @@ def test_render_writes_rankings_of_messages_as_it_writes_pairs():
     [
         ({"responses": None}, "'responses' is null"),
         ({"responses": "w"}, "'responses' is text"),
-        ({"responses": ["w"], "scores": [1]}, "1 response(s)"),
+        ({"responses": ["w"], "scores": [1]}, "'responses' holds one response"),
         ({"responses": ["w", "x", "y", 3]}, "response 4 is a number"),
         ({"responses": ["w", "x", "y", None]}, "response 4 is null"),
         ({"responses": ["w", "x", " ", "z"]}, "response 3 is empty"),
@@ -551,12 +560,12 @@ def test_render_writes_rankings_of_messages_as_it_writes_pairs():
         ({"prompt": None}, "'prompt' is null"),
         ({"scores": None}, "neither 'scores' nor 'ranks'"),
         ({"ranks": [1, 2, 3, 4]}, "both 'scores' and 'ranks'"),
-        ({"scores": 3}, "'scores' is a number for 4 responses"),
+        ({"scores": 3}, "a number as 'scores' for 4 responses"),
         ({"scores": [1, 2, 3]}, "3 scores for 4 responses"),
-        ({"scores": [1, 2, 3, None]}, "None in 'scores'"),
+        ({"scores": [1, 2, 3, None]}, "null in 'scores'"),
         ({"scores": [1, 2, 3, float("nan")]}, "nan in 'scores'"),
         ({"scores": [1, 2, 3, float("inf")]}, "inf in 'scores'"),
-        ({"scores": [1, 2, 3, True]}, "True in 'scores'"),
+        ({"scores": [1, 2, 3, True]}, "true in 'scores'"),
         ({"scores": [2, 2, 2, 2]}, "all scores are equal"),
         ({"scores": None, "ranks": [3, 3, 3, 3]}, "all ranks are equal"),
         ({"scores": None, "ranks": [0, 1, 2, 3]}, "ranks 0, 1, 2, 3"),
@@ -584,12 +593,12 @@ def test_render_lets_empty_reference_columns_stand_beside_a_ranking():
     ("changes", "got"),
     [
         ({"responses": [[NO], 3]}, "response 2 is a number"),
-        ({"responses": [[NO], [{"role": "assistant"}]]}, "message 1 of response 2 lacks"),
+        ({"responses": [[NO], [{"role": "assistant"}]]}, "message 1 of response 2 has no 'content'"),
         ({"responses": [[NO], [NO]]}, "the answers are equal"),
         ({"responses": [[NO], [YES], [NO]], "ranks": [1, 2, 3]}, "responses 1 and 3 are equal"),
-        ({"responses": [[NO], [USER, YES]]}, "the answer in response 2 starts with a 'user' message"),
+        ({"responses": [[NO], [USER, YES]]}, "the answer in response 2 begins with a message of the role 'user'"),
         ({"responses": [[], [YES]]}, "response 1 is empty"),
-        ({"prompt": []}, "no prompt message"),
+        ({"prompt": []}, "'prompt' is empty"),
     ],
 )
 def test_render_says_what_is_wrong_with_a_ranking_of_messages(changes, got):
@@ -636,7 +645,7 @@ def test_render_writes_completions_of_messages_as_it_writes_pairs():
         ({"prompt": [USER], "completion": 3}, "'completion' is a number"),
         (
             {"prompt": [USER], "completion": [{"role": "user", "content": "b"}]},
-            "the answer in 'completion' starts with",
+            "the answer in 'completion' begins with",
         ),
         ({"prompt": [USER], "completion": []}, "'completion' is empty"),
         ({"ref_rejected_logps": -1.0}, "'ref_rejected_logps' beside one completion"),

@@ -28,16 +28,19 @@ def test_one_process_agrees_with_itself_and_takes_every_share():
 @pytest.mark.parametrize(
     "flags, message",
     [
-        (dict(coordinator="host:1"), "--processes, --process"),
-        (dict(processes=2, process=0), "--coordinator"),
-        (dict(coordinator="host:1", processes=2, process=2), "host:1, 2, 2"),
-        (dict(coordinator="host", processes=2, process=0), "HOST:PORT"),
+        (dict(coordinator="host:1"), "--processes, --process: not given in the flags, and --coordinator given"),
+        (dict(processes=2, process=0), "--coordinator: not given in the flags, and --processes, --process given"),
+        (dict(coordinator="host:1", processes=2, process=2), "--coordinator, --processes, --process: got host:1, 2, 2"),
+        (
+            dict(coordinator="host", processes=2, process=0),
+            "--coordinator, --processes, --process: got host, 2, 0; expected HOST:PORT",
+        ),
     ],
 )
 def test_flags_that_do_not_name_a_process_of_several_are_refused(flags, message):
-    with pytest.raises(InputError, match="flags") as caught:
+    with pytest.raises(InputError) as caught:
         hosts.join(**flags)
-    assert message in str(caught.value)
+    assert str(caught.value).startswith(message)
 
 
 def test_environment_that_names_only_the_coordinator_is_refused(monkeypatch):

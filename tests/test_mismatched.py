@@ -94,6 +94,6 @@ def test_keys_are_those_of_the_tokens_and_no_value_is_given():
 
 @pytest.mark.parametrize("prompts", [[1], [1, 1, 1]])
 def test_one_prompt_alone_is_refused(prompts):
-    with pytest.raises(InputError, match="config.data.eval: the prompt is the same in all") as caught:
+    with pytest.raises(InputError, match="config.data.eval: all . examples have the same prompt") as caught:
         mismatched(*make_pairs(prompts), max_length=64, place="config.data.eval")
-    assert "two different prompts" in caught.value.expected
+    assert "two prompts" in caught.value.expected

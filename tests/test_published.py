@@ -140,7 +140,7 @@ def test_system_text_that_cannot_be_written_is_refused():
     assert "another system message" in failure(other).got
     assert read(other, "system=")[0][0][0].startswith("<|im_start|>system\nBe long.")
     assert (
-        "'system' column beside plain text"
+        "a column 'system', and config.data.format is 'plain'"
         in failure({"system": "Be terse.", "prompt": "q", **TEXTS}, format="plain").got
     )
 
@@ -161,10 +161,13 @@ def test_alpaca_rows_are_text_if_the_format_says_so():
 @pytest.mark.parametrize(
     ("fields", "got"),
     [
-        ({"prompt": "q", "response_0": "a", "response_1": "b", "better_response_id": 2}, "2 beside two answers"),
-        ({"context": [USER], "response1": "a", "response2": "b", "overall_preference": 0}, "no better answer"),
-        ({"prompt": "q", "response_a": "a", "response_b": "b", "winner": "tie"}, "no better answer of the two ('tie')"),
-        ({"prompt": "q", "answers": [{"words": "a"}]}, "the first is an object with the keys 'words'"),
+        ({"prompt": "q", "response_0": "a", "response_1": "b", "better_response_id": 2}, "'better_response_id' is 2"),
+        (
+            {"context": [USER], "response1": "a", "response2": "b", "overall_preference": 0},
+            "is 0, so neither answer is better",
+        ),
+        ({"prompt": "q", "response_a": "a", "response_b": "b", "winner": "tie"}, "'winner' is 'tie', so neither"),
+        ({"prompt": "q", "answers": [{"words": "a"}]}, "the first of which is an object with the keys 'words'"),
         (
             {"good": "a", "dispreferred": "b", "question": "q"},
             "no 'chosen' among the columns 'good', 'dispreferred', 'question'",
@@ -231,7 +234,7 @@ def test_columns_are_read_under_other_names(fields, columns):
 @pytest.mark.parametrize(
     ("columns", "got"),
     [
-        ("promt=question", "'promt', which nothing reads"),
+        ("promt=question", "'promt' before the =, a name that nothing reads"),
         ("prompt=a,prompt=b", "'prompt' twice"),
         ("prompt", "'prompt'"),
         ("=a", "'=a'"),
@@ -242,4 +245,4 @@ def test_columns_are_read_under_other_names(fields, columns):
 def test_mappings_that_are_none_are_refused(columns, got):
     with pytest.raises(InputError) as caught:
         reader(columns)
-    assert caught.value.place == "data.columns" and got in caught.value.got
+    assert caught.value.place == "config.data.columns" and got in caught.value.got

@@ -172,7 +172,9 @@ def test_a_pass_whose_values_all_come_with_the_data_writes_no_store(tmp_path):
 def test_another_identity_is_refused_and_names_the_part(tmp_path, part):
     run(tmp_path / "r", make_set(4))
     before = sorted(p.name for p in (tmp_path / "r").iterdir())
-    with pytest.raises(InputError, match=f"reference log-probs of another {part} .*{part} was .* is other") as error:
+    with pytest.raises(
+        InputError, match=f"reference log-probs of a run that differs in {part} .*{part} was .* is other"
+    ) as error:
         run(tmp_path / "r", make_set(4), identity=IDENTITY | {part: "other"})
     assert all(name not in error.value.got.split("(")[0] for name in IDENTITY if name != part)
     assert sorted(p.name for p in (tmp_path / "r").iterdir()) == before
@@ -319,7 +321,7 @@ def test_damaged_store_is_refused_and_named(tmp_path, name):
 
 def test_store_in_the_place_of_a_file_is_refused(tmp_path):
     (tmp_path / "r").write_text("")
-    with pytest.raises(InputError, match="is a file"):
+    with pytest.raises(InputError, match="r: a file; expected a folder"):
         run(tmp_path / "r", make_set(4))
 
 

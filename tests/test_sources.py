@@ -129,7 +129,8 @@ def test_read_takes_folders_that_datasets_wrote_and_the_split_asked_for(tmp_path
     assert [row.fields for row in read_one(tmp_path / "one").rows] == ROWS
     assert [row.fields for row in read_one(tmp_path / "two", split="test").rows] == ROWS[2:]
     error = failure(tmp_path / "two", split="eval")
-    assert "no split 'eval'" in error.got and "train, test" in error.expected
+    assert error.got == "no split 'eval', but train, test" and error.remedy.endswith(f" {tmp_path / 'two' / 'train'}.")
+    assert [row.fields for row in read_one(tmp_path / "two" / "train").rows] == ROWS
 
 
 def test_read_takes_several_parts_each_with_its_weight(tmp_path):
@@ -181,18 +182,22 @@ def test_rows_are_read_lazily(tmp_path):
     ("name", "content", "place", "got"),
     [
         ("a.jsonl", LINES + '\n{"prompt": 1,}\n', ":5", "broken JSON"),
-        ("b.jsonl", LINES + "[1, 2]\n", ":4", "a JSON list"),
+        ("b.jsonl", LINES + "[1, 2]\n", ":4", "a list in place of a row"),
         ("c.jsonl", LINES.encode() + b'{"a": "\xff"}\n', ":4", "byte 8 is not UTF-8"),
         ("d.json", '[{"a": 1},\n{"a"}]', "", "line 2, column"),
-        ("e.json", '[{"a": 1}, "b"]', ":2", "a JSON str"),
+        ("e.json", '[{"a": 1}, "b"]', ":2", "text in place of a row"),
+        ("n.jsonl", LINES + "null\n", ":4", "null in place of a row"),
+        ("o.jsonl", '{"a": 1,\n{"a": 2}\n', ":1", "broken JSON at column 9"),
+        ("p.csv", "a;b\nx;y\n", ":2", "';' between fields"),
+        ("q.csv", b"a,b\nx,\xe9\n", ":2", "bytes that are not UTF-8, such as 0xe9"),
         ("f.json", '{\n"a": 1,\n}', "", "line 3, column 1"),
         ("m.jsonl", '{"a": 1,}\n{"a": 2}\n', ":1", "broken JSON at column 9"),
         ("g.csv", 'a,b\nx,"y\nz"\nx\n', ":4", "number of fields"),
         ("h.csv", "a,b\nx,y,z\n", ":2", "number of fields"),
-        ("k.jsonl", LINES + '{"a": ' + "9" * 5000 + "}\n", ":4", "cannot be read as JSON"),
-        ("l.jsonl", LINES + '{"a": ' + "[" * 100_000 + "\n", ":4", "cannot be read as JSON"),
+        ("k.jsonl", LINES + '{"a": ' + "9" * 5000 + "}\n", ":4", "too long a number"),
+        ("l.jsonl", LINES + '{"a": ' + "[" * 100_000 + "\n", ":4", "nested too deeply"),
         ("i.txt", LINES, "", "extension '.txt'"),
-        ("j", LINES, "", "extension ''"),
+        ("j", LINES, "", "without an extension"),
     ],
 )
 def test_read_says_where_a_file_is_broken(tmp_path, name, content, place, got):

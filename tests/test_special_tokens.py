@@ -54,8 +54,8 @@ def grown(*tokens, **options):
 
 def test_tokens_without_an_embedding_are_a_warning_where_no_text_uses_them(tmp_path):
     assert warnings(tmp_path, PLAIN, grown("<x>", "<y>")) == [
-        f"the tokenizer has {TOKENS + 2} tokens and the model's vocab_size is {TOKENS}; no text uses "
-        f"'<x>' (id {TOKENS}), '<y>' (id {TOKENS + 1})"
+        f"the tokenizer has {TOKENS + 2} tokens and the model's vocab_size is {TOKENS}: the data use none of "
+        f"those beyond it, '<x>' (id {TOKENS}), '<y>' (id {TOKENS + 1})"
     ]
     assert warnings(tmp_path / "resized", PLAIN, grown("<x>", "<y>"), vocab_size=TOKENS + 2) == []
 
@@ -232,8 +232,8 @@ WRITTEN = [{"prompt": "<|im_start|>user\nis<|im_end|>\n", "chosen": "b<|im_end|>
 @pytest.mark.parametrize(
     ("rows", "template", "how"),
     [
-        (PLAIN, CHATML, 'data.format="chat"'),
-        ([{"prompt": "is", "completion": "b", "label": True}], CHATML, "messages in place of text"),
+        (PLAIN, CHATML, "give --config.data.format=chat"),
+        ([{"prompt": "is", "completion": "b", "label": True}], CHATML, "write messages in place of text"),
         (PLAIN, None, ""),
         (CHAT, CHATML, ""),
         (WRITTEN, CHATML, ""),
@@ -254,7 +254,7 @@ def test_text_that_a_chat_template_could_have_written_is_a_warning(tmp_path, row
         cache_dir=str(tmp_path / "cache"),
     )
     lines = notices.untemplated("train", found, tokenizer)
-    assert len(lines) == bool(how) and all(str(path) in line and f"; {how} would" in line for line in lines)
+    assert len(lines) == bool(how) and all(str(path) in line and line.endswith(f", {how}") for line in lines)
 
 
 def test_columns_that_nothing_reads_are_a_warning(tmp_path):
@@ -303,5 +303,5 @@ def test_model_without_a_tokenizer_is_refused(tmp_path):
     config = write(tmp_path, PLAIN, make_tokenizer())
     for name in folders.tokenizer_files(tmp_path / "model"):
         (tmp_path / "model" / name).unlink()
-    with pytest.raises(InputError, match="model: no tokenizer files; .*set tokenizer.path"):
+    with pytest.raises(InputError, match="model: no tokenizer files; .*give --config.tokenizer.path=FOLDER"):
         load_inputs(config, training=True)

@@ -331,7 +331,7 @@ def test_reference_of_something_else_is_refused(finished, inputs, tmp_path, part
     shutil.copytree(inputs, tmp_path / "inputs")
     change(tmp_path / "inputs")
     config = make_config(tmp_path / "inputs", reference__path=str(finished / "reference"), **fields)
-    with pytest.raises(InputError, match=rf"reference log-probs of another {part} \("):
+    with pytest.raises(InputError, match=rf"reference log-probs of a run that differs in {part} \("):
         train.run(config, tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
@@ -423,7 +423,7 @@ def test_supervised_stage_refuses_reference_values_of_the_model_before_it(inputs
     given = [row | {"ref_chosen_logps": -1.0, "ref_rejected_logps": -2.0} for row in rows]
     (tmp_path / "given.jsonl").write_text("".join(json.dumps(row) + "\n" for row in given))
     config = make_config(inputs, sft__steps=3, sft__batch_pairs=8, data__train=str(tmp_path / "given.jsonl"))
-    with pytest.raises(InputError, match=r"config\.sft\.steps: got 3, and 40 pairs bring reference log-probs"):
+    with pytest.raises(InputError, match=r"config\.sft\.steps: got 3, and 40 pairs with reference log-probs"):
         train.run(config, tmp_path / "run")
 
 
@@ -438,7 +438,7 @@ def test_two_stages_can_be_moved_and_called_by_another_path(tmp_path, monkeypatc
     assert untimed([commands.evaluate_checkpoint(config, Path("moved"))]) == first
     # What a command that only reads cannot find it does not make.
     shutil.rmtree(tmp_path / "moved" / "sft")
-    with pytest.raises(InputError, match=r"sft/export: no such folder; expected the model after sft\.steps"):
+    with pytest.raises(InputError, match=r"sft/export: no such folder; expected the fine-tuned model"):
         commands.evaluate_checkpoint(config, tmp_path / "moved")
 
 
@@ -468,7 +468,7 @@ def test_evaluation_comes_every_so_many_steps_and_at_the_end(watched):
         ({"optimizer__name": "adam"}, "config.optimizer.name"),
         ({"model__attention": "flash"}, "config.model.attention: got 'flash'"),
         ({"model__remat": "all"}, "config.model.remat: got 'all'"),
-        ({"data__train": ""}, "config.data.train: is empty"),
+        ({"data__train": ""}, "config.data.train: empty"),
         ({"data__train": "nowhere.jsonl"}, "nowhere.jsonl"),
         ({"train__batch_pairs": 41}, "config.train.batch_pairs: got 41, and an epoch has 40 pairs"),
         ({"sft__steps": 1, "sft__batch_pairs": 64}, "config.sft.batch_pairs: got 64"),
@@ -502,7 +502,9 @@ def test_data_changed_under_a_run_is_refused(inputs, tmp_path, split):
     path.write_text("".join(path.read_text().splitlines(keepends=True)[:-1]))
     # Whether it is complete, as here, or goes on.
     for _ in range(2):
-        with pytest.raises(InputError, match=rf"config\.data\.{split}: .* the checkpoint at step 2 was made"):
+        with pytest.raises(
+            InputError, match=rf"config\.data\.{split}: .*, which are not those of the checkpoint at step 2"
+        ):
             train.run(config, tmp_path / "run")
         shutil.rmtree(tmp_path / "run" / "export", ignore_errors=True)
 
@@ -533,10 +535,10 @@ def test_reference_pass_of_a_loss_that_reads_none_is_refused(inputs, tmp_path):
 
 def test_folder_that_cannot_be_written_to_is_refused(inputs, tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(InputError, match=r"cannot be written to|is a file"):
+    with pytest.raises(InputError, match=r"cannot be written to|: a file; expected a folder"):
         train.run(make_config(inputs), tmp_path / "file" / "run")
 
 
 def test_evaluate_without_a_checkpoint_is_refused(inputs, tmp_path):
-    with pytest.raises(InputError, match="no checkpoint; expected one of a training run"):
+    with pytest.raises(InputError, match="no checkpoint in it; expected one of a training run"):
         commands.evaluate_checkpoint(make_config(inputs), tmp_path)

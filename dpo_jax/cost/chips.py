@@ -290,10 +290,14 @@ def parse_topology(name: str) -> tuple[Chip, tuple[int, ...]]:
         shape = tuple(map(int, sizes))
         if not chip.slice_chips or math.prod(shape) <= chip.slice_chips:
             return chip, shape
-    valid = ", ".join(
-        f"{c.name}:{'x'.join('XYZ'[: c.dimensions])} of at most {c.slice_chips} chips"
-        if c.dimensions
-        else f"{c.name}:N"
-        for c in CHIPS
+    raise ValueError(f"topology: got {name!r}; expected {valid_topologies()}. Name one, such as v5p:4x4x4.")
+
+
+def valid_topologies() -> str:
+    """Returns the names that `parse_topology` reads, for messages."""
+    return ", ".join(
+        f"{chip.name}:{'x'.join('XYZ'[: chip.dimensions])} of at most {chip.slice_chips} chips"
+        if chip.dimensions
+        else f"{chip.name}:N"
+        for chip in CHIPS
     )
-    raise ValueError(f"topology: got {name!r}; expected {valid}. Name one of these, such as v5p:4x4x4.")

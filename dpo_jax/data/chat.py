@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from dpo_jax.data.columns import DROP, check_different, column, described, is_given
-from dpo_jax.types import InputError, Row, Value
+from dpo_jax.types import InputError, Row, Value, shown
 
 Message = dict[str, Value]
 
@@ -76,9 +76,9 @@ def of_pair(row: Row) -> Conversation:
     if shared and all(own.strip() != message["content"].strip() for message in prompt):
         raise InputError(
             row.place,
-            got="a text prompt that is not one of the messages both answers start with",
-            expected="answers that start with this prompt, or with an assistant message",
-            remedy="Give the prompt as messages.",
+            got="a text in 'prompt' that is none of the messages with which 'chosen' and 'rejected' both begin",
+            expected="this text among them, or answers that begin with an assistant message",
+            remedy=f'Leave the column out with --config.data.columns="prompt=", or give it as messages. {DROP}',
         )
     return _checked(row, prompt, [chosen[shared:], rejected[shared:]], names)
 
@@ -128,7 +128,7 @@ def check_not_printed(row: Row, text: str, name: str) -> None:
         how = "messages as Python or numpy prints them" if printed else "broken JSON of messages"
         raise InputError(
             row.place,
-            got=f"{name} is text that holds {how}: {text[:40]!r}",
+            got=f"{name} is text that holds {how}: {shown(text)}",
             expected="messages, or JSON text of them (json.dumps)",
             remedy="Store the column as lists of messages, in JSONL or Parquet.",
         )
@@ -168,7 +168,10 @@ def _message(row: Row, value: Value, name: str) -> Message:
     elif content is None and calls:
         content = ""
     if not isinstance(role, str) or not isinstance(content, str):
-        got = f"{name} is {described(value)}" if not fields else f"{name} lacks a role or has content that is not text"
+        got = f"{name} is {described(value)}"
+        if "role" in fields:
+            key, wrong = ("content", content) if isinstance(role, str) else ("role", role)
+            got = f"{name} has {f'a {key!r} that is {described(wrong)}' if key in fields else f'no {key!r}'}"
         raise InputError(row.place, got=got, expected='{"role": text, "content": text}', remedy=DROP)
     if role in _STANDARD and not calls and content is fields.get("content"):
         return fields
@@ -183,27 +186,30 @@ def _joined(row: Row, parts: list[Value], name: str) -> str:
     """Text of a message whose content is a list of parts. Raises: InputError if one is no text."""
     for part in parts:
         if not isinstance(part, dict) or not isinstance(part.get("text"), str):
-            what = f"part of type {part['type']!r}" if isinstance(part, dict) and "type" in part else described(part)
-            raise InputError(
-                row.place, got=f"{name} has a part that is no text: {what}", expected="parts of text alone", remedy=DROP
-            )
+            typed = isinstance(part, dict) and "type" in part
+            what = f"of type {shown(part['type'])}" if typed else f"that is {described(part)}"
+            got = f"{name} has a part {what}"
+            expected = 'parts {"type": "text", "text": text} alone'
+            raise InputError(row.place, got=got, expected=expected, remedy=DROP)
     return "".join(part["text"] for part in parts)
 
 
 def _calls(row: Row, calls: Value, name: str) -> list[Value]:
     """Calls of a message in the form that templates read, `arguments` decoded from JSON text."""
-    calls = _object(row, calls, f"{name} has a call", (dict, list)) if isinstance(calls, str) else calls
+    calls = _object(row, calls, f"{name} has a call of a tool", (dict, list)) if isinstance(calls, str) else calls
     decoded = []
     for call in calls if isinstance(calls, list) else [calls]:
         if not isinstance(call, dict):
-            raise InputError(
-                row.place, got=f"{name} has a call that is {described(call)}", expected="objects", remedy=DROP
+            got, expected = (
+                f"{name} has a call of a tool that is {described(call)}",
+                '{"name": text, "arguments": object}',
             )
+            raise InputError(row.place, got=got, expected=expected, remedy=DROP)
         if "function" not in call:
             call = {"type": "function", "function": call}
         function = call["function"]
         if isinstance(function, dict) and isinstance(function.get("arguments"), str):
-            what = f"{name} calls {function.get('name')!r} with arguments"
+            what = f"{name} calls {shown(function.get('name'))} with arguments"
             arguments = _object(row, function["arguments"] or "{}", what, dict)
             call = {**call, "function": {**function, "arguments": arguments}}
         decoded.append(call)
@@ -217,7 +223,7 @@ def _object(row: Row, text: str, what: str, types: type | tuple[type, ...]) -> V
     except (ValueError, RecursionError):
         value = None
     if not isinstance(value, types):
-        got = f"{what} that are no JSON object: {text[:40]!r}"
+        got = f"{what} in the text {shown(text)}, which is no JSON object"
         raise InputError(row.place, got=got, expected="an object, or the JSON text of one", remedy=DROP)
     return value
 
@@ -230,16 +236,21 @@ def _alike(one: Message, other: Message) -> bool:
 def _checked(row: Row, prompt: list[Message], answers: list[list[Message]], names: Sequence[str]) -> Conversation:
     """Adds the row's system text; checks that there is a prompt, and answers: different, not empty, the assistant's."""
     prompt = _with_system(row, prompt)
+    for name, answer in zip(names, answers, strict=True):
+        if not answer and any(answers):
+            raise InputError(row.place, got=f"{name} is empty", expected="an answer", remedy=DROP)
     if not prompt:
-        expected = "a prompt column, or messages that both answers start with"
-        raise InputError(row.place, got="no prompt message", expected=expected, remedy=DROP)
+        got = f"no prompt: {' and '.join(names)} begin with different messages"
+        got = "'prompt' is empty" if row.fields.get("prompt") is not None else got
+        expected = "a column 'prompt', or messages with which both answers begin"
+        raise InputError(row.place, got=got, expected=expected, remedy=DROP)
     check_different(row, answers, same=lambda one, other: len(one) == len(other) and all(map(_alike, one, other)))
     for name, answer in zip(names, answers, strict=True):
         if answer and answer[0]["role"] != "assistant":
             raise InputError(
                 row.place,
-                got=f"the answer in {name} starts with a {answer[0]['role']!r} message",
-                expected="equal prompts, and answers that start with an assistant message",
+                got=f"the answer in {name} begins with a message of the role {shown(answer[0]['role'])}",
+                expected="the same prompt on both sides, and then a message of the assistant",
                 remedy=DROP,
             )
         if not any(m["content"].strip() or m.get("tool_calls") for m in answer if m["role"] == "assistant"):
@@ -252,6 +263,8 @@ def _with_system(row: Row, prompt: list[Message]) -> list[Message]:
     system = row.fields.get("system")
     if not is_given(system):
         return prompt
+    if not isinstance(system, (str, list, dict)):
+        raise InputError(row.place, got=f"'system' is {described(system)}", expected="text", remedy=DROP)
     message = system if isinstance(system, dict) else {"role": "system", "content": system}
     (message,) = messages(row, message, "'system'", author="system")
     if not prompt or prompt[0]["role"] != "system":
@@ -261,7 +274,7 @@ def _with_system(row: Row, prompt: list[Message]) -> list[Message]:
             row.place,
             got="a 'system' column beside a prompt with another system message",
             expected="one system message",
-            remedy='Remove one of them; data.columns="system=" leaves the column out.',
+            remedy='Remove one of them; --config.data.columns="system=" leaves the column out.',
         )
     return prompt
 

@@ -6,11 +6,11 @@ import itertools
 import math
 import operator
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
-from dpo_jax.types import InputError, Row, Value
+from dpo_jax.types import InputError, Row, Value, listed
 
-DROP = 'Correct or drop the row, or set data.on_bad_row="skip".'
+DROP = "Correct or drop the row, or give --config.data.on_bad_row=skip."
 
 
 _KINDS = {type(None): "null", bool: "true or false", int: "a number", float: "a number", str: "text", list: "a list"}
@@ -26,8 +26,13 @@ _HINTS = {
 def described(value: object) -> str:
     """Returns what a value is, for messages: `text`, `a number`, `an object with the keys 'a', 'b'`."""
     if isinstance(value, dict):
-        return f"an object with the keys {', '.join(map(repr, value))}" if value else "an empty object"
+        return f"an object with the keys {named(value)}" if value else "an empty object"
     return _KINDS.get(type(value), f"a {type(value).__name__}")
+
+
+def named(names: Iterable[object]) -> str:
+    """Joins the names of columns or keys for a message, a few of them."""
+    return listed([*map(repr, names)], most=8)
 
 
 def column(row: Row, name: str) -> Value:
@@ -44,11 +49,10 @@ def missing(row: Row, name: str) -> InputError:
     """Error for a row without a column, which says what is read and how to map the columns that it has."""
     return InputError(
         row.place,
-        got=f"no {name!r} among the columns {', '.join(map(repr, row.fields)) or '(there is none)'}",
-        expected="chosen and rejected, with a prompt column unless the answers carry the prompt; prompt, responses and "
-        "scores or ranks; prompt, completion and label; or a layout of docs/data.md (OpenAI, ShareGPT, Alpaca, NeMo, "
-        "two responses and the better one, and others)",
-        remedy=f'Map the columns, such as data.columns="{_mapping(row)}", or rename them.',
+        got=f"no {name!r} among the columns {named(row.fields) or '(there is none)'}",
+        expected="the columns prompt, chosen and rejected (no prompt where conversations begin with it); prompt, "
+        "responses and scores or ranks; prompt, completion and label; or those of a layout in docs/data.md",
+        remedy=f'Say which column is which, for example --config.data.columns="{_mapping(row)}", or rename them.',
     )
 
 
@@ -57,6 +61,7 @@ def _mapping(row: Row) -> str:
     pairs = []
     for target, hints in _HINTS.items():
         columns = [name for name, value in row.fields.items() if isinstance(value, (str, list, dict))]
+        columns = [name for name in columns if not {*",=;"} & {*name}]  # a mapping cannot hold the first two
         names = (name for hint in hints for name in columns if hint in name.lower())
         fitting = (name for name in names if not (target == "chosen" and re.search("non|dis", name.lower())))
         if target not in row.fields:
@@ -72,8 +77,9 @@ def text(row: Row, name: str) -> str:
 def as_text(row: Row, value: object, name: str) -> str:
     """Returns the value. Raises: InputError if it is no text."""
     if not isinstance(value, str):
-        got = f"{name} is {described(value)}"
-        raise InputError(row.place, got=got, expected='text (or messages, where data.format is "chat")', remedy=DROP)
+        where = "Where all rows are conversations, give --config.data.format=chat. "
+        remedy = where * isinstance(value, (list, dict)) + DROP
+        raise InputError(row.place, got=f"{name} is {described(value)}", expected="text", remedy=remedy)
     return value
 
 

@@ -26,11 +26,12 @@ from dpo_jax.data.columns import (
 )
 from dpo_jax.data.templates import TemplateLoss
 from dpo_jax.data.weights import weighed
-from dpo_jax.types import InputError, Pair, Row, Spans
+from dpo_jax.types import InputError, Pair, Row, Spans, shown
 
 FORMATS = ("plain", "chat", "hh", "ranked", "unpaired")
 RANKINGS = ("all", "best", "whole")
 REFERENCE = ("ref_chosen_logps", "ref_rejected_logps")
+_WITHOUT_REFERENCE = f"--config.data.columns={','.join(f'{name}=' for name in REFERENCE)}"
 _OF_PAIRS = {"prompt", "chosen", "rejected", *REFERENCE}
 _OF_MESSAGES = {"system", "tools", "chat_template_kwargs"}
 _OF_ALL = {"weight", "margin"}
@@ -69,10 +70,10 @@ def detect(row: Row) -> str:
         chat.check_not_printed(row, each, name)
     raise InputError(
         row.place,
-        got="text answers without a 'prompt' column",
-        expected=f"a prompt column, or transcripts with {HEADER!r} before each answer",
-        remedy='Name the column of the prompt, data.columns="prompt=COLUMN", or add one: text does not show where an '
-        "answer starts.",
+        got="answers as text, and no column 'prompt'",
+        expected=f"that column, or transcripts with {HEADER!r} before each answer",
+        remedy='Name the column of the prompt, --config.data.columns="prompt=COLUMN", or add one: text does not show '
+        "where an answer begins.",
     )
 
 
@@ -137,7 +138,7 @@ def render(
     """
     if format not in FORMATS:
         raise InputError(
-            "data.format", got=repr(format), expected=f"auto or one of {', '.join(FORMATS)}", remedy="Correct it."
+            "config.data.format", got=repr(format), expected=f"one of {', '.join(FORMATS)}", remedy="Name one of these."
         )
     conversation = _conversation(row, format)
     if conversation is None:
@@ -247,9 +248,9 @@ def _texts(row: Row, format: str) -> tuple[str, ...]:
     if is_given(row.fields.get("system")):
         raise InputError(
             row.place,
-            got=f"a 'system' column beside {format} text",
+            got=f"a column 'system', and config.data.format is {format!r}",
             expected="no system text, because no chat template is applied",
-            remedy='Set data.format="chat", or leave the column out with data.columns="system=".',
+            remedy='Give --config.data.format=chat, or leave the column out with --config.data.columns="system=".',
         )
     texts = _texts_of(row, format)
     for name, each in zip(("'prompt'", *_names(format, len(texts) - 1)), texts, strict=True):
@@ -273,7 +274,8 @@ def _responses(row: Row) -> list[Any]:
     """Values of the column `responses`. Raises: InputError if they are fewer than two."""
     value = column(row, "responses")
     if not isinstance(value, list) or len(value) < 2:
-        got = f"{len(value)} response(s)" if isinstance(value, list) else f"'responses' is {described(value)}"
+        count = f"'responses' holds {'one response' if value else 'no response'}" if isinstance(value, list) else ""
+        got = count or f"'responses' is {described(value)}"
         raise InputError(row.place, got=got, expected="a list of at least two", remedy=DROP)
     return value
 
@@ -305,16 +307,17 @@ def _values(row: Row, count: int) -> tuple[str, list[float]]:
     present = [name for name in ("scores", "ranks") if row.fields.get(name) is not None]
     if len(present) != 1:
         got = "both 'scores' and 'ranks'" if present else "neither 'scores' nor 'ranks'"
-        raise InputError(row.place, got=got, expected="one of the two", remedy=DROP)
+        remedy = 'Leave one out with --config.data.columns="ranks=".' if present else DROP
+        raise InputError(row.place, got=got, expected="one of the two", remedy=remedy)
     (name,) = present
     values = row.fields[name]
     if not isinstance(values, list) or len(values) != count:
-        got = f"{len(values)} {name}" if isinstance(values, list) else f"{name!r} is {described(values)}"
-        raise InputError(row.place, got=f"{got} for {count} responses", expected="one for each", remedy=DROP)
+        got = f"{len(values)} {name}" if isinstance(values, list) else f"{described(values)} as {name!r}"
+        raise InputError(row.place, got=f"{got} for {count} responses", expected="a list of one for each", remedy=DROP)
     numbers = [converted for value in values if (converted := number(value)) is not None]
     if len(numbers) < count:
         wrong = next(value for value in values if number(value) is None)
-        raise InputError(row.place, got=f"{wrong!r} in {name!r}", expected="finite numbers", remedy=DROP)
+        raise InputError(row.place, got=f"{shown(wrong)} in {name!r}", expected="numbers", remedy=DROP)
     if name == "scores":
         return name, numbers
     if any(value < 1 or value % 1 for value in numbers):  # such as scores under the wrong name
@@ -328,7 +331,7 @@ def _is_desirable(row: Row) -> bool:
     value = column(row, "label")
     label = _LABELS.get(str(value).strip().lower())
     if label is None:
-        raise InputError(row.place, got=f"'label' is {value!r}", expected="true or false (or 1 or 0)", remedy=DROP)
+        raise InputError(row.place, got=f"'label' is {shown(value)}", expected="true or false (or 1 or 0)", remedy=DROP)
     return label
 
 
@@ -339,8 +342,8 @@ def _check_no_reference(row: Row, what: str) -> None:
             raise InputError(
                 row.place,
                 got=f"{name!r} beside {what}",
-                expected="reference log-probabilities only with pairs of a chosen and a rejected answer",
-                remedy="Remove the columns: the log-probabilities are computed.",
+                expected="reference log-probabilities only in rows with a chosen and a rejected answer",
+                remedy=f"Leave them out with {_WITHOUT_REFERENCE}; they are then computed.",
             )
 
 
@@ -355,9 +358,9 @@ def _reference(row: Row) -> tuple[float, float] | None:
         if logp is None:
             raise InputError(
                 row.place,
-                got=f"no {name!r} beside the other one" if value is None else f"{name!r} is {value!r}",
-                expected="both reference log-probabilities, finite numbers, or neither",
-                remedy="Give both columns or remove both.",
+                got=f"no {name!r} beside the other one" if value is None else f"{name!r} is {shown(value)}",
+                expected=f"{' and '.join(REFERENCE)}, a number each, or neither",
+                remedy=f"Correct them, or leave both out with {_WITHOUT_REFERENCE}.",
             )
         values.append(logp)
     return values[0], values[1]
@@ -384,15 +387,18 @@ def _transcript(row: Row) -> tuple[str, str, str]:
     if row.fields.get("prompt") is not None:
         raise InputError(
             row.place,
-            got="a 'prompt' column",
-            expected="HH transcripts, which carry their prompt",
-            remedy='Set data.format="plain", or remove the column.',
+            got="a column 'prompt', and config.data.format is 'hh'",
+            expected="transcripts, which begin with the prompt",
+            remedy='Give --config.data.format=plain, or leave the column out with --config.data.columns="prompt=".',
         )
     # The common beginning may extend far into the answers, and even into later turns of a longer one.
     shared = os.path.commonprefix([chosen, rejected])
     end = shared.rfind(HEADER) + len(HEADER)
     if end < len(HEADER):
         raise InputError(
-            row.place, got=f"no {HEADER!r} common to both texts", expected="two HH transcripts", remedy=DROP
+            row.place,
+            got=f"no {HEADER!r} that both texts share",
+            expected="two transcripts with the same prompt",
+            remedy=DROP,
         )
     return shared[:end], chosen[end:], rejected[end:]

@@ -6,6 +6,7 @@ import io
 import json
 from collections.abc import Callable, Iterable, Iterator
 
+from dpo_jax.data.columns import described, named
 from dpo_jax.types import InputError, Row, Value
 
 # Columns of rows. An object that has one of these keys is a row, or holds columns; it is no wrapping around rows.
@@ -13,6 +14,8 @@ _OF_ROWS = {
     *("prompt", "instruction", "question", "input", "context", "messages", "conversations", "conversation"),
     *("chosen", "rejected", "responses", "completion", "completions", "answers", "preferred_output"),
 }
+
+TO_UTF8 = "Convert the file to UTF-8, for example with `iconv -f ENCODING -t UTF-8 FILE > NEW_FILE`."
 
 _WRAPPERS = {"data", "rows", "examples", "records", "items", "instances", "samples", "train", "test", "validation"}
 
@@ -38,13 +41,13 @@ def read(opener: Callable[[], io.BufferedReader], name: str) -> Iterator[Row]:
                 yield _row(f"{name}:{number}", _parse(line, f"{name}:{number}"))
             return
     with opener() as file:
-        value = _parse(file.read(), name, first)
+        value = _parse(file.read(), name, first, by_line=second is not None and _is_complete(second[1]))
     for number, fields in enumerate(_rows(value, name), start=1):
         yield _row(f"{name}:{number}", fields)
 
 
 def _is_complete(line: bytes) -> bool:
-    """Whether a file's first line is a JSON value, not the beginning of one."""
+    """Whether a line is a JSON value, not the beginning of one."""
     try:
         json.loads(line.decode("utf-8-sig"))
     except (ValueError, RecursionError):
@@ -52,28 +55,32 @@ def _is_complete(line: bytes) -> bool:
     return True
 
 
-def _parse(data: bytes, place: str, first: tuple[int, bytes] | None = None) -> Value:
+def _parse(data: bytes, place: str, first: tuple[int, bytes] | None = None, *, by_line: bool = False) -> Value:
     """Parses UTF-8 JSON.
 
     Args:
       first: number and text of the first line of a whole file, where it is broken if it has one object per line.
+      by_line: the second line is complete by itself, so that there is one object per line.
     Raises: InputError that names the place.
     """
     try:
-        return json.loads(data.decode("utf-8-sig"))
+        return json.loads(data.decode("utf-8-sig").rstrip())
     except UnicodeDecodeError as error:
         got, expected = f"byte {error.start + 1} is not UTF-8", "UTF-8 text"
-        raise InputError(place, got=got, expected=expected, remedy="Convert the file to UTF-8.") from error
+        raise InputError(place, got=got, expected=expected, remedy=TO_UTF8) from error
     except (ValueError, RecursionError) as error:  # besides broken JSON: numbers of thousands of digits, deep nesting
-        got, line = f"cannot be read as JSON ({error})", error.lineno if isinstance(error, json.JSONDecodeError) else 0
+        nested = isinstance(error, RecursionError)
+        got, line = f"a value that is {'nested too deeply' if nested else 'too long a number'} to be read", 0
         if isinstance(error, json.JSONDecodeError):
+            line = error.lineno
             where = f"line {line}, column {error.colno}" if line > 1 else f"column {error.colno}"
             got = f"broken JSON at {where} ({error.msg})"
-        if first and line <= first[0]:
+        if first and (line <= first[0] or by_line):
             number, text = first
             _parse(text, f"{place}:{number}")
-        expected = "a list of objects, or one object per line" if first else "one complete JSON object"
-        raise InputError(place, got=got, expected=expected, remedy="Correct or remove it.") from error
+        expected = "a list of objects, or one object per line" if first else "valid JSON"
+        remedy = "Correct the file there." if first else "Correct or remove the line."
+        raise InputError(place, got=got, expected=expected, remedy=remedy) from error
 
 
 def _row(place: str, value: object) -> Row:
@@ -82,8 +89,8 @@ def _row(place: str, value: object) -> Row:
         return Row(place, value)
     raise InputError(
         place,
-        got=f"a JSON {type(value).__name__}",
-        expected="an object with the columns as keys",
+        got=f"{described(value)} in place of a row",
+        expected="a JSON object with the columns as keys",
         remedy="Correct or remove it.",
     )
 
@@ -102,9 +109,9 @@ def _rows(value: Value, name: str) -> Iterable[object]:
     if len(keys) > 1:
         raise InputError(
             name,
-            got=f"one object with lists of rows under the keys {', '.join(map(repr, keys))}",
+            got=f"one object with lists of rows under the keys {named(keys)}",
             expected="rows under one key",
-            remedy="Write the list that is meant into a file of its own.",
+            remedy="Write each list into a file of its own, and give the one that is meant.",
         )
     rows = value[keys[0]]
     if all(isinstance(row.get("row"), dict) and "row_idx" in row for row in rows):  # the Hub's viewer

@@ -84,9 +84,9 @@ def _assign(prompts: list[int], place: str) -> Int[np.ndarray, " N"]:
     if len(sizes) == 1:
         raise InputError(
             place,
-            got=f"the prompt is the same in all of the {len(prompts)} examples",
-            expected="at least two different prompts, because the loss needs answers of other prompts",
-            remedy="Give more data, or choose a loss without a KL estimate.",
+            got=f"all {len(prompts)} examples have the same prompt",
+            expected="at least two prompts: this loss estimates a KL divergence from answers to other prompts",
+            remedy="Give more data or change loss.name; docs/objectives.md says which losses need no such estimate.",
         )
     shuffled = rng.permutation(len(prompts))
     order = shuffled[np.argsort(rng.permutation(len(sizes))[group[shuffled]], kind="stable")]

@@ -8,6 +8,7 @@ from typing import Any, cast
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
+from dpo_jax.data.columns import named
 from dpo_jax.data.dataset import PairSet
 from dpo_jax.data.templates import excerpt
 
@@ -20,13 +21,13 @@ def left_out(name: str, report: Mapping[str, Any]) -> list[str]:
       report: of the set, see `dataset.load`.
     """
     lines = [
-        f"{name}: lost on its way to the model: {entry['part']} in {entry['count']} {entry['side']}, such as "
-        f"{excerpt(entry['text'])} at {entry['place']}"
+        f"{name}: the model does not get all of the text: {entry['part']} in {entry['count']} {entry['side']} is "
+        f"left out, such as {excerpt(entry['text'])} at {entry['place']}"
         for entry in report["omitted"]
     ]
     if report["inner_ends"]:
         lines.append(
-            f"{name}: {report['inner_ends']} answers hold the token that ends a sequence inside their text; "
+            f"{name}: {report['inner_ends']} answers hold the token that ends an answer inside their text; "
             "a model trained on them may stop there"
         )
     return lines
@@ -35,8 +36,8 @@ def left_out(name: str, report: Mapping[str, Any]) -> list[str]:
 def unread(name: str, report: Mapping[str, Any]) -> list[str]:
     """Returns a line for each source of a set with columns that nothing reads."""
     return [
-        f"{name}: nothing reads the columns {', '.join(map(repr, source['unread']))} of {source['name']}; data.columns "
-        "can name one that should be read"
+        f"{name}: nothing reads the columns {named(source['unread'])} of {source['name']}; if one holds a part of the "
+        'preferences, say which, as in --config.data.columns="prompt=COLUMN"'
         for source in report["sources"]
         if source["unread"]
     ]
@@ -57,8 +58,9 @@ def untemplated(name: str, pairs: PairSet, tokenizer: PreTrainedTokenizerBase) -
     for index, source in enumerate(pairs.report["sources"]):
         first = int(np.searchsorted(pairs.source, index))
         if source["pairs"] and not source["templated"] and not added & {*pairs[first].prompt.tolist()}:
-            how = 'data.format="chat"' if source["format"] in ("plain", "hh") else "messages in place of text"
+            pairs_of_text = source["format"] in ("plain", "hh")
+            how = "give --config.data.format=chat" if pairs_of_text else "write messages in place of text"
             lines.append(
-                f"{name}: {source['name']} is text, for which the chat template is not used; {how} would use it"
+                f"{name}: {source['name']} is text, and the model's chat template is not applied; to apply it, {how}"
             )
     return lines

@@ -8,13 +8,13 @@ standard columns pass unchanged.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from typing import NamedTuple, TypeAlias
 
 from dpo_jax.data import chat, formats
 from dpo_jax.data.columns import DROP, described, is_empty, missing, number
 from dpo_jax.data.renaming import Renaming
-from dpo_jax.types import InputError, Row, Value
+from dpo_jax.types import InputError, Row, Value, shown
 
 Fields: TypeAlias = dict[str, Value]
 
@@ -58,10 +58,10 @@ def _objects(row: Row, answers: list[Fields]) -> Fields:
     if answer is None or key is None:
         raise InputError(
             row.place,
-            got=f"a list of answers of which the first is {described(first)}",
-            expected=f"in each an answer ({', '.join(_ANSWER_KEYS)}) and a rank or a score "
+            got=f"a list of answers, the first of which is {described(first)}",
+            expected=f"in each the key of its text ({', '.join(_ANSWER_KEYS)}) and that of its rank or score "
             f"({', '.join((*_RANK_KEYS, *_SCORE_KEYS))})",
-            remedy="Rename the keys.",
+            remedy="Rename the keys in the file.",
         )
     values = [each.get(key) for each in answers]
     if key in _SCORE_KEYS:
@@ -95,24 +95,36 @@ def _labelled(row: Row, messages: Value, label: Value) -> Fields:
     return {"prompt": messages[:-1], "completion": messages[-1:], "label": label}
 
 
-def _choice(sign: Callable[..., float | None]) -> Callable[..., Fields]:
-    """Reader of two answers and the columns that say which is better: `sign` of them is > 0 for the first."""
+def _choice(name: str, columns: tuple[str, ...], sign: Callable[..., float | None], valid: str) -> Layout:
+    """Layout of two answers and the columns that say which is better: `sign` of them is > 0 for the first.
 
-    def read(row: Row, first: Value, second: Value, *values: Value) -> Fields:
-        better = sign(*values)
-        if not better:
-            given = ", ".join(map(repr, values))
-            got = f"no better answer of the two ({given})" if better == 0 else f"{given} beside two answers"
-            expected = "one answer that is better" if better == 0 else "which of them is better"
-            raise InputError(row.place, got=got, expected=expected, remedy=DROP)
-        return _pair(first, second) if better > 0 else _pair(second, first)
+    Args:
+      columns: of the answers, and then of what says which is better.
+      valid: the values of these, for errors.
+    """
+    return Layout(name, columns, lambda row, *values: _better(row, values[:2], columns[2:], values[2:], sign, valid))
 
-    return read
+
+def _better(
+    row: Row,
+    answers: Sequence[Value],
+    names: Sequence[str],
+    values: Sequence[Value],
+    sign: Callable[..., float | None],
+    valid: str,
+) -> Fields:
+    first, second = answers
+    better = sign(*values)
+    if not better:
+        got = " and ".join(f"{name!r} is {shown(value)}" for name, value in zip(names, values, strict=True))
+        tie = ", so neither answer is better" if better == 0 else ""
+        expected = "one answer that is better" if tie else valid
+        raise InputError(row.place, got=got + tie, expected=expected, remedy=DROP)
+    return _pair(first, second) if better > 0 else _pair(second, first)
 
 
 def _summaries(row: Row, summaries: list[Fields], choice: Value) -> Fields:
-    first, second = (each.get("text") for each in summaries)
-    return _choice(_index)(row, first, second, choice)
+    return _better(row, [each.get("text") for each in summaries], ["choice"], [choice], _index, "0 or 1")
 
 
 def _strength(value: Value) -> float | None:
@@ -142,6 +154,7 @@ def _winner(value: Value) -> float | None:
 
 
 _TALKS = ("messages", "conversations", "conversation")
+_STRENGTHS = "a number, below 0 where the first answer is better"
 
 ANSWERS = (
     Layout("OpenAI", ("preferred_output", "non_preferred_output"), _openai, ("input",)),
@@ -156,14 +169,14 @@ ANSWERS = (
     *(Layout("labelled conversation", (name, tag), _labelled) for name in _TALKS for tag in ("label", "kto_tag")),
     Layout("labelled output", ("output", "kto_tag"), lambda _, a, b: {"completion": a, "label": b}),
     Layout("best and worst output", ("output",), lambda _, pair: _pair(*pair), fits=_are_two),
-    Layout("PKU-SafeRLHF", ("response_0", "response_1", "better_response_id"), _choice(_index)),
-    Layout("HelpSteer3", ("response1", "response2", "overall_preference"), _choice(_strength)),
-    Layout("HelpSteer2", ("response_1", "response_2", "preference_strength"), _choice(_strength)),
-    Layout("SHP", ("human_ref_A", "human_ref_B", "labels"), _choice(_flag)),
-    Layout("WebGPT", ("answer_0", "answer_1", "score_0", "score_1"), _choice(_difference)),
+    _choice("PKU-SafeRLHF", ("response_0", "response_1", "better_response_id"), _index, "0 or 1"),
+    _choice("HelpSteer3", ("response1", "response2", "overall_preference"), _strength, _STRENGTHS),
+    _choice("HelpSteer2", ("response_1", "response_2", "preference_strength"), _strength, _STRENGTHS),
+    _choice("SHP", ("human_ref_A", "human_ref_B", "labels"), _flag, "0 or 1"),
+    _choice("WebGPT", ("answer_0", "answer_1", "score_0", "score_1"), _difference, "two numbers"),
     Layout("summaries", ("summaries", "choice"), _summaries, fits=lambda all, _: _are_objects(all) and len(all) == 2),
-    Layout("arena", ("conversation_a", "conversation_b", "winner"), _choice(_winner)),
-    Layout("arena", ("response_a", "response_b", "winner"), _choice(_winner)),
+    _choice("arena", ("conversation_a", "conversation_b", "winner"), _winner, "'model_a' or 'model_b'"),
+    _choice("arena", ("response_a", "response_b", "winner"), _winner, "'model_a' or 'model_b'"),
 )  # fmt: skip
 
 
@@ -310,17 +323,18 @@ def _refuse(row: Row, name: str) -> None:
     if name.lower() in _MEDIA:
         raise InputError(
             row.place,
-            got=f"{name!r} is not empty",
-            expected="text alone, the only thing that models here read",
-            remedy=f'Drop the row; or data.columns="{name}=" leaves the column out, and the model sees none of it.',
+            got=f"the column {name!r} is not empty",
+            expected="text alone: models here read neither images nor sound",
+            remedy=f'Drop the row, or give --config.data.columns="{name}=" to train without what the column holds.',
         )
     others = [each for each in row.fields if _REFERENCE.search(each.lower()) and each not in formats.REFERENCE]
     sides = [[each for each in others if side in each.lower()] for side in ("chosen", "rejected")]
     mapped = ",".join(f"{target}={side[0]}" for target, side in zip(formats.REFERENCE, sides, strict=True) if side)
-    reads = f'data.columns="{mapped}" reads them; ' if all(sides) else ""
+    reads = f'To use them, give --config.data.columns="{mapped}". ' if all(sides) else ""
+    leaves = ",".join(f"{each}=" for each in others)
     raise InputError(
         row.place,
         got=f"reference log-probs in the column {name!r}",
-        expected=" and ".join(map(repr, formats.REFERENCE)) + " of pairs, sums in nats, or none",
-        remedy=f'{reads}data.columns="{",".join(f"{each}=" for each in others)}" leaves them out, to be computed.',
+        expected=" and ".join(map(repr, formats.REFERENCE)) + ", sums over the tokens of an answer in nats, or none",
+        remedy=f'{reads}To have them computed, give --config.data.columns="{leaves}".',
     )

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 
+from dpo_jax.data.columns import named
 from dpo_jax.types import InputError, Row, Value
 
 _MISSING = object()
+EXAMPLE = 'Write the name that is read before the column, as in --config.data.columns="prompt=question,chosen=best".'
 # Columns that rows can do without; they may be missing at the beginning of a file.
 _OPTIONAL = {"system", "tools", "chat_template_kwargs", "weight", "margin", "ref_chosen_logps", "ref_rejected_logps"}
 
@@ -29,12 +31,13 @@ class Renaming:
         for part in text.split(",") if text.strip() else []:
             target, equals, source = (each.strip() for each in part.partition("="))
             if not target or not equals or "=" in source:
-                raise _refusal(f"{part!r}", "READ_AS=COLUMN_OF_THE_FILE, separated by commas")
+                raise _refusal(f"got {part!r}", "NAME=COLUMN, separated by commas", EXAMPLE)
             if target in self.sources:
-                raise _refusal(f"{target!r} twice", "each name once")
+                raise _refusal(f"{target!r} twice", "each name once", "Leave one of them.")
             if source and target not in known:
                 expected = f"one of {', '.join(sorted(standard))}; or a column of a layout in docs/data.md"
-                raise _refusal(f"{target!r}, which nothing reads", expected)
+                remedy = f"Did you mean {source}={target}?" if source in known else EXAMPLE
+                raise _refusal(f"{target!r} before the =, a name that nothing reads", expected, remedy)
             self.sources[target] = source
 
     def apply(self, row: Row) -> Row:
@@ -55,16 +58,17 @@ class Renaming:
             if source and not there and target not in _OPTIONAL and "." not in source:
                 raise InputError(
                     place,
-                    got=f"no column {source!r} among {', '.join(map(repr, names))}",
-                    expected=f"the column that data.columns reads as {target!r}",
-                    remedy="Correct data.columns.",
+                    got=f"no column {source!r} among {named(names)}",
+                    expected=f"it, because config.data.columns reads it as {target!r}",
+                    remedy="Correct --config.data.columns.",
                 )
 
     def check_ended(self) -> None:
         """Raises InputError if no row of all sources had one of the columns."""
         missing = [source for source in self.sources.values() if source and source not in self.seen]
         if missing:
-            raise _refusal(f"columns that no row has: {', '.join(map(repr, missing))}", "columns of the data")
+            got = f"columns that no row has: {named(missing)}"
+            raise _refusal(got, "columns of the data after the =", "Correct the names or leave them out.")
 
 
 def _value(fields: dict[str, Value], source: str) -> Value:
@@ -75,5 +79,5 @@ def _value(fields: dict[str, Value], source: str) -> Value:
     return value
 
 
-def _refusal(got: str, expected: str) -> InputError:
-    return InputError("data.columns", got=got, expected=expected, remedy="Correct it.")
+def _refusal(got: str, expected: str, remedy: str) -> InputError:
+    return InputError("config.data.columns", got=got, expected=expected, remedy=remedy)

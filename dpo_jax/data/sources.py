@@ -20,7 +20,7 @@ import pyarrow.parquet
 import xxhash
 
 from dpo_jax.data import json_rows
-from dpo_jax.types import InputError, Row
+from dpo_jax.types import InputError, Row, listed
 
 if TYPE_CHECKING:
     import datasets  # takes seconds to import, so at run time only where it is used
@@ -29,7 +29,6 @@ _HUB_ID = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+?)(:(?P<config>[\w.-]+))??(:(?P<s
 _BATCH_ROWS = 256  # rows of Parquet or Arrow in memory at a time
 _SHARD = re.compile(r"\d+-of-\d+")  # in the names of files that hold a part of a split
 _METADATA = {"dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json"}
-_NAMED = 5  # most files that a message names
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,8 +111,8 @@ def _matching(part: str) -> list[str]:
         raise InputError(
             part,
             got="a pattern that no file matches",
-            expected="files, such as data/train-*.parquet; or name*WEIGHT with a number above 0",
-            remedy=f"Check the pattern; it is taken from {Path.cwd()}.",
+            expected="a pattern such as data/train-*.parquet, or a weight such as prefs.jsonl*0.5",
+            remedy=f"Check the pattern; the working directory is {Path.cwd()}.",
         )
     return names
 
@@ -128,7 +127,9 @@ def _source(name: str, weight: float, *, split: str) -> Source:
     else:
         rows, digest = _from_datasets(_hub(name, split), name)
     if next(iter(rows), None) is None:
-        raise InputError(name, got="no rows", expected="at least one preference", remedy="Give data with rows.")
+        raise InputError(
+            name, got="no rows", expected="at least one preference", remedy="Check the file or leave it out."
+        )
     return Source(name, weight, digest, rows)
 
 
@@ -136,9 +137,10 @@ def _extension(name: str) -> str:
     for extension in READERS:
         if name.lower().endswith(extension):
             return extension
+    ending = "".join(Path(name).suffixes[-2:])
     raise InputError(
         name,
-        got=f"a file with extension {Path(name).suffix!r}",
+        got=f"a file with the extension {ending!r}" if ending else "a file without an extension",
         expected=_KINDS,
         remedy="Convert the file, or rename it with the extension of its format.",
     )
@@ -186,7 +188,8 @@ def _undamaged(rows: Iterable[Row], name: str) -> Iterator[Row]:
             f"{name}:{number + 1}",
             got=f"a damaged {compressed} stream ({error})" if compressed else f"cannot be read ({error})",
             expected="a whole file",
-            remedy="Copy or download the file again.",
+            remedy="Copy or download it again."
+            + f" If it is not compressed, take .{kind} off its name." * bool(compressed),
         ) from error
 
 
@@ -224,14 +227,19 @@ def _csv_rows(path: Path, name: str) -> Iterator[Row]:
                     None in fields or None in fields.values()
                 ):  # extra fields have the key None, missing ones the value None
                     raise csv.Error("the number of fields differs from that of the first line")
+                if line == 1 and len(fields) == 1 and (other := re.search("[;\\t|]", next(iter(fields)))):
+                    raise csv.Error(f"{other[0]!r} between fields")
                 yield Row(f"{name}:{line + 1}", fields)
                 line = reader.line_num
-        except (csv.Error, UnicodeDecodeError) as error:
+        except UnicodeDecodeError as error:
+            got = f"bytes that are not UTF-8, such as {error.object[error.start]:#04x}"
+            raise InputError(f"{name}:{line + 1}", got=got, expected="UTF-8 text", remedy=json_rows.TO_UTF8) from error
+        except csv.Error as error:
             raise InputError(
                 f"{name}:{line + 1}",
                 got=f"broken CSV ({error})",
-                expected="UTF-8, commas between fields, a quote inside a quoted field doubled",
-                remedy="Correct the line, or give JSONL or Parquet instead.",
+                expected="commas between fields, and a quote inside a quoted field doubled",
+                remedy="Correct the file, or give JSONL or Parquet instead.",
             ) from error
 
 
@@ -241,7 +249,7 @@ READERS: dict[str, Callable[[Path, str], Iterator[Row]]] = {
     **{f".csv{compression}": _csv for compression in ("", ".gz", ".zst")},
     ".parquet": _parquet,
 }
-_KINDS = ".jsonl, .json or .csv (also with .gz or .zst after it) or .parquet"
+_KINDS = ".jsonl, .json, .csv, these also as .gz or .zst, or .parquet"
 
 
 def _folder(name: str, path: Path, split: str) -> datasets.Dataset:
@@ -261,9 +269,9 @@ def _folder(name: str, path: Path, split: str) -> datasets.Dataset:
     if split not in data:
         raise InputError(
             name,
-            got=f"no split {split!r}",
-            expected=f"one of {', '.join(map(str, data))}",
-            remedy="Give the folder of one split: each is a folder in this one.",
+            got=f"no split {split!r}, but {listed([*map(str, data)])}",
+            expected="that split, or a folder with a single one",
+            remedy=f"Name the folder of one split, such as {name.rstrip('/')}/{next(iter(data))}.",
         )
     return data[split]
 
@@ -274,8 +282,7 @@ def _patterns(name: str, folder: Path) -> str:
     files = (path for path in paths if path.name.lower().endswith(tuple(READERS)) and path.name not in _METADATA)
     visible = (path.as_posix() for path in files if not any(part.startswith(".") for part in path.parts))
     patterns = dict.fromkeys(_SHARD.sub("*", path) for path in visible)
-    more = f" and {len(patterns) - _NAMED} more" if len(patterns) > _NAMED else ""
-    return ", ".join(f"{name.rstrip('/')}/{pattern}" for pattern in list(patterns)[:_NAMED]) + more
+    return listed([f"{name.rstrip('/')}/{pattern}" for pattern in patterns])
 
 
 def _hub(name: str, split: str) -> datasets.Dataset:
@@ -284,8 +291,8 @@ def _hub(name: str, split: str) -> datasets.Dataset:
         raise InputError(
             name,
             got="no such file or folder",
-            expected=f"a file ({_KINDS}), a saved datasets folder or a Hub id owner/name",
-            remedy=f"Check the path; it is taken from {Path.cwd()}.",
+            expected=f"a file ({_KINDS}), a folder that datasets.save_to_disk wrote, or a Hub id owner/name",
+            remedy=f"Check the path; the working directory is {Path.cwd()}.",
         )
     import datasets
 

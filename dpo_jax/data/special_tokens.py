@@ -33,8 +33,8 @@ def disagreements(
     tokens = set(tokenizer.get_vocab().values())
     if beyond := sorted(i for i in tokens if i >= vocab_size):
         lines.append(
-            f"the tokenizer has {len(tokens)} tokens and the model's vocab_size is {vocab_size}; no text uses "
-            f"{named(tokenizer, beyond)}"
+            f"the tokenizer has {len(tokens)} tokens and the model's vocab_size is {vocab_size}: the data use none of "
+            f"those beyond it, {named(tokenizer, beyond)}"
         )
     ours, theirs = _ids(tokenizer.bos_token_id), _ids(config.get("bos_token_id"))
     if _differ(ours, theirs, tokens):
@@ -85,8 +85,8 @@ def unended(
     shown = tokenizer.decode(unmark(tails[endless[0]]).tolist()[-2:])
     return [
         f"{len(endless)} of {len(tails)} answers checked in {name} end in no token that stops generation "
-        f"({named(tokenizer, stops)}); {pairs.place(endless[0])} ends in {shown!r}, which eos_token_id in "
-        "generation_config.json could name"
+        f"({named(tokenizer, stops)}); {pairs.place(endless[0])} ends in {shown!r}: a token there that ends answers "
+        "belongs into eos_token_id of generation_config.json"
     ]
 
 

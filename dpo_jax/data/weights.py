@@ -8,7 +8,7 @@ import math
 import numpy as np
 
 from dpo_jax.data.columns import DROP, is_given, number
-from dpo_jax.types import InputError, Pair, Row
+from dpo_jax.types import InputError, Pair, Row, shown
 
 _LARGEST = float(np.finfo(np.float32).max)  # losses are computed in float32
 
@@ -24,14 +24,14 @@ def weighed(row: Row, pairs: list[Pair], *, instead: str = "") -> list[Pair]:
       instead: what the row holds that is no pair of two answers and so has no margin, for errors; empty: it is a pair.
     Raises: InputError for a weight below 0, for anything that is no finite number, and for a margin beside `instead`.
     """
-    weight = _value(row, "weight", 1.0, low=0.0, expected="a finite number, 0 or more")
-    margin = _value(row, "margin", 0.0, low=-math.inf, expected="a finite number")
+    weight = _value(row, "weight", 1.0, low=0.0, expected="a number, 0 or more")
+    margin = _value(row, "margin", 0.0, low=-math.inf, expected="a number")
     if margin and instead:
         raise InputError(
             row.place,
             got=f"'margin' beside {instead}",
-            expected="margins only with pairs of a chosen and a rejected answer",
-            remedy="Remove the column, or write the row as pairs with a margin each.",
+            expected="margins only in rows with a chosen and a rejected answer",
+            remedy='Leave the column out with --config.data.columns="margin=", or write the row as pairs.',
         )
     if (weight, margin) == (1.0, 0.0):
         return pairs
@@ -46,5 +46,5 @@ def _value(row: Row, name: str, default: float, *, low: float, expected: str) ->
     converted = number(value)
     if converted is None or converted < low or abs(converted) > _LARGEST:
         expected = f"{expected}, or nothing, which is {default:g}"
-        raise InputError(row.place, got=f"{name!r} is {value!r}", expected=expected, remedy=DROP)
+        raise InputError(row.place, got=f"{name!r} is {shown(value)}", expected=expected, remedy=DROP)
     return converted

@@ -25,7 +25,7 @@ from dpo_jax import trees
 from dpo_jax.hf.checkpoints import Place, whole
 from dpo_jax.hf.tensors import Sizes, Tensor, leaf_shapes
 from dpo_jax.models import quantized
-from dpo_jax.types import InputError, listed
+from dpo_jax.types import InputError
 
 PREFIX = "base_model.model."  # PEFT's, of every name
 KERNEL = re.compile(r"blocks/(attention|mlp)/\w+/kernel")  # leaves that can have an adapter
@@ -72,6 +72,11 @@ def module_of(tensor: Tensor) -> str:
     return tensor.names[0].removesuffix(".weight")
 
 
+def in_layer_n(tensors: Sequence[Tensor]) -> str:
+    """Joins the names of modules for a message, with N for the number of a layer."""
+    return ", ".join(module_of(each).replace("{layer}", "N") for each in tensors)
+
+
 def choose(table: Sequence[Tensor], sizes: Sizes, targets: str) -> tuple[Tensor, ...]:
     """Returns the tensors that get adapters.
 
@@ -94,9 +99,9 @@ def choose(table: Sequence[Tensor], sizes: Sizes, targets: str) -> tuple[Tensor,
         raise InputError(
             "config.lora.targets",
             got=f"{targets!r}, which matches "
-            + (f"{listed([*map(module_of, partly)])} in some of the layers only" if partly else "none of them"),
-            expected=f"a regular expression that matches some of {', '.join(map(module_of, able))}, in every layer",
-            remedy="Correct it; it has to match a whole name.",
+            + (f"{in_layer_n(partly)} in some of the layers only" if partly else "no module that can have adapters"),
+            expected=f"a regular expression that matches some of {in_layer_n(able)}, in every layer N",
+            remedy=rf"Correct it; it has to match a whole name, as .*\.{module_of(able[0]).rpartition('.')[2]} does.",
         )
     return tuple(chosen)
 

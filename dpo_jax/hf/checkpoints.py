@@ -99,7 +99,7 @@ def read_config(folder: Path) -> tuple[DecoderConfig, dict]:
             str(folder),
             got="an adapter without its model",
             expected="a model",
-            remedy=f"Set lora.path to this folder, and model.path to its model{f', {base}' if base else ''}.",
+            remedy=f"Give --config.lora.path={folder} --config.model.path={base or 'MODEL'}.",
         )
     hf = folders.read_json(path)
     return family(hf, str(path)).decoder_config(hf, str(path)), hf
@@ -406,7 +406,7 @@ def family_table(folder: Path, config: DecoderConfig) -> tuple[list[tensors.Tens
 def check_dtype(dtype: str, place: str) -> None:
     """Raises InputError unless `dtype` is one of DTYPES."""
     if dtype not in DTYPES:
-        raise InputError(place, got=f"dtype {dtype!r}", expected=f"one of {', '.join(DTYPES)}", remedy="Set one.")
+        raise InputError(place, got=f"got dtype {dtype!r}", expected=f"one of {', '.join(DTYPES)}", remedy="Set one.")
 
 
 def check_tokenizer(folder: Path | None) -> None:
@@ -415,8 +415,8 @@ def check_tokenizer(folder: Path | None) -> None:
         raise InputError(
             str(folder),
             got="no tokenizer files",
-            expected=f"some of {', '.join(folders.TOKENIZER_FILES)}",
-            remedy="Save the tokenizer there with its save_pretrained, or set tokenizer.path.",
+            expected=f"some of {listed(folders.TOKENIZER_FILES)}",
+            remedy="Save the tokenizer there with its save_pretrained, or give --config.tokenizer.path=FOLDER.",
         )
 
 

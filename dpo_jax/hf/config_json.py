@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 from dpo_jax.hf import transformers_source
 from dpo_jax.models.config import Rope
 from dpo_jax.models.rope import KINDS, frequencies
-from dpo_jax.types import InputError, listed
+from dpo_jax.types import InputError, listed, shown
 
 KIND_NAMES = {str: "text", bool: "true or false", int: "a positive whole number", float: "a positive number"}
 Fields = dict[str, Any]  # of a config.json; each function here removes the ones that it reads
@@ -89,11 +89,12 @@ def begin(hf: dict, architecture: str, place: str) -> Fields:
     Raises: InputError if it describes another class than `architecture`, or quantized weights.
     """
     named = hf.get("architectures") or [architecture]
+    named = named if isinstance(named, list) else [named]
     # In any case: the first conversions of LLaMA have LLaMAForCausalLM.
     if architecture.lower() not in (str(each).lower() for each in named):
         raise InputError(
             f"{place}: architectures",
-            got=f"got {named}",
+            got=f"got {listed([*map(str, named)])}",
             expected=architecture,
             remedy="Other heads and variants compute something else; start from the causal language model itself.",
         )
@@ -118,7 +119,7 @@ def take(fields: Fields, name: str, kind: type, *, place: str, default: object =
     if not fits(value, kind):
         raise InputError(
             f"{place}: {name}",
-            got="missing" if value is None else f"got {value!r}",
+            got="missing" if value is None else f"got {shown(value)}",
             expected=KIND_NAMES[kind],
             remedy=COMPARE,
         )
@@ -180,7 +181,7 @@ def take_rope(fields: Fields, *, place: str, head_dim: int, max_positions: int, 
     dim = int(head_dim * values.pop("partial_rotary_factor", family.fraction))
     if dim % 2 or not 2 <= dim <= head_dim or (dim < head_dim and not family.partial):
         raise InputError(
-            f"{place}: {family.fractions[0]}",
+            f"{place}: {family.fractions[0] if dim < head_dim else 'head_dim'}",
             got=f"{dim} of a head's {head_dim} dimensions would be rotated",
             expected=f"an even number from 2 to {head_dim}" if family.partial else "all of them, an even number",
             remedy=COMPARE,
@@ -212,9 +213,7 @@ def rope_values(fields: Fields, family: RopeFields, place: str) -> tuple[str, Fi
     for source in ("rope_parameters", "rope_scaling"):
         rope = fields.pop(source, None) or {}
         if not isinstance(rope, dict):
-            raise InputError(
-                f"{place}: {source}", got=repr(rope), expected="an object", remedy="Take it from the original."
-            )
+            raise InputError(f"{place}: {source}", got=f"got {shown(rope)}", expected="an object", remedy=COMPARE)
         for key, value in rope.items():
             stated.setdefault("rope_type" if key == "type" else key, {})[f"{source}.{key}"] = value
     values = {key: value for key, by_place in stated.items() if (value := agreed(by_place, place)) is not None}
@@ -258,9 +257,7 @@ def check_rope(kind: str, values: Fields, place: str, model_type: object) -> Non
         numbers = value if name in ("short_factor", "long_factor") and isinstance(value, list) else [value]
         good = isinstance(value, bool) if name == "truncate" else numbers and all(fits(each, float) for each in numbers)
         if not good:
-            raise InputError(
-                f"{place}: {name}", got=f"got {value!r}", expected=kind_of_value, remedy="Correct the value."
-            )
+            raise InputError(f"{place}: {name}", got=f"got {shown(value)}", expected=kind_of_value, remedy=COMPARE)
 
 
 def agreed(stated: Fields, place: str) -> Any:
@@ -270,8 +267,8 @@ def agreed(stated: Fields, place: str) -> Any:
     if len(distinct) > 1:
         raise InputError(
             place,
-            got=f"got {', '.join(f'{name}={value}' for name, value in values.items())}",
-            expected="one value",
+            got=f"got {', '.join(f'{name}={shown(value)}' for name, value in values.items())}",
+            expected="one value, since these fields have the same meaning",
             remedy="Keep the one the model was trained with.",
         )
     return distinct[0] if distinct else None

@@ -92,9 +92,11 @@ class Spec(NamedTuple):
         return int(np.prod(self.shape)) * np.dtype(self.dtype).itemsize
 
 
-def resolve(path: str | Path) -> Path:
+def resolve(path: str | Path, field: str = "") -> Path:
     """Returns a local folder as it is, or downloads the snapshot of a Hub id such as owner/name.
 
+    Args:
+      field: name of the setting that names it, for errors.
     Raises: InputError if `path` is neither.
     """
     folder = Path(path).expanduser()
@@ -108,9 +110,9 @@ def resolve(path: str | Path) -> Path:
         except (OSError, ValueError) as error:  # every Hub and connection error is one of these
             reason = f"no such folder, and the Hub answered: {' '.join(str(error).split())}"
     raise InputError(
-        str(path),
-        got=reason,
-        expected="a folder with a Hugging Face model, or its id on the Hub",
+        field or str(path),
+        got=f"{f'{str(path)!r}, ' * bool(field)}{reason}",
+        expected="a folder that transformers or PEFT saved, or its id on the Hub",
         remedy="Check the spelling; gated models need `hf auth login` first.",
     )
 
@@ -204,7 +206,10 @@ def open_weights(folder: Path) -> Iterator[Weights]:
                     continue
                 if name in homes:
                     raise InputError(
-                        str(path), got=f"{name} again", expected="each tensor in one file", remedy="Remove one of them."
+                        str(path),
+                        got=f"the tensor {name}, which another file has too",
+                        expected="each tensor in one file",
+                        remedy="Download the model again, into an empty folder.",
                     )
                 headers[name] = Header(entry["dtype"], tuple(entry["shape"]))
                 homes[name] = file, 8 + length + entry["data_offsets"][0]

@@ -131,4 +131,7 @@ def renaming(faults: Faults) -> Renaming | None:
     fault += [f"have {surplus} before them"] * bool(surplus) + [f"lack {lacks} before them"] * bool(lacks)
     code = "k" + "".join(f".replace({part!r}, '')" for part in wrappers)
     code += f".removeprefix({surplus!r})" if surplus else ""
-    return Renaming(names, " and ".join(fault), f"{lacks!r} + {code}" if lacks else code)
+    if lacks:  # other tensors, such as a head, may have the name they should
+        starts = tuple(dict.fromkeys(f"{renamed[name].removeprefix(lacks).partition('.')[0]}." for name in names))
+        code = f"{lacks!r} * k.startswith({starts!r}) + {code}"
+    return Renaming(names, " and ".join(fault), code)

@@ -10,7 +10,7 @@ import xxhash
 
 from dpo_jax import trees
 from dpo_jax.hf import checkpoints, config_json, folders
-from dpo_jax.hf.adapters import PREFIX, Adapters, choose, module_of
+from dpo_jax.hf.adapters import PREFIX, Adapters, choose, in_layer_n, module_of
 from dpo_jax.hf.checkpoints import DEFAULT, Place, WriteOptions
 from dpo_jax.hf.tensors import Sizes, Tensor, all_names, bind, leaf_shapes
 from dpo_jax.runtime import files
@@ -37,7 +37,7 @@ NEUTRAL: dict[str, tuple] = {
 UNMERGEABLE = "PROMPT_TUNING MULTITASK_PROMPT_TUNING P_TUNING PREFIX_TUNING ADAPTION_PROMPT CPT CARTRIDGE".split()
 MERGE = (
     "Merge it with PEFT: PeftModel.from_pretrained(model, folder).merge_and_unload().save_pretrained(new_folder); then "
-    "set model.path to new_folder, and leave lora.path empty."
+    "give --config.model.path=NEW_FOLDER, and no lora.path."
 )
 
 
@@ -107,13 +107,17 @@ def adapted_by(names: Iterable[str], able: Sequence[Tensor], sizes: Sizes, *, pl
         for module in map(module_of, able)
     }
     others = sorted(stems - {name for found in adapted.values() for name in found})
-    partly = [f"{module} in {len(found)} layers" for module, found in adapted.items() if 0 < len(found) < len(layers)]
+    partly = [
+        f"{module.replace('{layer}', 'N')} in {len(found)} of {len(layers)} layers"
+        for module, found in adapted.items()
+        if 0 < len(found) < len(layers)
+    ]
     if others or partly:
         raise InputError(
             place,
             got=f"changes {listed(others or partly)}",
-            expected=f"adapters of {', '.join(adapted)}, each in all {len(layers)} layers",
-            remedy="If it is of another model, set model.path to that. If not: " + MERGE,
+            expected=f"adapters of {in_layer_n(able)}, each in all layers N",
+            remedy="If it is of another model, give that as --config.model.path. If not: " + MERGE,
         )
     return [each for each in able if adapted[module_of(each)]]
 

@@ -129,4 +129,9 @@ POSITIVE_FLIP_RATE = Range(0, 0.5, low_open=True, high_open=True)
 def check(option: str, value: float, valid: Range) -> None:
     """Raises InputError unless the value of the option is in the range."""
     if not valid.holds(value):
-        raise InputError(f"config.loss.{option}", got=f"got {value}", expected=valid.expected, remedy="Change it.")
+        raise InputError(
+            f"config.loss.{option}",
+            got=f"got {value}",
+            expected=valid.expected,
+            remedy=f"Give --config.loss.{option}=VALUE.",
+        )

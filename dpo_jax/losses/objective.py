@@ -31,7 +31,7 @@ from dpo_jax.losses.registry import (
     arguments,
     defaults_of,
 )
-from dpo_jax.types import InputError, check_choice
+from dpo_jax.types import InputError, check_choice, listed
 
 NAME = "config.loss.name"
 
@@ -339,7 +339,7 @@ def _entry_of(name: str) -> Entry:
             NAME,
             got=f"{name!r} cannot be imported ({error})",
             expected="module:function, in a module that Python finds from here",
-            remedy="Correct it, or name one of dpo_jax.losses.LOSSES.",
+            remedy="Correct it, or name a loss of docs/objectives.md.",
         ) from error
     unset = [
         each
@@ -349,8 +349,8 @@ def _entry_of(name: str) -> Entry:
     if len(parameters) < 3 or "lengths" not in parameters or unset or "baseline" in parameters:
         raise InputError(
             NAME,
-            got=f"{name} takes {', '.join(parameters) or 'nothing'}",
-            expected="(policy, reference, *, lengths, ...); further parameters have a default or are named one of "
+            got=f"{name} takes {listed([*parameters]) or 'nothing'}",
+            expected="parameters (policy, reference, *, lengths, ...); further ones have a default or are one of "
             f"{', '.join(each for each in GIVEN if each not in ('baseline', 'running'))}",
             remedy="Change its parameters.",
         )
@@ -369,7 +369,9 @@ def _check_modifier(
     place, modifier = f"config.loss.{option}", MODIFIERS[option]
     expected = OPTIONS[option].refusal(value)
     if expected is not None:
-        raise InputError(place, got=f"got {value!r}", expected=expected, remedy="Change it.")
+        raise InputError(
+            place, got=f"got {value!r}", expected=expected, remedy=f"Give --{place}=VALUE, or leave it out."
+        )
     if modifier.combines is not None:
         comparing = [term.entry for term in terms if term.entry.answers_read == "all"]
         failing = [each.name for each in comparing or [term.entry for term in terms] if not modifier.combines(each)]
@@ -404,13 +406,13 @@ def _check_sum(name: str, objective: Objective, modifiers: Mapping[str, Value]) 
         needed = MODIFIERS[option].reads
         if needed and needed not in objective.needs:
             readers = ", ".join(name for name, entry in REGISTRY.items() if needed in arguments(entry.function))
-            expected = f"a loss that reads {needed}, such as {readers}"
+            expected = f"a loss that reads it: {readers}"
             raise InputError(f"config.loss.{option}", got="is set", expected=expected, remedy="Unset it.")
     if objective.needs >= {"kl", "sequence_kl"}:
         raise InputError(
             NAME,
-            got=f"{name!r}, which reads mismatched answers and divergences along the pair's own",
-            expected="one of the two",
+            got=f"{name!r}, of which one estimates the KL divergence from mismatched answers, another token by token",
+            expected="losses that read one of the two estimates",
             remedy="Leave one of the losses out.",
         )
 
@@ -425,7 +427,7 @@ def _trace(objective: Objective) -> None:
     if losses.shape != (1,):
         raise InputError(
             NAME,
-            got=f"losses of shape {losses.shape} for one pair",
-            expected="one loss a pair, [P]",
-            remedy="Do not average in the function.",
+            got=f"{', '.join(sorted(objective.names))}: losses of shape {losses.shape} for a batch of one pair",
+            expected="the shape [1], a loss for each pair",
+            remedy="Do not average over pairs in the function.",
         )

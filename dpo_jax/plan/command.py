@@ -176,7 +176,9 @@ def run_plan(config: Config, topology: str, *, sweeping: bool = False, reference
         ranked = sweep(config, target, say)
         print(*(f"{place}. {line_of(each)}" for place, each in enumerate(ranked, 1)), sep="\n")
         if not ranked:
-            raise InputError("--sweep", got="no valid mesh", expected="at least one", remedy="Change --topology.")
+            raise InputError(
+                "--sweep", got="no mesh that is valid", expected="at least one", remedy="Change --topology."
+            )
         plan = ranked[0]
     else:
         plan = estimate(config, target)

@@ -134,8 +134,8 @@ def described(config: Config) -> tuple[dict, str]:
         raise InputError(
             "config.plan.architecture",
             got=f"no file {path}",
-            expected="the model's config.json",
-            remedy="Name it, or a local folder as model.path.",
+            expected="the config.json of the model; plan downloads nothing",
+            remedy="Give --config.plan.architecture=FILE, or a local folder as --config.model.path=FOLDER.",
         )
     return folders.read_json(path), str(path)
 
@@ -183,8 +183,8 @@ def estimate(config: Config, topology: Topology, *, reference_in_step: bool = Fa
     ):
         raise InputError(
             "--reference_in_step",
-            got=f"loss {config.loss.name!r}, which reads no reference or more of it than log-probs",
-            expected="a loss of the policy's and the reference's log-probs",
+            got=f"loss {config.loss.name!r}, which reads no reference, or more of it than the log-probs of answers",
+            expected="a loss that compares the log-probs of answers with the reference's",
             remedy="Leave the flag off.",
         )
     model, lengths = architecture(config), drawn_lengths(config)

@@ -38,18 +38,17 @@ def parse_topology(text: str) -> Topology:
     problem = ""
     for option in options:
         match = re.fullmatch(r"slices=([1-9]\d*)", option)
-        problem, slices = ("", int(match[1])) if match else (f"option {option!r}", 1)
+        problem, slices = ("", int(match[1])) if match else (f" with the option {option!r}", 1)
     try:
         chip, shape = chips.parse_topology(name)
-    except ValueError as error:
-        problem = problem or str(error)
-        chip, shape = chips.CHIPS[0], ()
-    if problem:
+    except ValueError:
+        chip, shape = None, ()
+    if problem or chip is None:
         raise InputError(
             "--topology",
-            got=f"{text!r} ({problem})",
-            expected="CHIP:SHAPE, and ,slices=N for several of them",
-            remedy="Give for example v5p:4x4x4, v5e:16x16,slices=2 or h100:64.",
+            got=f"{text!r}{problem}",
+            expected=f"CHIP:SHAPE, and ,slices=N for several slices of TPUs; CHIP:SHAPE is {chips.valid_topologies()}",
+            remedy="Give for example --topology=v5p:4x4x4, --topology=v5e:16x16,slices=2 or --topology=h100:64.",
         )
     return Topology(name, chip, shape, slices)
 
@@ -67,7 +66,7 @@ def devices_of(topology: Topology) -> Sequence[Any]:
             "--topology",
             got=f"libtpu cannot compile for {topology} ({' '.join(str(error).split())[:300]})",
             expected="libtpu, and a topology it knows",
-            remedy="Run pip install 'dpo-jax[plan]'.",
+            remedy="Name another; if libtpu is missing, run pip install 'dpo-jax[plan]'.",
         ) from error
 
 

@@ -166,9 +166,10 @@ def _check_none_provided(count: int) -> None:
     if count:
         raise InputError(
             "config.loss.name",
-            got=f"a loss that reads the reference token by token, and {count} pairs that bring its sums over answers",
+            got=f"a loss that reads the reference token by token, and {count} pairs with reference log-probs of whole "
+            "answers",
             expected="pairs without reference log-probs of their own; the reference pass scores them",
-            remedy="Remove the columns ref_chosen_logps and ref_rejected_logps.",
+            remedy="Leave them out with --config.data.columns=ref_chosen_logps=,ref_rejected_logps=.",
         )
 
 

@@ -41,14 +41,15 @@ def check_identity(store: Store) -> None:
     folder, identity, _ = store
     manifest = folder / "manifest.json"
     if folder.exists() and not folder.is_dir():
-        raise InputError(str(folder), got="is a file", expected="a folder, or nothing yet", remedy="Name another.")
+        remedy = "Give another --config.reference.path."
+        raise InputError(str(folder), got="a file", expected="a folder, or nothing yet", remedy=remedy)
     if not manifest.exists():
         if folder.exists() and any(folder.glob("*.parquet")):
             raise InputError(
                 str(folder),
                 got="holds Parquet files and no manifest.json",
                 expected="a reference store, or a folder that does not exist yet",
-                remedy="Point reference.path elsewhere.",
+                remedy="Give another --config.reference.path.",
             )
         return
     with _undamaged(manifest):
@@ -58,9 +59,9 @@ def check_identity(store: Store) -> None:
         details = "; ".join(f"{part} was {stored.get(part)}, is {identity.get(part)}" for part in sorted(differ))
         raise InputError(
             str(folder),
-            got=f"reference log-probs of another {', '.join(sorted(differ))} ({details})",
-            expected="log-probs computed under this run's identity",
-            remedy="Point reference.path at another folder to score anew, or undo the change.",
+            got=f"reference log-probs of a run that differs in {', '.join(sorted(differ))} ({details})",
+            expected="log-probs of this run's model, data and settings",
+            remedy="Give --config.reference.path=NEW_FOLDER to compute them anew, or undo the change.",
         )
 
 
@@ -98,7 +99,7 @@ def _undamaged(path: Path) -> Iterator[None]:
             str(path),
             got=f"a damaged file ({error})",
             expected="a file as a reference pass wrote it",
-            remedy="Restore it, or delete the folder to score anew.",
+            remedy="Restore it, or delete its folder to compute the log-probs anew.",
         ) from error
 
 

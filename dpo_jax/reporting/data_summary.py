@@ -92,12 +92,15 @@ def truncated_and_dropped(pairs: PairSet) -> list[str]:
     lines = [
         f"truncated: {report['prompts_cut']} prompts by {report['prompt_tokens_cut']:,} tokens, "
         f"{report['answers_cut']} answers by {report['answer_tokens_cut']:,}",
-        f"tokenized separately, because a token would have spanned the boundary: {report['boundary_split']}",
-        f"with reference log-probs given in the data: {report['reference_given']}",
+        "pairs with prompt and answers tokenized separately, because a token would have spanned the boundary: "
+        f"{report['boundary_split']}",
+        f"pairs with reference log-probs in the data: {report['reference_given']}",
         *weights_and_margins(pairs),
     ]
     if report["exchanges_cut"]:
-        lines.append(f"exchanges dropped from the start of long prompts: {report['exchanges_cut']:,}")
+        lines.append(
+            f"exchanges (a user's turn and what follows) dropped from long prompts: {report['exchanges_cut']:,}"
+        )
     if report["partly_scored"]:
         lines.append(
             f"answers with turns that are not the model's: {report['partly_scored']:,}, of which "
@@ -111,7 +114,10 @@ def truncated_and_dropped(pairs: PairSet) -> list[str]:
         if source["unread"]:
             lines.append(f"  columns that nothing reads: {', '.join(map(repr, source['unread']))}")
         if source["header_left_out"]:
-            lines.append(f"  its template ends the generation header in {source['header_left_out']!r}, left out here")
+            begun = repr(source["header_left_out"])
+            lines.append(
+                f"  its template begins a generated answer with {begun}, and writes none before a given answer"
+            )
     for entry in report["dropped"]:
         lines.append(f"dropped {entry['rows']}: {entry['reason']} (such as {', '.join(entry['places'])})")
     return lines

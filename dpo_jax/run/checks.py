@@ -14,7 +14,14 @@ from dpo_jax.models import decoder, quantized
 from dpo_jax.models.attention.choose import IMPLEMENTATIONS
 from dpo_jax.models.config import DecoderConfig
 from dpo_jax.run.choices import optimizer_of
-from dpo_jax.types import InputError, check_choice
+from dpo_jax.types import InputError, check_choice, listed
+
+# Kinds of data, for messages.
+KINDS = {
+    "paired": "pairs of a chosen and a rejected answer",
+    "unpaired": "answers labeled good or bad",
+    "ranked": "whole rankings",
+}
 
 
 def check_names(config: Config, objective: Objective) -> None:
@@ -24,7 +31,7 @@ def check_names(config: Config, objective: Objective) -> None:
             "config.reference.sync_steps",
             got=f"got {config.reference.sync_steps}, and loss {config.loss.name!r} reads no reference",
             expected="0",
-            remedy="Unset it or choose a loss that reads one.",
+            remedy="Leave it out, or choose a loss that reads one.",
         )
     optimizer_of(config.optimizer, total_steps=1)
     decoder.check_remat(config.model.remat)
@@ -71,7 +78,8 @@ def fit(config: Config, model: DecoderConfig, lengths: Int[np.ndarray, "N _"]) -
     if config.data.layout == "shared" and model.needs_whole_sequences:
         raise InputError(
             "config.data.layout",
-            got=f"'shared', and {longest} tokens exceed the model's window, or change its rotary frequencies",
+            got=f"'shared', and sequences of {longest} tokens, longer than the model's attention window or than "
+            "its rotary frequencies are made for",
             expected="auto or repeated",
             remedy="Change it, or lower data.max_length.",
         )
@@ -86,9 +94,10 @@ def check_pairs(pairs: PairSet, name: str, *, sft_steps: int) -> None:
     if provided and sft_steps:
         raise InputError(
             "config.sft.steps",
-            got=f"got {sft_steps}, and {provided} pairs bring reference log-probs, of the model before those steps",
-            expected="0, or pairs without: the reference is the model after them",
-            remedy="Remove the columns ref_chosen_logps and ref_rejected_logps, or set sft.steps to 0.",
+            got=f"got {sft_steps}, and {provided} pairs with reference log-probs, of the model before those steps",
+            expected="0, or pairs without them: the reference is the model after those steps",
+            remedy="Leave these out with --config.data.columns=ref_chosen_logps=,ref_rejected_logps=, or give "
+            "--config.sft.steps=0.",
         )
     counts = np.bincount(pairs.source, minlength=len(pairs.names)).tolist()
     for source, weight, count in zip(pairs.names, pairs.weights, counts, strict=True):
@@ -111,11 +120,13 @@ def check_pairs(pairs: PairSet, name: str, *, sft_steps: int) -> None:
 def check_kind(pairs: PairSet, name: str, objective: Objective, loss: str) -> None:
     """Raises InputError for pairs of a kind that the objective, configured as `loss`, cannot be trained on."""
     if pairs.kind not in objective.kinds:
+        readers = [each for each, entry in REGISTRY.items() if pairs.kind in entry.kinds]
         raise InputError(
             f"config.data.{name}",
-            got=f"{pairs.kind} data, and loss {loss!r}",
-            expected=f"{' or '.join(sorted(objective.kinds))} data for it",
-            remedy="Change loss.name, or its options, or the data: docs/objectives.md says what goes with what.",
+            got=f"{KINDS[pairs.kind]}, and loss {loss!r}",
+            expected=" or ".join(KINDS[kind] for kind in sorted(objective.kinds)) + " for this loss",
+            remedy=f"Change loss.name (such data are for {listed(readers)}), or its options, or the data: "
+            "docs/objectives.md says what goes with what.",
         )
 
 
@@ -129,7 +140,7 @@ def check_weights_and_margins(pairs: PairSet, name: str, objective: Objective, l
             place,
             got=f"{report['margins_given']} pairs with a margin, and loss {loss!r} reads none",
             expected=f"no column margin, or losses that read it: {readers}",
-            remedy="Remove the column or change loss.name.",
+            remedy='Leave the column out with --config.data.columns="margin=", or change loss.name.',
         )
     if pairs.pair_weights is None:
         return
@@ -139,11 +150,14 @@ def check_weights_and_margins(pairs: PairSet, name: str, objective: Objective, l
             got=f"{report['weights_given']} pairs with a weight, and loss {loss!r} compares whole batches without them",
             expected=f"no column weight, or other losses than {others}; one of your own that reads `present` must read "
             "`weight` too",
-            remedy="Remove the column or change loss.name.",
+            remedy='Leave the column out with --config.data.columns="weight=", or change loss.name.',
         )
     if not pairs.pair_weights.any():
         raise InputError(
-            place, got="all weights are 0", expected="one above 0", remedy="Correct the column weight or remove it."
+            place,
+            got="all weights are 0",
+            expected="one above 0",
+            remedy='Correct the column weight, or leave it out with --config.data.columns="weight=".',
         )
 
 

@@ -39,7 +39,7 @@ def trainable_of(config: Config, table: Sequence[Tensor], model: DecoderConfig) 
     """
     lora, adapters = config.lora, None
     if lora.path:
-        adapters = peft.read(resolve(lora.path), table, model.stacks)
+        adapters = peft.read(resolve(lora.path, "config.lora.path"), table, model.stacks)
     elif lora.rank:
         alpha = 2.0 * lora.rank if lora.alpha is None else lora.alpha
         chosen = choose(table, model.stacks, lora.targets)

@@ -91,8 +91,8 @@ def resolve_paths(config: Config, workdir: Path) -> Config:
         raise InputError(
             "--workdir",
             got=f"{str(workdir)!r}, and the data lie in it",
-            expected="a path without ',' and '*', which separate and weigh data",
-            remedy="Name another.",
+            expected="a path without ',' and '*', which have a meaning in the names of data",
+            remedy="Name another folder.",
         )
 
     def fill(value: Any) -> Any:
@@ -115,7 +115,7 @@ def prepare(name: str, workdir: Path) -> None:
         raise InputError(
             "config.prepare",
             got=f"{name!r} cannot be imported ({error})",
-            expected="module:function",
+            expected="module:function, in a module that Python finds from here",
             remedy="Correct it, or leave it empty.",
         ) from error
     make(workdir)
@@ -146,16 +146,19 @@ def load_inputs(config: Config, objective: Objective, *, training: bool) -> Inpu
       config: with its paths resolved.
       training: requires pairs to train on.
     """
-    base = resolve(config.model.path)
+    base = resolve(config.model.path, "config.model.path")
     model, hf_config = read_config(base)
     generation = base / folders.GENERATION
     files = {"config": hf_config, "generation": folders.read_json(generation) if generation.is_file() else {}}
-    tokenizer_folder = resolve(config.tokenizer.path) if config.tokenizer.path else base
+    tokenizer_folder = resolve(config.tokenizer.path, "config.tokenizer.path") if config.tokenizer.path else base
     check_tokenizer(tokenizer_folder)  # transformers would make an empty one by the model's type
     tokenizer = load_tokenizer(str(tokenizer_folder))
     if training and not config.data.train:
         raise InputError(
-            "config.data.train", got="is empty", expected="a path or Hub id", remedy="Name the training pairs."
+            "config.data.train",
+            got="empty",
+            expected="a file, folder or Hub id",
+            remedy="Give the training pairs as --config.data.train=FILE.",
         )
     sets = read_sets(config, objective, tokenizer, model.vocab_size)
     max_length = config.data.max_length
@@ -169,7 +172,7 @@ def load_inputs(config: Config, objective: Objective, *, training: bool) -> Inpu
     inputs = Inputs(
         name=config.model.path,
         base=base,
-        source=Source(base, resolve(config.lora.path) if config.lora.path else None, config.seed),
+        source=Source(base, resolve(config.lora.path, "config.lora.path") if config.lora.path else None, config.seed),
         tokenizer_folder=tokenizer_folder,
         tokenizer=tokenizer,
         model=model,
@@ -213,9 +216,9 @@ def read_sets(config: Config, objective: Objective, tokenizer: Any, vocab_size: 
     if not sets:
         raise InputError(
             "config.data",
-            got="neither train nor eval names a file",
-            expected="at least one of them",
-            remedy="Name the pairs.",
+            got="both train and eval are empty",
+            expected="a file, folder or Hub id in one of them",
+            remedy="Give the pairs as --config.data.train=FILE.",
         )
     answers = max(pairs.lengths.shape[1] - 1 for pairs in sets.values())
     return {name: pairs.widened(answers) for name, pairs in sets.items()}

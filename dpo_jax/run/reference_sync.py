@@ -88,7 +88,7 @@ class ReferenceSync:
         def raise_missing() -> PyTree:
             raise InputError(
                 str(self.store_at(step).folder),
-                got="lacks log-probs of pairs",
+                got="log-probs of some pairs are missing",
                 expected=f"log-probs of all pairs until the next sync, under the reference of step {step}",
                 remedy="Restore the folder, or train anew in another working folder.",
             )

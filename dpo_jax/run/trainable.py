@@ -27,7 +27,7 @@ from dpo_jax.models import decoder
 from dpo_jax.models.config import DecoderConfig
 from dpo_jax.models.quantized import leaf_of
 from dpo_jax.trees import path_name
-from dpo_jax.types import InputError
+from dpo_jax.types import InputError, listed
 
 Leaf: TypeAlias = jax.Array | np.ndarray
 Multipliers: TypeAlias = Mapping[str, np.ndarray]  # by the path of a leaf; arrays that broadcast against the leaf
@@ -131,7 +131,7 @@ def select(
             "config.train.freeze",
             got=f"{freeze!r}, which matches every tensor",
             expected="a pattern that leaves some tensors to train",
-            remedy="Narrow it.",
+            remedy="Narrow it; --config.train.freeze= freezes nothing.",
         )
     return trainable
 
@@ -149,11 +149,11 @@ def freeze_masks(table: Sequence[Tensor], config: DecoderConfig, freeze: str) ->
                 for leaf in tensor.leaves:
                     masks.setdefault(leaf, np.zeros(stacks))[at] = 1
     if not masks:
-        names = sorted({tensor.names[0] for tensor in table if not tensor.repeats})
+        names = sorted({re.sub(r"\{\w+\}", "N", tensor.names[0]) for tensor in table if not tensor.repeats})
         raise InputError(
             "config.train.freeze",
             got=f"{freeze!r}, which matches no tensor",
-            expected=f"a regular expression found in some of {', '.join(names)}",
+            expected=f"a regular expression found in the name of one, such as {listed(names)}",
             remedy="Correct it.",
         )
     return masks

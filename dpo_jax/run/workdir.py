@@ -28,7 +28,9 @@ def check(config: Config, workdir: Path, *, fields: Sequence[str] | None = None)
     """
     path = workdir / "config.json"
     if workdir.exists() and not workdir.is_dir():
-        raise InputError(str(workdir), got="is a file", expected="a folder, or nothing yet", remedy="Name another.")
+        raise InputError(
+            str(workdir), got="a file", expected="a folder, or nothing yet", remedy="Give another --workdir."
+        )
     if not path.exists():
         return
     changes = changed(record_from_json(*_recorded(workdir)), config, fields)
@@ -37,7 +39,7 @@ def check(config: Config, workdir: Path, *, fields: Sequence[str] | None = None)
             str(path),
             got=f"this folder holds a run with other settings ({'; '.join(changes)})",
             expected="the configuration that the run began with",
-            remedy="Undo the change, or give another --workdir.",
+            remedy="Leave the change out, or give another --workdir.",
         )
 
 
@@ -81,7 +83,10 @@ def make(folder: Path) -> None:
             pass
     except OSError as error:
         raise InputError(
-            str(folder), got=f"cannot be written to ({error})", expected="a folder for the run", remedy="Name another."
+            str(folder),
+            got=f"cannot be written to ({error})",
+            expected="a folder for the run",
+            remedy="Name another folder.",
         ) from error
 
 
@@ -119,7 +124,7 @@ def _recorded(workdir: Path) -> tuple[str, str]:
     path = workdir / "config.json"
     if not path.exists():
         raise InputError(
-            str(workdir), got="no config.json", expected="the working folder of a run", remedy="Check --workdir."
+            str(workdir), got="no config.json in it", expected="the working folder of a run", remedy="Check --workdir."
         )
     return path.read_text(), str(path)
 
@@ -150,11 +155,16 @@ def check_data(digests: Mapping[str, str | None], workdir: Path) -> int | None:
         if digest != made_with[split]:
             raise InputError(
                 f"config.data.{split}",
-                got=f"pairs of digest {digest}",
-                expected=f"pairs of digest {made_with[split]}, with which the checkpoint at step {step} was made",
-                remedy="Restore the data, or give another --workdir.",
+                got=f"{_pairs(digest)}, which are not those of the checkpoint at step {step}",
+                expected=_pairs(made_with[split]),
+                remedy="Restore the data that the run began with, or give another --workdir.",
             )
     return step
+
+
+def _pairs(digest: str | None) -> str:
+    """Names a set of pairs for a message."""
+    return f"pairs with the digest {digest}" if digest else "no pairs"
 
 
 def newest_step(workdir: Path) -> int:
@@ -163,7 +173,7 @@ def newest_step(workdir: Path) -> int:
         step = checkpoints.latest_step()
     if step is None:
         raise InputError(
-            str(workdir / "checkpoints"), got="no checkpoint", expected="one of a training run", remedy="Train first."
+            str(workdir), got="no checkpoint in it", expected="one of a training run", remedy="Run dpo-jax train first."
         )
     return step
 

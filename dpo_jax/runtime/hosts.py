@@ -100,10 +100,10 @@ def _membership(source: str, settings: Mapping[str, str | int | None]) -> Member
         return None
     if missing:
         raise InputError(
-            f"{source}: {', '.join(missing)}",
-            got="not given",
-            expected=f"all of {', '.join(settings)}, or none",
-            remedy="Set all three, equal on every process but for the process's own number.",
+            ", ".join(missing),
+            got=f"not given in the {source}, and {', '.join(name for name in settings if name not in missing)} given",
+            expected="all three, or none",
+            remedy="Give all three, equal on every process but for the process's own number.",
         )
     address, *numbers = map(str, settings.values())
     try:
@@ -112,10 +112,10 @@ def _membership(source: str, settings: Mapping[str, str | int | None]) -> Member
         processes, process = 0, 0
     if not 0 <= process < processes or ":" not in address:
         raise InputError(
-            f"{source}: {', '.join(settings)}",
-            got=", ".join(map(str, settings.values())),
+            ", ".join(settings),
+            got=f"got {', '.join(map(str, settings.values()))}",
             expected="HOST:PORT, the number of processes, and the index of this one, from 0 and below that number",
-            remedy="Correct it.",
+            remedy="Give for example 10.0.0.1:8476, 4 and 0; the next process has the index 1.",
         )
     return Membership(address, processes, process)
 
@@ -136,7 +136,7 @@ def _initialize(membership: Membership | None) -> None:
     except (RuntimeError, ValueError) as error:
         coordinator = address or "the coordinator that the environment names"
         raise InputError(
-            "jax.distributed",
+            "start of all processes",
             got=f"the processes could not connect to {coordinator} ({' '.join(str(error).split())})",
             expected=f"every process within {CONNECT_S} s",
             remedy="Check that all were started, that they have the same coordinator, and that its port is open.",

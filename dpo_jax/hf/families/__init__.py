@@ -26,7 +26,7 @@ from dpo_jax.hf.families import (
 )
 from dpo_jax.hf.tensors import Tensor
 from dpo_jax.models.config import DecoderConfig
-from dpo_jax.types import InputError
+from dpo_jax.types import InputError, shown
 
 
 class Family(NamedTuple):
@@ -76,10 +76,11 @@ def family(hf: dict, place: str) -> Family:
         remedy = "If it is Llama by another name, say so in a copy: model_type llama, architectures LlamaForCausalLM."
     except InputError as error:
         field = error.place.removeprefix(place).removeprefix(": ")
-        problem = (
-            f"read as Llama's, its config.json has {f'{field}: ' if field else ''}{error.got.removeprefix('got ')}"
-        )
+        problem = f"as Llama's, its config.json has {f'{field}: ' if field else ''}{error.got.removeprefix('got ')}"
         remedy = "Other architectures are not implemented; docs/families.md says how to add one."
     raise InputError(
-        f"{place}: model_type", got=f"got {name!r}; {problem}", expected=f"one of {', '.join(FAMILIES)}", remedy=remedy
+        f"{place}: model_type",
+        got=f"{'missing' if name is None else f'got {shown(name)}'}; {problem}",
+        expected=f"one of {', '.join(FAMILIES)}",
+        remedy=remedy,
     )

@@ -55,15 +55,17 @@ def choose(name: str, platform: str, *, head_dim: int, row_length: int) -> str:
             "config.model.attention",
             got=f"{name!r}, a kernel for {PLATFORM[name]}, on {platform}",
             expected="auto or xla",
-            remedy="Change it, or run where it can.",
+            remedy=f"Give --config.model.attention=auto, or run on a {PLATFORM[name]}.",
         )
     if not supported.get(name, True):
         raise InputError(
             "config.model.attention",
             got=f"{name!r} for rows of {row_length} positions and heads of {head_dim}",
-            expected=f"for splash rows of a multiple of {multiple}, at most {longest}, for triton heads of at most "
-            f"{TRITON_HEAD}",
-            remedy="Change it, or data.row_length, or set it to auto.",
+            expected=f"a row length that is a multiple of {multiple}, at most {longest}"
+            if name == "splash"
+            else f"heads of at most {TRITON_HEAD}",
+            remedy="Give --config.model.attention=auto"
+            + (", or change config.data.row_length." if name == "splash" else "."),
         )
     return name
 
