@@ -352,7 +352,10 @@ def test_load_refuses_sources_of_different_kinds(tmp_path):
         name: write(tmp_path / f"{name}.jsonl", rows)
         for name, rows in (("plain", plain(2)), ("ranked", rankings(2)), ("unpaired", unpaired(2)))
     }
-    for parts, kinds in (("plain,unpaired", "unpaired examples, after paired"), ("plain,ranked", "ranked examples")):
+    for parts, kinds in (
+        ("plain,unpaired", "unpaired examples, and the sources before it have paired ones"),
+        ("plain,ranked", "ranked examples"),
+    ):
         spec = ",".join(one[name] for name in parts.split(","))
         with pytest.raises(InputError, match=kinds) as caught:
             load(spec, tmp_path / "cache", rankings="whole")

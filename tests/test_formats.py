@@ -381,7 +381,7 @@ def test_header_left_out_is_what_only_the_generation_header_has():
     ],
 )
 def test_render_refuses_templates_that_write_the_prompt_in_another_way_before_an_answer(template):
-    assert "in another way" in failure(CHAT, format="chat", template=template).got
+    assert "differently when an answer follows" in failure(CHAT, format="chat", template=template).got
 
 
 def test_render_passes_tools_and_options_to_the_template():
@@ -424,10 +424,10 @@ def test_render_takes_tool_calls_without_text_as_answers():
         ({"chosen": [{"role": "assistant", "text": "yes"}]}, "message 1 of 'chosen' has no 'content'"),
         ({"chosen": [{"role": 3, "content": "yes"}]}, "message 1 of 'chosen' has a 'role' that is a number"),
         ({"system": 3}, "'system' is a number"),
-        ({"tools": "[{"}, "'tools' is broken JSON"),
-        ({"tools": {"a": 1}}, "'tools' is a dict"),
-        ({"chat_template_kwargs": ["terse"]}, "'chat_template_kwargs' a list"),
-        ({"chat_template_kwargs": {"tokenize": True}}, "cannot write this conversation"),
+        ({"tools": "[{"}, "'tools' is text that is no JSON"),
+        ({"tools": {"a": 1}}, "'tools' is an object"),
+        ({"chat_template_kwargs": ["terse"]}, "'chat_template_kwargs' is a list"),
+        ({"chat_template_kwargs": {"tokenize": True}}, "'chat_template_kwargs' with 'tokenize'"),
     ],
 )
 def test_render_says_what_is_wrong_with_a_conversation(changes, got):

@@ -1,8 +1,11 @@
 """What of a conversation is scored, what a chat template leaves out, and where long prompts are shortened."""
 
 import dataclasses
+import json
 
 import pytest
+import tokenizers
+from transformers import PreTrainedTokenizerFast
 
 from dpo_jax.data import formats, templates, tokenize
 from dpo_jax.data.marks import is_scored, unmark
@@ -200,7 +203,7 @@ def test_system_text_may_stand_in_a_later_turn_and_other_text_only_in_order():
     backwards = CHATML.replace("in messages", "in (messages[:-1] | reverse | list + messages[-1:])")
     prompt = said("blue?", "yes", "green?", first="user")
     fields = {"prompt": prompt, "chosen": said("it is"), "rejected": said("no")}
-    with pytest.raises(InputError, match="another way"):
+    with pytest.raises(InputError, match="differently when an answer"):
         render(fields, template=backwards)
 
 
@@ -244,3 +247,82 @@ def test_oldest_exchanges_are_dropped_whole_and_the_system_stays(count, left):
 
 def test_prompt_that_is_one_exchange_drops_nothing():
     assert templates.droppable(said("a", first="user")) == templates.droppable(said("a")) == 0
+
+
+# Faults that were found, each of a kind
+
+
+def test_marks_hold_for_tokenizers_that_leave_whitespace_out_of_their_offsets():
+    tokenizer = make_tokenizer(template=MARKED)
+    state = json.loads(tokenizer.backend_tokenizer.to_str())
+    state["post_processor"] = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
+    trimming = PreTrainedTokenizerFast(tokenizer_object=tokenizers.Tokenizer.from_str(json.dumps(state)))
+    trimming.chat_template = MARKED
+    code = TURNS | {"chosen": said("is  the\n    sky", "sure?", "\n  yes")}
+    (pair,) = formats.render(Row("a:1", code), format="chat", tokenizer=trimming)
+    (outcome,) = tokenize.encode([pair], trimming, RULES)
+    assert isinstance(outcome, tokenize.Outcome)
+    ids = outcome.encoded.chosen
+    assert trimming.decode(ids[is_scored(ids)]) == "is  the\n    sky<|im_end|>\n  yes<|im_end|>"
+
+
+def test_text_outside_of_the_marks_of_a_template_is_named():
+    outside = MARKED.replace("{% generation %}", "{{ m.name or '' }}{{ m.content[:4] }}{% generation %}", 1)
+    outside = outside.replace("{{ m.content + '<|im_end|>' }}", "{{ m.content[4:] + '<|im_end|>' }}", 1)
+    assert ("text that is not scored", 0, "yes it is") in parts(render(TURNS, template=outside))
+    assert parts(render(TURNS, template=MARKED)) == set()
+
+
+def test_short_turn_is_not_taken_for_a_part_of_its_header():
+    # An earlier turn is rewritten once others follow, so that its place is that of its words.
+    fields = TURNS | {"chosen": said("yes", "sure?", "is", "well?", "no")}
+    stretches, _ = scored_texts(fields, template=LAST_TURN)
+    assert stretches == ["yes<|im_end|>\n", "is<|im_end|>\n", "<think>\n\n</think>\n\nno<|im_end|>\n"]
+
+
+def test_reference_log_probs_do_not_outlive_a_dropped_exchange():
+    prompt = said("blue? " * 9, "yes", "green?", first="user")
+    fields = TURNS | {"prompt": prompt, "ref_chosen_logps": -5, "ref_rejected_logps": -6}
+    pair = render(fields)
+    limits = dataclasses.replace(RULES, max_length=40)
+    (outcome,) = tokenize.encode([pair], make_tokenizer(), limits)
+    assert isinstance(outcome, InputError) and "reference log-probs of a pair" in outcome.got
+    (outcome,) = tokenize.encode([dataclasses.replace(pair, reference=None)], make_tokenizer(), limits)
+    assert isinstance(outcome, tokenize.TooLong)
+
+
+def test_every_form_of_reasoning_and_of_arguments_is_looked_for():
+    reasoning = message("assistant", "no", reasoning_content="", reasoning="because", thinking="hm")
+    found = parts(render(TURNS | {"rejected": [reasoning]}))
+    assert found == {("reasoning", 1, "because"), ("reasoning", 1, "hm")}
+    call = {"function": {"name": "sky", "parameters": {"port": "Hull"}}}
+    found = parts(render(TURNS | {"rejected": [message("assistant", "no", tool_calls=[call])]}))
+    assert ("a tool call", 1, "Hull") in found
+
+
+def test_system_text_that_others_repeat_must_stand_there_once_more():
+    without_system = CHATML.replace("messages %}", "messages if m.role != 'system' %}", 1)
+    prompt = [message("system", "be brief"), message("user", "be brief: blue?")]
+    assert parts(render(TURNS | {"prompt": prompt}, template=without_system)) == {("a system message", -1, "be brief")}
+    assert parts(render(TURNS | {"prompt": prompt})) == set()
+
+
+def test_settings_of_the_template_that_cannot_hold_are_refused():
+    for kwargs, column in (({"tools": [{}]}, [{"name": "x"}]), ({"add_generation_prompt": True}, None)):
+        with pytest.raises(InputError, match="'chat_template_kwargs' with"):
+            render(TURNS | {"chat_template_kwargs": kwargs, "tools": column})
+    (pair,) = formats.render(
+        Row("a:1", TURNS | {"chat_template_kwargs": '{"m_is_read": 1}', "tools": ['{"name": "x"}']}),
+        format="chat",
+        tokenizer=make_tokenizer(template="{% if m_is_read %}{{ tools[0].name }}{% endif %}" + CHATML),
+    )
+    assert pair.prompt.startswith("x<|im_start|>") and not pair.omissions
+    with pytest.raises(InputError, match="no chat template"):
+        render(TURNS, template={"rag": CHATML})
+
+
+def test_day_is_fixed_in_every_spelling_or_refused():
+    for call in ("strftime_now('%d')", 'strftime_now ( "%d" )', "strftime_now(format='%d')"):
+        assert templates.dated("{{ " + call + " }}", "2024-02-29") == '{{ "29" }}'
+    with pytest.raises(InputError, match="asks for the day by strftime_now"):
+        templates.dated("{% set f = '%d' %}{{ strftime_now(f) }}", "2024-02-29")

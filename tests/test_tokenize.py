@@ -137,7 +137,7 @@ def test_encode_gives_chat_the_ids_that_transformers_gives_the_conversation(temp
 def test_encode_takes_an_empty_prompt_only_where_bos_precedes_it():
     pair = Pair("a:1", "", "the sky", "blue")
     assert words(make_tokenizer(), encode_one(pair, make_tokenizer(adds="<bos> $A")).encoded)[0] == "<bos>"
-    assert fault(pair, make_tokenizer()).got == "'prompt' has no token"
+    assert fault(pair, make_tokenizer()).got == "the tokenizer makes no token of 'prompt'"
 
 
 def test_encode_needs_an_eos_token_for_plain_text_only():
@@ -218,7 +218,7 @@ def test_encode_refuses_a_long_prompt_if_asked_to():
 def test_encode_refuses_answers_that_truncation_makes_equal():
     pair = letters(3, 8, "NOPQRZ")
     limits = {"max_length": 8, "max_prompt_length": 4}
-    assert "the same tokens after truncation to max_length 8" in fault(pair, make_tokenizer(), **limits).got
+    assert "the same tokens after truncation to data.max_length 8" in fault(pair, make_tokenizer(), **limits).got
     encode_one(pair, make_tokenizer(), **{**limits, "max_length": 9})
 
 
@@ -230,9 +230,9 @@ def test_encode_refuses_answers_that_are_the_same_tokens_from_the_start():
 @pytest.mark.parametrize(
     ("limits", "place"),
     [
-        ({"truncate_prompt": "left"}, "data.truncate_prompt"),
-        ({"max_prompt_length": 0}, "data.max_prompt_length"),
-        ({"max_length": 256}, "data.max_prompt_length"),
+        ({"truncate_prompt": "left"}, "config.data.truncate_prompt"),
+        ({"max_prompt_length": 0}, "config.data.max_prompt_length"),
+        ({"max_length": 256}, "config.data.max_prompt_length"),
     ],
 )
 def test_encode_refuses_bad_options(limits, place):
@@ -429,7 +429,7 @@ def test_encode_refuses_any_two_answers_that_are_the_same_tokens():
     limits = {"max_prompt_length": 2}
     for size, which in ((6, "answers 1 and 3"), (7, "answers 3 and 4")):
         error = fault(pair, make_tokenizer(), max_length=size, **limits)
-        assert error.got == f"{which} are the same tokens after truncation to max_length {size}"
+        assert error.got == f"{which} are the same tokens after truncation to data.max_length {size}"
     encode_one(pair, make_tokenizer(), max_length=8, **limits)
     same = Pair("a:1", "the sky", " blue", " is<eos>", (" is",))
     assert fault(same, make_tokenizer()).got == "answers 2 and 3 are the same tokens"
@@ -439,8 +439,8 @@ def test_encode_names_the_answer_of_a_ranking_without_a_token():
     backend = tokenizers.Tokenizer(tokenizers.models.BPE({"<eos>": 0, "A": 1, "C": 2, "G": 3}, []))
     backend.add_special_tokens(["<eos>"])
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<eos>")
-    assert fault(Pair("dna:1", "A", "C", "G", ("x",)), tokenizer).got == "'answer 3' has no token"
-    assert fault(Pair("dna:1", "A", "", "x"), tokenizer).got == "'rejected' has no token"
+    assert fault(Pair("dna:1", "A", "C", "G", ("x",)), tokenizer).got == "the tokenizer makes no token of 'answer 3'"
+    assert fault(Pair("dna:1", "A", "", "x"), tokenizer).got == "the tokenizer makes no token of 'rejected'"
 
 
 def test_encode_refuses_ids_of_any_answer_that_the_model_does_not_have():

@@ -116,12 +116,12 @@ def load(
     check_choice("data.rankings", reading.rankings, RANKINGS)
     check_choice("data.turns", reading.turns, TURNS)
     check_choice("data.on_template_loss", reading.on_template_loss, LOSSES)
-    if not writes_date(tokenizer.chat_template):
-        reading = dataclasses.replace(reading, date="")
     standard = formats.known_columns()
     renaming = Renaming(reading.columns, known=standard | published.COLUMNS, standard=standard)
     sources = read(spec, split=split)
     rules = {**dataclasses.asdict(reading), **dataclasses.asdict(tokenization), **identity(tokenizer)}
+    if not writes_date(tokenizer.chat_template):
+        del rules["date"]
     parts = [[source.digest, source.weight] for source in sources]
     key = xxhash.xxh3_128(json.dumps([CACHE_VERSION, parts, rules], sort_keys=True).encode()).hexdigest()
     folder = (Path(cache_dir).expanduser() if cache_dir else files.cache_folder("pairs")) / key
@@ -148,7 +148,7 @@ def _replacing(folder: Path) -> Iterator[Path]:
                 str(folder.parent),
                 got=f"cannot be written to ({error})",
                 expected="a folder for tokenized data",
-                remedy="Set data.cache_dir or the environment variable DPO_JAX_CACHE.",
+                remedy="Give --config.data.cache_dir=FOLDER, or set the environment variable DPO_JAX_CACHE.",
             ) from error
         yield unfinished
 
@@ -164,7 +164,7 @@ def _open(folder: Path, sources: Sequence[Source]) -> PairSet:
         raise InputError(
             str(folder),
             got=f"a damaged cache entry ({error})",
-            expected=f"files {', '.join(COLUMNS)}, as they were written",
+            expected="the files as they were written",
             remedy="Delete the folder; it will be written again.",
         ) from error
     for entry in report["dropped"]:

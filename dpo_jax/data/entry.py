@@ -111,6 +111,11 @@ class _Omitted:
     place: list[int]  # the first of them, as [source, number]
     text: str  # of its text, what was left out
 
+    @property
+    def counted(self) -> str:
+        """The number of prompts or answers, in words."""
+        return f"{self.count} {self.side if self.count > 1 else self.side[:-1]}"
+
 
 class EntryWriter:
     """Writes a cache entry: appends pairs to its files, one source at a time, and counts for the report."""
@@ -136,7 +141,7 @@ class EntryWriter:
         if self.kind not in ("", kind):
             raise InputError(
                 source.name,
-                got=f"{kind} examples, after {self.kind} ones",
+                got=f"{kind} examples, and the sources before it have {self.kind} ones",
                 expected="sources of one kind, because one loss reads them all",
                 remedy="Train on one kind at a time.",
             )
@@ -199,16 +204,16 @@ class EntryWriter:
             return
         most = sorted(self.omitted.values(), key=lambda entry: -entry.count)
         listed = [
-            f"{entry.part} in {entry.count} {entry.side} (such as {excerpt(entry.text)} at {names[source]}:{number})"
+            f"{entry.part} in {entry.counted} (such as {excerpt(entry.text)} at {names[source]}:{number})"
             for entry in most
             for source, number in [entry.place]
         ]
         raise InputError(
             f"data {','.join(names)!r}",
-            got=f"text is lost on its way to the model: {'; '.join(listed)}",
+            got=f"the model does not get all of the text: {'; '.join(listed)}",
             expected="a chat template and a tokenizer that write all of it",
-            remedy="Give such a template (tokenizer.path, chat_template_kwargs), take the text out of the data, or set "
-            'data.on_template_loss="warn" to train on what is left.',
+            remedy="Give another template (--config.tokenizer.path=FOLDER, or the column chat_template_kwargs), take "
+            "the text out of the data, or give --config.data.on_template_loss=warn to train on what is left.",
         )
 
     def finish(self, spec: str) -> None:
@@ -220,7 +225,7 @@ class EntryWriter:
                 f"data {spec!r}",
                 got=f"no usable row among {rows}; most often: {dropped[0].reason}",
                 expected="at least one preference that can be used",
-                remedy="Correct the data or data.format.",
+                remedy="Correct the rows, or --config.data.format and --config.data.columns.",
             )
         omitted = sorted(self.omitted.values(), key=lambda entry: -entry.count)
         lists = {"dropped": dropped, "omitted": omitted, "sources": self.sources}

@@ -8,24 +8,31 @@ import json
 import os.path
 import re
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, TypeAlias, cast
+from typing import Any, NamedTuple, TypeAlias, TypeVar, cast
 
 import jinja2
 from transformers import PreTrainedTokenizerBase
+from transformers.utils.chat_template_utils import render_jinja_template
 
 from dpo_jax.data.chat import Conversation, Message, without_nulls
-from dpo_jax.data.columns import DROP
-from dpo_jax.data.written import omissions_of, places_of
+from dpo_jax.data.columns import DROP, described
+from dpo_jax.data.written import omissions_of, places_of, unscored, untrimmed
 from dpo_jax.types import InputError, Omission, Row, Spans
 
 TURNS = ("assistant", "last", "all")
 
 _PROBE = "dpojax"  # placeholder answer, to find the text that a template writes around answers
 _MARKS = re.compile(r"\{%-?\s*generation\s*-?%\}")
-_DATE = re.compile(r"""strftime_now\(\s*(["'])(.*?)\1\s*\)""")
+_DATE = re.compile(r"""strftime_now\s*\(\s*(?:format\s*=\s*)?(["'])(.*?)\1\s*\)""")
+# Arguments of `apply_chat_template` that are set here, not by rows.
+_TAKEN = frozenset(
+    "conversation tokenize add_generation_prompt continue_final_message return_dict return_tensors padding truncation "
+    "max_length return_assistant_tokens_mask tokenizer_kwargs sanitize_control_tokens messages".split()
+)
 
 # Maps messages, and how their text ends, to that text.
 Write: TypeAlias = Callable[..., str]
+T = TypeVar("T")
 
 
 class Templating(NamedTuple):
@@ -97,14 +104,20 @@ def write(row: Row, conversation: Conversation, templating: Templating) -> Templ
     if not all(whole.startswith(start) for whole in wholes):
         raise InputError(
             row.place,
-            got="the chat template writes the prompt in another way when an answer follows",
-            expected="text of prompt and answer that starts with the text of the prompt",
+            got="the chat template writes the prompt differently when an answer follows it",
+            expected="the same text for the prompt, with and without an answer",
             remedy="Give chat_template_kwargs (such as enable_thinking) or a template with which it does.",
         )
     turns = _Turns(write, tokenizer, options, len(start), len(prompt) - continued)
     scored = [turns.scored(*each, templating.turns) for each in zip(conversations, wholes, strict=True)]
+    texts = [whole[len(start) :] for whole in wholes]
     omissions = omissions_of(prompt, answers, wholes, len(start), options)
-    return Templated(start, [whole[len(start) :] for whole in wholes], head[len(start) :], scored, omissions)
+    for number, (answer, text, spans) in enumerate(zip(answers, texts, scored, strict=True)):
+        if templating.turns != "all" and spans != ((0, len(text)),):
+            spoken = [message for message in answer if message["role"] == "assistant"]
+            spoken = spoken[-1:] if templating.turns == "last" else spoken
+            omissions += unscored(number, spoken, "".join(text[a:b] for a, b in spans), omissions)
+    return Templated(start, texts, head[len(start) :], scored, omissions)
 
 
 def drop_oldest(prompt: list[Message], count: int) -> list[Message]:
@@ -164,69 +177,62 @@ class _Turns(NamedTuple):
         """
         ranges, at, before = [], self.start, ""
         for i in range(self.first, len(messages)):
+            message = [messages[i]]
             upto = whole if i + 1 == len(messages) else self.write(messages[: i + 1])
-            begin, ((words, words_end),) = at, places_of(whole, [messages[i]], at)
+            begin = alone = at  # of the message in the whole text, and where it ends the text
             if i > self.first and messages[i]["role"] == "assistant":
                 header = self.write(messages[:i], add_generation_prompt=True)
-                if whole.startswith(header):
-                    begin = len(header)
-                    ((words, words_end),) = places_of(whole, [messages[i]], begin)
-                else:
-                    shared = len(os.path.commonprefix([header, before]))
-                    begin = self._after_header(header[shared:], whole, at, words)
+                shared = len(os.path.commonprefix([header, before]))
+                words = places_of(whole, message, at)[0][0]
+                begin = (
+                    len(header) if whole.startswith(header) else self._after_header(header[shared:], whole, at, words)
+                )
+                alone = len(header) if upto.startswith(header) else at
             elif i > self.first:
-                begin = words
+                begin = places_of(whole, message, at)[0][0]
             if whole.startswith(upto):
                 end = len(upto)
             else:
-                _, own_end = places_of(upto, [messages[i]], min(at, len(upto)))[0]
+                words_end = places_of(whole, message, begin)[0][1]
+                own_end = places_of(upto, message, min(alone, len(upto)))[0][1]
                 end = words_end + len(_common_tokens(self.tokenizer, upto[own_end:], whole[words_end:]))
             ranges.append((begin, end))
             at, before = max(at, end), upto
         return ranges
 
     def _after_header(self, header: str, whole: str, at: int, words: int) -> int:
-        """Returns where the longest beginning of the generation header ends that stands between `at` and `words`."""
-        spans = _offsets(self.tokenizer, header)
-        for _, end in reversed(spans):
-            found = whole.rfind(header[:end], at, words)
-            if found >= 0:
-                return found + end
-        return words
+        """Returns where the generation header ends, or as much of it as stands at its next place after `at`.
+
+        Args:
+          words: where the turn's own words are, if the header is missing.
+        """
+        ends = [end for _, end in _offsets(self.tokenizer, header)]
+        begin = whole.find(header[: ends[0]], at) if ends else -1
+        return words if begin < 0 else begin + max(end for end in ends if whole.startswith(header[:end], begin))
 
     def _marked(self, messages: list[Message], whole: str) -> list[tuple[int, int]] | None:
         """Returns the ranges that a template marks as generated; None if it marks nothing."""
-        template = self.options.get("chat_template") or ""
-        if not _MARKS.search(template):
+        if not _MARKS.search(self.options["chat_template"]):
             return None
-        encoded = cast(Any, self.tokenizer).apply_chat_template(
-            messages,
-            return_dict=True,
-            return_assistant_tokens_mask=True,
-            tokenizer_kwargs={"return_offsets_mapping": True},
-            **self.options,
-        )
-        flags = zip(encoded["offset_mapping"], encoded["assistant_masks"], strict=True)
-        marked = [(a, b) for (a, b), mark in flags if mark]
-        joined: list[tuple[int, int]] = []
-        for a, b in marked:
-            if joined and a <= joined[-1][1]:
-                joined[-1] = (joined[-1][0], max(b, joined[-1][1]))
-            else:
-                joined.append((a, b))
-        return joined or None
+        options = {**self.tokenizer.special_tokens_map, **self.options}
+        render = functools.partial(render_jinja_template, return_assistant_tokens_mask=True, **options)
+        (text,), (marks,) = _with_either_arguments(lambda each: render([each]), messages)
+        assert text == whole
+        return marks or None
 
 
 def _offsets(tokenizer: PreTrainedTokenizerBase, text: str) -> list[tuple[int, int]]:
     """Ranges of characters of the tokens of a text."""
-    return cast(Any, tokenizer)(text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
+    return untrimmed(
+        cast(Any, tokenizer)(text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
+    )
 
 
 def _common_tokens(tokenizer: PreTrainedTokenizerBase, text: str, other: str) -> str:
     """Longest beginning of two texts in common that ends at a token boundary, so that no special token is split."""
     encoded = tokenizer([text, other], add_special_tokens=False, return_offsets_mapping=True)
     shared = len(os.path.commonprefix(cast("list[list[int]]", encoded["input_ids"])))
-    spans = cast("list[list[tuple[int, int]]]", encoded["offset_mapping"])[0]
+    spans = untrimmed(cast("list[list[tuple[int, int]]]", encoded["offset_mapping"])[0])
     return text[: spans[shared - 1][1]] if shared else ""
 
 
@@ -243,33 +249,63 @@ def _options(row: Row, templating: Templating) -> dict[str, Any]:
 
     Raises: InputError if there is no template.
     """
-    tools, options = row.fields.get("tools"), row.fields.get("chat_template_kwargs") or {}
-    if isinstance(tools, str):
-        try:
-            tools = json.loads(tools)
-        except json.JSONDecodeError as error:
-            got = f"'tools' is broken JSON ({error})"
-            raise InputError(row.place, got=got, expected="JSON text of a list", remedy=DROP) from error
-    if not (tools is None or isinstance(tools, list)) or not isinstance(options, dict):
+    tools, options = (_decoded(row, name) for name in ("tools", "chat_template_kwargs"))
+    tools = [_decoded(row, "tools", tool) for tool in tools] if isinstance(tools, list) else tools
+    if not (tools is None or isinstance(tools, list)):
+        got = f"'tools' is {described(tools)}"
+        raise InputError(row.place, got=got, expected="a list of objects, one for each tool", remedy=DROP)
+    if not (options is None or isinstance(options, dict)):
+        got = f"'chat_template_kwargs' is {described(options)}"
+        raise InputError(row.place, got=got, expected="an object", remedy=DROP)
+    options = without_nulls(options or {})
+    if taken := sorted(_TAKEN & options.keys() | ({"tools"} & options.keys() if tools else set())):
         raise InputError(
             row.place,
-            got=f"'tools' is a {type(tools).__name__} and 'chat_template_kwargs' a {type(options).__name__}",
-            expected="a list of tool schemas and a mapping",
+            got=f"'chat_template_kwargs' with {', '.join(map(repr, taken))}",
+            expected="arguments that are not set by the data's layout or its other columns",
             remedy=DROP,
         )
     # With an empty list some templates would write a heading for tools and then none.
-    options = {"tools": without_nulls(tools) or None, **without_nulls(options)}
+    options = {"tools": without_nulls(tools) or None, **options}
     tokenizer = templating.tokenizer
     if tokenizer.chat_template is None and "chat_template" not in options:
         raise InputError(
             row.place,
             got="chat messages, and a tokenizer without a chat template",
             expected="a template to write them with",
-            remedy="Set tokenizer.path to a chat model's tokenizer, or give the preferences as text. Columns of text, "
-            "instructions too, are read as they stand with data.format='plain'.",
+            remedy="Give --config.tokenizer.path=FOLDER of a chat model's tokenizer, or write the preferences as text; "
+            "columns of text are read as they are with --config.data.format=plain.",
         )
-    template = tokenizer.get_chat_template(options.get("chat_template"), options["tools"])
+    try:
+        template = tokenizer.get_chat_template(options.get("chat_template"), options["tools"])
+    except ValueError as error:
+        raise InputError(
+            row.place,
+            got=f"no chat template of the tokenizer's that is for this row ({' '.join(str(error).split())})",
+            expected="a template named default",
+            remedy='Name one of them in the column chat_template_kwargs, as {"chat_template": NAME}.',
+        ) from error
     return {**options, "chat_template": dated(template, templating.date)}
+
+
+def _decoded(row: Row, name: str, value: Any = None) -> Any:
+    """Value of a column, or `value` from it, decoded if it is the JSON text of a list or an object."""
+    value = row.fields.get(name) if value is None else value
+    if not isinstance(value, str):
+        return value
+    try:
+        return json.loads(value) if value else None
+    except json.JSONDecodeError as error:
+        got = f"{name!r} is text that is no JSON ({error})"
+        raise InputError(row.place, got=got, expected="a list or an object, or its JSON text", remedy=DROP) from error
+
+
+def _with_either_arguments(render: Callable[[list[Message]], T], messages: Sequence[Message]) -> T:
+    """Renders messages with the arguments of calls as objects, or as JSON text if the template joins them to text."""
+    try:
+        return render(list(messages))
+    except TypeError:
+        return render([_with_arguments_as_text(message) for message in messages])
 
 
 def _with_arguments_as_text(message: Message) -> Message:
@@ -297,24 +333,29 @@ def dated(template: str, date: str) -> str:
 
     Args:
       date: YYYY-MM-DD; empty: the template stays as it is.
+    Raises: InputError for a template that computes the format of the day.
     """
     if not date or not writes_date(template):
         return template
     day = datetime.date.fromisoformat(date)
-    return _DATE.sub(lambda call: json.dumps(day.strftime(call[2]), ensure_ascii=False), template)
+    fixed = _DATE.sub(lambda call: json.dumps(day.strftime(call[2]), ensure_ascii=False), template)
+    if left := re.search(r"strftime_now\s*\([^)]*\)?", fixed):
+        raise InputError(
+            "chat template",
+            got=f"asks for the day by {left[0]}",
+            expected='a format in quotes, such as strftime_now("%Y-%m-%d")',
+            remedy="Write the format into the template.",
+        )
+    return fixed
 
 
 def _apply(
     tokenizer: PreTrainedTokenizerBase, place: str, options: dict[str, Any], messages: Sequence[Message], **form: bool
 ) -> str:
     """Text that the chat template writes for messages. Raises: InputError if it fails."""
-    render = functools.partial(tokenizer.apply_chat_template, tokenize=False, **form, **options)
     try:
-        try:
-            text = render(list(messages))
-        except TypeError:
-            # Some templates join the arguments of calls to text, so they take them as JSON text.
-            text = render([_with_arguments_as_text(message) for message in messages])
+        render = functools.partial(tokenizer.apply_chat_template, tokenize=False, **form, **options)
+        text = _with_either_arguments(cast("Callable[[list[Message]], str]", render), messages)
     except (jinja2.TemplateError, ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
         raise InputError(
             place,

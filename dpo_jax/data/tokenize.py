@@ -14,7 +14,7 @@ import numpy as np
 import xxhash
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from dpo_jax.data.written import lost_characters
+from dpo_jax.data.written import lost_characters, untrimmed
 from dpo_jax.types import Encoded, InputError, Omission, Pair
 
 TRUNCATIONS = ("keep_end", "keep_start", "error")
@@ -23,7 +23,7 @@ _CONVERTING = ("sentencepiece", "protobuf", "tiktoken")  # packages that convert
 
 _NAMED = 5  # most tokens that a message names
 
-_DROP = 'Drop the row or set data.on_bad_row="skip".'
+_DROP = "Drop the row or give --config.data.on_bad_row=skip."
 
 
 @dataclasses.dataclass(frozen=True)
@@ -186,14 +186,14 @@ def _digest(value: object) -> str:
 def _check_rules(rules: TokenizationRules) -> None:
     if rules.truncate_prompt not in TRUNCATIONS:
         raise InputError(
-            "data.truncate_prompt",
+            "config.data.truncate_prompt",
             got=repr(rules.truncate_prompt),
             expected=f"one of {', '.join(TRUNCATIONS)}",
             remedy="Correct it.",
         )
     if not 1 <= rules.max_prompt_length < rules.max_length:
         raise InputError(
-            "data.max_prompt_length",
+            "config.data.max_prompt_length",
             got=f"{rules.max_prompt_length} with data.max_length {rules.max_length}",
             expected="at least 1 and less than data.max_length",
             remedy="Leave room for an answer.",
@@ -281,7 +281,8 @@ def _scored_marked(tokenizer: PreTrainedTokenizerBase, pair: Pair, parts: Parts)
     for text, ids, spans in zip(pair.answers, parts.answers, pair.scored, strict=True):
         before = "" if parts.split else pair.prompt
         encoded = cast(Any, tokenizer)(before + text, add_special_tokens=False, return_offsets_mapping=True)
-        offsets = [(a - len(before), b - len(before)) for a, b in encoded["offset_mapping"]][-len(ids) :] if ids else []
+        offsets = untrimmed(encoded["offset_mapping"])[-len(ids) :] if ids else []
+        offsets = [(a - len(before), b - len(before)) for a, b in offsets]
         inside = [any(a < end and b > begin for begin, end in spans) for a, b in offsets]
         if any(a < edge < b for a, b in offsets for span in spans for edge in span):
             edges = [0, *(edge for span in spans for edge in span), len(text)]
@@ -341,17 +342,22 @@ def _truncate(pair: Pair, parts: Parts, rules: TokenizationRules) -> Outcome | T
     max_length, max_prompt = rules.max_length, rules.max_prompt_length
     for name, text, ids in zip(("prompt", *_names(pair)), (True, *pair.answers), (prompt, *answers), strict=True):
         if text and not ids:
-            return InputError(pair.place, got=f"{name!r} has no token", expected="at least one", remedy=_DROP)
+            return InputError(
+                pair.place,
+                got=f"the tokenizer makes no token of {name!r}",
+                expected="text with at least one",
+                remedy=_DROP,
+            )
     over = len(prompt) + max(map(len, answers)) > max_length
     if over and len(prompt) > max_prompt:
-        if pair.droppable and rules.truncate_prompt == "keep_end":
+        if pair.droppable and rules.truncate_prompt == "keep_end" and not pair.reference:
             return TooLong(len(prompt))
         if rules.truncate_prompt == "error":
             return InputError(
                 pair.place,
                 got=f"a prompt of {len(prompt)} tokens, in a pair longer than data.max_length {max_length}",
                 expected=f"at most data.max_prompt_length {max_prompt}",
-                remedy=f'Raise the limits, or set data.truncate_prompt="keep_end". {_DROP}',
+                remedy=f"Raise the limits, or give --config.data.truncate_prompt=keep_end. {_DROP}",
             )
         prompt = _truncate_prompt(prompt, prefix, max_prompt, rules.truncate_prompt)
     room = max_length - len(prompt)
@@ -372,11 +378,12 @@ def _truncate(pair: Pair, parts: Parts, rules: TokenizationRules) -> Outcome | T
             got=f"reference log-probs of a pair that data.max_length {max_length} cuts here by "
             f"{prompt_cut + sum(cuts)} tokens",
             expected="reference log-probs of exactly the tokens that are scored",
-            remedy=f"Raise the limits, or remove the reference columns. {_DROP}",
+            remedy="Raise the limits, or leave the columns out with "
+            f"--config.data.columns=ref_chosen_logps=,ref_rejected_logps=. {_DROP}",
         )
     if (same := _alike(encoded.answers)) is not None:
         which = "the answers" if len(answers) == 2 else "answers {} and {}".format(*same)
-        after = f" after truncation to max_length {max_length}" if any(cuts) else ""
+        after = f" after truncation to data.max_length {max_length}" if any(cuts) else ""
         return InputError(
             pair.place,
             got=f"{which} are the same tokens{after}",

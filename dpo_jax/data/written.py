@@ -43,14 +43,30 @@ def omissions_of(
       start: characters of the prompt in it.
       options: of the template: its `tools` must be written, and the template must read the names of the others.
     """
-    missing = [Omission(piece.part, PROMPT, piece.text) for piece in _settings(options, wholes[0])]
-    lacking, end = _missing(wholes[0], prompt, 0)
+    missing = [Omission(piece.part, PROMPT, piece.text) for piece in _settings(options, wholes[0][:start])]
+    lacking, end = _missing(wholes[0], [*prompt, *answers[0]], 0, stop=len(prompt))
     missing += [Omission(piece.part, PROMPT, piece.text) for piece in lacking]
     for number, (answer, whole) in enumerate(zip(answers, wholes, strict=True)):
         # From the end of the prompt's own words: generation headers may hold the tag that opens reasoning.
         lacking, _ = _missing(whole, answer, min(start, end))
         missing += [Omission(piece.part, number, piece.text) for piece in lacking]
     return missing
+
+
+def unscored(number: int, messages: Sequence[Message], scored: str, known: Sequence[Omission]) -> list[Omission]:
+    """Returns what the scored text of an answer lacks of the messages that should be scored, besides what is known.
+
+    Args:
+      number: index of the answer.
+      messages: those of the assistant.
+    """
+    lacking, _ = _missing(scored, messages, 0)
+    parts = {(each.answer, each.text) for each in known} | {(number, "<think>")}  # which a generation header may hold
+    return [
+        Omission(f"{piece.part} that is not scored", number, piece.text)
+        for piece in lacking
+        if (number, piece.text) not in parts
+    ]
 
 
 def places_of(text: str, messages: Sequence[Message], at: int) -> list[tuple[int, int]]:
@@ -79,19 +95,41 @@ def lost_characters(text: str, decoded: str) -> str:
     return wanted[shared : shared + 20] or there[shared : shared + 20]
 
 
-def _missing(text: str, messages: Sequence[Message], at: int) -> tuple[list[Piece], int]:
-    """Returns the pieces of messages that a text lacks, searched in their order from `at`, and the end of the last."""
+def untrimmed(offsets: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
+    """Extends the ranges of a text's tokens over whitespace, which some tokenizers leave out of them.
+
+    Whitespace belongs to the token that follows it.
+    """
+    whole, end = [], 0
+    for a, b in offsets:
+        whole.append((min(a, end), b))
+        end = max(end, b)
+    return whole
+
+
+def _missing(text: str, messages: Sequence[Message], at: int, *, stop: int | None = None) -> tuple[list[Piece], int]:
+    """Returns the pieces of messages that a text lacks, searched in their order from `at`, and the end of the last.
+
+    Args:
+      stop: number of messages that are searched; None: all. Texts of the others only count as theirs.
+    """
     missing = []
-    for message in messages:
+    for message in messages[:stop]:
         anywhere = message["role"] in ("system", "developer")
         end = at
         for piece, place in _found(text, message, 0 if anywhere else at):
-            if place is None:
+            if place is None or anywhere and not _own(piece, text, message, messages):
                 missing.append(piece)
             else:
                 end = max(end, place[1])
         at = at if anywhere else end
     return missing, at
+
+
+def _own(piece: Piece, text: str, message: Message, messages: Sequence[Message]) -> bool:
+    """Whether a text holds a piece once more than the other messages account for."""
+    others = sum(each["content"].count(piece.text) for each in messages if each is not message)
+    return not others or text.count(piece.text) > others
 
 
 def _found(text: str, message: Message, at: int) -> Iterator[tuple[Piece, tuple[int, int] | None]]:
@@ -131,9 +169,8 @@ def _find(text: str, piece: Piece, at: int) -> tuple[int, int] | None:
 def _words(message: Message) -> Iterator[Piece]:
     """Yields the texts of a message: reasoning kept apart, then its content, divided at the tags of reasoning."""
     role = message["role"]
-    apart = next((message[key] for key in _REASONING if isinstance(message.get(key), str)), "")
-    if apart.strip():
-        yield Piece("reasoning", apart.strip())
+    apart = [piece.text for key in _REASONING for piece in _leaves("reasoning", message.get(key))]
+    yield from (Piece("reasoning", text) for text in dict.fromkeys(apart))
     content = message["content"]
     if role != "assistant" or "think>" not in content:
         if content.strip():
@@ -157,7 +194,7 @@ def _calls(message: Message) -> Iterator[Piece]:
     for call in calls if isinstance(calls, list) else []:
         function = call.get("function", call) if isinstance(call, dict) else {}
         if isinstance(function, dict):
-            yield from _leaves("a tool call", [function.get("name"), function.get("arguments")])
+            yield from _leaves("a tool call", [function.get(key) for key in ("name", "arguments", "parameters")])
 
 
 def _settings(options: Mapping[str, Any], text: str) -> Iterator[Piece]:

@@ -123,9 +123,15 @@ def completion_logps(
 def sum_by_slot(
     values: Float[Array, "R T"], slot: Int[Array, "R T"], pairs: int, answers: int = 2
 ) -> Float[Array, "P K"]:
-    """Sums values over the tokens of each completion, `answers` = K to a pair; entries with slot -1 belong to none."""
+    """Sums values over the tokens of each completion, `answers` = K to a pair; entries with slot -1 belong to none.
+
+    A float32 sum of hundreds of nats would be rounded by some 1e-5 at every token. Multiples of 2^-10 add up without
+    rounding as long as the sum is below 2^14, so these are summed first and the small remainders of the values apart.
+    """
     into = jnp.where(slot >= 0, slot, answers * pairs).ravel()
-    return jax.ops.segment_sum(values.ravel(), into, answers * pairs + 1)[:-1].reshape(pairs, answers)
+    coarse = jnp.round(values * 1024) / 1024  # without gradient
+    sums = [jax.ops.segment_sum(part.ravel(), into, answers * pairs + 1) for part in (coarse, values - coarse)]
+    return (sums[0] + sums[1])[:-1].reshape(pairs, answers)
 
 
 def _is_shared(slot, pairs, answers):
