@@ -17,6 +17,7 @@ def get_config():
     config.model.path = "{workdir}/inputs/model"
     config.data.train = "{workdir}/inputs/train.jsonl"
     config.data.eval = "{workdir}/inputs/eval.jsonl"
+    config.data.columns = "chosen_reward=,rejected_reward="  # not read: they say how the pairs were made
     config.data.cache_dir = "{workdir}/cache"
     config.data.max_length = 128
     config.data.max_prompt_length = 64

@@ -34,6 +34,7 @@ def make_config(folder, **fields):
     chosen.model.path = str(folder / "model")
     chosen.data.train = str(folder / "train.jsonl")
     chosen.data.eval = str(folder / "eval.jsonl")
+    chosen.data.columns = "chosen_reward=,rejected_reward="
     chosen.data.max_length, chosen.data.max_prompt_length = 128, 64
     chosen.data.row_length = 128  # that of these pairs; to find it takes longer than to train on them
     chosen.train.batch_pairs, chosen.train.steps = 8, STEPS
