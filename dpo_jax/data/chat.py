@@ -263,7 +263,7 @@ def _content(row: Row, role: object, content: Value, name: str) -> Value:
 
     The content of a message that is a call stays as it is.
     """
-    parts = isinstance(content, list) and all(map(_is_part, content))
+    parts = isinstance(content, list) and bool(content) and all(map(_is_part, content))
     if role in _CALLS and not parts:
         return content
     if not parts and content is not None and isinstance(role, str) and _ROLES.get(role.lower()) == "tool":

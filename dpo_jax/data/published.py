@@ -319,7 +319,7 @@ class Reader:
                 standard = layout.read(row, *values, *(row.fields.get(name) for name in layout.optional))
                 used = {*layout.columns, *layout.optional}
                 others = {name: value for name, value in row.fields.items() if name not in used}
-                standard = {name: value for name, value in standard.items() if value is not None}
+                standard = {name: value for name, value in standard.items() if value is not None or name not in others}
                 for name in standard.keys() & others.keys():
                     if not is_empty(others[name]) and others[name] != standard[name]:
                         self.unread[replaced(name, layout.columns[0])] = None
