@@ -2,6 +2,7 @@ import gzip
 import importlib.util
 import json
 import os.path
+from decimal import Decimal
 from pathlib import Path
 
 import pytest
@@ -152,6 +153,7 @@ def test_render_refuses_half_a_reference_and_what_is_no_number(chosen, rejected,
         ({"weight": 2, "margin": 0.25}, 2.0, 0.25),
         ({"weight": "0.5", "margin": "-1e-1"}, 0.5, -0.1),  # CSV has only text; a margin may be below 0
         ({"weight": 0}, 0.0, 0.0),
+        ({"weight": Decimal("1.5"), "margin": Decimal("0")}, 1.5, 0.0),
     ],
 )
 def test_render_reads_weights_and_margins(given, weight, margin):

@@ -179,6 +179,7 @@ def test_alpaca_rows_are_text_if_the_format_says_so():
         ),
         ({"prompt": "q", "chosen": "a", "images": ["x.png"]}, "'images' is not empty"),
         ({"prompt": "q", "answers": [{"text": "a", "output": "b", "rank": 1}]}, "under the keys 'text', 'output'"),
+        ({"prompt": "q", "answers": [{"text": "a", "image": "x.png", "rank": 1}]}, "an answer with 'image'"),
         ({"instruction": "q", "input": ["a"], **TEXTS}, "'input' is a list beside 'instruction'"),
         (
             {
@@ -202,7 +203,7 @@ def test_answers_that_are_messages_keep_their_calls_and_reasoning():
     spoken = {"content": "yes", "reasoning_content": "Rayleigh", "tool_calls": [{"name": "f", "arguments": {}}]}
     scored = [{**spoken, "score": 2, "model": "m"}, {"content": "no", "score": 1}]
     row = reader().read(Row("a:1", {"prompt": [USER], "completions": scored}))
-    assert row.fields["responses"] == [{"role": "assistant", **spoken}, "no"]
+    assert row.fields["responses"] == [{"role": "assistant", **scored[0]}, "no"]
 
 
 def test_tools_beside_the_input_of_a_row_are_kept():

@@ -222,6 +222,7 @@ def test_rows_are_read_lazily(tmp_path):
         ),
         ("g.json", json.dumps({"prompt": ["a"], "chosen": ["b", "c"]}), "", "lengths: 'prompt' 1, 'chosen' 2"),
         ("p.jsonl", LINES + '{"prompt": "a", "x": {"b": 1, "b": 2}}\n', ":4", "an object with the key 'b' twice"),
+        ("q.json", '[\n {"a": 1,\n "a": 2}\n]', "", "an object with the key 'a' twice"),
         ("r.csv", "prompt,chosen,chosen\na,b,c\n", ":1", "several columns with the name 'chosen'"),
         ("s.csv", CSV.encode("utf-16"), "", "text in UTF-16"),
         ("t.jsonl.gz", LINES.encode("utf-16"), "", "text in UTF-16"),

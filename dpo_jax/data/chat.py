@@ -79,8 +79,7 @@ def answers(row: Row, values: Sequence[Value], names: Sequence[str]) -> list[lis
 
     Raises: InputError if a value is neither text nor messages.
     """
-    agree = all(map(is_messages, values))
-    if not agree:
+    if any(map(_is_one, values)) and not all(map(is_messages, values)):
         values = [[_text("assistant", each)] if _is_one(each) and is_messages(each) else each for each in values]
     return [messages(row, *each, author="assistant") for each in zip(values, names, strict=True)]
 

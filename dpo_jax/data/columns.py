@@ -119,14 +119,15 @@ def is_given(value: object) -> bool:
 
 def is_empty(value: object) -> bool:
     """Whether a column says nothing: null, empty text, an empty list or an empty object."""
-    return not value and not isinstance(value, (bool, int, float))
+    return not value and not isinstance(value, (bool, int, float, Decimal))
 
 
 def number(value: object) -> float | None:
     """Converts a finite number, or the text of one (as in CSV), to float; None for anything else."""
+    if isinstance(value, bool) or not isinstance(value, (int, float, str, Decimal)):
+        return None
     try:
-        numeric = isinstance(value, (int, float, str, Decimal)) and not isinstance(value, bool)
-        converted = float(value) if numeric else math.nan
+        converted = float(value)
     except (ValueError, OverflowError):
         return None
     return converted if math.isfinite(converted) else None

@@ -84,7 +84,7 @@ def _parse(data: bytes, place: str, first: tuple[int, bytes] | None = None, *, b
             line = error.lineno
             where = f"line {line}, column {error.colno}" if line > 1 else f"column {error.colno}"
             got = f"broken JSON at {where} ({error.msg})"
-        if first and (line <= first[0] or by_line):
+        if first and (0 < line <= first[0] or by_line):
             number, text = first
             _parse(text, f"{place}:{number}")
         expected = "a list of objects, or one object per line" if first else "valid JSON"

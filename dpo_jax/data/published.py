@@ -94,11 +94,14 @@ def _answer(row: Row, each: Fields, key: str) -> Value:
             expected="one of these keys",
             remedy="Remove the others from the file.",
         )
-    if all(is_empty(each.get(name)) for name in _SPOKEN):
-        return each.get(key)
     if "from" in each:
         return each
-    return {"role": "assistant", "content": each.get(key)} | {n: each[n] for n in _SPOKEN & each.keys()}
+    if "role" in each or any(not is_empty(each.get(name)) for name in _SPOKEN):
+        return {"role": "assistant", "content": each.get(key), **each}
+    for name in MEDIA & each.keys():
+        if not is_empty(each[name]):
+            raise InputError(row.place, got=f"an answer with {name!r}", expected=TEXT_ALONE, remedy=DROP)
+    return each.get(key)
 
 
 def _are_messages(value: Value) -> bool:
