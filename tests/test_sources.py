@@ -14,6 +14,7 @@ from dpo_jax.types import InputError
 ROWS = [{"prompt": f"p{i}", "chosen": f'line\none, "{i}"', "rejected": "ü"} for i in range(3)]
 LINES = "".join(json.dumps(row) + "\n" for row in ROWS)
 CSV = "prompt,chosen,rejected\n" + "".join(f'p{i},"line\none, ""{i}""",ü\n' for i in range(3))
+TEXTS = {"chosen": "c", "rejected": "r"}
 TALK = {name: [{"role": "user", "content": name}] for name in ("prompt", "chosen", "rejected")} | {
     "tools": [{"name": "look"}]
 }
@@ -97,6 +98,7 @@ def test_read_gives_the_rows_of_every_kind_of_file_with_their_places_each_time(t
         (MESSAGES, [MESSAGES]),
         ({"license": "mit", "name": "n", "tools": [], "data": ROWS}, ROWS),
         (TALK, [TALK]),
+        ({"prompt": "p", **TEXTS, "data": [TEXTS]}, [{"prompt": "p", **TEXTS, "data": [TEXTS]}]),
         ({"a": [{"role": "user"}], "b": [{"role": "user"}]}, [{"a": [{"role": "user"}], "b": [{"role": "user"}]}]),
     ],
 )
@@ -213,6 +215,7 @@ def test_rows_are_read_lazily(tmp_path):
         ("i.txt", LINES, "", "extension '.txt'"),
         ("j", LINES, "", "without an extension"),
         ("a.json", json.dumps({"system": "s", "tools": [1], "data": ROWS}), "", "'system', 'tools' beside the rows"),
+        ("h.json", json.dumps({"prompt": "p", "data": [TEXTS, TEXTS]}), "", "'prompt' beside the rows"),
         ("b.json", json.dumps({"rows": VIEWED, "partial": True}), "", "a part of the data set (partial)"),
         (
             "c.json",

@@ -10,13 +10,13 @@ from dpo_jax.data.columns import MEDIA, described, is_empty, named
 from dpo_jax.types import InputError, Row, Value, listed
 
 # Columns of rows. An object that has one of these keys is a row, or holds columns; it is no wrapping around rows.
-_OF_ROWS = {
+_ANSWERS = {"chosen", "rejected", "responses", "completion", "completions", "answers", "preferred_output"}
+_OF_ROWS = _ANSWERS | {
     *("prompt", "instruction", "question", "input", "context", "messages", "conversations", "conversation"),
-    *("chosen", "rejected", "responses", "completion", "completions", "answers", "preferred_output"),
 }
 
 # Columns that mean something in rows, beside which they are in no row.
-_SHARED = {
+_SHARED = _OF_ROWS | {
     *("system", "system_prompt", "system_message", "tools", "chat_template_kwargs", "history", "query", "trajectory"),
     *("weight", "margin", "label", "scores", "ranks", "ref_chosen_logps", "ref_rejected_logps", *MEDIA),
 }
@@ -88,6 +88,7 @@ def _parse(data: bytes, place: str, first: tuple[int, bytes] | None = None, *, b
             number, text = first
             _parse(text, f"{place}:{number}")
         expected = "a list of objects, or one object per line" if first else "valid JSON"
+        expected = "every key once" if isinstance(error, _TwiceError) else expected
         remedy = "Correct the file there." if first else "Correct or remove the line."
         raise InputError(place, got=got, expected=expected, remedy=remedy) from error
 
@@ -129,7 +130,8 @@ def _rows(value: Value, name: str) -> Iterable[object]:
         return [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
     lists = {key: each for key, each in value.items() if _holds_objects(each)}
     keys = [key for key, each in lists.items() if key in _WRAPPERS or _OF_ROWS & each[0].keys()]
-    if _OF_ROWS & value.keys() or not keys:
+    wrapped = any(key in _WRAPPERS and _ANSWERS & value[key][0].keys() for key in keys)
+    if not keys or _ANSWERS & value.keys() or _OF_ROWS & value.keys() and not wrapped:
         return [value]
     if len(keys) > 1:
         raise InputError(
