@@ -141,7 +141,7 @@ def without_nulls(value: Value, keep: Collection[str] = _AS_WRITTEN) -> Value:
     """Removes null keys at any depth, but not within the values of the keys in `keep`."""
     if isinstance(value, dict):
         return {
-            name: each if name in keep else without_nulls(each, keep)
+            name: without_nulls(each, keep) if isinstance(each, (dict, list)) and name not in keep else each
             for name, each in value.items()
             if each is not None
         }

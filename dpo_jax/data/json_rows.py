@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dpo_jax.data.columns import MEDIA, described, is_empty, named
 from dpo_jax.types import InputError, Row, Value, listed
 
-# Columns of rows. An object that has one of these keys is a row, or holds columns; it is no wrapping around rows.
+# Columns of rows. An object with one of these keys is a row, or holds columns, unless it wraps rows that have answers.
 _ANSWERS = {"chosen", "rejected", "responses", "completion", "completions", "answers", "preferred_output"}
 _OF_ROWS = _ANSWERS | {
     *("prompt", "instruction", "question", "input", "context", "messages", "conversations", "conversation"),
