@@ -2,6 +2,7 @@ import gzip
 import importlib.util
 import json
 import os.path
+from decimal import Decimal
 from pathlib import Path
 
 import pytest
@@ -152,6 +153,7 @@ def test_render_refuses_half_a_reference_and_what_is_no_number(chosen, rejected,
         ({"weight": 2, "margin": 0.25}, 2.0, 0.25),
         ({"weight": "0.5", "margin": "-1e-1"}, 0.5, -0.1),  # CSV has only text; a margin may be below 0
         ({"weight": 0}, 0.0, 0.0),
+        ({"weight": Decimal("1.5"), "margin": Decimal("0")}, 1.5, 0.0),
     ],
 )
 def test_render_reads_weights_and_margins(given, weight, margin):
@@ -253,6 +255,15 @@ def test_render_writes_chat_with_the_header_in_the_prompt_and_the_end_of_turn_in
     assert render({**both, "prompt": [USER]}, format="chat") == expected
 
 
+def test_errors_about_roles_in_columns_of_text_name_the_format_that_reads_it():
+    fields = {"prompt": "q", "chosen": json.dumps([USER]), "rejected": json.dumps([YES])}
+    assert "--config.data.format=plain" in failure(fields, format="chat").remedy
+
+
+def test_prompts_may_hold_what_was_not_trained_on():
+    assert render({**CHAT, "prompt": [USER, {**NO, "weight": 0}, USER]}, format="chat").chosen == "yes<|im_end|>\n"
+
+
 def test_render_splits_implicit_chat_at_the_last_common_message():
     follow = {"role": "user", "content": "Why?"}
     shared = [USER, YES, follow]
@@ -295,6 +306,33 @@ def test_render_reads_text_as_messages_if_the_format_is_chat():
     assert render({"prompt": asked, "chosen": " yes", "rejected": " no"}, format="chat") == expected
 
 
+@pytest.mark.parametrize("begin", ["", "\n\n", " "])
+def test_render_reads_transcripts_whose_first_header_lacks_its_blank_lines(begin):
+    asked = f"{begin}Human: {USER['content']}\n\nAssistant:"
+    expected = render(CHAT, format="chat")
+    assert render(transcripts(asked, " yes", " no"), format="chat") == expected
+    assert render({"prompt": asked, "chosen": " yes", "rejected": " no"}, format="chat") == expected
+
+
+def test_render_refuses_transcripts_with_text_before_the_first_header():
+    fields = transcripts("System: Be terse.\n\nHuman: a\n\nAssistant:", " b", " c")
+    assert "the text 'System: Be terse.' before its first header" in failure(fields, format="chat").got
+    assert render(fields, format="hh").prompt.startswith("System: Be terse.")
+
+
+def test_render_compares_calls_without_their_ids():
+    def asked(id):
+        call = {"id": id, "type": "function", "function": {"name": "look", "arguments": {}}}
+        return [
+            USER,
+            {"role": "assistant", "content": "", "tool_calls": [call]},
+            {"role": "tool", "tool_call_id": id, "content": "blue"},
+        ]
+
+    pair = render({"chosen": [*asked("1"), YES], "rejected": [*asked("2"), NO]}, format="chat")
+    assert (pair.chosen, pair.rejected) == ("yes<|im_end|>\n", "no<|im_end|>\n")
+
+
 def test_render_compares_messages_by_what_templates_write():
     expected = render(CHAT, format="chat")
     for numbered in ({"id": 1}, {"weight": 0.5, "token_count": 3}):
@@ -322,11 +360,19 @@ WITH_CALLS = CHATML.replace("m.content", "m.content + (m.tool_calls | tojson if 
         {"role": "assistant", "function_call": {"name": "f", "arguments": '{"a": null}'}},
         {"from": "function_call", "value": '{"name": "f", "arguments": {"a": null}}'},
         {"role": "tool_call", "content": '[{"name": "f", "arguments": {"a": null}}]'},
+        {"role": "tool_call", "content": [{"name": "f", "arguments": {"a": None}}]},
+        {"role": "tool_call", "content": [{"type": "function", "function": {"name": "f", "arguments": {"a": None}}}]},
     ],
 )
 def test_render_decodes_the_arguments_of_calls_once(call):
     written = '[{"type": "function", "function": {"name": "f", "arguments": {"a": null}}}]<|im_end|>\n'
     assert render({**CHAT, "chosen": [call]}, format="chat", template=WITH_CALLS).chosen == written
+
+
+@pytest.mark.parametrize("result", [{"ü": None}, [{"a": 1}], [], 3, False])
+def test_render_writes_results_of_tools_as_json(result):
+    fields = {**CHAT, "prompt": [USER, {"role": "tool", "content": result}]}
+    assert f"tool\n{json.dumps(result, ensure_ascii=False)}<|im_end|>" in render(fields, format="chat").prompt
 
 
 @pytest.mark.parametrize("text", ["a=1", "[1]", '{"a": 1'])
@@ -356,6 +402,16 @@ def test_printed_messages_are_refused(printed):
         assert error.got.startswith("'chosen' is text that holds") and "json.dumps" in error.expected
     with pytest.raises(InputError, match="'chosen' is text that holds"):
         formats.detect(Row("a:1", {"chosen": printed, "rejected": printed + " "}))
+
+
+@pytest.mark.parametrize("answer", [json.dumps(YES), '{"from": "a", "to": "b"}'])
+def test_text_that_is_json_of_one_message_beside_other_text_stays_text(answer):
+    fields = {"prompt": "q", "chosen": answer, "rejected": "no"}
+    assert formats.detect(Row("a:1", fields)) == "plain" and render(fields).chosen == answer
+    assert render(fields, format="chat").chosen == f"{answer}<|im_end|>\n"
+    row = Row("a:1", {"prompt": json.dumps(USER), "chosen": json.dumps(YES), "rejected": json.dumps(NO)})
+    assert formats.detect(row) == "chat"
+    assert formats.detect(Row("a:1", fields | {"chosen": json.dumps([YES])})) == "chat"
 
 
 def test_text_that_only_looks_like_a_list_stays_text():
@@ -410,6 +466,11 @@ def test_render_takes_tool_calls_without_text_as_answers():
             {"chosen": [{"role": "assistant", "content": [{"type": "image", "url": "x"}]}]},
             "part of type 'image'",
         ),
+        ({"prompt": [{**USER, "images": ["x.png"]}]}, "message 1 of 'prompt' has 'images'"),
+        ({"chosen": [{**YES, "weight": 0}]}, "'chosen' has a message of the assistant with 'weight' 0"),
+        ({"rejected": [{**NO, "loss": False}]}, "message of the assistant with 'loss' False"),
+        ({"chosen": [{"from": "gpt", "text": "yes"}]}, "message 1 of 'chosen' has no 'content', but a 'text'"),
+        ({"chosen": b"yes"}, "'chosen' is bytes (Parquet's binary"),
         ({"prompt": [USER, {"content": "a"}]}, "message 2 of 'prompt'"),
         ({"rejected": ["no"]}, "message 1 of 'rejected'"),
         ({"rejected": 3}, "'rejected' is a number"),
@@ -479,16 +540,14 @@ def test_render_takes_reference_values_as_csv_has_them():
         )
 
 
-def test_render_leaves_out_nulls_that_arrow_fills_in_at_any_depth():
+def test_render_keeps_nulls_within_arguments_and_schemas_alone():
     template = "{{ tools | tojson if tools else '' }}{% for m in messages %}{{ m | tojson }}{% endfor %}"
-    call = {
-        "role": "assistant",
-        "tool_calls": [{"function": {"name": "look", "arguments": {"city": "Rome", "date": None}}}],
-    }
-    schema = {"name": "look", "parameters": {"city": {"type": "string", "enum": None}}}
-    fields = {"prompt": CHAT["prompt"], "chosen": [call], "rejected": [NO], "tools": [schema]}
-    pair = render(fields, format="chat", template=template)
-    assert "null" not in pair.prompt + pair.chosen and "Rome" in pair.chosen and "string" in pair.prompt
+    arguments = {"city": "Rome", "date": None}
+    call = {"role": "assistant", "name": None, "tool_calls": [{"id": None, "function": {"arguments": arguments}}]}
+    schema = {"name": "look", "strict": None, "parameters": {"city": {"type": "string", "default": None}}}
+    pair = render({**CHAT, "chosen": [call], "tools": [schema]}, format="chat", template=template)
+    assert '"default": null' in pair.prompt and pair.prompt.count("null") == 1
+    assert '"date": null' in pair.chosen and pair.chosen.count("null") == 1
 
 
 # Rankings

@@ -45,6 +45,11 @@ def failure(fields, columns="", **options):
     "fields",
     [
         {"input": {"messages": [USER], "tools": []}, "preferred_output": [YES], "non_preferred_output": [NO]},
+        {"input": {"messages": [USER]}, "tools": None, "preferred_output": [YES], "non_preferred_output": [NO]},
+        {"prompt": [USER], "preferred_output": [YES], "non_preferred_output": [NO]},
+        {"messages": [USER, YES | {"id": 1}], "chosen": [USER, YES], "rejected": [USER, NO]},
+        {"prompt": [USER], "responses": [{**YES, "score": 2}, {**NO, "score": 1}]},
+        {"prompt": [USER], "completions": [{"completion": "no", "rank": 1}, {**GPT_YES, "rank": 0}]},
         {"conversations": [HUMAN], "chosen": GPT_YES, "rejected": GPT_NO},
         {"conversations": [HUMAN], "chosen": "yes", "rejected": "no"},
         {"chosen": [HUMAN, GPT_YES], "rejected": [HUMAN, GPT_NO]},
@@ -173,6 +178,18 @@ def test_alpaca_rows_are_text_if_the_format_says_so():
             "no 'chosen' among the columns 'good', 'dispreferred', 'question'",
         ),
         ({"prompt": "q", "chosen": "a", "images": ["x.png"]}, "'images' is not empty"),
+        ({"prompt": "q", "answers": [{"text": "a", "output": "b", "rank": 1}]}, "under the keys 'text', 'output'"),
+        ({"prompt": "q", "answers": [{"text": "a", "image": "x.png", "rank": 1}]}, "an answer with 'image'"),
+        ({"instruction": "q", "input": ["a"], **TEXTS}, "'input' is a list beside 'instruction'"),
+        (
+            {
+                "input": {"messages": [USER], "tools": [1]},
+                "tools": [2],
+                "preferred_output": [YES],
+                "non_preferred_output": [NO],
+            },
+            "a column 'tools' beside other tools in 'input'",
+        ),
         ({"prompt": "q", "reference_chosen_logps": -1.0, **TEXTS}, "log-probs in the column 'reference_chosen_logps'"),
         ({"prompt": "q", "chosen_ref_logp": -1.0, **TEXTS}, "log-probs in the column 'chosen_ref_logp'"),
     ],
@@ -180,6 +197,27 @@ def test_alpaca_rows_are_text_if_the_format_says_so():
 def test_read_says_what_it_cannot_read(fields, got):
     error = failure(fields)
     assert got in error.got and error.place == "a:1"
+
+
+def test_answers_that_are_messages_keep_their_calls_and_reasoning():
+    spoken = {"content": "yes", "reasoning_content": "Rayleigh", "tool_calls": [{"name": "f", "arguments": {}}]}
+    scored = [{**spoken, "score": 2, "model": "m"}, {"content": "no", "score": 1}]
+    row = reader().read(Row("a:1", {"prompt": [USER], "completions": scored}))
+    assert row.fields["responses"] == [{"role": "assistant", **scored[0]}, "no"]
+
+
+def test_tools_beside_the_input_of_a_row_are_kept():
+    tools = [{"name": "look"}]
+    fields = {"tools": tools, "preferred_output": [YES], "non_preferred_output": [NO]}
+    for given in ({"messages": [USER]}, {"messages": [USER], "tools": []}, {"messages": [USER], "tools": tools}):
+        assert reader().read(Row("a:1", {"input": given, **fields})).fields["tools"] == tools
+
+
+def test_columns_in_place_of_which_others_are_read_are_named():
+    assert list(read({"prompt": "x", "real": "q", **TEXTS}, "prompt=real")[1].unread) == ["prompt (replaced by real)"]
+    assert not read({"prompt": "q", "chosen": "a", "rejected": "b"}, "chosen=rejected,rejected=chosen")[1].unread
+    fields = {"prompt": "q", "chosen": "model_a", "response_a": "yes", "response_b": "no", "winner": "model_a"}
+    assert list(read(fields)[1].unread) == ["chosen (replaced by response_a)"]
 
 
 def test_unknown_columns_come_with_a_mapping_that_reads_them():

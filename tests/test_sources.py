@@ -14,6 +14,11 @@ from dpo_jax.types import InputError
 ROWS = [{"prompt": f"p{i}", "chosen": f'line\none, "{i}"', "rejected": "ü"} for i in range(3)]
 LINES = "".join(json.dumps(row) + "\n" for row in ROWS)
 CSV = "prompt,chosen,rejected\n" + "".join(f'p{i},"line\none, ""{i}""",ü\n' for i in range(3))
+TEXTS = {"chosen": "c", "rejected": "r"}
+TALK = {name: [{"role": "user", "content": name}] for name in ("prompt", "chosen", "rejected")} | {
+    "tools": [{"name": "look"}]
+}
+VIEWED = [{"row_idx": 0, "row": ROWS[0], "truncated_cells": []}, {"row_idx": 1, "row": ROWS[1], "truncated_cells": []}]
 MESSAGES = {"messages": [{"role": "user", "content": "p"}], "chosen": {"role": "assistant", "content": "c"}}
 
 
@@ -91,6 +96,9 @@ def test_read_gives_the_rows_of_every_kind_of_file_with_their_places_each_time(t
         ({name: {str(i): row[name] for i, row in enumerate(ROWS)} for name in ROWS[0]}, ROWS),
         (ROWS[0], ROWS[:1]),
         (MESSAGES, [MESSAGES]),
+        ({"license": "mit", "name": "n", "tools": [], "data": ROWS}, ROWS),
+        (TALK, [TALK]),
+        ({"prompt": "p", **TEXTS, "data": [TEXTS]}, [{"prompt": "p", **TEXTS, "data": [TEXTS]}]),
         ({"a": [{"role": "user"}], "b": [{"role": "user"}]}, [{"a": [{"role": "user"}], "b": [{"role": "user"}]}]),
     ],
 )
@@ -138,6 +146,14 @@ def test_read_takes_several_parts_each_with_its_weight(tmp_path):
     found = sources.read(f"{a}, {b}*0.5,{a}*2", split="train")
     assert [(source.name, source.weight) for source in found] == [(a, 1.0), (b, 0.5), (a, 2.0)]
     assert [len(list(source.rows)) for source in found] == [3, 1, 3]
+
+
+def test_read_leaves_out_keys_that_arrow_fills_in_at_any_depth(tmp_path):
+    rows = [{"a": [{"b": {"c": "1"}}], "d": None}, {"a": [{"b": {"e": "2"}}], "d": "3"}]
+    path = write(tmp_path / "a.parquet", rows)
+    datasets.Dataset.from_list(rows).save_to_disk(tmp_path / "b")
+    assert [row.fields for row in read_one(path).rows] == rows
+    assert [row.fields for row in read_one(tmp_path / "b").rows] == rows
 
 
 def test_digest_follows_the_content_and_not_where_it_lies(tmp_path):
@@ -198,6 +214,21 @@ def test_rows_are_read_lazily(tmp_path):
         ("l.jsonl", LINES + '{"a": ' + "[" * 100_000 + "\n", ":4", "nested too deeply"),
         ("i.txt", LINES, "", "extension '.txt'"),
         ("j", LINES, "", "without an extension"),
+        ("a.json", json.dumps({"system": "s", "tools": [1], "data": ROWS}), "", "'system', 'tools' beside the rows"),
+        ("h.json", json.dumps({"prompt": "p", "data": [TEXTS, TEXTS]}), "", "'prompt' beside the rows"),
+        ("b.json", json.dumps({"rows": VIEWED, "partial": True}), "", "a part of the data set (partial)"),
+        (
+            "c.json",
+            json.dumps({"rows": [*VIEWED, {**VIEWED[0], "truncated_cells": ["chosen"]}]}),
+            ":3",
+            "viewer with cut values in 'chosen'",
+        ),
+        ("g.json", json.dumps({"prompt": ["a"], "chosen": ["b", "c"]}), "", "lengths: 'prompt' 1, 'chosen' 2"),
+        ("p.jsonl", LINES + '{"prompt": "a", "x": {"b": 1, "b": 2}}\n', ":4", "an object with the key 'b' twice"),
+        ("q.json", '[\n {"a": 1,\n "a": 2}\n]', "", "an object with the key 'a' twice"),
+        ("r.csv", "prompt,chosen,chosen\na,b,c\n", ":1", "several columns with the name 'chosen'"),
+        ("s.csv", CSV.encode("utf-16"), "", "text in UTF-16"),
+        ("t.jsonl.gz", LINES.encode("utf-16"), "", "text in UTF-16"),
     ],
 )
 def test_read_says_where_a_file_is_broken(tmp_path, name, content, place, got):

@@ -7,7 +7,17 @@ import re
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from dpo_jax.data.columns import DROP, check_different, column, described, is_given
+from dpo_jax.data.columns import (
+    DROP,
+    MEDIA,
+    TEXT_ALONE,
+    check_different,
+    column,
+    described,
+    is_empty,
+    is_given,
+    without_nulls,
+)
 from dpo_jax.types import InputError, Row, Value, shown
 
 Message = dict[str, Value]
@@ -16,7 +26,8 @@ HEADER = "\n\nAssistant:"  # last text of the prompt in an HH transcript
 HUMAN = "\n\nHuman:"  # its first
 
 # Fields of a message that templates write. Messages that differ elsewhere, such as in an id, are the same message.
-_WRITTEN = ("content", "role", "tool_calls", "name", "tool_call_id", "reasoning_content", "reasoning", "thinking")
+_WRITTEN = ("content", "role", "tool_calls", "name", "reasoning_content", "reasoning", "thinking")
+_FACTORS = ("weight", "loss", "train", "training")  # fields of a message that is not trained on if one of them is 0
 _STANDARD = ("system", "user", "assistant", "tool")
 _ROLES = {
     **{role: role for role in _STANDARD},
@@ -28,7 +39,7 @@ _CALLS = ("function_call", "tool_call")  # roles of messages whose content is th
 _JSON = re.compile(r"\s*\[?\s*\{")
 _BEGUN = re.compile(r'\s*\[\s*\{\s*"(role|from)"\s*:')
 _PRINTED = re.compile(r"\s*(?:array\()?\[?\s*\{\s*'(role|content|from|value)'\s*:")
-_TURN = re.compile(r"\n\n(Human|Assistant):")
+_TURN = re.compile(r"(?:\A\s*|\n\n)(Human|Assistant):")
 
 
 class Conversation(NamedTuple):
@@ -50,6 +61,33 @@ def is_message(value: object) -> bool:
     return isinstance(value, dict) and ("role" in value or "from" in value)
 
 
+def any_messages(values: Sequence[object]) -> bool:
+    """Whether columns of a row hold messages rather than text.
+
+    The JSON text of a single message is one only if all columns are messages, because an answer may be such text.
+    """
+    return any(is_messages(value) and not _is_one(value) for value in values) or all(map(is_messages, values))
+
+
+def _is_one(value: object) -> bool:
+    """Whether a value is text that begins as the JSON of one object."""
+    return isinstance(value, str) and value.lstrip().startswith("{")
+
+
+def answers(row: Row, values: Sequence[Value], names: Sequence[str]) -> list[list[Message]]:
+    """Messages of each answer of a row; see `messages`. Text that only looks like a message beside others stays text.
+
+    Raises: InputError if a value is neither text nor messages.
+    """
+    if any(map(_is_one, values)) and not all(map(is_messages, values)):
+        values = [[_text("assistant", each)] if _is_one(each) and is_messages(each) else each for each in values]
+    return [messages(row, *each, author="assistant") for each in zip(values, names, strict=True)]
+
+
+def _text(role: str, content: str) -> Message:
+    return {"role": role, "content": content}
+
+
 def of_pair(row: Row) -> Conversation:
     """Prompt and answers from columns chosen and rejected; the prompt is in its own column, in the answers, or in both.
 
@@ -60,10 +98,10 @@ def of_pair(row: Row) -> Conversation:
     names, own = ["'chosen'", "'rejected'"], row.fields.get("prompt")
     values = [column(row, "chosen"), column(row, "rejected")]
     if own is None and all(isinstance(value, str) and HEADER in value for value in values):
-        values = [_turns(value) for value in values]
-    elif isinstance(own, str) and own.startswith(HUMAN):  # whose header ends without the space that answers begin with
+        values = [_turns(row, *each) for each in zip(values, names, strict=True)]
+    elif isinstance(own, str) and _begins_transcript(own):  # its last header lacks the space that answers begin with
         values = [value.strip() if isinstance(value, str) else value for value in values]
-    chosen, rejected = (messages(row, *each, author="assistant") for each in zip(values, names, strict=True))
+    chosen, rejected = answers(row, values, names)
     if own is not None and not isinstance(own, str) or is_messages(own):
         return after_prompt(row, [chosen, rejected], names)
     same = [_alike(a, b) for a, b in zip(chosen, rejected, strict=False)]
@@ -110,9 +148,9 @@ def messages(row: Row, value: Value, name: str, *, author: str) -> list[Message]
     if isinstance(value, str):
         check_not_printed(row, value, name)
         decoded = _decoded(value)
-        if decoded is None and author == "user" and value.startswith(HUMAN):
-            decoded = _turns(value)
-        value = [{"role": author, "content": value}] if decoded is None else decoded
+        if decoded is None and author == "user" and _begins_transcript(value):
+            decoded = _turns(row, value, name)
+        value = [_text(author, value)] if decoded is None else decoded
     value = without_nulls([value] if isinstance(value, dict) else value)
     if not isinstance(value, list):
         raise InputError(
@@ -142,12 +180,34 @@ def _decoded(text: str) -> Value:
         value = json.loads(text)
     except (ValueError, RecursionError):
         return None
-    return value if value and all(map(is_message, value if isinstance(value, list) else [value])) else None
+    if isinstance(value, dict):
+        whole = "from" in value and "value" in value or "role" in value and not value.keys().isdisjoint(_WHOLE)
+        return value if whole else None
+    return value if value and all(map(is_message, value)) else None
 
 
-def _turns(transcript: str) -> list[Message]:
-    """Messages of an HH transcript, without the empty one that a header at its end would start."""
-    _, *parts = _TURN.split(transcript)
+# Fields of which a message in JSON text has at least one besides its role.
+_WHOLE = ("content", "tool_calls", "function_call")
+
+
+def _begins_transcript(text: str) -> bool:
+    """Whether a prompt is an HH transcript; the blank lines before its first header may be missing."""
+    return text.startswith(HUMAN) or text.lstrip().startswith(HUMAN.lstrip()) and HEADER in text
+
+
+def _turns(row: Row, transcript: str, name: str) -> list[Message]:
+    """Messages of an HH transcript, without the empty one that a header at its end would start.
+
+    Raises: InputError if other text stands before the first header.
+    """
+    before, *parts = _TURN.split(transcript)
+    if before.strip():
+        raise InputError(
+            row.place,
+            got=f"{name} is a transcript with the text {shown(before.strip())} before its first header",
+            expected=f"{HUMAN!r} or {HEADER!r} at its beginning",
+            remedy=f"Give such text in a column 'system', or --config.data.format=hh to read it as it stands. {DROP}",
+        )
     roles = {"Human": "user", "Assistant": "assistant"}
     turns = [{"role": roles[who], "content": said.strip()} for who, said in zip(parts[::2], parts[1::2], strict=True)]
     return turns[:-1] if turns and turns[-1] == {"role": "assistant", "content": ""} else turns
@@ -158,21 +218,18 @@ def _message(row: Row, value: Value, name: str) -> Message:
     fields = value if isinstance(value, dict) else {}
     if "role" not in fields and "from" in fields:
         others = {key: each for key, each in fields.items() if key not in ("from", "value")}
-        fields = {"role": fields["from"], "content": fields.get("value"), **others}
+        fields = {"role": fields["from"], **others} | ({"content": fields["value"]} if "value" in fields else {})
     role, content = fields.get("role"), fields.get("content")
     calls = fields.get("tool_calls") or fields.get("function_call")
-    if isinstance(content, list):
-        content = _joined(row, content, name)
+    _check_text_alone(row, fields, name)
+    if not isinstance(content, str):
+        content = _content(row, role, content, name)
     if role in _CALLS:
         role, content, calls = "assistant", "", content
     elif content is None and calls:
         content = ""
     if not isinstance(role, str) or not isinstance(content, str):
-        got = f"{name} is {described(value)}"
-        if "role" in fields:
-            key, wrong = ("content", content) if isinstance(role, str) else ("role", role)
-            got = f"{name} has {f'a {key!r} that is {described(wrong)}' if key in fields else f'no {key!r}'}"
-        raise InputError(row.place, got=got, expected='{"role": text, "content": text}', remedy=DROP)
+        raise _damaged(row, value, fields, name)
     if role in _STANDARD and not calls and content is fields.get("content"):
         return fields
     message = {**fields, "role": _ROLES.get(role.lower(), role), "content": content}
@@ -180,6 +237,44 @@ def _message(row: Row, value: Value, name: str) -> Message:
         message.pop("function_call", None)
         message["tool_calls"] = _calls(row, calls, name)
     return message
+
+
+def _damaged(row: Row, value: Value, fields: Message, name: str) -> InputError:
+    """Error for a message without a role or text; `fields` are its own under the names of chat templates."""
+    got, remedy = f"{name} is {described(value)}", DROP
+    if "role" in fields:
+        key = "content" if isinstance(fields["role"], str) else "role"
+        got = f"{name} has {f'a {key!r} that is {described(fields[key])}' if key in fields else f'no {key!r}'}"
+        if key == "content" and fields.get(key) is None and isinstance(fields.get("text"), str):
+            got, remedy = f"{got}, but a 'text'", "Rename the key 'text' to 'content' in the file."
+    return InputError(row.place, got=got, expected='{"role": text, "content": text}', remedy=remedy)
+
+
+def _check_text_alone(row: Row, fields: Message, name: str) -> None:
+    """Raises InputError for a message that holds images or sound."""
+    for key in MEDIA & fields.keys():
+        if not is_empty(fields[key]):
+            raise InputError(row.place, got=f"{name} has {key!r}", expected=TEXT_ALONE, remedy=DROP)
+
+
+def _content(row: Row, role: object, content: Value, name: str) -> Value:
+    """Content of a message as text: parts are joined, and the result of a tool is written as JSON.
+
+    The content of a message that is a call stays as it is.
+    """
+    parts = isinstance(content, list) and bool(content) and all(map(_is_part, content))
+    if role in _CALLS and not parts:
+        return content
+    if not parts and content is not None and isinstance(role, str) and _ROLES.get(role.lower()) == "tool":
+        return json.dumps(content, ensure_ascii=False)
+    return _joined(row, content, name) if isinstance(content, list) else content
+
+
+def _is_part(value: Value) -> bool:
+    """Whether an object is a part of a message's content rather than a call or an object of a tool's result."""
+    if not isinstance(value, dict):
+        return False
+    return isinstance(kind := value.get("type"), str) and kind != "function" or value.keys() == {"text"}
 
 
 def _joined(row: Row, parts: list[Value], name: str) -> str:
@@ -229,8 +324,27 @@ def _object(row: Row, text: str, what: str, types: type | tuple[type, ...]) -> V
 
 
 def _alike(one: Message, other: Message) -> bool:
-    """Whether a template would write two messages the same way."""
-    return one == other or all(one.get(name) == other.get(name) for name in _WRITTEN)
+    """Whether a template would write two messages the same way, but for the ids of calls."""
+    return one == other or all(
+        one.get(name) == other.get(name) or name == "tool_calls" and _without_ids(one) == _without_ids(other)
+        for name in _WRITTEN
+    )
+
+
+def _without_ids(message: Message) -> list[Value]:
+    """Calls of a message without their ids."""
+    return [{key: each for key, each in call.items() if key != "id"} for call in message.get("tool_calls") or []]
+
+
+def repeats(row: Row, conversation: Value, name: str) -> bool:
+    """Whether a conversation is the one in an answer's column, but for ids and the like."""
+    answer = row.fields.get(name)
+    if conversation == answer:
+        return True
+    if not isinstance(conversation, list) or not isinstance(answer, list) or len(conversation) != len(answer):
+        return False
+    sides = (conversation, "the conversation"), (answer, repr(name))
+    return all(map(_alike, *(messages(row, *side, author="user") for side in sides)))
 
 
 def _checked(row: Row, prompt: list[Message], answers: list[list[Message]], names: Sequence[str]) -> Conversation:
@@ -251,11 +365,29 @@ def _checked(row: Row, prompt: list[Message], answers: list[list[Message]], name
                 row.place,
                 got=f"the answer in {name} begins with a message of the role {shown(answer[0]['role'])}",
                 expected="the same prompt on both sides, and then a message of the assistant",
-                remedy=DROP,
+                remedy=f"{_PLAIN * any(isinstance(row.fields.get(each), str) for each in _ANSWERS)}{DROP}",
             )
+        _check_scored(row, answer, name)
         if not any(m["content"].strip() or m.get("tool_calls") for m in answer if m["role"] == "assistant"):
             raise InputError(row.place, got=f"{name} is empty", expected="an answer", remedy=DROP)
     return Conversation(prompt, answers)
+
+
+_ANSWERS = ("chosen", "rejected")
+_PLAIN = "If the columns are text that only looks like messages, give --config.data.format=plain. "
+
+
+def _check_scored(row: Row, answer: list[Message], name: str) -> None:
+    """Raises InputError for an answer with a message of the assistant that is marked as not trained on."""
+    for message in answer:
+        for key in _FACTORS:
+            if message["role"] == "assistant" and message.get(key) == 0:
+                raise InputError(
+                    row.place,
+                    got=f"{name} has a message of the assistant with {key!r} {message[key]!r}",
+                    expected="answers in which all that the assistant says is trained on",
+                    remedy=f"--config.data.turns=last scores the last turn alone; remove the key then. {DROP}",
+                )
 
 
 def _with_system(row: Row, prompt: list[Message]) -> list[Message]:
@@ -277,10 +409,3 @@ def _with_system(row: Row, prompt: list[Message]) -> list[Message]:
             remedy='Remove one of them; --config.data.columns="system=" leaves the column out.',
         )
     return prompt
-
-
-def without_nulls(value: Value) -> Value:
-    """Removes null keys at any depth: Arrow adds them for keys that only other rows have."""
-    if isinstance(value, dict):
-        return {name: without_nulls(each) for name, each in value.items() if each is not None}
-    return [without_nulls(each) for each in value] if isinstance(value, list) else value

@@ -6,14 +6,19 @@ import itertools
 import math
 import operator
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
+from decimal import Decimal
 
 from dpo_jax.types import InputError, Row, Value, listed
 
 DROP = "Correct or drop the row, or give --config.data.on_bad_row=skip."
+MEDIA = {"image", "images", "video", "videos", "audio", "audios"}  # names of columns, and of fields of messages
+TEXT_ALONE = "text alone: models here read neither images nor sound"
 
-
-_KINDS = {type(None): "null", bool: "true or false", int: "a number", float: "a number", str: "text", list: "a list"}
+_KINDS = {
+    **{type(None): "null", bool: "true or false", int: "a number", float: "a number", Decimal: "a number"},
+    **{str: "text", list: "a list", bytes: "bytes (Parquet's binary; store the column as strings)"},
+}
 
 # Words in the names of columns that may hold what a target of data.columns does; the longer ones come first.
 _HINTS = {
@@ -114,13 +119,30 @@ def is_given(value: object) -> bool:
 
 def is_empty(value: object) -> bool:
     """Whether a column says nothing: null, empty text, an empty list or an empty object."""
-    return not value and not isinstance(value, (bool, int, float))
+    return not value and not isinstance(value, (bool, int, float, Decimal))
 
 
 def number(value: object) -> float | None:
     """Converts a finite number, or the text of one (as in CSV), to float; None for anything else."""
+    if isinstance(value, bool) or not isinstance(value, (int, float, str, Decimal)):
+        return None
     try:
-        converted = float(value) if isinstance(value, (int, float, str)) and not isinstance(value, bool) else math.nan
+        converted = float(value)
     except (ValueError, OverflowError):
         return None
     return converted if math.isfinite(converted) else None
+
+
+# Keys of messages and of schemas of tools in whose values null says something.
+_AS_WRITTEN = frozenset({"arguments", "parameters", "input_schema", "content", "value"})
+
+
+def without_nulls(value: Value, keep: Collection[str] = _AS_WRITTEN) -> Value:
+    """Removes null keys at any depth, but not within the values of the keys in `keep`."""
+    if isinstance(value, dict):
+        return {
+            name: without_nulls(each, keep) if isinstance(each, (dict, list)) and name not in keep else each
+            for name, each in value.items()
+            if each is not None
+        }
+    return [without_nulls(each, keep) for each in value] if isinstance(value, list) else value

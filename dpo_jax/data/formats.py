@@ -59,7 +59,8 @@ def detect(row: Row) -> str:
             if row.fields.get(name) is not None:
                 return format
     values = [column(row, name) for name in ("chosen", "rejected")]
-    if "system" in row.fields or any(map(chat.is_messages, [*values, row.fields.get("prompt")])):
+    own = row.fields.get("prompt")
+    if "system" in row.fields or chat.any_messages(values if own is None else [own, *values]):
         return "chat"
     texts = [as_text(row, value, repr(name)) for value, name in zip(values, ("chosen", "rejected"), strict=True)]
     if row.fields.get("prompt") is not None:
@@ -230,8 +231,7 @@ def _conversation(row: Row, format: str) -> chat.Conversation | None:
         return None
     answers = _responses(row) if format == "ranked" else [column(row, "completion")]
     names = _names(format, len(answers))
-    named = zip(answers, names, strict=True)
-    return chat.after_prompt(row, [chat.messages(row, *each, author="assistant") for each in named], names)
+    return chat.after_prompt(row, chat.answers(row, answers, names), names)
 
 
 def _holds_messages(row: Row, format: str) -> bool:
@@ -240,7 +240,7 @@ def _holds_messages(row: Row, format: str) -> bool:
         return format == "chat"
     answers = row.fields.get("responses") if format == "ranked" else [row.fields.get("completion")]
     values = [row.fields.get("prompt"), *(answers if isinstance(answers, list) else [])]
-    return "system" in row.fields or any(map(chat.is_messages, values))
+    return "system" in row.fields or chat.any_messages(values)
 
 
 def _texts(row: Row, format: str) -> tuple[str, ...]:

@@ -12,13 +12,12 @@ from collections.abc import Callable, Collection, Sequence
 from typing import NamedTuple, TypeAlias
 
 from dpo_jax.data import chat, formats
-from dpo_jax.data.columns import DROP, described, is_empty, missing, number
-from dpo_jax.data.renaming import Renaming
+from dpo_jax.data.columns import DROP, MEDIA, TEXT_ALONE, described, is_empty, missing, named, number
+from dpo_jax.data.renaming import Renaming, replaced
 from dpo_jax.types import InputError, Row, Value, shown
 
 Fields: TypeAlias = dict[str, Value]
 
-_MEDIA = {"image", "images", "video", "videos", "audio", "audios"}
 _REFERENCE = re.compile(r"(^|[_.-])ref(erence)?[_.-](.*[_.-])?log_?p|log_?p.*[_.-]ref(erence)?([_.-]|$)")
 
 
@@ -38,8 +37,18 @@ class Layout(NamedTuple):
 def _openai(row: Row, chosen: Value, rejected: Value, given: Value) -> Fields:
     """Columns of a row of OpenAI's preference fine-tuning; what `input` has besides messages and tools stays apart."""
     given = given if isinstance(given, dict) else {"messages": given}
-    others = {f"input.{name}": value for name, value in given.items() if name not in ("messages", "tools")}
-    return {"prompt": given.get("messages"), "tools": given.get("tools"), **others} | _pair(chosen, rejected)
+    names = {"messages": "prompt", "tools": "tools"}
+    for key, name in names.items():
+        one, other = given.get(key), row.fields.get(name)
+        if one != other and not is_empty(one) and not is_empty(other):
+            raise InputError(
+                row.place,
+                got=f"a column {name!r} beside other {key} in 'input'",
+                expected="one of the two",
+                remedy=f'Leave the column out with --config.data.columns="{name}=".',
+            )
+    others = {names.get(key, f"input.{key}"): value for key, value in given.items() if not is_empty(value)}
+    return others | _pair(chosen, rejected)
 
 
 def _pair(chosen: Value, rejected: Value) -> Fields:
@@ -53,7 +62,7 @@ _RANK_KEYS, _SCORE_KEYS = ("rank",), ("score", "overall_score", "rating", "pm_sc
 def _objects(row: Row, answers: list[Fields]) -> Fields:
     """Ranking of objects that each have an answer and a rank, from 0 or 1, or a score."""
     first = answers[0]
-    answer = next((key for key in _ANSWER_KEYS if key in first), None)
+    answer = next((key for key in _ANSWER_KEYS if key in first), "content" if _SPOKEN & first.keys() else None)
     key = next((key for key in (*_RANK_KEYS, *_SCORE_KEYS) if first.get(key) is not None), None)
     if answer is None or key is None:
         raise InputError(
@@ -64,11 +73,35 @@ def _objects(row: Row, answers: list[Fields]) -> Fields:
             remedy="Rename the keys in the file.",
         )
     values = [each.get(key) for each in answers]
+    responses = [_answer(row, each, answer) for each in answers]
     if key in _SCORE_KEYS:
-        return {"responses": [each.get(answer) for each in answers], "scores": values}
+        return {"responses": responses, "scores": values}
     from_zero = any(number(value) == 0 for value in values)
     ranks = [value if (rank := number(value)) is None else rank + from_zero for value in values]
-    return {"responses": [each.get(answer) for each in answers], "ranks": ranks}
+    return {"responses": responses, "ranks": ranks}
+
+
+_SPOKEN = {"role", "from", "tool_calls", "function_call", "reasoning_content", "reasoning", "thinking"}
+
+
+def _answer(row: Row, each: Fields, key: str) -> Value:
+    """The answer in an object: the message that the object is, or what its key holds."""
+    texts = [name for name in _ANSWER_KEYS if not is_empty(each.get(name)) and each[name] != each.get(key)]
+    if texts and not is_empty(each.get(key)):
+        raise InputError(
+            row.place,
+            got=f"an answer with different values under the keys {named([key, *texts])}",
+            expected="one of these keys",
+            remedy="Remove the others from the file.",
+        )
+    if "from" in each:
+        return each
+    if "role" in each or any(not is_empty(each.get(name)) for name in _SPOKEN):
+        return {"role": "assistant", "content": each.get(key), **each}
+    for name in MEDIA & each.keys():
+        if not is_empty(each[name]):
+            raise InputError(row.place, got=f"an answer with {name!r}", expected=TEXT_ALONE, remedy=DROP)
+    return each.get(key)
 
 
 def _are_messages(value: Value) -> bool:
@@ -185,12 +218,16 @@ ANSWERS = (
 
 def _talk(row: Row, messages: Value) -> Fields:
     # Data sets for several methods repeat an answer's whole conversation for fine-tuning.
-    repeated = messages in (row.fields.get("chosen"), row.fields.get("rejected"))
+    repeated = any(chat.repeats(row, messages, name) for name in ("chosen", "rejected"))
     return {} if repeated else {"prompt": messages}
 
 
 def _instruction(row: Row, instruction: str, given: Value, history: Value, system: Value) -> Fields:
     """Prompt of an Alpaca row: instruction, then `input` on a line of its own; a column `system` makes it a message."""
+    if not is_empty(given) and not isinstance(given, str):
+        got = f"'input' is {described(given)} beside 'instruction'"
+        remedy = f'Leave the column out with --config.data.columns="input=", or name the prompt\'s. {DROP}'
+        raise InputError(row.place, got=got, expected="text", remedy=remedy)
     prompt = instruction if is_empty(given) else f"{instruction}\n{given}"
     return {"system": system} | (_history(row, prompt, history) if history else {"prompt": prompt})
 
@@ -256,6 +293,7 @@ class Reader:
         Raises: InputError if the row has no answers in a known layout, a layout's columns are damaged, or a column
           holds images or reference log-probs under a name that nothing reads.
         """
+        self.unread.update(dict.fromkeys(self.renaming.replaced(row)))
         as_written = row = self.renaming.apply(row)
         names = tuple(row.fields)
         if (plan := self._plans.get(names)) is None:
@@ -284,6 +322,10 @@ class Reader:
                 standard = layout.read(row, *values, *(row.fields.get(name) for name in layout.optional))
                 used = {*layout.columns, *layout.optional}
                 others = {name: value for name, value in row.fields.items() if name not in used}
+                standard = {name: value for name, value in standard.items() if value is not None or name not in others}
+                for name in standard.keys() & others.keys():
+                    if not is_empty(others[name]) and others[name] != standard[name]:
+                        self.unread[replaced(name, layout.columns[0])] = None
                 return Row(row.place, others | standard)
         return row
 
@@ -302,7 +344,7 @@ def _planned(names: Collection[str]) -> _Plan:
         for layouts in (ANSWERS, SYSTEMS, PROMPTS)
     )
     others = [name for name in names if name not in formats.REFERENCE]
-    refused = tuple(name for name in others if name.lower() in _MEDIA or _REFERENCE.search(name.lower()))
+    refused = tuple(name for name in others if name.lower() in MEDIA or _REFERENCE.search(name.lower()))
     standard = any(set(names).issuperset(each) for each in _STANDARD)
     return _Plan(answers, systems, prompts, refused, standard)
 
@@ -320,11 +362,11 @@ def _refuse(row: Row, name: str) -> None:
     """Raises InputError if a column that must not be ignored has a value."""
     if is_empty(row.fields[name]):
         return
-    if name.lower() in _MEDIA:
+    if name.lower() in MEDIA:
         raise InputError(
             row.place,
             got=f"the column {name!r} is not empty",
-            expected="text alone: models here read neither images nor sound",
+            expected=TEXT_ALONE,
             remedy=f'Drop the row, or give --config.data.columns="{name}=" to train without what the column holds.',
         )
     others = [each for each in row.fields if _REFERENCE.search(each.lower()) and each not in formats.REFERENCE]

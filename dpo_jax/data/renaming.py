@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 
-from dpo_jax.data.columns import named
+from dpo_jax.data.columns import is_empty, named
 from dpo_jax.types import InputError, Row, Value
 
 _MISSING = object()
@@ -50,6 +50,13 @@ class Renaming:
         moved = {source or target for target, source in self.sources.items()}
         return Row(row.place, {name: value for name, value in row.fields.items() if name not in moved} | values)
 
+    def replaced(self, row: Row) -> list[str]:
+        """Names the columns of a row in place of which others are read, and whose values nothing reads."""
+        sources = self.sources
+        lost = [name for name in sources if name not in sources.values() and not is_empty(row.fields.get(name))]
+        there = [name for name in lost if sources[name] and _value(row.fields, sources[name]) is not _MISSING]
+        return [replaced(name, sources[name]) for name in there]
+
     def check_begun(self, place: str, rows: Sequence[Row]) -> None:
         """Raises InputError if the first rows of a source, as they were read, lack a column that is necessary."""
         names = dict.fromkeys(name for row in rows for name in row.fields)
@@ -69,6 +76,11 @@ class Renaming:
         if missing:
             got = f"columns that no row has: {named(missing)}"
             raise _refusal(got, "columns of the data after the =", "Correct the names or leave them out.")
+
+
+def replaced(name: str, by: str) -> str:
+    """Name, for a report, of a column in place of which another one is read."""
+    return f"{name} (replaced by {by})"
 
 
 def _value(fields: dict[str, Value], source: str) -> Value:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import csv
 import dataclasses
 import functools
@@ -11,7 +12,7 @@ import io
 import math
 import re
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -20,6 +21,7 @@ import pyarrow.parquet
 import xxhash
 
 from dpo_jax.data import json_rows
+from dpo_jax.data.columns import named, without_nulls
 from dpo_jax.types import InputError, Row, listed
 
 if TYPE_CHECKING:
@@ -159,7 +161,17 @@ def _file_digest(path: Path, name: str) -> str:
     return digest.hexdigest()
 
 
-def _opened(path: Path) -> io.BufferedReader:
+def _opened(path: Path, name: str) -> io.BufferedReader:
+    """Opens a file to read its bytes as `_bytes` does. Raises: InputError if it begins with the mark of UTF-16."""
+    file = _bytes(path)
+    if file.peek(2)[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
+        file.close()
+        remedy = json_rows.TO_UTF8.replace("ENCODING", "UTF-16")
+        raise InputError(name, got="text in UTF-16", expected="UTF-8 text", remedy=remedy)
+    return file
+
+
+def _bytes(path: Path) -> io.BufferedReader:
     """Opens a file to read its bytes, decompressed if its name ends in .gz or .zst."""
     if path.name.lower().endswith(".gz"):
         return io.BufferedReader(gzip.GzipFile(path))
@@ -171,7 +183,7 @@ def _opened(path: Path) -> io.BufferedReader:
 
 def _json(path: Path, name: str) -> Iterator[Row]:
     """Rows of a JSON file; see `json_rows.read`."""
-    return _undamaged(json_rows.read(functools.partial(_opened, path), name), name)
+    return _undamaged(json_rows.read(functools.partial(_opened, path, name), name), name)
 
 
 def _undamaged(rows: Iterable[Row], name: str) -> Iterator[Row]:
@@ -200,7 +212,7 @@ def _parquet(path: Path, name: str) -> Iterator[Row]:
             for batch in file.iter_batches(batch_size=_BATCH_ROWS):
                 for fields in batch.to_pylist():
                     number += 1
-                    yield Row(f"{name}:{number}", fields)
+                    yield _of_arrow(f"{name}:{number}", fields)
     except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
         raise InputError(
             f"{name}:{number + 1}",
@@ -208,6 +220,11 @@ def _parquet(path: Path, name: str) -> Iterator[Row]:
             expected="a whole Parquet file",
             remedy="Copy, download or write the file again.",
         ) from error
+
+
+def _of_arrow(place: str, fields: dict[str, Any]) -> Row:
+    """A row without the null keys within its columns that Arrow adds where only other rows have a key."""
+    return Row(place, {column: without_nulls(value, keep=()) for column, value in fields.items()})
 
 
 def _csv(path: Path, name: str) -> Iterator[Row]:
@@ -219,13 +236,13 @@ def _csv_rows(path: Path, name: str) -> Iterator[Row]:
     # The csv module allows 128 KiB per field, which long answers exceed; the limit is global to the process.
     csv.field_size_limit(2**31 - 1)
     line = 1
-    with io.TextIOWrapper(_opened(path), encoding="utf-8-sig", newline="") as file:
+    with io.TextIOWrapper(_opened(path, name), encoding="utf-8-sig", newline="") as file:
         reader = csv.DictReader(file, strict=True)
         try:
+            _check_headers(name, reader.fieldnames or ())
             for fields in reader:
-                if (
-                    None in fields or None in fields.values()
-                ):  # extra fields have the key None, missing ones the value None
+                # Extra fields have the key None, missing ones the value None.
+                if None in fields or None in fields.values():
                     raise csv.Error("the number of fields differs from that of the first line")
                 if line == 1 and len(fields) == 1 and (other := re.search("[;\\t|]", next(iter(fields)))):
                     raise csv.Error(f"{other[0]!r} between fields")
@@ -241,6 +258,18 @@ def _csv_rows(path: Path, name: str) -> Iterator[Row]:
                 expected="commas between fields, and a quote inside a quoted field doubled",
                 remedy="Correct the file, or give JSONL or Parquet instead.",
             ) from error
+
+
+def _check_headers(name: str, columns: Sequence[str]) -> None:
+    """Raises InputError if two columns of a CSV file have the same name; spreadsheets leave some without one."""
+    twice = dict.fromkeys(column for column in columns if column and columns.count(column) > 1)
+    if twice:
+        raise InputError(
+            f"{name}:1",
+            got=f"several columns with the name {named(twice)}",
+            expected="a name for each column",
+            remedy="Rename or remove all but one of them.",
+        )
 
 
 READERS: dict[str, Callable[[Path, str], Iterator[Row]]] = {
@@ -313,7 +342,7 @@ def _from_datasets(data: datasets.Dataset, name: str) -> tuple[RowReader, str]:
 
     def rows() -> Iterator[Row]:
         for number, fields in enumerate(data.with_format(None), start=1):
-            yield Row(f"{name}:{number}", cast("dict[str, Any]", fields))
+            yield _of_arrow(f"{name}:{number}", cast("dict[str, Any]", fields))
 
     return RowReader(rows), _arrow_digest(data)
 
