@@ -185,7 +185,7 @@ def silent_losses(row, tokenizer):
         (outcome,) = tokenize.encode([pair], tokenizer, RULES)
     except InputError:
         return [], True
-    if isinstance(outcome, InputError):
+    if not isinstance(outcome, tokenize.Outcome):
         return [], True
     conversation, losses = chat.of_pair(row), []
     prompt, *answers = model_reads(pair, outcome, tokenizer)

@@ -46,7 +46,7 @@ TURNS = {
 }
 
 
-def render(fields, *, template=CHATML, **options):
+def render(fields, *, template: str | dict[str, str] = CHATML, **options):
     (pair,) = formats.render(Row("a:1", fields), format="chat", tokenizer=make_tokenizer(template=template), **options)
     return pair
 
@@ -60,7 +60,7 @@ def scored_texts(fields, *, template=CHATML, rules=RULES, **options):
     ids, stretches = outcome.encoded.chosen, [""]
     for i, scored in zip(unmark(ids).tolist(), is_scored(ids).tolist(), strict=True):
         if scored:
-            stretches[-1] += tokenizer.decode([i])
+            stretches[-1] += str(tokenizer.decode([i]))
         elif stretches[-1]:
             stretches.append("")
     return stretches, tokenizer.decode(unmark(ids).tolist())

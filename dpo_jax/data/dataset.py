@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import gc
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -127,7 +128,7 @@ def load(
     folder = (Path(cache_dir).expanduser() if cache_dir else files.cache_folder("pairs")) / key
     if not folder.is_dir():
         encoder = functools.partial(encode, tokenizer=tokenizer, rules=tokenization)
-        with _replacing(folder) as unfinished, EntryWriter(unfinished) as writer:
+        with _replacing(folder) as unfinished, EntryWriter(unfinished) as writer, _few_objects_to_scan():
             for source in sources:
                 tokenize_source(source, writer, encoder, reading, published.Reader(renaming), tokenizer)
             renaming.check_ended()
@@ -135,6 +136,16 @@ def load(
                 writer.check_whole([source.name for source in sources])
             writer.finish(spec)
     return _open(folder, sources)
+
+
+@contextlib.contextmanager
+def _few_objects_to_scan() -> Iterator[None]:
+    """Keeps the objects that exist from being scanned by the garbage collector: rows make much garbage of their own."""
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
 
 
 @contextlib.contextmanager

@@ -45,7 +45,8 @@ def read(opener: Callable[[], io.BufferedReader], name: str) -> Iterator[Row]:
             for number, line in (first, second):
                 yield _row(f"{name}:{number}", _parse(line, f"{name}:{number}"))
             for number, line in lines:
-                yield _row(f"{name}:{number}", _parse(line, f"{name}:{number}"))
+                decoder = _DECODER if number <= _CHECKED_LINES else _FAST_DECODER
+                yield _row(f"{name}:{number}", _parse(line, f"{name}:{number}", decoder=decoder))
             return
     with opener() as file:
         value = _parse(file.read(), name, first, by_line=second is not None and _is_complete(second[1]))
@@ -62,16 +63,24 @@ def _is_complete(line: bytes) -> bool:
     return True
 
 
-def _parse(data: bytes, place: str, first: tuple[int, bytes] | None = None, *, by_line: bool = False) -> Value:
+def _parse(
+    data: bytes,
+    place: str,
+    first: tuple[int, bytes] | None = None,
+    *,
+    by_line: bool = False,
+    decoder: json.JSONDecoder | None = None,
+) -> Value:
     """Parses UTF-8 JSON.
 
     Args:
       first: number and text of the first line of a whole file, where it is broken if it has one object per line.
       by_line: the second line is complete by itself, so that there is one object per line.
+      decoder: None: one that refuses a key that an object has twice.
     Raises: InputError that names the place.
     """
     try:
-        return _DECODER.decode(data.decode("utf-8-sig").rstrip())
+        return (decoder or _DECODER).decode(data.decode("utf-8-sig").rstrip())
     except UnicodeDecodeError as error:
         got, expected = f"byte {error.start + 1} is not UTF-8", "UTF-8 text"
         raise InputError(place, got=got, expected=expected, remedy=TO_UTF8) from error
@@ -106,7 +115,8 @@ def _without_twins(pairs: list[tuple[str, Value]]) -> dict[str, Value]:
     return value
 
 
-_DECODER = json.JSONDecoder(object_pairs_hook=_without_twins)
+_DECODER, _FAST_DECODER = json.JSONDecoder(object_pairs_hook=_without_twins), json.JSONDecoder()
+_CHECKED_LINES = 1_000  # a program that writes a key twice does so in every row; the check doubles the time of parsing
 
 
 def _row(place: str, value: object) -> Row:

@@ -125,8 +125,10 @@ def drop_oldest(prompt: list[Message], count: int) -> list[Message]:
 
     Messages of the system or the developer that begin the prompt stay.
     """
+    if not count:
+        return prompt
     starts = _exchanges(prompt)
-    return prompt[: starts[0]] + prompt[starts[count] :] if count else prompt
+    return prompt[: starts[0]] + prompt[starts[count] :]
 
 
 def droppable(prompt: list[Message]) -> int:
@@ -218,7 +220,7 @@ class _Turns(NamedTuple):
         render = functools.partial(render_jinja_template, return_assistant_tokens_mask=True, **options)
         (text,), (marks,) = _with_either_arguments(lambda each: render([each]), messages)
         assert text == whole
-        return marks or None
+        return cast("list[tuple[int, int]]", marks) or None
 
 
 def _offsets(tokenizer: PreTrainedTokenizerBase, text: str) -> list[tuple[int, int]]:

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple, cast
 
 import numpy as np
 import xxhash
+from tokenizers import decoders, models, normalizers, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from dpo_jax.data.written import lost_characters, untrimmed
@@ -294,10 +295,21 @@ def _scored_marked(tokenizer: PreTrainedTokenizerBase, pair: Pair, parts: Parts)
     return tuple(answers)
 
 
+def _holds_every_byte(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether a tokenizer works on bytes, has a token for each that UTF-8 uses, and leaves text as it is."""
+    backend = cast(Any, tokenizer).backend_tokenizer
+    bytewise = isinstance(backend.decoder, decoders.ByteLevel) and isinstance(backend.model, models.BPE)
+    unchanged = backend.normalizer is None or isinstance(backend.normalizer, normalizers.NFC)
+    used = set(pre_tokenizers.ByteLevel.alphabet()) - {chr(byte) for byte in (0xC0, 0xC1, *range(0xF5, 0x100))}
+    return bytewise and unchanged and all(backend.token_to_id(letter) is not None for letter in used)
+
+
 def _omissions(
     pairs: Sequence[Pair], parts: Sequence[Parts], tokenizer: PreTrainedTokenizerBase
 ) -> list[tuple[Omission, ...]]:
     """Characters of each pair that its tokens do not hold, found by decoding prompts and scored answer tokens."""
+    if _holds_every_byte(tokenizer):
+        return [()] * len(pairs)
     decode = cast(Any, tokenizer).backend_tokenizer.decode_batch
     ids = [ids for part in parts for ids in (part.prompt, *([i for i in each if i >= 0] for each in part.answers))]
     decoded = iter(decode(ids, skip_special_tokens=False))
@@ -325,8 +337,9 @@ def _with_special_tokens(pair: Pair, parts: Parts, special: SpecialTokens) -> Pa
 
 def _check_ids(pair: Pair, parts: Parts, tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> None:
     """Raises InputError if the pair has ids that the model lacks."""
-    over = {i for ids in (parts.prompt, *parts.answers) for i in ids if not ~vocab_size < i < vocab_size}
-    if over:
+    lists = [ids for ids in (parts.prompt, *parts.answers) if ids]
+    if any(max(ids) >= vocab_size or min(ids) <= ~vocab_size for ids in lists):
+        over = {i for ids in lists for i in ids if not ~vocab_size < i < vocab_size}
         raise InputError(
             pair.place,
             got=f"uses {named(tokenizer, sorted(i if i >= 0 else ~i for i in over))}",

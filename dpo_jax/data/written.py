@@ -15,7 +15,8 @@ from dpo_jax.types import Omission
 PROMPT = -1  # in place of an answer's index
 
 _THINK = re.compile(r"(</?think>)")
-_REASONING = ("reasoning_content", "reasoning", "thinking")  # keys under which messages have it apart
+_REASONING = frozenset(("reasoning_content", "reasoning", "thinking"))  # keys under which messages have it apart
+_CALL, _RESULT = "a tool call", "a tool message"  # parts that templates may write as JSON
 
 
 class Piece(NamedTuple):
@@ -159,6 +160,9 @@ def _found(text: str, message: Message, at: int) -> Iterator[tuple[Piece, tuple[
 
 def _find(text: str, piece: Piece, at: int) -> tuple[int, int] | None:
     """Returns the first range of a piece in a text, as it is or escaped as in JSON."""
+    begin = text.find(piece.text, at)
+    if begin >= 0 and piece.part not in (_CALL, _RESULT):
+        return begin, begin + len(piece.text)
     spellings = {piece.text, piece.other, *(json.dumps(piece.text, ensure_ascii=each)[1:-1] for each in (False, True))}
     found = [(text.find(spelling, at), len(spelling)) for spelling in spellings - {""}]
     # The nearest: a later turn may repeat in plain words what a call has escaped.
@@ -169,8 +173,9 @@ def _find(text: str, piece: Piece, at: int) -> tuple[int, int] | None:
 def _words(message: Message) -> Iterator[Piece]:
     """Yields the texts of a message: reasoning kept apart, then its content, divided at the tags of reasoning."""
     role = message["role"]
-    apart = [piece.text for key in _REASONING for piece in _leaves("reasoning", message.get(key))]
-    yield from (Piece("reasoning", text) for text in dict.fromkeys(apart))
+    if not _REASONING.isdisjoint(message):
+        apart = [piece.text for key in sorted(_REASONING) for piece in _leaves("reasoning", message.get(key))]
+        yield from (Piece("reasoning", text) for text in dict.fromkeys(apart))
     content = message["content"]
     if role != "assistant" or "think>" not in content:
         if content.strip():
@@ -194,7 +199,7 @@ def _calls(message: Message) -> Iterator[Piece]:
     for call in calls if isinstance(calls, list) else []:
         function = call.get("function", call) if isinstance(call, dict) else {}
         if isinstance(function, dict):
-            yield from _leaves("a tool call", [function.get(key) for key in ("name", "arguments", "parameters")])
+            yield from _leaves(_CALL, [function.get(key) for key in ("name", "arguments", "parameters")])
 
 
 def _settings(options: Mapping[str, Any], text: str) -> Iterator[Piece]:
