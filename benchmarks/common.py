@@ -326,7 +326,7 @@ class Kept(NamedTuple):
 def read_pairs(source: str, tokenizer: Path) -> Iterator[Kept]:
     """Yields the pairs of a source in order and without truncation; skips rows that cannot be used."""
     from dpo_jax.data import formats, sources
-    from dpo_jax.data.tokenize import TokenizationRules, encode, load_tokenizer
+    from dpo_jax.data.tokenize import Outcome, TokenizationRules, encode, load_tokenizer
     from dpo_jax.types import InputError
 
     loaded = load_tokenizer(str(tokenizer))
@@ -338,7 +338,7 @@ def read_pairs(source: str, tokenizer: Path) -> Iterator[Kept]:
         except InputError:
             continue
         for pair, found in zip(pairs, encode(pairs, loaded, rules), strict=True):
-            if not isinstance(found, InputError):
+            if isinstance(found, Outcome):
                 yield Kept({"prompt": pair.prompt, "chosen": pair.chosen, "rejected": pair.rejected}, found.encoded)
 
 
