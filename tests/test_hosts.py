@@ -103,7 +103,8 @@ def test_code_digest_changes_with_the_code(monkeypatch, tmp_path):
 @pytest.mark.slow
 def test_sigterm_stops_a_run_after_the_step_and_the_same_call_goes_on(tmp_path):
     inputs = make_inputs(tmp_path / "inputs")
-    chosen = make_config(inputs, train__steps=40, checkpoint__every_steps=1000, mesh__fsdp=8, data__eval="")
+    fields = dict(checkpoint__every_steps=1000, mesh__fsdp=8, data__eval="", data__date="2024-02-29")
+    chosen = make_config(inputs, train__steps=40, **fields)
     folder = tmp_path / "run"
 
     def ask():
