@@ -100,7 +100,7 @@ def test_others_end_when_one_fails(recipe, inputs, tmp_path):
     command = arguments("train", recipe, tmp_path / "run", model__path="model")
     with Run(command, tmp_path, processes=2, folders=places) as run:
         first, second = run.ended_all(within_s=60)
-    assert second.status == 2 and "model: no such folder" in second.output
+    assert second.status == 2 and "'model', no such folder" in second.output
     assert first.status == 1 and "process 1" in first.output and "no such folder" in first.output
 
 
