@@ -238,7 +238,7 @@ def _counts_of(pair: Pair, outcome: Outcome) -> tuple[int, ...]:
     """Contribution of one pair to each of _COUNTS."""
     prompt_cut, cuts = outcome.prompt_cut, outcome.answer_cuts
     answers = outcome.encoded.answers
-    unscored = sum(len(ids) - count_scored(ids) for ids in answers)
+    unscored = [len(ids) - count_scored(ids) for ids in answers]
     return (
         1,
         bool(prompt_cut),
@@ -246,8 +246,8 @@ def _counts_of(pair: Pair, outcome: Outcome) -> tuple[int, ...]:
         sum(map(bool, cuts)),
         sum(cuts),
         outcome.exchanges_cut,
-        sum(count_scored(ids) < len(ids) for ids in answers),
-        unscored,
+        sum(map(bool, unscored)),
+        sum(unscored),
         outcome.inner_ends,
         outcome.boundary_split,
         pair.reference is not None,

@@ -143,7 +143,7 @@ def _with_outcomes(
 
 
 def _row_omissions(pairs: Sequence[tuple[Pair, Outcome]]) -> tuple[Omission, ...]:
-    """What template and tokenizer left out of a row, each of its answers counted once."""
+    """Returns the text of a row that template and tokenizer left out, each omission once."""
     of_template = pairs[0][0].omissions
     of_tokenizer = [each for _, outcome in pairs for each in outcome.omissions]
     return (*of_template, *dict.fromkeys(of_tokenizer))
