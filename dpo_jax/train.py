@@ -33,6 +33,7 @@ from dpo_jax.run.reference_sync import ReferenceSync, sync_stretches
 from dpo_jax.run.reference_values import Store, complete_store, reference_store
 from dpo_jax.run.state import first_state
 from dpo_jax.run.update_batches import Prepared, UpdateBatches
+from dpo_jax.run.workdir import store_folder
 from dpo_jax.runtime import hosts
 from dpo_jax.runtime.clocks import Clock, Profile, Stopwatch
 from dpo_jax.runtime.terminal import Progress, say
@@ -340,11 +341,6 @@ def evaluate_on_eval(
         shape=programs.score_shape,
         running=running,
     )
-
-
-def store_folder(config: Config, folder: Path) -> Path:
-    """Returns the folder of stored reference log-probs of a run in a working folder."""
-    return Path(config.reference.path) if config.reference.path else folder / "reference"
 
 
 def order_of(config: Config, inputs: Inputs) -> Callable[[int], np.ndarray]:

@@ -35,7 +35,7 @@ def show(config: Config, folder: Path, *, pairs: int) -> None:
     Raises: InputError for whatever cannot be used in configuration or data.
     """
     config = resolve_paths(config, folder)
-    config = workdir.dated(config, folder, Path(config.reference.path or folder / "reference"))
+    config = workdir.dated(config, folder, workdir.store_folder(config, folder))
     checks.check_model_named(config)
     objective = objective_of(config.loss)
     checks.check_names(config, objective)

@@ -43,6 +43,11 @@ def check(config: Config, workdir: Path, *, fields: Sequence[str] | None = None)
         )
 
 
+def store_folder(config: Config, folder: Path) -> Path:
+    """Returns the folder of stored reference log-probs of a run in a working folder."""
+    return Path(config.reference.path) if config.reference.path else folder / "reference"
+
+
 def dated(config: Config, workdir: Path, store: Path) -> Config:
     """Returns the configuration with the day that chat templates write.
 
