@@ -16,12 +16,13 @@ from dpo_jax.run import checks, workdir
 from dpo_jax.run.checkpoints import Checkpoints
 from dpo_jax.run.choices import objective_of
 from dpo_jax.run.evaluate import make_summary
-from dpo_jax.run.inputs import Inputs, load_inputs, read_inputs, resolve_paths
+from dpo_jax.run.inputs import Inputs, load_inputs, read_inputs
 from dpo_jax.run.programs import Programs, make_programs
 from dpo_jax.run.reference_values import complete_store, reference_store
 from dpo_jax.run.state import abstract_params, abstract_running, load_frozen
+from dpo_jax.run.workdir import resolve_paths, store_folder
 from dpo_jax.runtime import hosts
-from dpo_jax.train import after_sft, evaluate_on_eval, from_sft, order_of, run, store_folder, sync_of
+from dpo_jax.train import after_sft, evaluate_on_eval, from_sft, order_of, run, sync_of
 from dpo_jax.trees import join
 from dpo_jax.types import InputError
 
@@ -70,7 +71,7 @@ def export(config: Config, folder: Path, *, out: str = "", merge: bool = False) 
 
 def score_reference(config: Config, folder: Path) -> None:
     """Runs only the reference pass, into `reference.path`. Raises: InputError as `train.run` does."""
-    unresolved = workdir.dated(config, folder, store_folder(resolve_paths(config, folder), folder))
+    unresolved = workdir.dated(config, folder)
     config = resolve_paths(unresolved, folder)
     objective = checked_objective(config)
     if objective.reference_free:
@@ -168,8 +169,7 @@ def open_run(config: Config, folder: Path) -> OpenRun:
     Raises: InputError if it has no checkpoint, or the configuration names another model than the run's.
     """
     workdir.check(config, folder, fields=OF_PARAMETERS)
-    config = resolve_paths(config, folder)
-    config = workdir.dated(config, folder, store_folder(config, folder))
+    config = resolve_paths(workdir.dated(config, folder), folder)
     objective = checked_objective(config)
     step = workdir.newest_step(folder)
     inputs = load_inputs(config, objective, training=False)

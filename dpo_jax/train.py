@@ -26,14 +26,14 @@ from dpo_jax.run import checks, self_check, workdir
 from dpo_jax.run.checkpoints import Checkpoints
 from dpo_jax.run.choices import objective_of, optimizer_of
 from dpo_jax.run.evaluate import EvalSet, evaluate, make_summary
-from dpo_jax.run.inputs import Inputs, read_inputs, resolve_paths
+from dpo_jax.run.inputs import Inputs, read_inputs
 from dpo_jax.run.loop import Schedule, run_loop
 from dpo_jax.run.programs import Programs, make_programs, make_update
 from dpo_jax.run.reference_sync import ReferenceSync, sync_stretches
 from dpo_jax.run.reference_values import Store, complete_store, reference_store
 from dpo_jax.run.state import first_state
 from dpo_jax.run.update_batches import Prepared, UpdateBatches
-from dpo_jax.run.workdir import store_folder
+from dpo_jax.run.workdir import resolve_paths, store_folder
 from dpo_jax.runtime import hosts
 from dpo_jax.runtime.clocks import Clock, Profile, Stopwatch
 from dpo_jax.runtime.terminal import Progress, say
@@ -53,7 +53,7 @@ def run(config: Config, folder: Path) -> None:
       state is saved.
     """
     watch = Stopwatch()
-    unresolved = workdir.dated(config, folder, store_folder(resolve_paths(config, folder), folder))
+    unresolved = workdir.dated(config, folder)
     config = resolve_paths(unresolved, folder)
     checks.check_model_named(config)
     objective = objective_of(config.loss)

@@ -92,6 +92,7 @@ class Pair:
     reference: tuple[float, float] | None = None  # reference log-probs from the data, in nats: chosen, rejected
     scored: tuple[Spans, ...] = ()  # for each answer, the parts of its text that are scored; empty: all answers, whole
     omissions: tuple[Omission, ...] = ()  # what the template left out of the row
+    unread: tuple[str, ...] = ()  # keys of its messages that nothing reads
     droppable: int = 0  # exchanges at the start of the prompt that can be dropped, see `templates.drop_oldest`
     weight: float = 1.0  # factor of its loss, and the number of pairs that it counts as; >= 0
     margin: float = 0.0  # by how much the chosen answer's reward should exceed the rejected one's, beyond 0

@@ -190,6 +190,13 @@ def test_calls_and_tools_that_a_template_leaves_out_are_named():
     }
 
 
+def test_keys_of_messages_that_neither_reader_nor_template_reads_are_named():
+    answer = message("assistant", "never", refusal="cannot", mood="glad", id="", tool_calls=None, reasoning="", weight=1)
+    fields = TURNS | {"prompt": [message("user", "blue?", name="Ann")], "chosen": [answer]}
+    assert render(fields).unread == ("mood", "name", "refusal")
+    assert render(fields, template=CHATML + "{{ messages[-1]['mood'] }}").unread == ("name", "refusal")
+
+
 def test_system_text_may_stand_in_a_later_turn_and_other_text_only_in_order():
     into_last = (
         "{% for m in messages %}{% if m.role == 'user' %}[{{ messages[0].content ~ '\n' if loop.index0 == 3 else '' }}"

@@ -27,7 +27,7 @@ HUMAN = "\n\nHuman:"  # its first
 
 # Fields of a message that templates write. Messages that differ elsewhere, such as in an id, are the same message.
 _WRITTEN = ("content", "role", "tool_calls", "name", "reasoning_content", "reasoning", "thinking")
-_FACTORS = ("weight", "loss", "train", "training")  # fields of a message that is not trained on if one of them is 0
+FACTORS = ("weight", "loss", "train", "training")  # fields of a message that is not trained on if one of them is 0
 _STANDARD = ("system", "user", "assistant", "tool")
 _ROLES = {
     **{role: role for role in _STANDARD},
@@ -380,7 +380,7 @@ _PLAIN = "If the columns are text that only looks like messages, give --config.d
 def _check_scored(row: Row, answer: list[Message], name: str) -> None:
     """Raises InputError for an answer with a message of the assistant that is marked as not trained on."""
     for message in answer:
-        for key in _FACTORS:
+        for key in FACTORS:
             if message["role"] == "assistant" and message.get(key) == 0:
                 raise InputError(
                     row.place,

@@ -157,6 +157,7 @@ def render(
             {
                 "templated": True,
                 "omissions": tuple(templated.omissions),
+                "unread": templated.unread,
                 "droppable": templates.droppable(conversation.prompt),
             },
         )

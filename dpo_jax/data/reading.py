@@ -86,6 +86,7 @@ def tokenize_source(
         for row in chunk:
             if isinstance(row, Row):
                 reader.note(row, format)
+        reader.unread.update({f"{key} (of messages)": None for pairs in good for key in pairs[0][0].unread})
     writer.sources[-1].layouts, writer.sources[-1].unread = list(reader.layouts), list(reader.unread)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import functools
+import itertools
 import json
 import os.path
 import re
@@ -16,7 +17,7 @@ from transformers.utils.chat_template_utils import render_jinja_template
 
 from dpo_jax.data.chat import Conversation, Message, without_nulls
 from dpo_jax.data.columns import DROP, described
-from dpo_jax.data.written import omissions_of, places_of, unscored, untrimmed
+from dpo_jax.data.written import omissions_of, places_of, unread_keys, unscored, untrimmed
 from dpo_jax.types import InputError, Omission, Row, Spans
 
 TURNS = ("assistant", "last", "all")
@@ -52,6 +53,7 @@ class Templated(NamedTuple):
     left_out: str  # end of the generation header that finished answers lack, and that `prompt` therefore lacks
     scored: list[Spans]  # for each answer, the ranges of characters in its text that are scored
     omissions: list[Omission]
+    unread: tuple[str, ...]  # keys of messages that nothing reads
 
 
 class TemplateLoss(InputError):
@@ -117,7 +119,8 @@ def write(row: Row, conversation: Conversation, templating: Templating) -> Templ
             spoken = [message for message in answer if message["role"] == "assistant"]
             spoken = spoken[-1:] if templating.turns == "last" else spoken
             omissions += unscored(number, spoken, "".join(text[a:b] for a, b in spans), omissions)
-    return Templated(start, texts, head[len(start) :], scored, omissions)
+    unread = unread_keys(itertools.chain(prompt, *answers), options["chat_template"])
+    return Templated(start, texts, head[len(start) :], scored, omissions, unread)
 
 
 def drop_oldest(prompt: list[Message], count: int) -> list[Message]:

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os.path
 import re
 import unicodedata
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from dpo_jax.data.chat import Message
+from dpo_jax.data.chat import FACTORS, Message
+from dpo_jax.data.columns import is_empty
 from dpo_jax.types import Omission
 
 PROMPT = -1  # in place of an answer's index
 
 _THINK = re.compile(r"(</?think>)")
 _REASONING = frozenset(("reasoning_content", "reasoning", "thinking"))  # keys under which messages have it apart
+_READ = _REASONING | {"role", "content", "tool_calls", "tool_call_id", *FACTORS}  # keys that are read, or compared here
 _CALL, _RESULT = "a tool call", "a tool message"  # parts that templates may write as JSON
 
 
@@ -52,6 +55,18 @@ def omissions_of(
         lacking, _ = _missing(whole, answer, min(start, end))
         missing += [Omission(piece.part, number, piece.text) for piece in lacking]
     return missing
+
+
+def unread_keys(messages: Iterable[Message], template: str) -> tuple[str, ...]:
+    """Returns the keys of messages with a value that neither their reader nor the template reads."""
+    others = {key for message in messages for key in message.keys() - _READ if not is_empty(message[key])}
+    return tuple(sorted(key for key in others if not _names(template, key)))
+
+
+@functools.lru_cache(maxsize=256)
+def _names(template: str, key: str) -> bool:
+    """Whether a template has a word."""
+    return re.search(rf"\b{re.escape(key)}\b", template) is not None
 
 
 def unscored(number: int, messages: Sequence[Message], scored: str, known: Sequence[Omission]) -> list[Omission]:
@@ -212,7 +227,7 @@ def _settings(options: Mapping[str, Any], text: str) -> Iterator[Piece]:
             if _find(text, piece, 0) is None:
                 yield piece
     for name in options.keys() - {"tools", "chat_template"}:
-        if not re.search(rf"\b{re.escape(name)}\b", options["chat_template"]):
+        if not _names(options["chat_template"], name):
             yield Piece("a value of chat_template_kwargs", name)
 
 

@@ -17,7 +17,7 @@ from dpo_jax.data.packing import Shape, choose_shape, plan, unit_lengths
 from dpo_jax.reporting.console import weights_and_margins
 from dpo_jax.run import checks, workdir
 from dpo_jax.run.choices import objective_of
-from dpo_jax.run.inputs import load_inputs, prepare, resolve_paths
+from dpo_jax.run.inputs import load_inputs, prepare
 from dpo_jax.run.programs import ACCELERATOR_POSITIONS, CPU_POSITIONS
 from dpo_jax.types import printable
 
@@ -34,8 +34,7 @@ def show(config: Config, folder: Path, *, pairs: int) -> None:
       pairs: examples of each set.
     Raises: InputError for whatever cannot be used in configuration or data.
     """
-    config = resolve_paths(config, folder)
-    config = workdir.dated(config, folder, workdir.store_folder(config, folder))
+    config = workdir.resolve_paths(workdir.dated(config, folder), folder)
     checks.check_model_named(config)
     objective = objective_of(config.loss)
     checks.check_names(config, objective)

@@ -82,28 +82,6 @@ class Inputs:
         return dataclasses.replace(self, source=dataclasses.replace(self.source, **place))
 
 
-def resolve_paths(config: Config, workdir: Path) -> Config:
-    """Replaces `{workdir}` in text fields by the working folder.
-
-    Raises: InputError if `data.train` or `data.eval` contain it and its path has a ',' or '*', which they would parse.
-    """
-    if {*",*"} & {*str(workdir)} and "{workdir}" in config.data.train + config.data.eval:
-        raise InputError(
-            "--workdir",
-            got=f"{str(workdir)!r}, and the data lie in it",
-            expected="a path without ',' and '*', which have a meaning in the names of data",
-            remedy="Name another folder.",
-        )
-
-    def fill(value: Any) -> Any:
-        if dataclasses.is_dataclass(value) and not isinstance(value, type):
-            changes = {field.name: fill(getattr(value, field.name)) for field in dataclasses.fields(value)}
-            return dataclasses.replace(value, **changes)
-        return value.replace("{workdir}", str(workdir)) if isinstance(value, str) else value
-
-    return fill(config)
-
-
 def prepare(name: str, workdir: Path) -> None:
     """Calls the recipe's own `prepare`, "module:function", with the working folder; does nothing for an empty name."""
     if not name:

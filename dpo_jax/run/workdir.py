@@ -11,6 +11,7 @@ import time
 import uuid
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import xxhash
 
@@ -48,15 +49,38 @@ def store_folder(config: Config, folder: Path) -> Path:
     return Path(config.reference.path) if config.reference.path else folder / "reference"
 
 
-def dated(config: Config, workdir: Path, store: Path) -> Config:
-    """Returns the configuration with the day that chat templates write.
+def resolve_paths(config: Config, workdir: Path) -> Config:
+    """Replaces `{workdir}` in text fields by the working folder.
+
+    Raises: InputError if `data.train` or `data.eval` contain it and its path has a ',' or '*', which they would parse.
+    """
+    if {*",*"} & {*str(workdir)} and "{workdir}" in config.data.train + config.data.eval:
+        raise InputError(
+            "--workdir",
+            got=f"{str(workdir)!r}, and the data lie in it",
+            expected="a path without ',' and '*', which have a meaning in the names of data",
+            remedy="Name another folder.",
+        )
+
+    def fill(value: Any) -> Any:
+        if dataclasses.is_dataclass(value) and not isinstance(value, type):
+            changes = {field.name: fill(getattr(value, field.name)) for field in dataclasses.fields(value)}
+            return dataclasses.replace(value, **changes)
+        return value.replace("{workdir}", str(workdir)) if isinstance(value, str) else value
+
+    return fill(config)
+
+
+def dated(config: Config, workdir: Path) -> Config:
+    """Returns the configuration, paths unresolved, with the day that chat templates write.
 
     It is the one that the configuration names, else the one of the run in this folder or of the reference pass in
-    `store`, else today.
+    the folder of stored log-probs, else today.
     """
     if config.data.date:
         return config
-    date, manifest = datetime.date.today().isoformat(), store / "manifest.json"
+    date = datetime.date.today().isoformat()
+    manifest = store_folder(resolve_paths(config, workdir), workdir) / "manifest.json"
     if (workdir / "config.json").is_file():
         date = record_from_json(*_recorded(workdir)).data.date
     elif manifest.is_file():
