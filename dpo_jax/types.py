@@ -49,6 +49,11 @@ def shown(value: object, most: int = 60) -> str:
     return text if len(text) <= most else text[: most - 3] + "..."
 
 
+def counted(count: int, things: str) -> str:
+    """Returns a number of things, such as `1 pair` and `1,000 pairs`; `things` is a plural in s."""
+    return f"{count:,} {things[:-1] if count == 1 else things}"
+
+
 def check_choice(place: str, value: str, valid: Iterable[str]) -> None:
     """Raises InputError unless `value`, found at `place`, is one of the valid names."""
     names = list(valid)

@@ -97,7 +97,7 @@ def test_load_reports_what_it_read_cut_and_gave(tmp_path):
     digests = [source.pop("digest") for source in found.report["sources"]]
     assert len(set(digests)) == 2
     assert found.kind == "paired"
-    rest = {"weight": 1.0, "layouts": [], "unread": []}
+    rest = {"weight": 1.0, "layouts": [], "unread": [], "unread_keys": []}
     assert found.report == {
         "rows": 5,
         "pairs": 5,
@@ -130,6 +130,15 @@ def test_load_reads_columns_by_other_names_and_reports_those_that_nothing_reads(
     found = load(f"{path},{same}", tmp_path, columns="prompt=q,chosen=a,rejected=b")
     assert contents(found) == contents(load(f"{same},{same}", tmp_path))
     assert [source["unread"] for source in found.report["sources"]] == [["id", "note"], []]
+    rows = [{"q": {"text": row["prompt"], "n": {"a": row["chosen"], "m": 1}}, "b": row["rejected"]} for row in plain(3)]
+    inner = load(write(tmp_path / "c.jsonl", rows), tmp_path, columns="prompt=q.text,chosen=q.n.a,rejected=b")
+    assert inner.report["sources"][0]["unread"] == ["q"]  # because of m
+    rows = [
+        {"q": {"n": {"a": row["prompt"]}}, "chosen": row["chosen"], "rejected": row["rejected"]} for row in plain(3)
+    ]
+    assert (
+        load(write(tmp_path / "d.jsonl", rows), tmp_path, columns="prompt=q.n.a").report["sources"][0]["unread"] == []
+    )
     for columns, got in (
         ("prompt=w,chosen=a,rejected=b", "no column 'w' among 'q', 'a'"),
         ("weight=w", "no row has: 'w'"),

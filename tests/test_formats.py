@@ -1,5 +1,6 @@
 import gzip
 import importlib.util
+import dataclasses
 import json
 import os.path
 from decimal import Decimal
@@ -336,8 +337,9 @@ def test_render_compares_calls_without_their_ids():
 def test_render_compares_messages_by_what_templates_write():
     expected = render(CHAT, format="chat")
     for numbered in ({"id": 1}, {"weight": 0.5, "token_count": 3}):
-        assert render({"chosen": [{**USER, **numbered}, YES], "rejected": [USER, NO]}, format="chat") == expected
-        assert render({**CHAT, "chosen": [USER | numbered, YES], "rejected": [USER, NO]}, format="chat") == expected
+        for fields in ({}, CHAT):
+            fields = fields | {"chosen": [USER | numbered, YES], "rejected": [USER, NO]}
+            assert dataclasses.replace(render(fields, format="chat"), unread=()) == expected
     assert "equal" in failure({**CHAT, "rejected": [{**YES, "id": 2}]}, format="chat").got
 
 

@@ -190,8 +190,31 @@ def test_calls_and_tools_that_a_template_leaves_out_are_named():
     }
 
 
+@pytest.mark.parametrize("side", ["prompt", "chosen"])
+def test_a_role_that_the_template_does_not_name_is_refused(side):
+    fields = TURNS | {side: [*TURNS[side], message("asistant", "or green")]}
+    with pytest.raises(InputError, match="role 'asistant', which .* Did you mean assistant"):
+        render(fields)
+    pair = render(fields, template=CHATML + "{# 'asistant' #}")
+    assert "or green" in pair.prompt + pair.chosen
+
+
+def test_reasoning_found_by_chance_in_the_content_is_named_and_the_content_is_not():
+    fields = TURNS | {"rejected": [message("assistant", "12, I guess.", reasoning_content="I guess.")]}
+    assert parts(render(fields)) == {("reasoning", 1, "I guess.")}
+
+
+def test_a_call_that_is_left_out_is_named_once_though_parts_of_it_are_found_by_chance():
+    call = {"function": {"name": "add", "arguments": {"n": 2}}}
+    prompt = said("add 2?", "add n 2", "well?", first="user")
+    answer = [message("assistant", "so", tool_calls=[call]), message("tool", "2 n"), message("assistant", "done")]
+    assert {part for part, *_ in parts(render(TURNS | {"prompt": prompt, "chosen": answer}))} == {"a tool call"}
+
+
 def test_keys_of_messages_that_neither_reader_nor_template_reads_are_named():
-    answer = message("assistant", "never", refusal="cannot", mood="glad", id="", tool_calls=None, reasoning="", weight=1)
+    answer = message(
+        "assistant", "never", refusal="cannot", mood="glad", id="", tool_calls=None, reasoning="", weight=1
+    )
     fields = TURNS | {"prompt": [message("user", "blue?", name="Ann")], "chosen": [answer]}
     assert render(fields).unread == ("mood", "name", "refusal")
     assert render(fields, template=CHATML + "{{ messages[-1]['mood'] }}").unread == ("name", "refusal")

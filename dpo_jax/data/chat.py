@@ -28,9 +28,9 @@ HUMAN = "\n\nHuman:"  # its first
 # Fields of a message that templates write. Messages that differ elsewhere, such as in an id, are the same message.
 _WRITTEN = ("content", "role", "tool_calls", "name", "reasoning_content", "reasoning", "thinking")
 FACTORS = ("weight", "loss", "train", "training")  # fields of a message that is not trained on if one of them is 0
-_STANDARD = ("system", "user", "assistant", "tool")
-_ROLES = {
-    **{role: role for role in _STANDARD},
+ROLES = ("system", "developer", "user", "assistant", "tool")  # the usual ones; templates may name others
+_SAME = {
+    **{role: role for role in ROLES},
     **{"human": "user", "gpt": "assistant", "chatgpt": "assistant", "bot": "assistant", "model": "assistant"},
     **{"observation": "tool", "tool_response": "tool", "function_response": "tool"},
 }
@@ -230,9 +230,9 @@ def _message(row: Row, value: Value, name: str) -> Message:
         content = ""
     if not isinstance(role, str) or not isinstance(content, str):
         raise _damaged(row, value, fields, name)
-    if role in _STANDARD and not calls and content is fields.get("content"):
+    if role in ROLES and not calls and content is fields.get("content"):
         return fields
-    message = {**fields, "role": _ROLES.get(role.lower(), role), "content": content}
+    message = {**fields, "role": _SAME.get(role.lower(), role), "content": content}
     if calls:
         message.pop("function_call", None)
         message["tool_calls"] = _calls(row, calls, name)
@@ -265,7 +265,7 @@ def _content(row: Row, role: object, content: Value, name: str) -> Value:
     parts = isinstance(content, list) and bool(content) and all(map(_is_part, content))
     if role in _CALLS and not parts:
         return content
-    if not parts and content is not None and isinstance(role, str) and _ROLES.get(role.lower()) == "tool":
+    if not parts and content is not None and isinstance(role, str) and _SAME.get(role.lower()) == "tool":
         return json.dumps(content, ensure_ascii=False)
     return _joined(row, content, name) if isinstance(content, list) else content
 

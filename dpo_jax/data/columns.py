@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import itertools
 import math
 import operator
@@ -37,7 +38,7 @@ def described(value: object) -> str:
 
 def named(names: Iterable[object]) -> str:
     """Joins the names of columns or keys for a message, a few of them."""
-    return listed([*map(repr, names)], most=8)
+    return listed([repr(name) if name != "" else "'' (without a name)" for name in names], most=8)
 
 
 def column(row: Row, name: str) -> Value:
@@ -57,7 +58,8 @@ def missing(row: Row, name: str) -> InputError:
         got=f"no {name!r} among the columns {named(row.fields) or '(there is none)'}",
         expected="the columns prompt, chosen and rejected (no prompt where conversations begin with it); prompt, "
         "responses and scores or ranks; prompt, completion and label; or those of a layout in docs/data.md",
-        remedy=f'Say which column is which, for example --config.data.columns="{_mapping(row)}", or rename them.',
+        remedy=f'Say which column is which, for example --config.data.columns="{_mapping(row)}", or rename them. If '
+        "other rows have it, drop this one, or give --config.data.on_bad_row=skip.",
     )
 
 
@@ -68,7 +70,10 @@ def _mapping(row: Row) -> str:
         columns = [name for name, value in row.fields.items() if isinstance(value, (str, list, dict))]
         columns = [name for name in columns if not {*",=;"} & {*name}]  # a mapping cannot hold the first two
         names = (name for hint in hints for name in columns if hint in name.lower())
-        fitting = (name for name in names if not (target == "chosen" and re.search("non|dis", name.lower())))
+        fitting = itertools.chain(
+            difflib.get_close_matches(target, columns, n=1, cutoff=0.75),
+            (name for name in names if not (target == "chosen" and re.search("non|dis", name.lower()))),
+        )
         if target not in row.fields:
             pairs.append(f"{target}={next(fitting, f'{target.upper()}_COLUMN')}")
     return ",".join(pairs)

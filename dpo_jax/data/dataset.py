@@ -28,7 +28,7 @@ from dpo_jax.data.tokenize import TokenizationRules, encode, identity
 from dpo_jax.runtime import files
 from dpo_jax.types import Encoded, InputError, check_choice
 
-CACHE_VERSION = 6  # to be raised when the same rows would be tokenized, ordered or stored differently
+CACHE_VERSION = 7  # to be raised when the same rows would be tokenized, ordered or stored differently
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -104,7 +104,7 @@ def load(
     {part, side, count, place, text};
     `reference_given`, pairs with reference log-probs of their own; `weights_given` and `margins_given`, pairs with a
     weight other than 1 and a margin other than 0; and `sources`, a list of {name, weight, digest, format, rows, pairs,
-    header_left_out, layouts, unread, templated}.
+    header_left_out, layouts, unread, unread_keys, templated}.
 
     Args:
       spec, split: as in `sources.read`.

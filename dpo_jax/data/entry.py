@@ -17,7 +17,7 @@ from dpo_jax.data.templates import excerpt
 from dpo_jax.data.tokenize import Outcome
 from dpo_jax.data.written import PROMPT
 from dpo_jax.runtime import files
-from dpo_jax.types import InputError, Omission, Pair
+from dpo_jax.types import InputError, Omission, Pair, counted
 
 _PLACES = 5  # most dropped rows that the report names for one reason
 _REASONS = 20  # most reasons that the report lists; further ones are counted together
@@ -89,6 +89,7 @@ class _SourceCounts:
     header_left_out: str  # see `formats.header_left_out`
     layouts: list[str] = dataclasses.field(default_factory=list)  # of `published` that rows had
     unread: list[str] = dataclasses.field(default_factory=list)  # columns with a value that nothing read
+    unread_keys: list[str] = dataclasses.field(default_factory=list)  # likewise keys of messages
     templated: bool = False  # a chat template wrote its pairs
 
 
@@ -110,11 +111,6 @@ class _Omitted:
     count: int  # prompts or answers concerned
     place: list[int]  # the first of them, as [source, number]
     text: str  # of its text, what was left out
-
-    @property
-    def counted(self) -> str:
-        """The number of prompts or answers, in words."""
-        return f"{self.count} {self.side if self.count > 1 else self.side[:-1]}"
 
 
 class EntryWriter:
@@ -204,7 +200,8 @@ class EntryWriter:
             return
         most = sorted(self.omitted.values(), key=lambda entry: -entry.count)
         listed = [
-            f"{entry.part} in {entry.counted} (such as {excerpt(entry.text)} at {names[source]}:{number})"
+            f"{entry.part} in {counted(entry.count, entry.side)} "
+            f"(such as {excerpt(entry.text)} at {names[source]}:{number})"
             for entry in most
             for source, number in [entry.place]
         ]

@@ -56,7 +56,7 @@ def tokenize_source(
 ) -> None:
     """Renders, encodes and writes the rows of a source, a chunk at a time."""
     rows, format, skip = iter(source.rows), reading.format, reading.on_bad_row == "skip"
-    first = True
+    first, keys = True, set[str]()
     while as_written := list(itertools.islice(rows, _CHUNK_ROWS)):
         chunk = [_or_error(functools.partial(reader.read, row)) for row in as_written]
         if first:
@@ -86,8 +86,9 @@ def tokenize_source(
         for row in chunk:
             if isinstance(row, Row):
                 reader.note(row, format)
-        reader.unread.update({f"{key} (of messages)": None for pairs in good for key in pairs[0][0].unread})
-    writer.sources[-1].layouts, writer.sources[-1].unread = list(reader.layouts), list(reader.unread)
+        keys |= {key for pairs in good for key in pairs[0][0].unread}
+    entry = writer.sources[-1]
+    entry.layouts, entry.unread, entry.unread_keys = list(reader.layouts), list(reader.unread), sorted(keys)
 
 
 def _encoded(

@@ -47,8 +47,10 @@ class Renaming:
         values = {target: _value(row.fields, source) for target, source in self.sources.items() if source}
         values = {target: value for target, value in values.items() if value is not _MISSING}
         self.seen.update(self.sources[target] for target in values)
-        moved = {source or target for target, source in self.sources.items()}
-        return Row(row.place, {name: value for name, value in row.fields.items() if name not in moved} | values)
+        fields = row.fields
+        for target, source in self.sources.items():
+            fields = _without(fields, source or target)
+        return Row(row.place, fields | values)
 
     def replaced(self, row: Row) -> list[str]:
         """Names the columns of a row in place of which others are read, and whose values nothing reads."""
@@ -89,6 +91,18 @@ def _value(fields: dict[str, Value], source: str) -> Value:
     for name in [source] if source in fields else source.split("."):
         value = value.get(name, _MISSING) if isinstance(value, dict) else _MISSING
     return value
+
+
+def _without(fields: dict[str, Value], source: str) -> dict[str, Value]:
+    """Columns without one of them, or without a key within the objects of one; an object that had no other goes too."""
+    if source in fields or "." not in source:
+        return {name: value for name, value in fields.items() if name != source}
+    name, _, key = source.partition(".")
+    inner = fields.get(name)
+    if not isinstance(inner, dict):
+        return fields
+    rest = _without(inner, key)
+    return {**fields, name: rest} if rest else {each: value for each, value in fields.items() if each != name}
 
 
 def _refusal(got: str, expected: str, remedy: str) -> InputError:

@@ -3,22 +3,23 @@
 from __future__ import annotations
 
 import datetime
+import difflib
 import functools
 import itertools
 import json
 import os.path
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple, TypeAlias, TypeVar, cast
 
 import jinja2
 from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from dpo_jax.data.chat import Conversation, Message, without_nulls
+from dpo_jax.data.chat import ROLES, Conversation, Message, without_nulls
 from dpo_jax.data.columns import DROP, described
 from dpo_jax.data.written import omissions_of, places_of, unread_keys, unscored, untrimmed
-from dpo_jax.types import InputError, Omission, Row, Spans
+from dpo_jax.types import InputError, Omission, Row, Spans, shown
 
 TURNS = ("assistant", "last", "all")
 
@@ -88,6 +89,7 @@ def write(row: Row, conversation: Conversation, templating: Templating) -> Templ
     prompt, answers = conversation
     tokenizer = templating.tokenizer
     options = _options(row, templating)
+    _check_roles(row, itertools.chain(prompt, *answers), options["chat_template"])
     write = functools.partial(_apply, tokenizer, row.place, options)
     # An assistant message that ends the prompt is continued by the answer, without a generation header between them.
     continued = prompt[-1]["role"] == "assistant"
@@ -291,6 +293,25 @@ def _options(row: Row, templating: Templating) -> dict[str, Any]:
             remedy='Name one of them in the column chat_template_kwargs, as {"chat_template": NAME}.',
         ) from error
     return {**options, "chat_template": dated(template, templating.date)}
+
+
+def _check_roles(row: Row, messages: Iterable[Message], template: str) -> None:
+    """Raises InputError for a role that is none of ROLES and that the template does not name."""
+    for role in {message["role"]: None for message in messages}:
+        if role not in ROLES and not _names(template, role):
+            near = difflib.get_close_matches(role, ROLES, n=1)
+            raise InputError(
+                row.place,
+                got=f"a message of the role {shown(role)}, which the chat template does not name",
+                expected=f"one of {', '.join(ROLES)}",
+                remedy=f"{f'Did you mean {near[0]}? ' if near else ''}{DROP}",
+            )
+
+
+@functools.lru_cache(maxsize=256)
+def _names(template: str, role: str) -> bool:
+    """Whether a template has a role in quotes."""
+    return f"'{role}'" in template or f'"{role}"' in template
 
 
 def _decoded(row: Row, name: str, value: Any = None) -> Any:

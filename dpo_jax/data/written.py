@@ -19,6 +19,7 @@ PROMPT = -1  # in place of an answer's index
 _THINK = re.compile(r"(</?think>)")
 _REASONING = frozenset(("reasoning_content", "reasoning", "thinking"))  # keys under which messages have it apart
 _READ = _REASONING | {"role", "content", "tool_calls", "tool_call_id", *FACTORS}  # keys that are read, or compared here
+_THOUGHT = "reasoning"  # the part of a message that templates leave out most often
 _CALL, _RESULT = "a tool call", "a tool message"  # parts that templates may write as JSON
 
 
@@ -77,11 +78,11 @@ def unscored(number: int, messages: Sequence[Message], scored: str, known: Seque
       messages: those of the assistant.
     """
     lacking, _ = _missing(scored, messages, 0)
-    parts = {(each.answer, each.text) for each in known} | {(number, "<think>")}  # which a generation header may hold
+    lost = {each.part for each in known if each.answer == number}
     return [
         Omission(f"{piece.part} that is not scored", number, piece.text)
         for piece in lacking
-        if (number, piece.text) not in parts
+        if piece.part not in lost and piece.text != "<think>"  # which a generation header may hold
     ]
 
 
@@ -153,8 +154,26 @@ def _found(text: str, message: Message, at: int) -> Iterator[tuple[Piece, tuple[
 
     Words are searched one after another; calls after them, name and arguments in any order.
     """
+    words = list(_words(message))
+    places = list(_in_order(text, words, at))
+    if any(place is None and piece.part != _THOUGHT for piece, place in places):
+        # Reasoning that is left out may be found by chance in the content, which then seems to be missing after it.
+        without = list(_in_order(text, [piece for piece in words if piece.part != _THOUGHT], at))
+        if all(place is not None for _, place in without):
+            places = [*without, *((piece, None) for piece in words if piece.part == _THOUGHT)]
+    yield from places
+    at = max((place[1] for _, place in places if place is not None), default=at)
+    calls = [(piece, _find(text, piece, at)) for piece in _calls(message)]
+    written = all(place is not None for _, place in calls)
+    for piece, place in calls:
+        # Names and numbers of a call that is left out are found in other turns, where they must not end this message.
+        yield piece, place if written or place is None else (at, at)
+
+
+def _in_order(text: str, words: Sequence[Piece], at: int) -> Iterator[tuple[Piece, tuple[int, int] | None]]:
+    """Yields pieces with their ranges in a text, each searched after the one before it."""
     tag, lost = "", False
-    for piece in _words(message):
+    for piece in words:
         if piece.text in ("<think>", "</think>"):
             tag = piece.text
             continue
@@ -163,14 +182,9 @@ def _found(text: str, message: Message, at: int) -> Iterator[tuple[Piece, tuple[
         # A tag is looked for only between the texts beside it, because other turns have such tags as well.
         if tag and place is not None and not lost:
             found = text.find(tag, at, place[0])
-            yield Piece("reasoning", tag), (found, found + len(tag)) if found >= 0 else None
+            yield Piece(_THOUGHT, tag), (found, found + len(tag)) if found >= 0 else None
         tag, lost = "", place is None
         at = at if place is None else place[1]
-    calls = [(piece, _find(text, piece, at)) for piece in _calls(message)]
-    written = all(place is not None for _, place in calls)
-    for piece, place in calls:
-        # Names and numbers of a call that is left out are found in other turns, where they must not end this message.
-        yield piece, place if written or place is None else (at, at)
 
 
 def _find(text: str, piece: Piece, at: int) -> tuple[int, int] | None:
@@ -189,8 +203,8 @@ def _words(message: Message) -> Iterator[Piece]:
     """Yields the texts of a message: reasoning kept apart, then its content, divided at the tags of reasoning."""
     role = message["role"]
     if not _REASONING.isdisjoint(message):
-        apart = [piece.text for key in sorted(_REASONING) for piece in _leaves("reasoning", message.get(key))]
-        yield from (Piece("reasoning", text) for text in dict.fromkeys(apart))
+        apart = [piece.text for key in sorted(_REASONING) for piece in _leaves(_THOUGHT, message.get(key))]
+        yield from (Piece(_THOUGHT, text) for text in dict.fromkeys(apart))
     content = message["content"]
     if role != "assistant" or "think>" not in content:
         if content.strip():
@@ -203,9 +217,9 @@ def _words(message: Message) -> Iterator[Piece]:
             inside = part == "<think>"
             reasoning = parts[i + 1] if inside else parts[i - 1]
             if reasoning:
-                yield Piece("reasoning", part)
+                yield Piece(_THOUGHT, part)
         elif part:
-            yield Piece("reasoning" if inside else "text", part)
+            yield Piece(_THOUGHT if inside else "text", part)
 
 
 def _calls(message: Message) -> Iterator[Piece]:
