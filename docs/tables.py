@@ -40,7 +40,7 @@ def summary() -> Iterator[tuple[str, ...]]:
     pairs = names_where(lambda each: each.reads_reference and each.kinds == {"paired"})
     yield "of pairs", in_code([name for name in pairs if name != "sigmoid"], " ")
     yield (
-        "of pairs, or of answers that are called good or bad",
+        "of pairs, or of answers that are labeled good or bad",
         in_code(names_where(lambda each: each.reads_reference and "unpaired" in each.kinds), " "),
     )
     yield "of whole rankings", in_code(names_where(lambda each: each.reads_reference and "ranked" in each.kinds), " ")

@@ -20,12 +20,12 @@ if TYPE_CHECKING:
 USAGE = """\
 dpo-jax COMMAND --config=configs/NAME.py [--config.section.field=value ...] --workdir=DIR
 
-  train      everything: reference pass, updates, evaluation, export; run again, it goes on where it stopped
+  train      everything: reference pass, updates, evaluation, export; if run again, it continues where it stopped
   reference  only the reference pass, into reference.path
   evaluate   metrics of the newest checkpoint of DIR on data.eval, as JSON
-  inspect    the data once rendered, tokenized, truncated and packed, with --pairs=N examples of each set; touches no
-             device
-  plan       memory of a chip, time and cost of a run on --topology=v5p:4x4x4[,slices=2] or h100:64, without weights,
+  inspect    the data after the chat template, tokenization, truncation and packing, with --pairs=N examples of each
+             set; touches no device
+  plan       memory per chip, time and cost of a run on --topology=v5p:4x4x4[,slices=2] or h100:64, without weights,
              data or that hardware. --sweep compares meshes, remat policies and microbatches, --reference_in_step
              compares with holding two models. Ends with status 3 where memory does not suffice
   export     the newest checkpoint of DIR as a Hugging Face folder, into --out (default DIR/export, or DIR/export-STEP
@@ -108,7 +108,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     # Two libraries warn of what is intended: folders that are only read, and an environment without torch.
     logging.set_verbosity(logging.ERROR)
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
-    if len(argv) < 2 or argv[1] in ("-h", "--help", "help"):
+    if len(argv) < 2 or {"-h", "--help"} & {*argv} or argv[1] == "help":
         print(USAGE, end="")
         sys.exit(0 if len(argv) > 1 else 2)
     try:

@@ -57,7 +57,7 @@ def test_train_evaluate_export_and_inspect_from_the_command_line(inputs, tmp_pat
     assert (
         "chosen, " in shown
         and "scored" in shown
-        and "of them hold a token" in shown
+        and "of them filled with tokens" in shown
         and not (tmp_path / "run").exists()
     )
     run("train", *arguments(inputs, workdir))
@@ -79,7 +79,7 @@ def test_inspect_of_supervised_fine_tuning_shows_and_counts_chosen_answers_alone
     for loss in ("sft", "sigmoid"):
         run("inspect", *arguments(inputs, f"--config.loss.name={loss}", f"--workdir={tmp_path}"))
         shown.append(capsys.readouterr().out)
-    padded = [int(re.findall(r"of the ([\d,]+) positions", text)[0].replace(",", "")) for text in shown]
+    padded = [int(re.findall(r"times the ([\d,]+) positions", text)[0].replace(",", "")) for text in shown]
     assert "rejected, " not in shown[0] and padded[0] < 0.6 * padded[1]
 
 
@@ -110,7 +110,7 @@ def test_inspect_shows_the_one_answer_of_an_unpaired_example(inputs, tmp_path, c
 def test_inspect_shows_the_pairs_that_a_ranking_makes(inputs, tmp_path, capsys):
     rows = [{"prompt": "a", "responses": ["b", "c", "d"], "scores": [3, 1, 2]}]
     shown = inspected(inputs, tmp_path, capsys, rows, "--config.data.rankings=best")
-    assert "2 pairs of 1 rows" in shown and "read as ranked" in shown
+    assert "2 pairs from 1 row" in shown and "read as ranked" in shown
 
 
 def test_recipe_may_name_a_module_in_the_folder_it_is_called_from(inputs, tmp_path, monkeypatch):

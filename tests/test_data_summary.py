@@ -113,4 +113,4 @@ def test_turns_that_are_not_scored_have_lines_and_lengths_of_their_own(tmp_path)
     titles = {line.partition(",")[0] for line in lines if line.startswith("chosen tokens:")}
     assert titles == {"chosen tokens: mean 17.0"}
     assert any(line.startswith("chosen tokens, scored: mean 5.0") for line in lines)
-    assert "of which 12 tokens are not scored" in "\n".join(data_summary.truncated_and_dropped(found))
+    assert "in 1 answer: 12 tokens that are not scored" in "\n".join(data_summary.truncated_and_dropped(found))

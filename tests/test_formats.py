@@ -1,6 +1,6 @@
+import dataclasses
 import gzip
 import importlib.util
-import dataclasses
 import json
 import os.path
 from decimal import Decimal

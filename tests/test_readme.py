@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 FIELDS = config.flat(config.Config())
 NOT_FIELDS = {"data.batches"}  # modules that are written as a field would be
-MADE_BY_RUNS = {"reference/", "checkpoints/", "export/"}  # folders of a working folder
+MADE_BY_RUNS = {"reference/", "checkpoints/", "export/", "sft/"}  # folders of a working folder
 
 
 def test_library_example_runs_and_learns():

@@ -14,7 +14,7 @@ from dpo_jax.types import InputError, Row, Value, listed
 
 DROP = "Correct or drop the row, or give --config.data.on_bad_row=skip."
 MEDIA = {"image", "images", "video", "videos", "audio", "audios"}  # names of columns, and of fields of messages
-TEXT_ALONE = "text alone: models here read neither images nor sound"
+TEXT_ALONE = "text alone: dpo_jax trains models that read neither images nor sound"
 
 _KINDS = {
     **{type(None): "null", bool: "true or false", int: "a number", float: "a number", Decimal: "a number"},
@@ -56,7 +56,8 @@ def missing(row: Row, name: str) -> InputError:
     return InputError(
         row.place,
         got=f"no {name!r} among the columns {named(row.fields) or '(there is none)'}",
-        expected="the columns prompt, chosen and rejected (no prompt where conversations begin with it); prompt, "
+        expected="the columns prompt, chosen and rejected (prompt may be left out where both answers begin "
+        "with the conversation); prompt, "
         "responses and scores or ranks; prompt, completion and label; or those of a layout in docs/data.md",
         remedy=f'Say which column is which, for example --config.data.columns="{_mapping(row)}", or rename them. If '
         "other rows have it, drop this one, or give --config.data.on_bad_row=skip.",

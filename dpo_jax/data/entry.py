@@ -209,8 +209,9 @@ class EntryWriter:
             f"data {','.join(names)!r}",
             got=f"the model does not get all of the text: {'; '.join(listed)}",
             expected="a chat template and a tokenizer that write all of it",
-            remedy="Give another template (--config.tokenizer.path=FOLDER, or the column chat_template_kwargs), take "
-            "the text out of the data, or give --config.data.on_template_loss=warn to train on what is left.",
+            remedy='Give another template (--config.tokenizer.path=FOLDER, or {"chat_template": TEXT} in the column '
+            "chat_template_kwargs), take the text out of the data, or give --config.data.on_template_loss=warn to "
+            "train on what is left.",
         )
 
     def finish(self, spec: str) -> None:

@@ -198,10 +198,10 @@ ANSWERS = (
     ),
     Layout("ms-swift", ("messages", "rejected_response"), _swift),
     Layout("ms-swift", ("messages", "rejected_messages"), lambda _, a, b: _pair(a, b)),
-    Layout("rated generations", ("generations", "ratings"), lambda _, a, b: {"responses": a, "scores": b}),
-    *(Layout("labelled conversation", (name, tag), _labelled) for name in _TALKS for tag in ("label", "kto_tag")),
-    Layout("labelled output", ("output", "kto_tag"), lambda _, a, b: {"completion": a, "label": b}),
-    Layout("best and worst output", ("output",), lambda _, pair: _pair(*pair), fits=_are_two),
+    Layout("Argilla", ("generations", "ratings"), lambda _, a, b: {"responses": a, "scores": b}),
+    *(Layout("KTO", (name, tag), _labelled) for name in _TALKS for tag in ("label", "kto_tag")),
+    Layout("KTO", ("output", "kto_tag"), lambda _, a, b: {"completion": a, "label": b}),
+    Layout("Alpaca", ("output",), lambda _, pair: _pair(*pair), fits=_are_two),
     _choice("PKU-SafeRLHF", ("response_0", "response_1", "better_response_id"), _index, "0 or 1"),
     _choice("HelpSteer3", ("response1", "response2", "overall_preference"), _strength, _STRENGTHS),
     _choice("HelpSteer2", ("response_1", "response_2", "preference_strength"), _strength, _STRENGTHS),
@@ -245,7 +245,10 @@ _SIDES = ("user", "assistant")
 
 PROMPTS = (
     Layout("history", ("prompt", "history"), _history, fits=lambda _, history: not is_empty(history)),
-    *(Layout(name, (name,), _talk, fits=_are_messages) for name in (*_TALKS, "context", "trajectory")),
+    *(
+        Layout("ShareGPT" if name == "conversations" else name, (name,), _talk, fits=_are_messages)
+        for name in (*_TALKS, "context", "trajectory")
+    ),
     Layout(
         "Alpaca", ("instruction",), _instruction, ("input", "history", "system"),
         fits=lambda instruction: isinstance(instruction, str),

@@ -61,7 +61,7 @@ COLUMNS = ("weight", "margin")
 
 # Kinds of data.
 PAIRED = frozenset({"paired"})
-ANSWERS = PAIRED | {"unpaired"}  # single answers too, each called good or bad
+ANSWERS = PAIRED | {"unpaired"}  # single answers too, each labeled good or bad
 RANKINGS = PAIRED | {"ranked"}  # any number of answers too
 EVERY_KIND = ANSWERS | RANKINGS
 

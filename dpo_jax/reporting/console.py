@@ -15,6 +15,7 @@ from dpo_jax.run.inputs import Inputs
 from dpo_jax.run.programs import Programs
 from dpo_jax.runtime import hosts
 from dpo_jax.runtime.terminal import say
+from dpo_jax.types import counted
 
 
 def describe_data(inputs: Inputs) -> None:
@@ -66,7 +67,7 @@ def describe_run(programs: Programs, params: PyTree, frozen: PyTree, start: int,
     of_which = f", of which {training:,} are trainable" if fixed else ""
     mesh = " x ".join(f"{axis} {size}" for axis, size in programs.mesh.shape.items())
     shape = programs.update_shape
-    crops = f", the last ones cropped to {', '.join(f'{r} x {n}' for r, n in shape.crops[1:])}" if shape.crops else ""
+    crops = f", the last ones shortened to {', '.join(f'{r} x {n}' for r, n in shape.crops[1:])}" if shape.crops else ""
     processes = f" in {hosts.count()} processes" if hosts.count() > 1 else ""
     size = sharding.bytes_per_device((params, frozen))
     say(
@@ -77,7 +78,7 @@ def describe_run(programs: Programs, params: PyTree, frozen: PyTree, start: int,
         say(f"warning: {path}, {size:,} bytes, is replicated on every device; mesh.rules can shard it")
     say(
         f"steps {start} to {total}: {shape.pairs} pairs each, packed into rows of {shape.row_length} positions, "
-        f"microbatches of {shape.rows} rows{crops}; {programs.attention} attention"
+        f"microbatches of {counted(shape.rows, 'rows')}{crops}; {programs.attention} attention"
     )
 
 

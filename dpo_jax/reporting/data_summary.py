@@ -10,6 +10,7 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from dpo_jax.config import Config
+from dpo_jax.data.columns import named
 from dpo_jax.data.dataset import PairSet
 from dpo_jax.data.marks import is_scored, unmark
 from dpo_jax.data.order import epoch_size, make_order
@@ -19,7 +20,7 @@ from dpo_jax.run import checks, workdir
 from dpo_jax.run.choices import objective_of
 from dpo_jax.run.inputs import load_inputs, prepare
 from dpo_jax.run.programs import ACCELERATOR_POSITIONS, CPU_POSITIONS
-from dpo_jax.types import printable
+from dpo_jax.types import counted, printable
 
 BAR, BINS = 40, 8  # characters of the longest bar of a histogram, and its most bins
 SAMPLED_STEPS = 64  # most steps that are packed to measure how full rows are
@@ -43,7 +44,7 @@ def show(config: Config, folder: Path, *, pairs: int) -> None:
     _, layout = checks.fit(config, inputs.model, inputs.lengths)
     for name, examples in inputs.sets.items():
         for section in (
-            [f"=== {name}: {len(examples):,} pairs of {examples.report['rows']:,} rows"],
+            [f"=== {name}: {_of_rows(examples, len(examples), examples.report['rows'])}"],
             *(example(examples, inputs.tokenizer, i) for i in range(min(pairs, len(examples)))),
             truncated_and_dropped(examples),
             lengths(examples, layout),
@@ -54,6 +55,12 @@ def show(config: Config, folder: Path, *, pairs: int) -> None:
     if "train" in inputs.sets:
         checks.updates_of(config, inputs.sets["train"])
         print("\n".join(packing(config, inputs.sets["train"], inputs.lengths, layout)))
+
+
+def _of_rows(pairs: PairSet, count: int, rows: int) -> str:
+    """Says how many pairs, examples or rankings were made of how many rows."""
+    things = {"paired": "pairs", "unpaired": "examples", "ranked": "rankings"}[pairs.kind]
+    return f"{counted(count, things)} from {counted(rows, 'rows')}"
 
 
 def example(pairs: PairSet, tokenizer: PreTrainedTokenizerBase, index: int) -> list[str]:
@@ -89,29 +96,35 @@ def truncated_and_dropped(pairs: PairSet) -> list[str]:
     """Counts of truncated prompts and answers, how sources were read, and which rows were dropped and why."""
     report = pairs.report
     lines = [
-        f"truncated: {report['prompts_cut']} prompts by {report['prompt_tokens_cut']:,} tokens, "
-        f"{report['answers_cut']} answers by {report['answer_tokens_cut']:,}",
-        "pairs with prompt and answers tokenized separately, because a token would have spanned the boundary: "
-        f"{report['boundary_split']}",
-        f"pairs with reference log-probs in the data: {report['reference_given']}",
+        f"truncated: {counted(report['prompts_cut'], 'prompts')} by {counted(report['prompt_tokens_cut'], 'tokens')}, "
+        f"{counted(report['answers_cut'], 'answers')} by {counted(report['answer_tokens_cut'], 'tokens')}",
         *weights_and_margins(pairs),
     ]
+    if report["boundary_split"]:
+        lines.append(
+            "prompt and answers tokenized separately, because a token would span both: "
+            f"{counted(report['boundary_split'], 'pairs')}"
+        )
+    if report["reference_given"]:
+        lines.append(f"reference log-probs come with the data: {counted(report['reference_given'], 'pairs')}")
     if report["exchanges_cut"]:
         lines.append(
             f"exchanges (a user's turn and what follows) dropped from long prompts: {report['exchanges_cut']:,}"
         )
     if report["partly_scored"]:
         lines.append(
-            f"answers with turns that are not the model's: {report['partly_scored']:,}, of which "
-            f"{report['unscored_tokens']:,} tokens are not scored"
+            f"turns of a user or a tool stand in {counted(report['partly_scored'], 'answers')}: "
+            f"{counted(report['unscored_tokens'], 'tokens')} that are not scored"
         )
     for name, source in zip(pairs.names, report["sources"], strict=True):
         layouts = f" ({', '.join(source['layouts'])})" if source["layouts"] else ""
-        lines.append(
-            f"read as {source['format']}{layouts}: {name}, {source['pairs']:,} pairs of {source['rows']:,} rows"
-        )
+        weight = f", weight {source['weight']:g}" if source["weight"] != 1 else ""
+        made = _of_rows(pairs, source["pairs"], source["rows"])
+        lines.append(f"read as {source['format']}{layouts}: {name}, {made}{weight}")
         if source["unread"]:
-            lines.append(f"  columns that nothing reads: {', '.join(map(repr, source['unread']))}")
+            lines.append(f"  columns that nothing reads: {named(source['unread'])}")
+        if source["unread_keys"]:
+            lines.append(f"  keys of messages that nothing reads: {named(source['unread_keys'])}")
         if source["header_left_out"]:
             begun = repr(source["header_left_out"])
             lines.append(
@@ -158,7 +171,7 @@ def packing(config: Config, pairs: PairSet, all_lengths: np.ndarray, layout: str
       pairs: the training pairs.
       all_lengths: token counts [N, 1 + K] of everything that a run lays out, which decide the shape of batches.
     """
-    lines = [f"=== packing: {config.train.batch_pairs} pairs per step, {layout} prompt, empty rows included"]
+    lines = [f"=== packing: {config.train.batch_pairs} pairs per step, {layout} prompt; counts include empty rows"]
     for backend, target in (("a CPU", CPU_POSITIONS), ("an accelerator", ACCELERATOR_POSITIONS)):
         shape = choose_shape(
             all_lengths,
@@ -172,10 +185,10 @@ def packing(config: Config, pairs: PairSet, all_lengths: np.ndarray, layout: str
         counts = positions_per_step(pairs, shape, seed=config.seed, shuffle=config.data.shuffle)
         computed, real, padded = np.sum([*counts], axis=0)
         lines += [
-            f"on one device, {backend}: microbatches of {shape.rows} rows x {shape.row_length}, {computed:,} "
-            f"positions, {real / computed:.3f} of them hold a token",
-            f"  {computed / padded:.3f} of the {padded:,} positions of batches of {PADDED_PAIRS} pairs, with the "
-            "prompt repeated for each answer and padded to the longest",
+            f"on one device, {backend}: microbatches of {counted(shape.rows, 'rows')} x {shape.row_length}, "
+            f"{computed:,} positions, {real / computed:.1%} of them filled with tokens",
+            f"  {computed / padded:.3f} times the {padded:,} positions of padded batches of {PADDED_PAIRS} pairs that "
+            "repeat the prompt for each answer",
         ]
     return lines
 
