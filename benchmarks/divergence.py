@@ -23,6 +23,7 @@ from dpo_jax.run import programs, state
 from dpo_jax.run.choices import objective_of
 from dpo_jax.run.evaluate import EvalSet, evaluate, make_summary
 from dpo_jax.run.reference_values import reference_store, score_missing
+from dpo_jax.run.workdir import resolve_paths
 
 SIDES = ("chosen", "rejected")
 
@@ -32,7 +33,7 @@ def divergence(workdir: Path, likely: int) -> dict[str, float]:
     fine_tuned = workdir / "sft" / "export"
     start = [f"model.path={fine_tuned}", "sft.steps=0"] if fine_tuned.exists() else []
     start += ["data.train=", "loss.name=tdpo2", f"loss.kl_tokens={likely}"]  # only held-out pairs are scored
-    chosen = run_inputs.resolve_paths(flags.load(str(workdir / "config.json"), start), workdir)
+    chosen = resolve_paths(flags.load(str(workdir / "config.json"), start), workdir)
     objective = objective_of(chosen.loss)
     inputs = run_inputs.load_inputs(chosen, objective, training=False)
     pairs = inputs.sets["eval"]

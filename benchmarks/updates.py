@@ -22,6 +22,7 @@ from dpo_jax.run import choices, programs
 from dpo_jax.run import inputs as run_inputs
 from dpo_jax.run import state as state_module
 from dpo_jax.run.reference_values import reference_store, score_missing
+from dpo_jax.run.workdir import resolve_paths
 from dpo_jax.runtime import xla
 from dpo_jax.scoring import make_logps_fn
 from dpo_jax.steps import init_state, make_score_step, make_train_step
@@ -39,7 +40,7 @@ class Parts(NamedTuple):
 
 def read(chosen: Any, work: Path) -> Parts:
     """Reads the inputs of a configuration and chooses shapes as a run does."""
-    config = run_inputs.resolve_paths(freeze(chosen), work)
+    config = resolve_paths(freeze(chosen), work)
     objective = choices.objective_of(config.loss)
     inputs = run_inputs.load_inputs(config, objective, training=True)
     assert config.train.steps is not None

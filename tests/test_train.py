@@ -370,8 +370,8 @@ def test_reference_command_leaves_train_nothing_to_score(inputs, tmp_path, capsy
 
 
 def test_day_that_templates_write_is_the_one_on_which_the_run_began(finished, inputs, tmp_path, monkeypatch):
-    def day(config, folder, store=tmp_path / "store"):
-        return workdir.dated(config, folder, store).data.date
+    def day(config, folder):
+        return workdir.dated(config, folder).data.date
 
     class Tomorrow(datetime.date):
         @classmethod
@@ -381,10 +381,11 @@ def test_day_that_templates_write_is_the_one_on_which_the_run_began(finished, in
     config, began = make_config(inputs), json.loads((finished / "config.json").read_text())["data"]["date"]
     monkeypatch.setattr(datetime, "date", Tomorrow)
     assert day(config, tmp_path / "new") == "2999-01-02" and day(config, finished) == began < "2999"
-    workdir.check(workdir.dated(config, finished, tmp_path), finished)  # the run may go on
+    workdir.check(workdir.dated(config, finished), finished)  # the run may go on
     # A reference pass before the run keeps the day on which it was begun.
     manifest = json.loads((finished / "reference" / "manifest.json").read_text())
-    assert manifest["date"] == began == day(config, tmp_path / "new", finished / "reference")
+    kept = make_config(inputs, reference__path=str(finished / "reference"))
+    assert manifest["date"] == began == day(kept, tmp_path / "new")
     chosen = make_config(inputs, data__date="2024-02-29")
     assert day(chosen, finished) == day(chosen, tmp_path / "new") == "2024-02-29"
     with pytest.raises(InputError, match=f"data.date: '{began}' -> '2024-02-29'"):
