@@ -13,8 +13,6 @@ from dpo_jax.data.dataset import PairSet
 from dpo_jax.data.templates import excerpt
 from dpo_jax.types import counted, listed
 
-UNREAD = ("unread", "unread_keys")  # entries of a source in the report
-
 T = TypeVar("T")
 
 
@@ -45,7 +43,8 @@ def unread(name: str, report: Mapping[str, Any]) -> list[str]:
       name: of the set.
       report: of the set, see `dataset.load`.
     """
-    columns, keys = (_by_value(report["sources"], lambda source, of=of: tuple(source[of])) for of in UNREAD)
+    columns = _by_value(report["sources"], lambda source: tuple(source["unread"]))
+    keys = _by_value(report["sources"], lambda source: tuple(source["unread_keys"]))
     return [
         f"{name}: nothing reads the columns {named(names)} of {files}; if one should be used, map it, as in "
         '--config.data.columns="prompt=COLUMN"'

@@ -298,20 +298,20 @@ def _options(row: Row, templating: Templating) -> dict[str, Any]:
 def _check_roles(row: Row, messages: Iterable[Message], template: str) -> None:
     """Raises InputError for a role that is none of ROLES and that the template does not name."""
     for role in {message["role"]: None for message in messages}:
-        if role not in ROLES and not _names(template, role):
+        if role not in ROLES and not _quotes(template, role):
             near = difflib.get_close_matches(role, ROLES, n=1)
             raise InputError(
                 row.place,
                 got=f"a message of the role {shown(role)}, which the chat template does not name",
-                expected=f"one of {', '.join(ROLES)}",
+                expected=f"one of {', '.join(ROLES)}, or a role that the template has in quotes",
                 remedy=f"{f'Did you mean {near[0]}? ' if near else ''}{DROP}",
             )
 
 
 @functools.lru_cache(maxsize=256)
-def _names(template: str, role: str) -> bool:
-    """Whether a template has a role in quotes."""
-    return f"'{role}'" in template or f'"{role}"' in template
+def _quotes(template: str, text: str) -> bool:
+    """Whether a template has a text in quotes."""
+    return f"'{text}'" in template or f'"{text}"' in template
 
 
 def _decoded(row: Row, name: str, value: Any = None) -> Any:

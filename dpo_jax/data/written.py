@@ -61,11 +61,11 @@ def omissions_of(
 def unread_keys(messages: Iterable[Message], template: str) -> tuple[str, ...]:
     """Returns the keys of messages with a value that neither their reader nor the template reads."""
     others = {key for message in messages for key in message.keys() - _READ if not is_empty(message[key])}
-    return tuple(sorted(key for key in others if not _names(template, key)))
+    return tuple(sorted(key for key in others if not _mentions(template, key)))
 
 
 @functools.lru_cache(maxsize=256)
-def _names(template: str, key: str) -> bool:
+def _mentions(template: str, key: str) -> bool:
     """Whether a template has a word."""
     return re.search(rf"\b{re.escape(key)}\b", template) is not None
 
@@ -241,7 +241,7 @@ def _settings(options: Mapping[str, Any], text: str) -> Iterator[Piece]:
             if _find(text, piece, 0) is None:
                 yield piece
     for name in options.keys() - {"tools", "chat_template"}:
-        if not _names(options["chat_template"], name):
+        if not _mentions(options["chat_template"], name):
             yield Piece("a value of chat_template_kwargs", name)
 
 
