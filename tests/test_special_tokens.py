@@ -233,7 +233,11 @@ WRITTEN = [{"prompt": "<|im_start|>user\nis<|im_end|>\n", "chosen": "b<|im_end|>
     ("rows", "template", "how"),
     [
         (PLAIN, CHATML, "give --config.data.format=chat"),
-        ([{"prompt": "is", "completion": "b", "label": True}], CHATML, "add a column 'system'"),
+        (
+            [{"prompt": "is", "completion": "b", "label": True}],
+            CHATML,
+            "write messages in place of text, or add a column 'system'",
+        ),
         (PLAIN, None, ""),
         (CHAT, CHATML, ""),
         (WRITTEN, CHATML, ""),
@@ -254,10 +258,10 @@ def test_text_that_a_chat_template_could_have_written_is_a_warning(tmp_path, row
         cache_dir=str(tmp_path / "cache"),
     )
     lines = notices.untemplated("train", found, tokenizer)
-    assert len(lines) == bool(how) and all(str(path) in line and line.endswith(how) for line in lines)
+    assert len(lines) == bool(how) and all(str(path) in line and line.endswith(f", {how}") for line in lines)
 
 
-def test_sources_are_warned_of_together(tmp_path):
+def test_sources_are_warned_of_together():
     report = {"unread": ["id"], "unread_keys": ["name"]}
     lines = notices.unread("train", {"sources": [{"name": name, **report} for name in ("a", "b")]})
     assert ["of a, b" in line and "'id'" in line for line in lines] == [True, False]
