@@ -71,7 +71,7 @@ COMMANDS = {
     ),
     "plan": Command(
         flags=(
-            Flag(flags.DEFINE_string, "topology", None, "CHIP:SHAPE[,slices=N]"),
+            Flag(flags.DEFINE_string, "topology", "", "CHIP:SHAPE[,slices=N]"),
             Flag(flags.DEFINE_boolean, "sweep", False, "compare configurations"),
             Flag(flags.DEFINE_boolean, "reference_in_step", False, "compare with an update that holds the reference"),
         ),
@@ -80,7 +80,7 @@ COMMANDS = {
     ),
     "export": Command(
         flags=(
-            Flag(flags.DEFINE_string, "out", None, "folder to write"),
+            Flag(flags.DEFINE_string, "out", "", "folder to write"),
             Flag(flags.DEFINE_boolean, "merge", False, "merge adapters into the model"),
         ),
         reads_run=True,

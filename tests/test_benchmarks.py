@@ -2,7 +2,6 @@
 
 import importlib
 import json
-import os
 import subprocess
 import sys
 import types
@@ -81,14 +80,10 @@ def test_watch_samples_once_for_every_size_of_the_file(tmp_path):
 
 def test_fresh_process_reports_its_own_peak_and_why_it_failed(tmp_path):
     ballast = np.ones(2**26)  # 512 MiB, which the other process must not count
-    found = common.in_fresh_process("tests.test_benchmarks:environment", tmp_path / "a", {}, allocator="tuned")
+    found = common.in_fresh_process("tests.support.fresh:allocator_settings", tmp_path / "a", {}, allocator="tuned")
     assert found["environment"]["MALLOC_MMAP_THRESHOLD_"] == str(2**33)
     assert found["peak_bytes"] < common.memory("VmHWM") - ballast.nbytes / 2
-    assert common.in_fresh_process("tests.test_benchmarks:no_such", tmp_path / "b", {}) == {"failed": "exit status 1"}
-
-
-def environment(work, args):
-    return {"environment": {name: value for name, value in os.environ.items() if name.startswith("MALLOC")}}
+    assert common.in_fresh_process("tests.support.fresh:no_such", tmp_path / "b", {}) == {"failed": "exit status 1"}
 
 
 def test_pairs_come_again_in_order_where_there_are_too_few(tmp_path):

@@ -1,9 +1,6 @@
 """Plans: topologies, what is drawn in place of data, what is counted, and the lines and status that scripts rely on."""
 
 import dataclasses
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +8,7 @@ import jax
 import numpy as np
 import pytest
 
-from dpo_jax import flags
+from dpo_jax import cli, flags
 from dpo_jax.cost import chips, flops, roofline
 from dpo_jax.data.packing import Shape, unit_lengths
 from dpo_jax.losses import make_loss
@@ -204,37 +201,45 @@ def test_remat_policies_keep_less_and_less(remat, more):
     assert keep(remat) > keep(more) > keep("")
 
 
-def run(*arguments):
-    """The command in a process of its own, where only this package's code decides what is printed."""
-    environment = os.environ | {"XLA_FLAGS": "", "JAX_PLATFORMS": ""}
-    command = [sys.executable, "-m", "dpo_jax", "plan", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment)
+@pytest.fixture
+def run(capsys):
+    """Calls the command and returns its exit status, and the text of standard output and standard error."""
+
+    def call(*arguments):
+        status = 0
+        try:
+            cli.main(["dpo-jax", "plan", *arguments])
+        except SystemExit as ended:
+            status = ended.code
+        return status, *capsys.readouterr()
+
+    return call
 
 
-def test_plan_of_gpus_prints_memory_time_and_the_verdict():
-    done = run("--config=configs/llama3_8b.py", "--topology=h100:32", "--reference_in_step")
-    assert done.returncode == 0, done.stderr
-    lines = done.stdout.splitlines()
+def test_plan_of_gpus_prints_memory_time_and_the_verdict(run):
+    status, out, err = run("--config=configs/llama3_8b.py", "--topology=h100:32", "--reference_in_step")
+    assert status == 0, err
+    lines = out.splitlines()
     assert lines[0].startswith("h100:32: 32 chips of 80.00 GiB, replica 1 x fsdp 8 x tensor 4")
     titles = [line.split("  ")[0] if not line.startswith(" ") else line[2:26].strip() for line in lines]
     for title in ("weights", "optimizer", "gradients", "total", "FLOPs", "bytes over NVLink", "seconds of compute"):
-        assert title in titles, done.stdout
-    assert "update with reference" in done.stdout and "chip-hours" in lines[-2] and "MFU" in lines[-3]
+        assert title in titles, out
+    assert "update with reference" in out and "chip-hours" in lines[-2] and "MFU" in lines[-3]
     assert lines[-1].startswith("fits: ")
 
 
-def test_plan_that_does_not_fit_says_what_to_change_and_ends_with_3():
-    done = run("--config=configs/llama3_70b.py", "--topology=h100:8")
-    assert done.returncode == DOES_NOT_FIT == 3
-    last = done.stdout.splitlines()[-1]
+def test_plan_that_does_not_fit_says_what_to_change_and_ends_with_3(run):
+    status, out, _ = run("--config=configs/llama3_70b.py", "--topology=h100:8")
+    assert status == DOES_NOT_FIT == 3
+    last = out.splitlines()[-1]
     assert last.startswith("does not fit: ") and "weights, optimizer and gradients take" in last
     assert "more chips or model.param_dtype=bfloat16" in last
 
 
-def test_plan_without_a_topology_or_for_a_mesh_that_cannot_be_is_refused():
-    assert "--topology" in run("--config=configs/llama3_8b.py").stderr
-    wrong = run("--config=configs/llama3_8b.py", "--topology=h100:8", "--config.mesh.fsdp=3")
-    assert wrong.returncode == 2 and "config.mesh" in wrong.stderr and not wrong.stdout
+def test_plan_without_a_topology_or_for_a_mesh_that_cannot_be_is_refused(run):
+    assert "--topology" in run("--config=configs/llama3_8b.py")[2]
+    status, out, err = run("--config=configs/llama3_8b.py", "--topology=h100:8", "--config.mesh.fsdp=3")
+    assert status == 2 and "config.mesh" in err and not out
 
 
 def test_weights_and_optimizer_of_a_plan_are_those_that_a_run_holds():
