@@ -5,8 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dpo_jax import losses
+from dpo_jax import config, losses
 from dpo_jax.losses import LOSSES, make_loss
+from dpo_jax.run.choices import objective_of
 from dpo_jax.types import InputError
 
 POLICY = np.array([[-3, -5], [-2.5, -3.5], [-4, -6], [-1.5, -2.5]])
@@ -184,8 +185,34 @@ def test_unknown_loss_lists_the_known():
 
 @pytest.mark.parametrize("name", ["sigmoid*0", "sigmoid*-1", "sigmoid*x", "sigmoid*inf", "sigmoid*nan"])
 def test_weight_that_is_none_is_an_error(name):
-    with pytest.raises(InputError, match="config.loss.name: weight"):
+    with pytest.raises(InputError, match=r"make_loss\(name=...\): weight"):
         make_loss(name, {})
+
+
+def own(policy, reference, *, lengths, entropy, logits=None, beta=0.5):
+    del reference, lengths, logits
+    return beta * (policy[:, 1] - policy[:, 0]) + entropy[:, 0]
+
+
+def test_function_is_an_objective_with_its_own_inputs_and_options():
+    policy = jnp.array([[-1.0, -3.0]])
+    entropy = jnp.array([[7.0, 8.0]])
+    objective = make_loss(own, beta=0.25)
+    assert objective.needs == {"entropy"} and objective.beta == 0.25 and objective.names == {"own"}
+    assert objective(policy, policy, lengths=jnp.ones((1, 2), int), entropy=entropy) == 0.25 * -2 + 7
+    named = make_loss("sigmoid", beta=0.3)
+    assert make_loss(losses.sigmoid, {"beta": 0.3}).options == named.options and named.names == {"sigmoid"}
+
+
+def test_errors_name_what_was_called():
+    with pytest.raises(InputError, match=r"^make_loss\(gamma=...\): is set, and loss 'own' has no such option"):
+        make_loss(own, gamma=2.0)
+    with pytest.raises(InputError, match=r"^make_loss\(name=...\): <lambda> takes policy, reference"):
+        make_loss(lambda policy, reference: policy[:, 0])
+    with pytest.raises(InputError, match=r"^config.loss.name: .*test_losses:own has the parameter 'entropy'"):
+        objective_of(config.Loss(name=f"{__name__}:own"))
+    with pytest.raises(InputError, match=r"^config.loss.gamma: is set, and loss 'sigmoid' has no such option"):
+        objective_of(config.Loss(gamma=2.0))
 
 
 def test_loss_named_twice_is_an_error():
@@ -194,7 +221,7 @@ def test_loss_named_twice_is_an_error():
 
 
 def test_ranking_loss_does_not_add_to_losses_of_pairs():
-    with pytest.raises(InputError, match="config.loss.name"):
+    with pytest.raises(InputError, match=r"make_loss\(name="):
         make_loss("plackett_luce,sigmoid", {})
     assert make_loss("plackett_luce,sft", {}).kinds == {"paired", "ranked"}
 
@@ -234,7 +261,7 @@ def test_sum_takes_the_data_that_all_its_losses_take():
     + [(name, {"beta": 0.0}) for name in sorted(LOSSES.keys() - {"sft", "sigmoid"})],
 )
 def test_option_out_of_range_is_an_error(name, options):
-    with pytest.raises(InputError, match=f"config.loss.{next(iter(options))}: got"):
+    with pytest.raises(InputError, match=rf"make_loss\({next(iter(options))}=...\): got"):
         make_loss(name, options)
 
 

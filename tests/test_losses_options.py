@@ -12,6 +12,7 @@ from jax.flatten_util import ravel_pytree
 
 from dpo_jax import config, losses
 from dpo_jax.losses import LOSSES, make_loss
+from dpo_jax.losses.common import POSITIVE, check, check_switch
 from dpo_jax.losses.registry import GIVEN
 from dpo_jax.types import InputError
 from tests.support.loss_cases import (
@@ -165,6 +166,73 @@ def test_extreme_answers_of_a_ranking_stay_finite():
     assert np.isfinite(value) and np.isfinite(grad).all()
 
 
+# --- numbers may be traced -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("case", ALL)
+def test_every_number_may_be_traced_and_is_read(case):
+    objective = objective_of(case)
+    name, options = ALL[case]
+    bound = {each for each, value in options.items() if isinstance(value, float)}
+    assert bound <= set().union(*objective.numbers.values())
+    policy, reference, lengths, given = random_inputs(objective, 4 if name == "plackett_luce" else 2)
+    of_numbers = lambda numbers: objective.with_numbers(numbers)(policy, reference, lengths=lengths, **given)
+    program = jax.make_jaxpr(of_numbers)(objective.numbers).jaxpr
+    read = {str(each) for equation in program.eqns for each in equation.invars}
+    assert {str(each) for each in program.invars} <= read
+
+
+@pytest.mark.parametrize("case", [*SUMMED, "sigmoid-alpha_divergence", "robust", "exo_pair"])
+def test_traced_numbers_give_the_same_losses(x64, case):
+    objective = objective_of(case)
+    policy, reference, lengths, given = random_inputs(objective)
+    stacked = jax.tree.map(lambda x: jnp.array([x, 1.1 * x]), objective.numbers)
+    of_numbers = lambda numbers: objective.with_numbers(numbers)(policy, reference, lengths=lengths, **given)
+    found = jax.jit(jax.vmap(of_numbers))(stacked)
+    np.testing.assert_allclose(found[0], objective(policy, reference, lengths=lengths, **given), rtol=1e-12)
+    assert np.abs(found[1] - found[0]).max() > 1e-6
+
+
+def test_losses_can_be_mapped_over_beta_and_differentiated_by_it():
+    policy, reference = jnp.array([[-10.0, -14.0]]), jnp.array([[-11.0, -12.0]])
+    ones = jnp.ones((1, 2), int)
+    mapped = jax.vmap(lambda beta: losses.sigmoid(policy, reference, beta=beta))(jnp.array([0.1, 0.3]))
+    np.testing.assert_allclose(mapped[:, 0], np.log1p(np.exp([-0.3, -0.9])), rtol=1e-6)
+    slope = jax.jit(jax.grad(lambda beta: make_loss("sigmoid", beta=beta)(policy, reference, lengths=ones)[0]))(0.1)
+    np.testing.assert_allclose(slope, -3 / (1 + np.exp(0.3)), rtol=1e-5)
+    inside = jax.jit(lambda: losses.sigmoid(policy, reference, beta=jnp.asarray(0.1)))  # concrete within a trace
+    np.testing.assert_allclose(inside(), mapped[0], rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("name", "option", "value", "beside"),
+    [
+        ("sigmoid", "nll_average", True, {"nll_weight": 0.5}),
+        ("sigmoid", "wpo", True, {}),
+        ("tdpo2", "kl_tokens", 8, {}),
+    ],
+)
+def test_option_that_chooses_code_cannot_be_traced(name, option, value, beside):
+    traced = jax.jit(lambda value: make_loss(name, beside, **{option: value}) and value)
+    with pytest.raises(InputError, match=rf"make_loss\({option}=...\): got a traced .*because it chooses code"):
+        traced(value)
+
+
+@pytest.mark.parametrize("value", [np.ones(3), "0.1", True, None])
+def test_number_of_each_pair_and_what_is_no_number_are_refused(value):
+    with pytest.raises(InputError, match="^beta: got .*expected a number > 0"):
+        check("beta", value, POSITIVE)
+
+
+def test_traced_array_and_unknown_divergence_are_refused():
+    with pytest.raises(InputError, match="^beta: got a traced .*not an array"):
+        jax.jit(lambda beta: check("beta", beta, POSITIVE))(jnp.ones(3))
+    with pytest.raises(InputError, match="^average: got a traced .*because it chooses code"):
+        jax.jit(lambda average: check_switch("average", average))(True)
+    with pytest.raises(InputError, match="^divergence: got 'kl'"):
+        losses.f_scores(jnp.zeros((3, 2)), divergence="kl")
+
+
 # --- every option acts, or is refused --------------------------------------------------------------------------------
 
 
@@ -194,7 +262,7 @@ def test_option_changes_the_loss_or_its_gradient(x64, name, option, value):
 def test_option_of_other_losses_is_an_error(option):
     for name, value in itertools.product(sorted(LOSSES.keys() - TAKES[option]), VALUES[option]):
         refused = "divergence" if option == "divergence_alpha" else option
-        with pytest.raises(InputError, match=f"config.loss.{refused}"):
+        with pytest.raises(InputError, match=rf"make_loss\({refused}="):
             make_loss(name, BESIDE.get(option, {}) | {option: value})
 
 
@@ -202,7 +270,7 @@ def test_option_of_other_losses_is_an_error(option):
 def test_option_of_what_scores_is_an_error_where_nothing_asks_for_it(option):
     assert make_loss("tdpo2", {option: 1}).reference_tokens == 1 != make_loss("tdpo2", {}).reference_tokens
     for name in LOSSES.keys() - {"tdpo1", "tdpo2"}:
-        with pytest.raises(InputError, match=f"config.loss.{option}"):
+        with pytest.raises(InputError, match=rf"make_loss\({option}="):
             make_loss(name, {option: 1})
 
 
@@ -221,12 +289,12 @@ def test_every_option_of_a_function_is_a_field_of_the_configuration():
 
 @pytest.mark.parametrize("option", sorted(BESIDE))
 def test_option_that_says_how_another_is_meant_is_an_error_alone(option):
-    with pytest.raises(InputError, match=f"config.loss.{option}: is set alone"):
+    with pytest.raises(InputError, match=rf"make_loss\({option}=...\): is set alone"):
         make_loss("sigmoid", {option: VALUES[option][0]})
 
 
 def test_divergence_alpha_of_another_divergence_is_an_error():
-    with pytest.raises(InputError, match="config.loss.divergence_alpha: is set alone"):
+    with pytest.raises(InputError, match=r"make_loss\(divergence_alpha=...\): is set alone"):
         make_loss("sigmoid", {"divergence": "forward_kl", "divergence_alpha": 0.3})
 
 
@@ -240,7 +308,7 @@ def test_divergence_alpha_of_another_divergence_is_an_error():
     ],
 )
 def test_modifier_that_one_loss_of_a_sum_does_not_take_is_an_error(names, option, value):
-    with pytest.raises(InputError, match=f"config.loss.{option}: is set, and does not combine with"):
+    with pytest.raises(InputError, match=rf"make_loss\({option}=...\): is set, and does not combine with"):
         make_loss(names, {option: value})
 
 

@@ -12,12 +12,12 @@ them. `make_loss` combines losses, weights and modifiers into an `Objective`, wh
 import warnings
 
 from dpo_jax.losses.batchwise import aot, aot_unpaired, bco_pair, beta_dpo, estimate_kl, kto
+from dpo_jax.losses.combine import combine, errors_at, make_loss
 from dpo_jax.losses.modifiers import desensitized, f_scores, wpo_weights
 from dpo_jax.losses.objective import (
     Objective,
     answers_read_by,
     columns_of,
-    make_loss,
     needs_of,
     options_of,
     rewards_of,
@@ -60,10 +60,12 @@ __all__ = [
     "bco_pair",
     "beta_dpo",
     "columns_of",
+    "combine",
     "cpo",
     "desensitized",
     "discopop",
     "dpo_positive",
+    "errors_at",
     "estimate_kl",
     "exo_pair",
     "f_scores",

@@ -13,6 +13,7 @@ from dpo_jax.losses.common import (
     FLIP_RATE,
     NOT_NEGATIVE,
     POSITIVE,
+    Number,
     check,
     divisor,
     log_ratios,
@@ -40,9 +41,9 @@ def kto(
     *,
     lengths: Lengths,
     kl: Scalar,
-    beta: float = 0.1,
-    desirable_weight: float = 1.0,
-    undesirable_weight: float = 1.0,
+    beta: Number = 0.1,
+    desirable_weight: Number = 1.0,
+    undesirable_weight: Number = 1.0,
 ) -> Losses:
     """Kahneman-Tversky optimization: compares each answer with the policy's mean reward, gains and losses apart.
 
@@ -106,7 +107,9 @@ def estimate_kl(
     return jax.lax.stop_gradient(jax.nn.relu(mean(policy - reference, exists, weight)))
 
 
-def bco_pair(policy: Logps, reference: Logps, *, lengths: Lengths, baseline: Scalar = 0.0, beta: float = 0.1) -> Losses:
+def bco_pair(
+    policy: Logps, reference: Logps, *, lengths: Lengths, baseline: Scalar = 0.0, beta: Number = 0.1
+) -> Losses:
     """Binary classifier optimization: classifies answers as good or bad, with the shifted reward as logit.
 
     -log S(beta a - d) - log S(-(beta b - d)); an unpaired example has the term of its one answer
@@ -141,8 +144,8 @@ def beta_dpo(
     weight: Weight | None = None,
     margin: Margin | None = None,
     baseline: Scalar = 0.0,
-    beta: float = 0.1,
-    sensitivity: float = 0.6,
+    beta: Number = 0.1,
+    sensitivity: Number = 0.6,
 ) -> Losses:
     """DPO with a beta per batch: larger where margins are above their running mean, smaller below.
 
@@ -183,8 +186,8 @@ def aot(
     *,
     lengths: Lengths | None = None,
     present: Present | None = None,
-    beta: float = 0.1,
-    label_smoothing: float = 0.0,
+    beta: Number = 0.1,
+    label_smoothing: Number = 0.0,
 ) -> Losses:
     """Alignment by optimal transport: the policy's margins should dominate the reference's as a distribution.
 
@@ -215,8 +218,8 @@ def aot_unpaired(
     *,
     lengths: Lengths | None = None,
     present: Present | None = None,
-    beta: float = 0.1,
-    label_smoothing: float = 0.0,
+    beta: Number = 0.1,
+    label_smoothing: Number = 0.0,
 ) -> Losses:
     """Alignment by optimal transport: log-ratios of chosen answers should dominate those of rejected ones.
 
@@ -246,8 +249,8 @@ def _compare_quantiles(
     better: Float[Array, "P"],
     worse: Float[Array, "P"],
     present: Present | None,
-    beta: float,
-    label_smoothing: float,
+    beta: Number,
+    label_smoothing: Number,
 ) -> Losses:
     """Returns the smoothed logistic loss of sorted `better` less sorted `worse`, at the pairs that are present."""
     check("beta", beta, POSITIVE)
@@ -283,7 +286,7 @@ def follow_rewards(
     *,
     lengths: Lengths,
     present: Present,
-    beta: float,
+    beta: Number,
     weight: Weight | None = None,
 ) -> Statistics:
     """Updates BCO's reward shift: the mean of two means, of all chosen and of all rejected answers' rewards so far."""
@@ -302,7 +305,7 @@ def follow_margins(
     *,
     lengths: Lengths,
     present: Present,
-    beta: float,
+    beta: Number,
     weight: Weight | None = None,
 ) -> Statistics:
     """Updates beta-DPO's mean margin: M <- 0.9 M + 0.1 mean h."""

@@ -7,9 +7,12 @@ import math
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Num, Shaped
 
-from dpo_jax.types import InputError
+from dpo_jax.types import InputError, shown
+
+Number = float | Float[Array, ""]  # an option's: of Python, or a scalar, traced ones included
 
 
 def log_ratios(
@@ -25,7 +28,7 @@ def token_counts(lengths: Int[Array, "P K"], like: Array) -> Float[Array, "P K"]
     return jnp.maximum(lengths, 1).astype(like.dtype)
 
 
-def smoothed(z: Float[Array, "P"], label_smoothing: float) -> Float[Array, "P"]:
+def smoothed(z: Float[Array, "P"], label_smoothing: Number) -> Float[Array, "P"]:
     """Returns -(1-e) log S(z) - e log S(-z), with e the label smoothing and S the sigmoid."""
     return -(1 - label_smoothing) * jax.nn.log_sigmoid(z) - label_smoothing * jax.nn.log_sigmoid(-z)
 
@@ -78,6 +81,7 @@ def mean(
 
 def nll(policy: Float[Array, "P K"], lengths: Int[Array, "P K"], average: bool) -> Float[Array, "P"]:
     """Returns the negative log-likelihood of the chosen answers: in nats per token, or summed if not `average`."""
+    check_switch("nll_average", average)
     return -policy[:, 0] / (token_counts(lengths, policy)[:, 0] if average else 1)
 
 
@@ -126,12 +130,42 @@ FLIP_RATE = Range(0, 0.5, high_open=True)
 POSITIVE_FLIP_RATE = Range(0, 0.5, low_open=True, high_open=True)
 
 
-def check(option: str, value: float, valid: Range) -> None:
-    """Raises InputError unless the value of the option is in the range."""
-    if not valid.holds(value):
-        raise InputError(
-            f"config.loss.{option}",
-            got=f"got {value}",
-            expected=valid.expected,
-            remedy=f"Give --config.loss.{option}=VALUE.",
-        )
+def is_traced(value: object) -> bool:
+    """Returns whether a value stands for one that only the compiled program has."""
+    return isinstance(value, jax.core.Tracer)
+
+
+def refusal_of_number(value: object, valid: Range) -> str | None:
+    """Returns what was expected if `value` is no number of the range, else None. A traced scalar is not refused."""
+    if np.shape(value) != ():  # type: ignore[arg-type]
+        return f"{valid.expected}, not an array"
+    if is_traced(value):
+        return None
+    number = np.asarray(value)  # a concrete JAX array becomes a number even within a trace
+    valid_type = jnp.issubdtype(number.dtype, jnp.floating) or jnp.issubdtype(number.dtype, jnp.integer)
+    return None if valid_type and valid.holds(number.item()) else valid.expected
+
+
+def refusal_of_switch(value: object) -> str | None:
+    """Returns what was expected if `value` is not True or False, which choose code, else None."""
+    return None if isinstance(value, bool) else "true or false" + (NOT_TRACED if is_traced(value) else "")
+
+
+NOT_TRACED = " of Python, not a traced value, because it chooses code"
+
+
+def check(option: str, value: object, valid: Range) -> None:
+    """Raises InputError unless the value of the option is a number in the range. Traced numbers are not compared."""
+    raise_refusal(option, value, refusal_of_number(value, valid))
+
+
+def check_switch(option: str, value: object) -> None:
+    """Raises InputError unless the value of the option is True or False."""
+    raise_refusal(option, value, refusal_of_switch(value))
+
+
+def raise_refusal(option: str, value: object, expected: str | None) -> None:
+    """Raises InputError for a refused value of an option, unless `expected` is None."""
+    if expected is not None:
+        got = f"a traced {jax.typeof(value)}" if is_traced(value) else shown(value)
+        raise InputError(option, got=f"got {got}", expected=expected, remedy="Change it, or leave it out.")

@@ -6,14 +6,15 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from dpo_jax.losses.common import token_counts
+from dpo_jax.losses.common import Number, token_counts
+from dpo_jax.types import check_choice
 
 STEEPEST = 30.0  # nats; beyond, exponentials continue as straight lines, so that float32 holds them and their squares
 DIVERGENCES = ("reverse_kl", "forward_kl", "js_divergence", "alpha_divergence")
 
 
 def f_scores(
-    log_ratios: Float[Array, "P K"], *, divergence: str = "reverse_kl", divergence_alpha: float = 0.5
+    log_ratios: Float[Array, "P K"], *, divergence: str = "reverse_kl", divergence_alpha: Number = 0.5
 ) -> Float[Array, "P K"]:
     """Returns f'(u) of u = exp(log-ratio), which replaces the log-ratio under another f-divergence.
 
@@ -24,11 +25,13 @@ def f_scores(
       log_ratios: policy less reference, in nats.
       divergence: one of DIVERGENCES.
       divergence_alpha: alpha, in (0, 1); read with alpha_divergence only.
+    Raises: InputError for an unknown divergence.
     Source: Wang et al. 2023 (2309.16240), table 1.
 
     >>> print(f_scores(jnp.array([[0.0, 1.0]]), divergence="forward_kl").round(4))
     [[0.     0.6321]]
     """
+    check_choice("divergence", divergence, DIVERGENCES)
     if divergence == "forward_kl":
         return 1 - _exp(-log_ratios)
     if divergence == "js_divergence":
@@ -44,7 +47,7 @@ def _exp(x: Float[Array, "P K"]) -> Float[Array, "P K"]:
 
 
 def desensitized(
-    logps: Float[Array, "P 2"], shared_logps: Float[Array, "P 2"], *, ld_alpha: float
+    logps: Float[Array, "P 2"], shared_logps: Float[Array, "P 2"], *, ld_alpha: Number
 ) -> Float[Array, "P 2"]:
     """Returns log-probs in which tokens beyond the shorter answer's length count alpha times (LD-DPO).
 

@@ -1,11 +1,9 @@
-"""From the fields of `config.loss` to one function: a weighted sum of losses and the options that combine with them."""
+"""Objective: a weighted sum of losses with the options that combine with them, and what any loss says of itself."""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-import importlib
-import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -14,13 +12,11 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from dpo_jax.losses.batchwise import Baseline, Running
-from dpo_jax.losses.common import nll, token_counts
+from dpo_jax.losses.common import Number, is_traced, nll, token_counts
 from dpo_jax.losses.modifiers import desensitized, f_scores, wpo_weights
 from dpo_jax.losses.registry import (
     COLUMNS,
     EVERY_KIND,
-    GIVEN,
-    LOSSES,
     MODIFIERS,
     OPTIONS,
     REGISTRY,
@@ -30,10 +26,11 @@ from dpo_jax.losses.registry import (
     Value,
     arguments,
     defaults_of,
+    inputs_of,
 )
-from dpo_jax.types import InputError, check_choice, listed
 
-NAME = "config.loss.name"
+Numbers = dict[str, dict[str, Any]]  # of an objective: {loss name: {option, or "weight": its value}}
+OF_ALL = ""  # in place of a loss's name: options that combine with all losses
 
 
 def _unset(option: str) -> Any:
@@ -44,7 +41,7 @@ def _unset(option: str) -> Any:
 class Term(NamedTuple):
     """One of the losses of a weighted sum, its options bound."""
 
-    weight: float
+    weight: Number
     entry: Entry
     loss: Loss
 
@@ -61,10 +58,10 @@ class Objective:
     terms: tuple[Term, ...]
     options: Mapping[str, Value]  # every option with its value, given or by default
     divergence: str = _unset("divergence")
-    divergence_alpha: float = _unset("divergence_alpha")
-    ld_alpha: float | None = _unset("ld_alpha")
+    divergence_alpha: Number = _unset("divergence_alpha")
+    ld_alpha: Number | None = _unset("ld_alpha")
     wpo: bool = _unset("wpo")
-    nll_weight: float = _unset("nll_weight")  # for losses that have no such term themselves
+    nll_weight: Number = _unset("nll_weight")  # for losses that have no such term themselves
     nll_average: bool = _unset("nll_average")
     kl_tokens: int = _unset("kl_tokens")  # the divergence along an answer counts these one by one, all others as one
 
@@ -81,7 +78,8 @@ class Objective:
         Args:
           policy, reference: log-probs of whole answers, in nats; no gradient flows into `reference`.
           lengths: scored tokens of each answer; 0 for a missing one.
-          given: the inputs that `needs` names, and those that `columns` names where the data have them.
+          given: the inputs that `needs` names, and those that `columns` names where the data have them. Others are
+            not read.
         """
         compared, held = self._compared(policy, reference, given)
         total = jnp.zeros(len(policy), policy.dtype)
@@ -94,7 +92,9 @@ class Objective:
             if self.wpo and entry.of_pairs:
                 losses = losses * wpo_weights(policy, given["log_collision"], lengths)
             total += weight * losses
-        return total + self.nll_weight * nll(policy, lengths, self.nll_average) if self.nll_weight else total
+        if not is_traced(self.nll_weight) and self.nll_weight == 0:
+            return total
+        return total + self.nll_weight * nll(policy, lengths, self.nll_average)
 
     def _compared(self, policy: Array, reference: Array, given: Mapping[str, Any]) -> tuple[Array, Array]:
         """Returns what losses compare in place of `policy` and `reference` under `ld_alpha` and `divergence`."""
@@ -116,8 +116,8 @@ class Objective:
 
     @property
     def needs(self) -> frozenset[str]:
-        """Names of the keyword inputs it must be called with, out of GIVEN."""
-        needed = {name for term in self.terms for name in arguments(term.loss) if name in GIVEN}
+        """Names of the keyword inputs it must be called with: of GIVEN, and other auxiliary outputs of the model."""
+        needed = set().union(*(inputs_of(term.loss) for term in self.terms))
         if "baseline" in needed:
             needed = needed - {"baseline"} | {"running", "present"}
         if self.ld_alpha is not None:
@@ -157,7 +157,7 @@ class Objective:
         return next((term for term in self.terms if options_of(term.loss).get("beta") is not None), None)
 
     @property
-    def beta(self) -> float | None:
+    def beta(self) -> Number | None:
         """Factor from log-ratios to rewards, the beta of `lead`; None where no loss has one."""
         return None if self.lead is None else options_of(self.lead.loss)["beta"]
 
@@ -192,6 +192,38 @@ class Objective:
         ratios = ratios / token_counts(lengths, policy) if lead.entry.reward_per_token else ratios
         return options_of(lead.loss)["beta"] * ratios
 
+    @property
+    def numbers(self) -> Numbers:
+        """Weights and numeric options that may be replaced in a compiled program, see `with_numbers`.
+
+        Numbers that choose code are not among them: `kl_tokens`, an `nll_weight` of 0, and options that are not set.
+        Neither are those of functions of the caller's own, which may branch on them.
+        """
+        numbers: Numbers = {term.name: {"weight": term.weight} for term in self.terms}
+        for term in self.terms:
+            if REGISTRY.get(term.name) is term.entry:
+                bound = options_of(term.loss)
+                numbers[term.name] |= {
+                    option: value for option, value in bound.items() if OPTIONS[option].type is float
+                }
+        used = {option: getattr(self, option) for option in MODIFIERS if self._reads_number(option)}
+        return numbers | {OF_ALL: used}
+
+    def _reads_number(self, option: str) -> bool:
+        """Whether an option of MODIFIERS is a number that is set, beside what it needs."""
+        value, beside = getattr(self, option), MODIFIERS[option].beside
+        alone = beside is not None and getattr(self, beside[0]) != beside[1]
+        return OPTIONS[option].type is float and not alone and value is not None and (is_traced(value) or value != 0)
+
+    def with_numbers(self, numbers: Numbers) -> Objective:
+        """Returns the objective with other `numbers`, which may be traced: their ranges are not checked then."""
+        terms = []
+        for term in self.terms:
+            options = {option: value for option, value in numbers[term.name].items() if option != "weight"}
+            loss = functools.partial(term.loss, **options) if options else term.loss
+            terms.append(Term(numbers[term.name]["weight"], term.entry, loss))
+        return dataclasses.replace(self, terms=tuple(terms), **numbers[OF_ALL])
+
     def start(self) -> Running:
         """Returns the baselines before the first update, by name of the loss."""
         return {name: baseline.start() for name, (baseline, _) in self._baselines.items()}
@@ -219,7 +251,7 @@ class Objective:
         }
 
     @property
-    def _baselines(self) -> dict[str, tuple[Baseline, float]]:
+    def _baselines(self) -> dict[str, tuple[Baseline, Number]]:
         """Each baseline and the beta of its loss, by name of the loss."""
         terms = [(term.name, term.entry.baseline, term.loss) for term in self.terms]
         return {name: (each, options_of(loss)["beta"]) for name, each, loss in terms if each is not None}
@@ -229,8 +261,8 @@ class Objective:
 
 
 def needs_of(loss: Loss) -> frozenset[str]:
-    """Returns the names of the keyword inputs that a loss must be called with: its parameters named in GIVEN."""
-    return loss.needs if isinstance(loss, Objective) else frozenset(arguments(loss)) & frozenset(GIVEN) - {"baseline"}
+    """Returns the names of the keyword inputs that a loss must be called with, see `inputs_of`."""
+    return loss.needs if isinstance(loss, Objective) else inputs_of(loss) - {"baseline"}
 
 
 def columns_of(loss: Loss) -> frozenset[str]:
@@ -262,172 +294,3 @@ def start_of(loss: Loss) -> Running:
 def options_of(loss: Loss) -> dict[str, Any]:
     """Returns every option of a loss with its value, bound or by default."""
     return dict(loss.options) if isinstance(loss, Objective) else defaults_of(loss)
-
-
-# --- by name ---------------------------------------------------------------------------------------------------------
-
-
-def make_loss(name: str, options: Mapping[str, Any]) -> Objective:
-    """Returns the named objective with its options bound.
-
-    Args:
-      name: one of LOSSES; several with weights, as "sigmoid*0.8,bco_pair*0.2"; or "package.module:function", a
-        function of the caller's own.
-      options: by name; each goes to all losses that have it. The options of MODIFIERS combine with losses that do not
-        have them.
-    Raises: InputError for an unknown name, an option that none of the losses has, or a value out of range.
-
-    >>> objective = make_loss("sigmoid*0.8,sft*0.2", {"beta": 0.3})
-    >>> objective.beta, sorted(objective.names), objective.reference_free
-    (0.3, ['sft', 'sigmoid'], False)
-    """
-    weighted = [_weighted(part.strip()) for part in name.split(",")]
-    names = [each for _, each in weighted]
-    if len(set(names)) < len(names):
-        raise InputError(NAME, got=f"{name!r}", expected="each loss once", remedy="Add the weights up.")
-    terms = [_term(weight, _entry_of(each), options) for weight, each in weighted]
-    bound = {option: value for term in reversed(terms) for option, value in options_of(term.loss).items()}
-    modifiers = {option: value for option, value in options.items() if option in MODIFIERS and option not in bound}
-    for option in options.keys() - bound.keys() - modifiers.keys():
-        raise InputError(
-            f"config.loss.{option}",
-            got=f"is set, and loss {name!r} has no such option",
-            expected=f"one of {', '.join(sorted(bound.keys() | MODIFIERS.keys()))}",
-            remedy="Unset it or choose a loss that has it.",
-        )
-    for option, value in modifiers.items():
-        _check_modifier(option, value, terms, modifiers, bound)
-    objective = Objective(tuple(terms), {**bound, **modifiers}, **modifiers)
-    _check_sum(name, objective, modifiers)
-    _trace(objective)
-    return objective
-
-
-def _weighted(part: str) -> tuple[float, str]:
-    """Splits `name*weight` into weight and name; the weight is 1 where it is left off."""
-    name, star, text = part.partition("*")
-    try:
-        weight = float(text) if star else 1.0
-    except ValueError:
-        weight = math.nan
-    if not 0 < weight < math.inf:
-        raise InputError(
-            NAME,
-            got=f"weight {text!r}",
-            expected="a number above 0 after '*', such as sigmoid*0.8",
-            remedy="Correct the weight or leave it off.",
-        )
-    return weight, name.strip()
-
-
-def _term(weight: float, entry: Entry, options: Mapping[str, Any]) -> Term:
-    own = {option: value for option, value in options.items() if option in entry.options}
-    return Term(weight, entry, functools.partial(entry.function, **own))
-
-
-def _entry_of(name: str) -> Entry:
-    """Returns the entry of a loss of ours, or makes one for a user's own function, named "module:function"."""
-    module, colon, function = name.partition(":")
-    if not colon:
-        check_choice(NAME, name, LOSSES)
-        return REGISTRY[name]
-    try:
-        loss = getattr(importlib.import_module(module), function)
-        parameters = arguments(loss)
-    except (ImportError, AttributeError, TypeError, ValueError) as error:
-        raise InputError(
-            NAME,
-            got=f"{name!r} cannot be imported ({error})",
-            expected="module:function, in a module that Python finds from here",
-            remedy="Correct it, or name a loss of docs/objectives.md.",
-        ) from error
-    unset = [
-        each
-        for each, parameter in list(parameters.items())[2:]
-        if parameter.default is parameter.empty and each not in ("lengths", *GIVEN)
-    ]
-    if len(parameters) < 3 or "lengths" not in parameters or unset or "baseline" in parameters:
-        raise InputError(
-            NAME,
-            got=f"{name} takes {listed([*parameters]) or 'nothing'}",
-            expected="parameters (policy, reference, *, lengths, ...); further ones have a default or are one of "
-            f"{', '.join(each for each in GIVEN if each not in ('baseline', 'running'))}",
-            remedy="Change its parameters.",
-        )
-    return Entry(name, loss, f"`{name}`", of_pairs=False)
-
-
-def _check_modifier(
-    option: str, value: Value, terms: list[Term], modifiers: Mapping[str, Value], bound: Mapping[str, Value]
-) -> None:
-    """Raises InputError for a value out of range, and for an option that does not combine with all of the losses.
-
-    Args:
-      modifiers: options that combine with the losses, as they are set.
-      bound: options that the losses have themselves.
-    """
-    place, modifier = f"config.loss.{option}", MODIFIERS[option]
-    expected = OPTIONS[option].refusal(value)
-    if expected is not None:
-        raise InputError(
-            place, got=f"got {value!r}", expected=expected, remedy=f"Give --{place}=VALUE, or leave it out."
-        )
-    if modifier.combines is not None:
-        comparing = [term.entry for term in terms if term.entry.answers_read == "all"]
-        failing = [each.name for each in comparing or [term.entry for term in terms] if not modifier.combines(each)]
-        if failing:
-            valid = ", ".join(sorted(name for name, each in REGISTRY.items() if modifier.combines(each)))
-            got, expected = (
-                f"is set, and does not combine with {', '.join(sorted(failing))}",
-                f"a loss that it combines with: {valid}",
-            )
-            raise InputError(place, got=got, expected=expected, remedy="Unset it or change loss.name.")
-    if modifier.beside is None:
-        return
-    other, needed = modifier.beside
-    if other in bound:
-        names = ", ".join(sorted(term.name for term in terms))
-        expected = f"losses without a {other} of their own"
-        raise InputError(place, got=f"is set, and {names} has one, per token", expected=expected, remedy="Unset it.")
-    if other not in modifiers or (needed is not None and modifiers[other] != needed):
-        expected = f"config.loss.{other}{'' if needed is None else f'={needed!r}'} beside it"
-        raise InputError(place, got="is set alone", expected=expected, remedy="Set that too, or unset it.")
-
-
-def _check_sum(name: str, objective: Objective, modifiers: Mapping[str, Value]) -> None:
-    """Raises InputError for losses that cannot be added up, and for an option of an input that none of them reads."""
-    entries = [term.entry for term in objective.terms]
-    ranking = any("ranked" in entry.kinds and entry.answers_read == "all" for entry in entries)
-    if ranking and not all("ranked" in entry.kinds for entry in entries):
-        ranked = ", ".join(sorted(entry.name for entry in REGISTRY.values() if "ranked" in entry.kinds))
-        remedy = "Leave the losses of pairs out."
-        raise InputError(NAME, got=f"{name!r}", expected=f"only losses that take rankings: {ranked}", remedy=remedy)
-    for option in modifiers:
-        needed = MODIFIERS[option].reads
-        if needed and needed not in objective.needs:
-            readers = ", ".join(name for name, entry in REGISTRY.items() if needed in arguments(entry.function))
-            expected = f"a loss that reads it: {readers}"
-            raise InputError(f"config.loss.{option}", got="is set", expected=expected, remedy="Unset it.")
-    if objective.needs >= {"kl", "sequence_kl"}:
-        raise InputError(
-            NAME,
-            got=f"{name!r}, of which one estimates the KL divergence from mismatched answers, another token by token",
-            expected="losses that read one of the two estimates",
-            remedy="Leave one of the losses out.",
-        )
-
-
-def _trace(objective: Objective) -> None:
-    """Traces the objective on one pair, without running it, so that a value or a shape it refuses is an error now."""
-    logps, counts = jax.ShapeDtypeStruct((1, 2), jnp.float32), jax.ShapeDtypeStruct((1, 2), jnp.int32)
-    scalar, present = jax.ShapeDtypeStruct((), jnp.float32), jax.ShapeDtypeStruct((1,), jnp.bool_)
-    inputs = {"present": present, "kl": scalar, "running": jax.eval_shape(objective.start)}
-    given = {name: inputs.get(name, logps) for name in objective.needs}
-    losses = jax.eval_shape(lambda x, n, given: objective(x, x, lengths=n, **given), logps, counts, given)
-    if losses.shape != (1,):
-        raise InputError(
-            NAME,
-            got=f"{', '.join(sorted(objective.names))}: losses of shape {losses.shape} for a batch of one pair",
-            expected="the shape [1], a loss for each pair",
-            remedy="Do not average over pairs in the function.",
-        )

@@ -12,7 +12,9 @@ from dpo_jax.losses.common import (
     POSITIVE,
     POSITIVE_FLIP_RATE,
     SHARE,
+    Number,
     check,
+    check_switch,
     log_ratios,
     offset,
     smoothed,
@@ -32,8 +34,8 @@ def sigmoid(
     *,
     lengths: Lengths | None = None,
     margin: Margin | None = None,
-    beta: float = 0.1,
-    label_smoothing: float = 0.0,
+    beta: Number = 0.1,
+    label_smoothing: Number = 0.0,
 ) -> Losses:
     """Logistic preference loss: DPO, and with label smoothing conservative DPO.
 
@@ -69,8 +71,8 @@ def robust(
     *,
     lengths: Lengths | None = None,
     margin: Margin | None = None,
-    beta: float = 0.1,
-    label_smoothing: float = 0.1,
+    beta: Number = 0.1,
+    label_smoothing: Number = 0.1,
 ) -> Losses:
     """Logistic preference loss for flipped labels: its mean over the flips is DPO's loss of the true labels.
 
@@ -98,7 +100,7 @@ def robust(
 
 
 def hinge(
-    policy: Logps, reference: Logps, *, lengths: Lengths | None = None, margin: Margin | None = None, beta: float = 0.1
+    policy: Logps, reference: Logps, *, lengths: Lengths | None = None, margin: Margin | None = None, beta: Number = 0.1
 ) -> Losses:
     """Hinge preference loss: a pair whose margin has reached 1/beta no longer trains.
 
@@ -123,7 +125,7 @@ def hinge(
     return jax.nn.relu(1 - offset(beta * (a - b), margin))
 
 
-def ipo(policy: Logps, reference: Logps, *, lengths: Lengths, beta: float = 0.1, average: bool = True) -> Losses:
+def ipo(policy: Logps, reference: Logps, *, lengths: Lengths, beta: Number = 0.1, average: bool = True) -> Losses:
     """Squared preference loss: brings the margin to 1/(2 beta) and no further (IPO).
 
     (a/n_w - b/n_l - 1/(2 beta))^2, or (a - b - 1/(2 beta))^2 where `average` is false
@@ -145,6 +147,7 @@ def ipo(policy: Logps, reference: Logps, *, lengths: Lengths, beta: float = 0.1,
     4.0000
     """
     check("beta", beta, POSITIVE)
+    check_switch("average", average)
     a, b = log_ratios(policy, reference)
     if average:
         tokens = token_counts(lengths, policy)
@@ -158,8 +161,8 @@ def sigmoid_norm(
     *,
     lengths: Lengths,
     margin: Margin | None = None,
-    beta: float = 5.0,
-    label_smoothing: float = 0.0,
+    beta: Number = 5.0,
+    label_smoothing: Number = 0.0,
 ) -> Losses:
     """Logistic preference loss on log-ratios per token, so that long answers weigh no more.
 
@@ -192,8 +195,8 @@ def exo_pair(
     reference: Logps,
     *,
     lengths: Lengths | None = None,
-    beta: float = 0.1,
-    label_smoothing: float = 1e-3,
+    beta: Number = 0.1,
+    label_smoothing: Number = 1e-3,
 ) -> Losses:
     """Reverse KL divergence between the policy's preference and the smoothed label (EXO).
 
@@ -222,7 +225,7 @@ def exo_pair(
     return chosen + jax.nn.sigmoid(-z) * (jax.nn.log_sigmoid(-z) - jnp.log(e))
 
 
-def nca_pair(policy: Logps, reference: Logps, *, lengths: Lengths | None = None, beta: float = 0.1) -> Losses:
+def nca_pair(policy: Logps, reference: Logps, *, lengths: Lengths | None = None, beta: Number = 0.1) -> Losses:
     """Noise contrastive alignment: raises the chosen answer's own reward, not only its margin.
 
     -log S(beta a) - log S(-beta a) / 2 - log S(-beta b) / 2
@@ -247,7 +250,7 @@ def nca_pair(policy: Logps, reference: Logps, *, lengths: Lengths | None = None,
     return -jax.nn.log_sigmoid(chosen) - 0.5 * against
 
 
-def sppo_hard(policy: Logps, reference: Logps, *, lengths: Lengths | None = None, beta: float = 1e-3) -> Losses:
+def sppo_hard(policy: Logps, reference: Logps, *, lengths: Lengths | None = None, beta: Number = 1e-3) -> Losses:
     """Self-play preference optimization with win rates of 1 and 0.
 
     (a - 1/(2 beta))^2 + (b + 1/(2 beta))^2
@@ -270,7 +273,7 @@ def sppo_hard(policy: Logps, reference: Logps, *, lengths: Lengths | None = None
     return jnp.square(a - 1 / (2 * beta)) + jnp.square(b + 1 / (2 * beta))
 
 
-def apo_zero(policy: Logps, reference: Logps, *, lengths: Lengths, beta: float = 0.1) -> Losses:
+def apo_zero(policy: Logps, reference: Logps, *, lengths: Lengths, beta: Number = 0.1) -> Losses:
     """Anchored preference loss that makes chosen answers likelier and rejected ones less likely.
 
     1 - S(beta a) + S(beta b); an unpaired example has the term of its one answer
@@ -296,7 +299,7 @@ def apo_zero(policy: Logps, reference: Logps, *, lengths: Lengths, beta: float =
     return zero_where_missing(sides, lengths).sum(1)
 
 
-def apo_down(policy: Logps, reference: Logps, *, lengths: Lengths | None = None, beta: float = 0.1) -> Losses:
+def apo_down(policy: Logps, reference: Logps, *, lengths: Lengths | None = None, beta: Number = 0.1) -> Losses:
     """Anchored preference loss that makes both answers less likely, the rejected one more so.
 
     S(beta a) + 1 - S(beta h), for answers that are all worse than the policy's own
@@ -324,8 +327,8 @@ def discopop(
     reference: Logps,
     *,
     lengths: Lengths | None = None,
-    beta: float = 0.1,
-    tau: float = 0.05,
+    beta: Number = 0.1,
+    tau: Number = 0.05,
 ) -> Losses:
     """Logistic and exponential losses blended by the margin; the blend was found by a language model (DiscoPOP).
 
@@ -359,8 +362,8 @@ def dpo_positive(
     *,
     lengths: Lengths | None = None,
     margin: Margin | None = None,
-    beta: float = 0.1,
-    penalty: float = 50.0,
+    beta: Number = 0.1,
+    penalty: Number = 50.0,
 ) -> Losses:
     """Logistic preference loss that penalizes chosen answers which become less likely (DPOP).
 
@@ -394,7 +397,7 @@ def tdpo1(
     lengths: Lengths | None = None,
     sequence_kl: Float[Array, "P 2"],
     margin: Margin | None = None,
-    beta: float = 0.1,
+    beta: Number = 0.1,
 ) -> Losses:
     """Token-level DPO: the margin less the difference of the answers' sequential KL divergences.
 
@@ -427,8 +430,8 @@ def tdpo2(
     lengths: Lengths | None = None,
     sequence_kl: Float[Array, "P 2"],
     margin: Margin | None = None,
-    beta: float = 0.1,
-    kl_weight: float = 0.5,
+    beta: Number = 0.1,
+    kl_weight: Number = 0.5,
 ) -> Losses:
     """Token-level DPO that lowers the rejected answers' divergence to that of the chosen ones, not the reverse.
 
@@ -462,7 +465,7 @@ def plackett_luce(
     reference: Float[Array, "P K"],
     *,
     lengths: Int[Array, "P K"],
-    beta: float = 0.1,
+    beta: Number = 0.1,
 ) -> Losses:
     """Negative log-likelihood of a whole ranking; with two answers it is `sigmoid`.
 

@@ -10,6 +10,7 @@ from dpo_jax.losses.common import (
     FLIP_RATE,
     NOT_NEGATIVE,
     POSITIVE,
+    Number,
     check,
     divisor,
     nll,
@@ -31,9 +32,9 @@ def simpo(
     *,
     lengths: Lengths,
     margin: Margin | None = None,
-    beta: float = 2.0,
-    gamma: float = 1.0,
-    label_smoothing: float = 0.0,
+    beta: Number = 2.0,
+    gamma: Number = 1.0,
+    label_smoothing: Number = 0.0,
 ) -> Losses:
     """Logistic loss on log-probs per token, with a margin to reach (SimPO).
 
@@ -67,9 +68,9 @@ def cpo(
     *,
     lengths: Lengths,
     margin: Margin | None = None,
-    beta: float = 0.1,
-    label_smoothing: float = 0.0,
-    nll_weight: float = 1.0,
+    beta: Number = 0.1,
+    label_smoothing: Number = 0.0,
+    nll_weight: Number = 1.0,
     nll_average: bool = True,
 ) -> Losses:
     """Contrastive preference optimization: DPO under a uniform reference, plus the chosen answers' likelihood.
@@ -105,8 +106,8 @@ def orpo(
     reference: Logps | None = None,
     *,
     lengths: Lengths,
-    beta: float = 0.1,
-    nll_weight: float = 1.0,
+    beta: Number = 0.1,
+    nll_weight: Number = 1.0,
 ) -> Losses:
     """Odds-ratio preference optimization: likelihood of the chosen answer, and the odds against the rejected one.
 

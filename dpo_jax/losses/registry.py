@@ -13,7 +13,6 @@ import dataclasses
 import inspect
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
-from typing import Any
 
 from jaxtyping import Array
 
@@ -24,10 +23,15 @@ from dpo_jax.losses.common import (
     FRACTION,
     INNER_FRACTION,
     NOT_NEGATIVE,
+    NOT_TRACED,
     POSITIVE,
     POSITIVE_FLIP_RATE,
     SHARE,
+    Number,
     Range,
+    is_traced,
+    refusal_of_number,
+    refusal_of_switch,
 )
 from dpo_jax.losses.modifiers import DIVERGENCES
 from dpo_jax.losses.pairwise import (
@@ -50,11 +54,12 @@ from dpo_jax.losses.pairwise import (
 from dpo_jax.losses.reference_free import cpo, orpo, sft, simpo
 
 Loss = Callable[..., Array]
-Value = float | bool | str | None  # of an option
+Value = Number | bool | str | None  # of an option
 
 # Sums over an answer's tokens that scoring makes where an objective reads them.
 SUMS = ("shared_logps", "log_collision", "sequence_kl")
-# Each parameter of a loss that is named here is passed to it as a keyword, besides `lengths`.
+# Inputs that a training step makes. A parameter of a loss that is named here is passed to it as a keyword, besides
+# `lengths`. SUMS and any other auxiliary output of the model are read in the same way, see `inputs_of`.
 GIVEN = ("present", "running", "baseline", "kl", *SUMS, "reference_shared_logps")
 # The same of parameters that have a default, which they keep where the data lack the column.
 COLUMNS = ("weight", "margin")
@@ -69,6 +74,20 @@ EVERY_KIND = ANSWERS | RANKINGS
 def arguments(loss: Loss) -> Mapping[str, inspect.Parameter]:
     """Returns the parameters of a loss by name."""
     return inspect.signature(loss).parameters
+
+
+def inputs_of(loss: Loss) -> frozenset[str]:
+    """Returns the names of a loss's inputs besides policy, reference, lengths and COLUMNS.
+
+    They are its parameters named in GIVEN, and those without a default: auxiliary outputs of the model.
+    """
+    named = list(arguments(loss).items())[2:]  # own losses may name policy and reference otherwise
+    return frozenset(
+        name
+        for name, each in named
+        if name in GIVEN or (each.default is each.empty and name not in ("lengths", *COLUMNS))
+        if each.kind not in (each.VAR_POSITIONAL, each.VAR_KEYWORD)
+    )
 
 
 def defaults_of(loss: Loss) -> dict[str, Value]:
@@ -145,11 +164,16 @@ class Option:
             return text + valid
         return f"{text}{valid}; unset: {usual}" + (f" ({others})" if others else "")
 
-    def refusal(self, value: Any) -> str | None:
-        """Returns what was expected if `value` is not valid, else None."""
+    def refusal(self, value: object) -> str | None:
+        """Returns what was expected if `value` is not valid, else None. Only a number may be traced."""
         if self.type is bool:
-            return None if isinstance(value, bool) else "true or false"
-        return None if self.valid is None or self.valid.holds(value) else self.valid.expected
+            return refusal_of_switch(value)
+        if self.type is float and isinstance(self.valid, Range):
+            return refusal_of_number(value, self.valid)
+        expected = "" if self.valid is None else self.valid.expected
+        if is_traced(value):
+            return expected + NOT_TRACED
+        return None if self.valid is None or self.valid.holds(value) else expected
 
 
 def as_text(value: Value) -> str:

@@ -15,12 +15,22 @@ from dpo_jax.hf.checkpoints import resolve
 from dpo_jax.hf.tensors import Tensor
 from dpo_jax.models.config import DecoderConfig
 from dpo_jax.run.trainable import EVERYTHING, Trainable, select
+from dpo_jax.types import InputError
 
 
 def objective_of(loss: Loss) -> losses.Objective:
     """Returns the configured objective with its options bound. Raises: InputError as `losses.make_loss`."""
     options = {k: v for k, v in dataclasses.asdict(loss).items() if k != "name" and v is not None}
-    return losses.make_loss(loss.name, options)
+    with losses.errors_at("config.loss.{}"):
+        objective = losses.combine(loss.name, options)
+        for name in sorted(objective.needs - {*losses.GIVEN}):
+            raise InputError(
+                "name",
+                got=f"{loss.name} has the parameter {name!r} without a default",
+                expected=f"inputs that a run has: {', '.join(losses.GIVEN)}",
+                remedy="Give it a default, or rename it.",
+            )
+        return objective
 
 
 def optimizer_of(
