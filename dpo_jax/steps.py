@@ -18,6 +18,7 @@ from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from dpo_jax import accumulate, aliases, losses
 from dpo_jax.accumulate import each_microbatch, mask_absent
+from dpo_jax.batch_checks import check_batch, check_scored, is_consistent, without_padding
 from dpo_jax.losses.common import divisor, weighted_sum
 from dpo_jax.metrics import pair_metrics
 from dpo_jax.types import Batch, InputError
@@ -79,12 +80,17 @@ def make_train_step(
     a baseline) sees all of it: with several microbatches, all are scored without gradient first, at the cost of one
     more forward pass, and the loss's derivatives are then propagated back through one microbatch after the other.
 
+    Shapes and types of the batch are checked once, when the step is traced. Values are not known then: if a pair is in
+    two microbatches, or `count` is no number of microbatches, loss and gradient are nan, and `batch_checks.check_batch`
+    says why. Padding pairs change nothing, whatever their values.
+
     Args:
       logps_fn: `(params, rows) -> [P, K]`: log-probs in nats of the batch's pairs that are in `rows`, one microbatch
-        of `batch.rows`, and any finite value for the other pairs.
+        of `batch.rows`, and any value for the other pairs.
       loss_fn: `(policy, reference, *, lengths, ...) -> [P]`, from `losses.make_loss` or like those of `losses.LOSSES`.
         Each of its parameters that is named in `losses.GIVEN` is passed as a keyword, and each named in
-        `losses.COLUMNS`, weight and margin, where the batch has it. The step multiplies its losses by the weights.
+        `losses.COLUMNS`, weight and margin, where the batch has it. Other parameters without a default are passed what
+        `logps_fn` returns by their names. The step multiplies its losses by the weights.
       tx: the optimizer; it receives float32 gradients.
       has_aux: `logps_fn` returns `(logps, {name: [P, K] sums over answer tokens})`; reported as means over tokens.
       in_place: `logps_fn` accumulates gradients itself: it takes the running sums as a third argument and returns
@@ -97,6 +103,8 @@ def make_train_step(
       seed: of the rounding of bfloat16 parameters, see `apply_updates`.
       report_gap: adds "gap" [P] to the metrics: for each pair, the largest |policy - reference| of its answers, in
         nats; 0 for padding. Before the first update it should be 0 to float rounding.
+    Raises: InputError, when the step is traced, for a batch or a result whose shapes do not fit, and for an input of
+      the loss that is missing.
     Returns: the step. Its metrics describe the parameters before the update: those of `pair_metrics`, `grad_norm`, the
       global norm before any clipping, and `kl` or `baseline/NAME` where the loss reads them.
     """
@@ -105,10 +113,12 @@ def make_train_step(
     score_into = _scoring_into_sums(logps_fn, has_aux=has_aux, in_place=in_place)
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Array]]:
+        check_batch(batch, crops=len(crops))
         _check_baselines(state.running, baselines)
+        consistent, batch = is_consistent(batch), without_padding(batch)
         present = batch.present.any(0)
-        pairs = divisor(weighted_sum(present, batch.weight), batch.weight)
-        tokens = jnp.maximum(jnp.where(present[:, None], batch.lengths, 0).sum(), 1)
+        pairs = jnp.where(consistent, divisor(weighted_sum(present, batch.weight), batch.weight), jnp.nan)
+        tokens = jnp.maximum(batch.lengths.sum(), 1)
         kl = _mismatched_kl(score_step, state.params, batch) if "kl" in needs else None
 
         def scores_of(scored) -> Scores:
@@ -127,15 +137,18 @@ def make_train_step(
 
         def add_gradient(rows, here, sums):
             def microbatch_loss(sums):
-                (logps, aux), sums = score_into(state.params, rows, sums)
+                scored, sums = score_into(state.params, rows, sums)
+                check_scored(scored if has_aux else scored[0], has_aux, batch.reference.shape)
+                # Masked before the loss too: what is not finite would reach the gradient through a mask after it.
+                scored = mask_absent(here, scored)
                 if slopes is None:
-                    loss = mean_loss((logps, aux), here)
+                    loss = mean_loss(scored, here)
                 else:
-                    by_slope = jax.tree.map(lambda slope, x: (slope * x).sum(), slopes, mask_absent(here, (logps, aux)))
+                    by_slope = jax.tree.map(lambda slope, x: (slope * x).sum(), slopes, scored)
                     loss = sum(jax.tree.leaves(by_slope))
                 for name, weight in penalties.items():
-                    loss += weight * jnp.where(here[:, None], aux[name], 0).sum() / tokens
-                return (loss, sums), mask_absent(here, (logps, aux))
+                    loss += weight * scored[1][name].sum() / tokens
+                return (loss, sums), scored
 
             (loss, _), pull, scored = jax.vjp(microbatch_loss, sums, has_aux=True)
             return *pull((jnp.ones_like(loss), sums)), scored, None
@@ -147,6 +160,7 @@ def make_train_step(
         scores = scores_of(scored)
         each, running = pair_losses(loss_fn, scores, state.running, kl=kl)
         metrics = loss_metrics(loss_fn, each, scores, paired=paired)
+        metrics["loss"] = jnp.where(consistent, metrics["loss"], jnp.nan)
         metrics |= {"grad_norm": optax.tree.norm(grads)} | ({} if kl is None else {"kl": kl})
         metrics |= {f"baseline/{name}": baseline["value"] for name, baseline in running.items()}
         metrics |= {"gap": largest_gaps(scores)} if report_gap else {}
@@ -181,9 +195,11 @@ def _scoring_into_sums(logps_fn: LogpsFn, *, has_aux: bool, in_place: bool) -> C
 
 
 def _mismatched_kl(score_step: Callable[..., PyTree], params: PyTree, batch: Batch) -> Float[Array, ""]:
-    mismatched = batch.mismatched
-    assert mismatched is not None
-    logps, _ = score_step(params, mismatched)
+    if batch.mismatched is None:
+        expected = "prompts with the answers to others, from which the loss's `kl` is estimated"
+        raise InputError("batch.mismatched", got="got none", expected=expected, remedy="Give them, or another loss.")
+    logps, _ = score_step(params, batch.mismatched)
+    mismatched = without_padding(batch.mismatched)
     present = mismatched.present.any(0)
     return losses.estimate_kl(logps, mismatched.reference, mismatched.lengths, present, batch.weight)
 
@@ -218,10 +234,23 @@ def pair_losses(
         )
     stored = {f"reference_{name}": sums for name, sums in scores.reference_sums.items()}
     available = {"present": scores.present, "kl": kl, "running": running, **stored, **scores.sums}
-    extra = {name: available[name] for name in losses.needs_of(loss_fn)}
-    columns = {"weight": scores.weight, "margin": scores.margin}
-    extra |= {name: columns[name] for name in losses.columns_of(loss_fn) if columns[name] is not None}
-    return loss_fn(scores.logps, scores.reference, lengths=scores.lengths, **extra), running
+    available |= {"weight": scores.weight, "margin": scores.margin}
+    available = {name: value for name, value in available.items() if value is not None}
+    for name in sorted(losses.needs_of(loss_fn) - available.keys()):
+        raise InputError(
+            "loss_fn",
+            got=f"it reads {name!r}, and there is none",
+            expected=f"inputs out of {', '.join(available)}",
+            remedy="Return it from logps_fn, with has_aux=True, or give the parameter a default.",
+        )
+    names = losses.needs_of(loss_fn) | losses.columns_of(loss_fn) & available.keys()
+    extra = {name: available[name] for name in names}
+    each = loss_fn(scores.logps, scores.reference, lengths=scores.lengths, **extra)
+    if each.shape != scores.present.shape:
+        expected = f"shape {list(scores.present.shape)}, a loss for each pair"
+        remedy = "Do not average over pairs in the function."
+        raise InputError("loss_fn", got=f"losses of shape {list(each.shape)}", expected=expected, remedy=remedy)
+    return each, running
 
 
 def loss_metrics(
@@ -287,14 +316,18 @@ def make_score_step(
     """
 
     def score(params: PyTree, batch: Batch) -> tuple[Float[Array, "P K"], dict[str, PyTree]]:
+        check_batch(batch, crops=len(crops))
+
         def score_rows(rows, present, _):
-            logps, aux = logps_fn(params, rows) if has_aux else (logps_fn(params, rows), {})
+            scored = logps_fn(params, rows)
+            check_scored(scored, has_aux, batch.reference.shape)
+            logps, aux = scored if has_aux else (scored, {})
             sums = {name: values for name, values in aux.items() if name != "tokens"}
             return None, mask_absent(present, (logps, sums)), {name: aux[name] for name in aux.keys() - sums.keys()}
 
-        totals: tuple[Any, Any, Any] = each_microbatch(score_rows, None, batch, crops)
+        totals: tuple[Any, Any, Any] = each_microbatch(score_rows, None, without_padding(batch), crops)
         _, (logps, sums), entries = totals
-        return logps, sums | entries
+        return jnp.where(is_consistent(batch), logps, jnp.nan), sums | entries
 
     return score
 

@@ -10,6 +10,7 @@ import optax
 import pytest
 
 from dpo_jax import losses, sharding, steps
+from dpo_jax.batch_checks import check_batch
 from dpo_jax.data import layout, packing
 from dpo_jax.logprobs import vocabulary
 from dpo_jax.metrics import pair_metrics
@@ -17,7 +18,7 @@ from dpo_jax.models import decoder, rope
 from dpo_jax.models.config import DecoderConfig, LayerKind
 from dpo_jax.parallel import Placement
 from dpo_jax.scoring import make_logps_fn
-from dpo_jax.types import Batch, Encoded
+from dpo_jax.types import Batch, Encoded, InputError
 from tests.support.memory import temporary_bytes
 
 KINDS = (LayerKind(rope.usual(8)),)
@@ -294,23 +295,192 @@ def test_bfloat16_sums_that_need_no_rounding_are_exact_and_infinities_stay():
     assert moved["w"].astype(jnp.float32).tolist()[:4] == [1.5, -3.0, 0.0, float("inf")]
 
 
+# The model of README.md: a table of log-odds, no tokens at all; a pair is two indices into it.
+TABLE = Batch(
+    rows=np.array([[[0, 1], [0, 2], [3, 2]]]),
+    count=np.int32(1),
+    present=np.ones((1, 3), bool),
+    reference=np.full((3, 2), np.log(0.25), np.float32),
+    lengths=np.ones((3, 2), np.int32),
+)
+# The same pairs in two microbatches, and a padding pair.
+TWO = Batch(
+    rows=np.array([[[0, 1], [0, 0], [0, 0], [0, 0]], [[0, 0], [0, 2], [3, 2], [0, 0]]]),
+    count=np.int32(2),
+    present=np.array([[True, False, False, False], [False, True, True, False]]),
+    reference=np.full((4, 2), np.log(0.25), np.float32),
+    lengths=np.array([[1, 1], [1, 1], [1, 1], [0, 0]], np.int32),
+)
+
+
+def table_logps(table, rows):
+    return jax.nn.log_softmax(table)[rows]
+
+
+@functools.cache
+def table_step(loss="sigmoid", **options):
+    return jax.jit(steps.make_train_step(table_logps, losses.make_loss(loss), optax.sgd(1.0), **options))
+
+
+def table_update(batch, **options):
+    state, metrics = table_step(**options)(steps.init_state(jnp.arange(4.0), optax.sgd(1.0)), batch)
+    return state.params, metrics
+
+
 def test_any_model_that_scores_pairs_can_be_trained():
-    # A table of log-odds, no tokens at all: preferring what it is told to takes the loss down.
-    table, tx = jnp.zeros(4), optax.sgd(1.0)
-    logps_fn = lambda table, rows: jax.nn.log_softmax(table)[rows]
-    batch = Batch(
-        rows=np.array([[[0, 1], [0, 2], [3, 2]]]),
-        count=np.int32(1),
-        present=np.ones((1, 3), bool),
-        reference=np.full((3, 2), np.log(0.25), np.float32),
-        lengths=np.ones((3, 2), np.int32),
-    )
+    # Preferring what it is told to takes the loss down.
+    table, tx, batch, logps_fn = jnp.zeros(4), optax.sgd(1.0), TABLE, table_logps
     step = jax.jit(steps.make_train_step(logps_fn, losses.make_loss("sigmoid", {"beta": 1.0}), tx))
     state, first = step(steps.init_state(table, tx), batch)
     for _ in range(50):
         state, last = step(state, batch)
     assert float(first["loss"]) == pytest.approx(np.log(2), abs=1e-6) and float(last["loss"]) < 0.1
     assert float(last["rewards/accuracies"]) == 1 and int(state.step) == 51
+
+
+FAULTS = [  # (fields, place, got, expected)
+    ({"present": np.ones((3, 1), bool)}, "present", "[3, 1]", "[A=1, P]"),
+    ({"present": np.ones(3, bool)}, "present", "[3]", "[A=1, P]"),
+    ({"present": np.ones((1, 3))}, "present", "float64", "true or false"),
+    ({"reference": np.zeros((1, 2), np.float32)}, "reference", "[1, 2]", "[P=3, K]"),
+    ({"reference": np.zeros((3, 2), bool)}, "reference", "bool", "numbers"),
+    ({"lengths": np.ones((3, 1), np.int32)}, "lengths", "[3, 1]", "[P=3, K=2]"),
+    ({"lengths": np.ones((3, 2))}, "lengths", "float64", "whole numbers"),
+    ({"weight": np.ones(())}, "weight", "[]", "[P=3]"),
+    ({"margin": np.ones((3, 1))}, "margin", "[3, 1]", "[P=3]"),
+    ({"count": np.ones(1, np.int32)}, "count", "[1]", "shape []"),
+    ({"count": np.float32(1)}, "count", "float32", "whole numbers"),
+    ({"rows": np.zeros((), np.int32)}, "rows", "[]", "[A, ...]"),
+    ({"rows": {}}, "rows", "no array", "[A, ...]"),
+    ({"crop": np.zeros(1, np.int32)}, "crop", "is set", "functions that crop"),
+    ({"reference_sums": {"shared_logps": np.zeros((2, 2))}}, "reference_sums['shared_logps']", "[2, 2]", "[P=3, K=2]"),
+    ({"mismatched": TWO}, "mismatched.reference", "[4, 2]", "[P=3, K=2]"),
+    ({"mismatched": TABLE._replace(lengths=np.ones(3, int))}, "mismatched.lengths", "[3]", "[P=3, K=2]"),
+    # Values, which only concrete arrays show:
+    ({"count": np.int32(2)}, "count", "got 2", "at most 1"),
+    ({"lengths": np.full((3, 2), -1)}, "lengths", "pair 0 has [-1 -1]", "not below 0"),
+    ({"weight": np.array([1.0, np.nan, 1.0])}, "weight", "pair 1 has nan", "finite"),
+    ({"reference": np.full((3, 2), -np.inf)}, "reference", "pair 0", "finite"),
+]
+SHAPES = [fault for fault in FAULTS if not fault[2].startswith(("pair", "got"))]
+
+
+@pytest.mark.parametrize(("fields", "place", "got", "expected"), FAULTS)
+def test_batch_that_does_not_fit_together_is_refused(fields, place, got, expected):
+    with pytest.raises(InputError) as error:
+        check_batch(TABLE._replace(**fields))
+    assert error.value.place == f"batch.{place}" and got in error.value.got and expected in error.value.expected
+
+
+@pytest.mark.parametrize(("fields", "place"), [fault[:2] for fault in SHAPES])
+def test_steps_refuse_shapes_when_they_are_traced(fields, place):
+    batch, state = TABLE._replace(**fields), steps.init_state(jnp.zeros(4), optax.sgd(1.0))
+    step = steps.make_train_step(table_logps, losses.make_loss("sigmoid"), optax.sgd(1.0))
+    for traced in (lambda: jax.eval_shape(step, state, batch), lambda: jax.eval_shape(score, state.params, batch)):
+        with pytest.raises(InputError) as error:
+            traced()
+        assert error.value.place == f"batch.{place}"
+
+
+score = steps.make_score_step(table_logps)
+
+
+def test_values_that_cannot_be_true_make_loss_and_gradient_nan():
+    twice = TWO._replace(present=TWO.present | np.array([[False, True, False, False], [False] * 4]))
+    with pytest.raises(InputError, match="batch.present: pair 1 is in microbatches 0, 1; expected each pair in one"):
+        check_batch(twice)
+    for batch in (twice, TWO._replace(count=np.int32(3)), TWO._replace(count=np.int32(-1))):
+        params, metrics = table_update(batch)
+        assert np.isnan(metrics["loss"]) and np.isnan(params).all() == (batch.count > 0)
+        assert np.isnan(jax.jit(score)(params, batch)[0]).all()
+
+
+def test_unused_microbatches_hold_no_pairs():
+    used = TWO._replace(count=np.int32(1))
+    assert_same_update(table_update(used), table_update(used._replace(present=TWO.present & [[True], [False]])))
+
+
+@pytest.mark.parametrize("loss", ["sigmoid", "orpo"])
+def test_values_of_padding_pairs_reach_nothing(loss):
+    batch = TWO._replace(weight=np.ones(4, np.float32), margin=np.ones(4, np.float32))
+    padding = np.array([False, False, False, True])
+    spoil = lambda values: np.where(padding.reshape(-1, *[1] * (values.ndim - 1)), np.nan, values).astype(values.dtype)
+    spoilt = batch._replace(**{name: spoil(getattr(batch, name)) for name in ("reference", "weight", "margin")})
+    spoilt = spoilt._replace(lengths=np.where(padding[:, None], -(2**31), batch.lengths).astype(np.int32))
+    assert np.isnan([spoilt.reference[3, 0], spoilt.weight[3], spoilt.margin[3]]).all()
+    assert_same_update(table_update(spoilt, loss=loss), table_update(batch, loss=loss))
+
+    def logps_fn(table, rows):  # nan for the pairs that are not in the microbatch
+        return jnp.where((rows == 0).all(1, keepdims=True), jnp.nan, table_logps(table, rows))
+
+    tx, loss_fn = optax.sgd(1.0), losses.make_loss(loss)
+    state, metrics = jax.jit(steps.make_train_step(logps_fn, loss_fn, tx))(steps.init_state(jnp.arange(4.0), tx), batch)
+    assert_same_update((state.params, metrics), table_update(batch, loss=loss))
+
+
+RESULTS = [  # of a logps_fn
+    (lambda logps: logps[:, 0], {}, r"it returns log-probs as float32\[3\]; expected log-probs \[P=3, K=2\]"),
+    (lambda logps: (logps, {}), {}, "it returns log-probs as a tuple; .*has_aux"),
+    (lambda logps: logps, {"has_aux": True}, "it returns float32.*expected .log-probs"),
+    (lambda logps: (logps, {"length": logps.sum()}), {"has_aux": True}, r"it returns length as float32\[\]"),
+    (lambda logps: (logps, {"kl": logps}), {"has_aux": True}, "it returns 'kl'; expected another name"),
+]
+
+
+@pytest.mark.parametrize(("change", "options", "message"), RESULTS)
+def test_results_of_another_shape_are_refused(change, options, message):
+    logps_fn = lambda table, rows: change(table_logps(table, rows))
+    step = steps.make_train_step(logps_fn, losses.make_loss("sigmoid"), optax.sgd(1.0), **options)
+    score = steps.make_score_step(logps_fn, **options)
+    state = steps.init_state(jnp.zeros(4), optax.sgd(1.0))
+    for traced in (lambda: jax.eval_shape(step, state, TABLE), lambda: jax.eval_shape(score, state.params, TABLE)):
+        with pytest.raises(InputError, match=f"^logps_fn: {message}"):
+            traced()
+
+
+def test_loss_reads_auxiliary_outputs_by_name():
+    def with_entropy(policy, reference, *, lengths, entropy, beta=0.1):
+        return losses.sigmoid(policy, reference, beta=beta) - 0.5 * entropy[:, 0]
+
+    def logps_fn(table, rows):
+        return table_logps(table, rows), {"entropy": -(table[rows] ** 2)}
+
+    tx, state = optax.sgd(1.0), steps.init_state(jnp.arange(4.0), optax.sgd(1.0))
+    slopes = []
+    for loss_fn in (with_entropy, losses.make_loss(with_entropy), losses.make_loss("sigmoid")):
+        step = steps.make_train_step(logps_fn, loss_fn, tx, has_aux=True)
+        slopes.append(state.params - jax.jit(step)(state, TABLE)[0].params)
+    np.testing.assert_allclose(slopes[0], slopes[1])
+    np.testing.assert_allclose(slopes[0] - slopes[2], 0.5 * 2 * np.arange(4.0) * np.array([2, 0, 0, 1]) / 3, atol=1e-6)
+    for loss_fn in (with_entropy, losses.make_loss(with_entropy)):
+        with pytest.raises(InputError, match="^loss_fn: it reads 'entropy', and there is none; .*has_aux=True"):
+            jax.eval_shape(steps.make_train_step(table_logps, loss_fn, tx), state, TABLE)
+    with pytest.raises(InputError, match="^loss_fn: losses of shape"):
+        jax.eval_shape(steps.make_train_step(table_logps, lambda *_, lengths: jnp.zeros(()), tx), state, TABLE)
+    with pytest.raises(InputError, match="^batch.mismatched: got none"):
+        jax.eval_shape(steps.make_train_step(table_logps, losses.make_loss("kto"), tx), state, TABLE)
+
+
+def test_step_works_under_scan_and_vmap():
+    step, state = table_step(), steps.init_state(jnp.arange(4.0), optax.sgd(1.0))
+    other = TABLE._replace(rows=TABLE.rows[:, ::-1])
+    batches, expected = [TABLE, other._replace(weight=None)], state
+    for batch in batches:
+        expected, last = step(expected, batch)
+    stacked = jax.tree.map(lambda *leaves: np.stack(leaves), *batches)
+    found, metrics = jax.lax.scan(step, state, stacked)
+    np.testing.assert_allclose(found.params, expected.params, rtol=1e-6)
+    assert metrics["loss"].shape == (2,) and float(metrics["loss"][1]) == pytest.approx(float(last["loss"]), rel=1e-6)
+    each, _ = jax.vmap(step, in_axes=(None, 0))(state, stacked)
+    np.testing.assert_allclose(each.params[0], step(state, TABLE)[0].params, rtol=1e-6)
+
+    def with_beta(beta):
+        step = steps.make_train_step(table_logps, losses.make_loss("sigmoid", beta=beta), optax.sgd(1.0))
+        return step(state, TWO)[0].params
+
+    of_betas = jax.jit(jax.vmap(with_beta))(jnp.array([0.1, 0.5]))
+    np.testing.assert_allclose(of_betas[0], table_update(TWO)[0], rtol=1e-5)
+    assert np.abs(of_betas[1] - of_betas[0]).max() > 0.01
 
 
 def test_a_tie_is_no_preference():
