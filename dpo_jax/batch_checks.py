@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 from jaxtyping import Array, Bool, PyTree
 
 from dpo_jax.types import Batch, InputError, listed
@@ -91,13 +92,13 @@ def _written(shape: tuple[int, ...]) -> str:
 def _is_concrete(leaf: Any) -> bool:
     """Whether the values of a leaf can be read here and now."""
     if isinstance(leaf, jax.Array):
-        return not isinstance(leaf, jax.core.Tracer) and leaf.is_fully_addressable
+        return not isinstance(leaf, Tracer) and leaf.is_fully_addressable
     return not isinstance(leaf, jax.ShapeDtypeStruct)
 
 
 def _check_values(batch: Batch, crops: int, place: str) -> None:
     """Raises InputError for values that cannot be true."""
-    present, count = np.asarray(batch.present), int(np.asarray(batch.count))
+    present, count = np.atleast_2d(np.asarray(batch.present)), int(np.asarray(batch.count))
     if not 0 <= count <= len(present):
         expected = f"at most {len(present)}, the number of microbatches"
         raise InputError(f"{place}.count", got=f"got {count}", expected=expected, remedy="Count those in use.")
@@ -176,7 +177,8 @@ def check_scored(scored: Any, has_aux: bool, shape: tuple[int, ...]) -> None:
         if name in RESERVED:
             remedy = "Rename it: a loss has an input of that name."
             raise InputError("logps_fn", got=f"it returns {name!r}", expected="another name", remedy=remedy)
-        if not hasattr(array, "shape") or array.shape != shape or not jnp.issubdtype(array.dtype, jnp.floating):
+        fits = getattr(array, "shape", None) == shape and jnp.issubdtype(jnp.result_type(array), jnp.floating)
+        if not fits:
             got = f"it returns {name} as {_kind(array)}"
             raise InputError("logps_fn", got=got, expected=expected, remedy=remedy)
 

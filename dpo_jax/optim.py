@@ -7,8 +7,7 @@ from __future__ import annotations
 
 import functools
 import math
-import operator
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from types import ModuleType
 from typing import Any
 
@@ -51,6 +50,21 @@ OPTIMIZERS: dict[str, tuple[Callable[..., optax.GradientTransformation], dict[st
 }
 
 
+class Optimizer(optax.GradientTransformation):
+    """An optax transformation that can be made again with other numbers, which may be traced."""
+
+    numbers: dict[
+        str, float
+    ]  # by option; those that choose code, and those that the optimizer does not read, are left out
+    with_numbers: Callable[[Mapping[str, ArrayLike]], optax.GradientTransformation]
+
+    def __new__(cls, numbers: dict[str, float], build: Callable[..., optax.GradientTransformation]) -> Optimizer:
+        """Makes the transformation `build(numbers)`."""
+        made = super().__new__(cls, *build(numbers))
+        made.numbers, made.with_numbers = numbers, build
+        return made
+
+
 def make_optimizer(
     *,
     name: str,
@@ -64,7 +78,7 @@ def make_optimizer(
     eps: float,
     total_steps: int,
     scale_updates: Callable[[PyTree], PyTree] | None = None,
-) -> tuple[optax.GradientTransformation, HostSchedule]:
+) -> tuple[Optimizer, HostSchedule]:
     """Chains clipping, the named optimizer, decoupled weight decay and the learning rate, in this order.
 
     Gradients, moments and updates are float32, whatever the type of the parameters. `b2` keeps its default of 0.999
@@ -87,7 +101,7 @@ def make_optimizer(
       its default.
     """
     check_choice("config.optimizer.name", name, OPTIMIZERS)
-    transform, options = OPTIMIZERS[name]
+    _, options = OPTIMIZERS[name]
     values = {"b1": b1, "b2": b2, "eps": eps}
     for option, value in values.items():
         if option not in options and value != DEFAULTS[option]:
@@ -98,27 +112,49 @@ def make_optimizer(
                 remedy=f"Leave it out, or choose an optimizer that has {option}.",
             )
     of_schedule = {"warmup_steps": warmup_steps, "total_steps": total_steps}
+    host_schedule = make_host_schedule(schedule, learning_rate, **of_schedule)
+    numbers = {option: values[option] for option in options} | {"learning_rate": learning_rate} | of_schedule
+    # A zero chooses code: without them, the update has neither the norm's clipping nor the product with parameters.
+    numbers |= {"clip_norm": clip_norm} if clip_norm else {}
+    numbers |= {"weight_decay": weight_decay} if weight_decay else {}
+    return Optimizer(numbers, functools.partial(_chain, name, schedule, scale_updates)), host_schedule
+
+
+def _chain(
+    name: str,
+    schedule: str,
+    scale_updates: Callable[[PyTree], PyTree] | None,
+    numbers: Mapping[str, Any],
+) -> optax.GradientTransformation:
+    transform, options = OPTIMIZERS[name]
+    rate = make_schedule(
+        schedule,
+        numbers["learning_rate"],
+        warmup_steps=numbers["warmup_steps"],
+        total_steps=numbers["total_steps"],
+    )
+    decay = numbers.get("weight_decay")
     parts = [
-        optax.clip_by_global_norm(clip_norm) if clip_norm else optax.identity(),
-        transform(**{theirs: values[ours] for ours, theirs in options.items()}),
-        optax.add_decayed_weights(weight_decay, mask=decayed) if weight_decay else optax.identity(),
-        optax.scale_by_learning_rate(make_schedule(schedule, learning_rate, **of_schedule)),
+        optax.clip_by_global_norm(numbers["clip_norm"]) if "clip_norm" in numbers else optax.identity(),
+        transform(**{theirs: numbers[ours] for ours, theirs in options.items()}),
+        optax.identity() if decay is None else optax.add_decayed_weights(decay, mask=decayed),
+        optax.scale_by_learning_rate(rate),
         optax.stateless(lambda updates, _: scale_updates(updates)) if scale_updates else optax.identity(),
     ]
-    return _in_float32(optax.chain(*parts)), make_host_schedule(schedule, learning_rate, **of_schedule)
+    return _in_float32(optax.chain(*parts))
 
 
-def make_schedule(name: str, peak: float, *, warmup_steps: int, total_steps: int) -> Schedule:
+def make_schedule(name: str, peak: ArrayLike, *, warmup_steps: ArrayLike, total_steps: ArrayLike) -> Schedule:
     """Returns the learning rate of update t, counted from 0, as a JAX function.
 
     peak * t / warmup_steps, then peak * DECAYS[name], which reaches its end at total_steps. So the first update of a
     warm-up has rate 0, and the last update of all is one step short of the end.
 
-    Raises: InputError for an unknown name.
+    All three numbers may be traced. Raises: InputError for an unknown name.
     Source: transformers.optimization.get_{constant,linear,cosine}_schedule_with_warmup.
     """
     rate = _schedule(name, peak, warmup_steps, total_steps)
-    return lambda step: rate(jnp, jnp.asarray(step, jnp.float32), operator.truediv)
+    return lambda step: rate(jnp, jnp.asarray(step, jnp.float32))
 
 
 def make_host_schedule(name: str, peak: float, *, warmup_steps: int, total_steps: int) -> HostSchedule:
@@ -127,17 +163,19 @@ def make_host_schedule(name: str, peak: float, *, warmup_steps: int, total_steps
     The float32 value is the compiled schedule's, but for the cosine itself, whose last bit differs between libraries.
     """
     rate = _schedule(name, peak, warmup_steps, total_steps)
-    # XLA compiles a division by a constant to a multiplication by its float32 inverse.
-    return lambda step: float(rate(np, np.float32(step), lambda x, n: x * (np.float32(1) / np.float32(n))))
+    return lambda step: float(rate(np, np.float32(step)))
 
 
-def _schedule(name: str, peak: float, warmup_steps: int, total_steps: int) -> Callable[..., Any]:
-    """Returns `rate(xp, step, divide)`, the schedule over numpy or jax.numpy, for a float32 step."""
+def _schedule(name: str, peak: Any, warmup_steps: Any, total_steps: Any) -> Callable[..., Any]:
+    """Returns `rate(xp, step)`, the schedule over numpy or jax.numpy, for a float32 step."""
     check_choice("config.optimizer.schedule", name, DECAYS)
 
-    def rate(xp: ModuleType, step, divide):
-        done = xp.clip(divide(step - warmup_steps, max(1, total_steps - warmup_steps)), 0, 1)
-        return peak * xp.where(step < warmup_steps, divide(step, max(1, warmup_steps)), DECAYS[name](xp, done))
+    def rate(xp: ModuleType, step):
+        def share(steps, count):  # of a count, at least 1; XLA multiplies by the inverse of a constant count anyway
+            return steps * (xp.float32(1) / xp.maximum(1, count).astype(xp.float32))
+
+        done = xp.clip(share(step - warmup_steps, total_steps - warmup_steps), 0, 1)
+        return peak * xp.where(step < warmup_steps, share(step, warmup_steps), DECAYS[name](xp, done))
 
     return rate
 

@@ -210,15 +210,23 @@ def batch_shardings(mesh: AnyMesh, batch: Batch) -> Batch:
 
 def put(batch: Batch, mesh: Mesh) -> Batch:
     """Moves a batch of host arrays onto the mesh; each process copies only the rows that its devices hold."""
-    places = batch_shardings(mesh, batch)
+    return _put(batch, batch_shardings(mesh, batch))
+
+
+def put_replicated(tree: PyTree, mesh: Mesh) -> PyTree:
+    """Copies host arrays, which are the same in all processes, onto every device of the mesh."""
+    return _put(tree, jax.tree.map(lambda _: replicated(mesh), tree))
+
+
+def _put(tree: Any, places: Any) -> Any:
     if jax.process_count() == 1:
-        return jax.device_put(batch, places)
+        return jax.device_put(tree, places)
 
     def share(array, place: NamedSharding) -> jax.Array:
         array = np.asarray(array)
         return jax.make_array_from_callback(array.shape, place, lambda index: array[index])
 
-    return jax.tree.map(share, batch, places)
+    return jax.tree.map(share, tree, places)
 
 
 def from_parts(

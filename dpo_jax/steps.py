@@ -64,10 +64,10 @@ def make_train_step(
     has_aux: bool = False,
     in_place: bool = False,
     crops: Sequence[accumulate.Crop] = (),
-    penalties: Mapping[str, float] = MappingProxyType({}),
+    penalties: Mapping[str, float | Array] = MappingProxyType({}),
     mask_gradients: Callable[[PyTree], PyTree] = lambda grads: grads,
     paired: bool = True,
-    seed: int = 0,
+    seed: int | Array = 0,
     report_gap: bool = False,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, Array]]]:
     """Builds `step(state, batch) -> (state, metrics)`.
@@ -279,22 +279,31 @@ def largest_gaps(scores: Scores) -> Float[Array, "P"]:
     return jnp.where(answers, gaps, 0).max(1)
 
 
-def apply_updates(params: PyTree, updates: PyTree, step: Int[Array, ""], *, seed: int = 0) -> PyTree:
+def apply_updates(params: PyTree, updates: PyTree, step: Int[Array, ""], *, seed: int | Array = 0) -> PyTree:
     """Adds updates to parameters, with stochastic rounding of bfloat16 ones.
 
     A bfloat16 parameter is rounded up or down at random, in proportion to the remainder. Rounded to nearest, an update
     below half a spacing (2^-9 of a parameter) would vanish, and with the learning rates of preference training nearly
     all of them would. Stochastic rounding makes the expected sum exact. The draw is a function of `seed` and `step`,
     so that a resumed run repeats it.
+
+    Args:
+      seed: any whole number >= 0, or its `rounding_key`.
     """
     leaves, tree = jax.tree.flatten(params)
-    low, high = seed % (1 << 32), seed >> 32  # a key takes 32 bits, and drops others without a word
-    key = jax.random.key(low)
-    while high:
-        key, high = jax.random.fold_in(key, high % (1 << 32)), high >> 32
+    key = rounding_key(seed) if isinstance(seed, int) else seed
     keys = jax.random.split(jax.random.fold_in(key, step), len(leaves))
     changes = tree.flatten_up_to(updates)
     return tree.unflatten([_add(*each) for each in zip(leaves, changes, keys, strict=True)])
+
+
+def rounding_key(seed: int) -> Array:
+    """Returns the random key of a seed, of which no bit is dropped: a key takes 32 of them at a time."""
+    low, high = seed % (1 << 32), seed >> 32
+    key = jax.random.key(low)
+    while high:
+        key, high = jax.random.fold_in(key, high % (1 << 32)), high >> 32
+    return key
 
 
 def _add(param, update, key):

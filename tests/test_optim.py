@@ -142,7 +142,8 @@ SCHEDULES = [(1e-2, 3, 10), (5e-7, 150, 1000), (1e-6, 0, 777), (3e-5, 20, 10), (
 @pytest.mark.parametrize("peak, warmup, total", SCHEDULES)
 def test_logged_learning_rate_is_that_of_the_compiled_schedule(name, peak, warmup, total):
     options = {"warmup_steps": warmup, "total_steps": total}
-    device = jax.jit(jax.vmap(optim.make_schedule(name, peak, **options)))
+    schedule = lambda peak, numbers, step: optim.make_schedule(name, peak, **numbers)(step)
+    device = lambda steps: jax.jit(jax.vmap(schedule, in_axes=(None, None, 0)))(peak, options, steps)
     host = optim.make_host_schedule(name, peak, **options)
     expected, found = device(jnp.arange(total + 2)), [host(t) for t in range(total + 2)]
     # A cosine has another last bit in XLA than in numpy, in a factor of at most the peak.
@@ -159,6 +160,33 @@ def test_logged_learning_rate_uses_no_device(name):
         rates = [rate(t) for t in range(TOTAL)]
     assert {type(each) for each in rates} == {float}
     assert len(jax.live_arrays()) == arrays
+
+
+@pytest.mark.parametrize("name", optim.OPTIMIZERS)
+def test_numbers_may_be_traced(problem, name):
+    params, grads = problem
+    options = {"name": name, "schedule": "linear", "warmup_steps": WARMUP, "clip_norm": 12.0, "weight_decay": 0.3}
+    tx, _ = make(**options)
+    own = {"b1", "b2", "eps"} & optim.OPTIMIZERS[name][1].keys()
+    assert tx.numbers.keys() == own | {"learning_rate", "warmup_steps", "total_steps", "clip_norm", "weight_decay"}
+    assert make(name=name)[0].numbers.keys() == own | {"learning_rate", "warmup_steps", "total_steps"}
+
+    @jax.jit
+    def last(numbers):
+        tx, trained = make(**options)[0].with_numbers(numbers), params
+        state = tx.init(params)
+        for grad in grads[:2]:
+            updates, state = tx.update(grad, state, trained)
+            trained = optax.apply_updates(trained, updates)
+        return trained
+
+    found, expected = last(tx.numbers), run(tx, params, grads[:2])[-1]
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=3e-5, atol=1e-6), found, expected)
+    for option in tx.numbers.keys() - {"clip_norm", "eps", "total_steps"}:
+        changed = last(tx.numbers | {option: 0.5 * tx.numbers[option] if option != "warmup_steps" else 2})
+        if (name, option) in {("lion", "b1"), ("lion", "b2")}:  # which takes the sign
+            continue
+        assert max(jax.tree.leaves(jax.tree.map(lambda a, b: np.abs(a - b).max(), changed, found))) > 1e-6, option
 
 
 def test_lion_equals_its_formula(problem):

@@ -1,5 +1,6 @@
 """Whole runs: what they write, how they resume, and what they refuse."""
 
+import collections
 import contextlib
 import datetime
 import io
@@ -17,7 +18,9 @@ import transformers
 
 from dpo_jax import commands, train, trees
 from dpo_jax.hf import checkpoints
-from dpo_jax.run import update_batches, workdir
+from dpo_jax.plan import estimate
+from dpo_jax.run import choices, programs, update_batches, workdir
+from dpo_jax.run.state import abstract_state
 from dpo_jax.types import InputError
 from tests.support.hf_folders import edit_weights
 from tests.support.runs import (
@@ -336,12 +339,60 @@ def test_reference_of_something_else_is_refused(finished, inputs, tmp_path, part
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
+def test_program_of_an_update_holds_no_number_of_objective_or_optimizer(inputs):
+    # Fields that are read as numbers: two programs of all their first and all their second values are the same text.
+    fields = {
+        "loss__name": ("sigmoid*0.8,sft*0.2", "sigmoid*0.7,sft*0.4"),
+        "loss__beta": (0.1, 0.3),
+        "loss__label_smoothing": (0.0, 0.1),
+        "loss__ld_alpha": (0.5, 0.6),
+        "loss__nll_weight": (0.2, 0.3),
+        "optimizer__learning_rate": (1e-3, 2e-3),
+        "optimizer__weight_decay": (0.1, 0.2),
+        "optimizer__clip_norm": (1.0, 2.0),
+        "optimizer__b1": (0.9, 0.8),
+        "optimizer__b2": (0.999, 0.99),
+        "optimizer__eps": (1e-8, 1e-6),
+        "optimizer__warmup_steps": (0, 3),
+        "train__steps": (5, 7),
+        "seed": (0, 2**40 + 1),
+    }
+    read, texts, numbers = None, [], []
+    for at in range(2):
+        chosen = make_config(inputs, **{name: values[at] for name, values in fields.items()}, model__dtype="float32")
+        read = read or load_inputs(chosen)
+        objective = choices.objective_of(chosen.loss)
+        built = programs.make_programs(chosen, objective, read.model, read.lengths)
+        tx, _ = choices.optimizer_of(chosen.optimizer, total_steps=chosen.train.steps)
+        step, _ = programs.update_step(built, tx)
+        batch = estimate.abstract_batch(built, built.update_shape, update=True)
+        arguments = abstract_state(built, tx), {}, batch, programs.numbers_of(built, tx)
+        texts.append(jax.jit(step).lower(*arguments).as_text())
+        numbers.append(arguments[-1])
+    assert texts[0] == texts[1]
+    assert not np.isclose(*(each.values for each in numbers)).any() and (numbers[0][1] != numbers[1][1]).any()
+
+
 def test_a_run_compiles_three_programs_of_the_model(finished, inputs, tmp_path, caplog):
+    events, numbers = collections.Counter(), {"loss__beta": 0.3, "optimizer__learning_rate": 3e-3}
+    numbers |= {
+        "optimizer__b2": 0.98,
+        "optimizer__eps": 1e-7,
+        "optimizer__warmup_steps": 1,
+        "optimizer__clip_norm": 2.0,
+    }
+    jax.monitoring.register_event_listener(lambda event, **_: events.update([event]))
     jax.config.update("jax_log_compiles", True)
     try:
-        train.run(make_config(inputs, eval__every_steps=2), tmp_path / "run")
+        train.run(make_config(inputs, eval__every_steps=2, **numbers), tmp_path / "run")
     finally:
         jax.config.update("jax_log_compiles", False)
+    rows = [read_rows(folder / "metrics.jsonl") for folder in (finished, tmp_path / "run")]
+    assert rows[1][0]["rewards/chosen"] == pytest.approx(rows[0][0]["rewards/chosen"], abs=1e-5)
+    assert all(abs(one["loss"] - other["loss"]) > 1e-3 for one, other in zip(*rows, strict=True) if one["step"] > 2)
+    # Other numbers of the objective and the optimizer: all programs are those of the finished run, in JAX's cache.
+    assert events["/jax/compilation_cache/cache_hits"] >= 4 and not events["/jax/compilation_cache/cache_misses"]
     compiled = re.findall(r"Compiling jit\((\w+)\)", caplog.text)
     ours = {"update", "score", "first"}
     assert sorted(name for name in compiled if name in ours) == sorted(ours)

@@ -15,6 +15,7 @@ from dpo_jax.losses.batchwise import aot, aot_unpaired, bco_pair, beta_dpo, esti
 from dpo_jax.losses.combine import combine, errors_at, make_loss
 from dpo_jax.losses.modifiers import desensitized, f_scores, wpo_weights
 from dpo_jax.losses.objective import (
+    Numbers,
     Objective,
     answers_read_by,
     columns_of,
@@ -51,6 +52,7 @@ __all__ = [
     "REGISTRY",
     "SUMS",
     "Loss",
+    "Numbers",
     "Objective",
     "answers_read_by",
     "aot",

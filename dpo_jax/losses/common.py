@@ -8,6 +8,7 @@ import math
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 from jaxtyping import Array, Bool, Float, Int, Num, Shaped
 
 from dpo_jax.types import InputError, shown
@@ -132,7 +133,7 @@ POSITIVE_FLIP_RATE = Range(0, 0.5, low_open=True, high_open=True)
 
 def is_traced(value: object) -> bool:
     """Returns whether a value stands for one that only the compiled program has."""
-    return isinstance(value, jax.core.Tracer)
+    return isinstance(value, Tracer)
 
 
 def refusal_of_number(value: object, valid: Range) -> str | None:

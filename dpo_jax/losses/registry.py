@@ -13,6 +13,7 @@ import dataclasses
 import inspect
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
+from typing import Any
 
 from jaxtyping import Array
 
@@ -164,7 +165,7 @@ class Option:
             return text + valid
         return f"{text}{valid}; unset: {usual}" + (f" ({others})" if others else "")
 
-    def refusal(self, value: object) -> str | None:
+    def refusal(self, value: Any) -> str | None:
         """Returns what was expected if `value` is not valid, else None. Only a number may be traced."""
         if self.type is bool:
             return refusal_of_switch(value)

@@ -18,7 +18,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from jax.sharding import Mesh
 from jax.typing import DTypeLike
 from jaxtyping import Int, PyTree
@@ -34,9 +33,20 @@ from dpo_jax.hf import folders
 from dpo_jax.hf.families import family
 from dpo_jax.losses import Objective
 from dpo_jax.models.config import DecoderConfig
+from dpo_jax.optim import Optimizer
 from dpo_jax.plan.topology import Topology, devices_of, extents
 from dpo_jax.run import choices
-from dpo_jax.run.programs import Programs, crops, jit_update, make_programs, make_update, update_step, without_devices
+from dpo_jax.run.programs import (
+    Numbers,
+    Programs,
+    crops,
+    jit_update,
+    make_programs,
+    make_update,
+    numbers_of,
+    update_step,
+    without_devices,
+)
 from dpo_jax.run.state import abstract_params, abstract_state, placed
 from dpo_jax.run.trainable import Trainable
 from dpo_jax.runtime import xla
@@ -223,15 +233,15 @@ def estimate(config: Config, topology: Topology, *, reference_in_step: bool = Fa
     )
 
 
-def with_reference(programs: Programs, tx: optax.GradientTransformation, state: TrainState) -> xla.Compiled:
+def with_reference(programs: Programs, tx: Optimizer, state: TrainState) -> xla.Compiled:
     """Returns the update(state, frozen, reference, batch) that scores with the reference's parameters first."""
     step, logps_fn = update_step(programs, tx)
     score = steps.make_score_step(logps_fn, has_aux=True, crops=crops(programs.update_shape))
 
-    def update(state: TrainState, frozen: PyTree, reference: PyTree, batch: Batch) -> PyTree:
-        return step(state, frozen, batch._replace(reference=score(reference, batch)[0]))
+    def update(state: TrainState, frozen: PyTree, reference: PyTree, batch: Batch, numbers: Numbers) -> PyTree:
+        return step(state, frozen, batch._replace(reference=score(reference, batch)[0]), numbers)
 
-    return jit_update("update with the reference in it", update, programs, state)
+    return jit_update("update with the reference in it", update, programs, state, numbers_of(programs, tx))
 
 
 def part_of(

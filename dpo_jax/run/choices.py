@@ -5,8 +5,6 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 
-import optax
-
 from dpo_jax import losses, optim
 from dpo_jax.config import Config, Loss, Optimizer
 from dpo_jax.hf import peft
@@ -35,7 +33,7 @@ def objective_of(loss: Loss) -> losses.Objective:
 
 def optimizer_of(
     optimizer: Optimizer, *, total_steps: int, trainable: Trainable = EVERYTHING
-) -> tuple[optax.GradientTransformation, optim.HostSchedule]:
+) -> tuple[optim.Optimizer, optim.HostSchedule]:
     """Returns the configured optimizer and its learning-rate schedule over `total_steps` updates."""
     options = {name: value for name, value in dataclasses.asdict(optimizer).items() if name != "layer_decay"}
     scale_updates = trainable.scale_updates if trainable.multipliers else None

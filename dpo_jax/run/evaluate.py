@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import time
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
@@ -46,16 +47,19 @@ class Mismatched(NamedTuple):
     lengths: Int[Any, "N K"]
 
 
-def make_summary(loss_fn: losses.Loss, *, paired: bool = True) -> Summary:
+def make_summary(objective: losses.Loss, *, paired: bool = True) -> Summary:
     """Returns `summary(policy, reference, reference_sums, lengths, mismatched, running, weight, margin)`, the metrics
     of a whole set as one small program.
 
     `policy` is (log-probs [N, K], sums over answers); `mismatched` a Mismatched or None; `running` the state that the
-    objective carries from update to update; `weight` and `margin` those of the pairs, or None.
+    objective carries from update to update; `weight` and `margin` those of the pairs, or None. The numbers of the
+    objective are arguments of the program.
     """
+    numbers = jax.device_put(objective.numbers) if isinstance(objective, losses.Objective) else None
 
     @jax.jit
     def summary(
+        numbers: losses.Numbers | None,
         policy: tuple[jax.Array, dict[str, jax.Array]],
         reference: Float[jax.Array, "N K"],
         reference_sums: dict[str, Float[jax.Array, "N K"]],
@@ -71,11 +75,12 @@ def make_summary(loss_fn: losses.Loss, *, paired: bool = True) -> Summary:
             kl = losses.estimate_kl(*mismatched, present, weight)
         logps, sums = policy
         scores = Scores(logps, sums, reference, lengths, present, reference_sums, weight, margin)
+        loss_fn = objective if numbers is None else objective.with_numbers(numbers)
         each, _ = pair_losses(loss_fn, scores, running, kl=kl, update_baselines=False)
         metrics = loss_metrics(loss_fn, each, scores, paired=paired)
         return metrics | ({} if kl is None else {"kl": kl})
 
-    return summary
+    return functools.partial(summary, numbers)
 
 
 def evaluate(

@@ -9,10 +9,9 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-import optax
 from jax.sharding import AbstractMesh, AxisType
 from jax.typing import DTypeLike
-from jaxtyping import Int, PyTree
+from jaxtyping import Float, Int, PyTree, UInt32
 
 from dpo_jax import sharding
 from dpo_jax.accumulate import Crop
@@ -22,6 +21,7 @@ from dpo_jax.data.layout import crop_rows
 from dpo_jax.losses import Objective
 from dpo_jax.models.attention import choose
 from dpo_jax.models.config import DecoderConfig
+from dpo_jax.optim import Optimizer
 from dpo_jax.parallel import ModelOptions, Placement
 from dpo_jax.reference.scoring_pass import PART_PAIRS
 from dpo_jax.run.checks import fit
@@ -29,7 +29,7 @@ from dpo_jax.run.trainable import EVERYTHING, Trainable
 from dpo_jax.runtime.clocks import Stopwatch
 from dpo_jax.runtime.xla import COMPILER_OPTIONS, Compiled, keep_compiled
 from dpo_jax.scoring import compute_dtype, make_logps_fn
-from dpo_jax.steps import TrainState, make_score_step, make_train_step
+from dpo_jax.steps import TrainState, make_score_step, make_train_step, rounding_key
 from dpo_jax.types import Batch
 
 # Positions in a microbatch. On a CPU one short row at a time keeps temporaries in cache; an accelerator wants more.
@@ -181,37 +181,60 @@ def crops(shape: packing.Shape) -> list[Crop]:
     return [functools.partial(crop_rows, crop=crop) for crop in shape.crops]
 
 
-def make_update(
-    programs: Programs, tx: optax.GradientTransformation, state: TrainState, *, paired: bool = True
-) -> Compiled:
+def make_update(programs: Programs, tx: Optimizer, state: TrainState, *, paired: bool = True) -> Compiled:
     """Returns the jitted update(state, frozen, batch on the mesh): the state is donated and keeps its sharding.
+
+    The numbers of objective and optimizer are arguments of the program: a run with others finds it in JAX's cache.
 
     Args:
       state: arrays, or their shapes and shardings.
       paired: whether pairs have both their answers.
     """
-    return jit_update("update", update_step(programs, tx, paired=paired)[0], programs, state)
+    step = update_step(programs, tx, paired=paired)[0]
+    return jit_update("update", step, programs, state, numbers_of(programs, tx))
+
+
+class Numbers(NamedTuple):
+    """Numbers of an update that are arguments of its program, as host arrays."""
+
+    values: Float[Any, "n"]  # the leaves of `number_tree`
+    rounding_key: UInt32[Any, "2"]  # data of the key of `steps.rounding_key`
+
+
+def number_tree(programs: Programs, tx: Optimizer) -> dict[str, PyTree]:
+    """Returns the numbers of the objective, the optimizer and the penalties by name."""
+    balance = programs.router_balance
+    penalties = {"router_balance": balance} if balance else {}
+    return {"objective": programs.objective.numbers, "optimizer": tx.numbers, "penalties": penalties}
+
+
+def numbers_of(programs: Programs, tx: Optimizer) -> Numbers:
+    """Returns the numbers of an update as its program takes them."""
+    values = np.array(jax.tree.leaves(number_tree(programs, tx)), np.float32)
+    return Numbers(values, np.asarray(jax.random.key_data(rounding_key(programs.seed))))
 
 
 def update_step(
-    programs: Programs, tx: optax.GradientTransformation, *, paired: bool = True
+    programs: Programs, tx: Optimizer, *, paired: bool = True
 ) -> tuple[Callable[..., PyTree], Callable[..., PyTree]]:
-    """Returns the update(state, frozen, batch) as a pure function, and the `logps_fn` that it scores by."""
-    shape, balance = programs.update_shape, programs.router_balance
+    """Returns the update(state, frozen, batch, numbers) as a pure function, and the `logps_fn` that it scores by."""
+    shape = programs.update_shape
     logps_fn = logps_of(programs, shape, sums=programs.objective.sums)
+    names = jax.tree.structure(number_tree(programs, tx))
 
-    def update(state: TrainState, frozen: PyTree, batch: Batch) -> PyTree:
+    def update(state: TrainState, frozen: PyTree, batch: Batch, numbers: Numbers) -> PyTree:
+        values = names.unflatten(list(numbers.values))
         step = make_train_step(
             functools.partial(logps_fn, frozen=frozen),
-            programs.objective,
-            tx,
+            programs.objective.with_numbers(values["objective"]),
+            tx.with_numbers(values["optimizer"]),
             has_aux=True,
             in_place=True,
             crops=crops(shape),
-            penalties={"router_balance": balance} if balance else {},
+            penalties=values["penalties"],
             mask_gradients=programs.trainable.mask_gradients,
             paired=paired,
-            seed=programs.seed,
+            seed=jax.random.wrap_key_data(numbers.rounding_key),
             report_gap=not programs.objective.reference_free,
         )
         return step(state, batch)
@@ -235,8 +258,19 @@ def logps_of(programs: Programs, shape: packing.Shape, **outputs: Any) -> Callab
     )
 
 
-def jit_update(name: str, step: Callable[..., PyTree], programs: Programs, state: TrainState) -> Compiled:
-    """Jits `step(state, ...) -> (state, metrics)`: the state is donated and keeps its sharding."""
-    places = jax.tree.map(lambda x: x.sharding, state), sharding.replicated(programs.mesh)
+def jit_update(
+    name: str, step: Callable[..., PyTree], programs: Programs, state: TrainState, numbers: Numbers
+) -> Compiled:
+    """Jits `step(state, ..., numbers) -> (state, metrics)`: the state is donated and keeps its sharding.
+
+    Returns: the step without its last argument, which is always `numbers`.
+    """
+    mesh = programs.mesh
+    if all(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(state)):
+        numbers = sharding.put_replicated(numbers, mesh)  # once, not at every step
+    else:
+        place = sharding.replicated(mesh)
+        numbers = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), numbers)
+    places = jax.tree.map(lambda x: x.sharding, state), sharding.replicated(mesh)
     jitted = jax.jit(step, donate_argnums=0, out_shardings=places, compiler_options=COMPILER_OPTIONS)
-    return Compiled(name, jitted, programs.watch)
+    return Compiled(name, jitted, programs.watch, (numbers,))

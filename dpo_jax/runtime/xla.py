@@ -45,12 +45,15 @@ class Leaf(NamedTuple):
 class Compiled:
     """A jitted function that is compiled once, at its first call; arguments of other shapes are an error.
 
+    Args:
+      last: arguments that end each call, such as numbers that the program does not hold as constants.
+
     Raises: TypeError that names the program and the first argument leaf whose shape, type or sharding is not the one it
       was compiled for; or that the compiler options differ.
     """
 
-    def __init__(self, name: str, function: Any, watch: Stopwatch):
-        self._name, self._function, self._watch = name, function, watch
+    def __init__(self, name: str, function: Any, watch: Stopwatch, last: tuple[PyTree, ...] = ()):
+        self._name, self._function, self._watch, self._last = name, function, watch, last
         self._program: jax.stages.Compiled | None = None
         self._leaves: list[Leaf] = []
         self._options: dict[str, bool | int | float | str] | None = None
@@ -61,6 +64,7 @@ class Compiled:
         Args:
           options: of the compiler, added to those of the function; None at a later call: as at the first.
         """
+        args = (*args, *self._last)
         if self._program is None:
             self._options, self._leaves = None if options is None else dict(options), leaves_of(args)
             self._program = self._compile(args)
@@ -76,6 +80,7 @@ class Compiled:
 
     def __call__(self, *args: PyTree) -> PyTree:
         program = self.compile(*args) if self._program is None else self._program
+        args = (*args, *self._last)
         try:
             return program(*args)
         except (TypeError, ValueError) as error:
