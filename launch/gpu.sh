@@ -7,6 +7,8 @@
 # script then runs the same command again, which continues from the saved state. With any other status the script exits
 # with that status. SIGTERM or Ctrl-C to this script is passed on to the run, and nothing is restarted after it.
 #
+# The run has all variables of this environment, such as HF_TOKEN and WANDB_API_KEY.
+#
 # Variables:
 #   CUDA_VISIBLE_DEVICES   GPUs to use, for example 0,1; default: all
 #   DRY_RUN                1: print the command and run nothing

@@ -23,6 +23,9 @@
 # SLURM. With any other status the job ends with that status. scancel ends it for good.
 #
 # Variables:
+#   FORWARD   names of variables that must be set in the job, separated by spaces; default: none. All variables of the
+#             job reach the tasks. sbatch hands those of your shell to the job, such as HF_TOKEN and WANDB_API_KEY,
+#             unless it is called with --export or SBATCH_EXPORT is set
 #   DRY_RUN   1: print the commands and run nothing; needs no SLURM
 #
 # Example, 4 nodes of 8 GPUs, a day at a time:
@@ -39,6 +42,7 @@ fi
 # shellcheck source=launch/common.sh
 source "$here/common.sh"
 check_train "$@"
+check_forward
 dry || [[ -n ${SLURM_JOB_ID:-} ]] ||
     refuse SLURM_JOB_ID "not set" "to run inside a SLURM job" "Submit it: sbatch launch/slurm.sh --config=..."
 tasks=${SLURM_NTASKS_PER_NODE:-} gpus=${SLURM_GPUS_ON_NODE:-}
@@ -48,7 +52,8 @@ tasks=${SLURM_NTASKS_PER_NODE:-} gpus=${SLURM_GPUS_ON_NODE:-}
 
 # A finished task must not end tasks that still save or export, whatever KillOnBadExit and WaitTime the cluster has.
 # Without GPU binding, each task sees all GPUs of its node and selects its own. srun does not inherit --cpus-per-task.
-command=(srun --kill-on-bad-exit=0 --wait=0 --gpu-bind=none
+# Tasks get the variables of this script also where sbatch was told to export some or none.
+command=(srun --kill-on-bad-exit=0 --wait=0 --gpu-bind=none --export=ALL
     ${SLURM_CPUS_PER_TASK:+"--cpus-per-task=$SLURM_CPUS_PER_TASK"} dpo-jax train "$@")
 requeue=(scontrol requeue "${SLURM_JOB_ID:-JOB}")
 status=0

@@ -6,8 +6,14 @@
 #
 # `run` copies this checkout (every file that git does not ignore) to all hosts, installs it, and runs `dpo-jax train`
 # with the given arguments on each host, in ~/dpo_jax. It creates the queued resource NAME if there is none, as `create`
-# does. The disks of TPU VMs are deleted with the VMs, so DIR must be on permanent storage that all hosts share. SETUP
-# mounts it. Hosts and slices find one another through the metadata of the queued resource.
+# does. The disks of TPU VMs are deleted with the VMs, so DIR must be on permanent storage that all hosts share: a
+# bucket (gs:// or s3://), or what SETUP mounts. The same holds for data and models that are not in the checkout. Paths
+# that the hosts will not have are refused before anything is created. Hosts and slices find one another through the
+# metadata of the queued resource.
+#
+# Of this environment, hosts get HF_TOKEN, WANDB_API_KEY, JAX_COMPILATION_CACHE_DIR and the others that FORWARDED in
+# launch/common.sh lists, where they are set. They are sent as a file that only the user can read and that each host
+# removes when it has read it, before every start. Values are in no command line and in no log.
 #
 # A run that is asked to stop exits with status 75 and is started again. If the TPUs are taken away (the queued resource
 # is SUSPENDED or FAILED), it is deleted and created again, and the same command is run. With any other failure this
@@ -18,7 +24,10 @@
 #   NAME               name of the queued resource and of its nodes; required
 #   ZONE               zone of Google Cloud; required
 #   ACCELERATOR_TYPE   type and size of one slice, for example v6e-16; required by create and run
-#   SETUP              shell command that mounts the storage, run once after each start; required by create and run
+#   SETUP              shell command that mounts the storage, run once after each start; required by create and run;
+#                      true: nothing to mount, because all is in buckets
+#   MOUNTS             folders, separated by spaces, that hosts have besides those that SETUP names; default: none
+#   FORWARD            names of further variables that hosts get, separated by spaces; default: none
 #   SLICES             number of slices; default 1
 #   SPOT               1: spot capacity, which can be preempted; default 0
 #   CREATE_OPTIONS     further options of `queued-resources create`, for example --reserved; default: none
@@ -43,11 +52,21 @@ source launch/common.sh
 action=${1:-}
 [[ $# -eq 0 ]] || shift
 : "${SLICES:=1}" "${SPOT:=0}" "${EXTRAS:=tpu}" "${POLL_S:=60}" "${CREATE_OPTIONS:=}"
+
+in_checkout() { # PATH: sets `why` if `install` does not send this path of the checkout
+    if [[ -n $(git ls-files --cached --others --exclude-standard -- "$1" 2>/dev/null) ]]; then
+        [[ ! -L $1 || $(readlink "$1") != /* ]] || why="a link to a place outside of the checkout"
+    elif compgen -G "$1" >/dev/null; then
+        why="not sent, because git ignores it or it is outside of the checkout"
+    elif [[ $1 =~ \.(py|ya?ml|jsonl?|csv|parquet)(\.gz|\.zst)?$ || $1 == ../* ]]; then
+        why="no such file" # anything else may be an id on the Hub
+    fi
+}
+
 case $action in
     run)
         check_train "$@"
-        [[ $workdir == /* ]] || refuse "--workdir=$workdir" "not an absolute path" "a folder on what SETUP mounts" \
-            "Give for example --workdir=/runs/hh."
+        check_forward
         ;;
     create | status | delete)
         [[ $# -eq 0 ]] || refuse "command line" "unexpected '$1'" "nothing after $action" "Only run takes arguments."
@@ -62,6 +81,9 @@ if [[ $action == run || $action == create ]]; then
     need SLICES '[1-9][0-9]*' "a number >= 1" 2
     need SPOT '[01]' "0 or 1" 1
     need POLL_S '[0-9]+' "seconds" 60
+    absolute_paths "$SETUP ${MOUNTS:-}"
+    mounts=(${found[@]+"${found[@]}"})
+    check_places "$@"
     if [[ -z ${RUNTIME_VERSION:-} ]]; then
         case $ACCELERATOR_TYPE in
             v4-*) RUNTIME_VERSION=tpu-ubuntu2204-base ;;
@@ -78,6 +100,7 @@ where=("--zone=$ZONE")
 [[ -z ${PROJECT:-} ]] || where+=("--project=$PROJECT")
 # All hosts at once. By default gcloud runs groups of 64, and the first group would wait for the others forever.
 everywhere=(--node=all --worker=all --batch-size=all)
+private=./dpo_jax_private # folder in the home of each host that only its user can read
 
 create() {
     local options=("--node-id=$NAME") more
@@ -137,13 +160,32 @@ install() { # with uv, because the Python of the image may be too old
         on_hosts "[ -e $ready ] || ( $SETUP ) && touch $ready" &&
         on_hosts "mkdir -p dpo_jax && tar -xzf dpo_jax.tgz -C dpo_jax && python3 -m pip install --quiet --user uv \
 && python3 -m uv venv --quiet --allow-existing --python=3.12 venv \
-&& python3 -m uv pip install --quiet --python=venv/bin/python --editable='./dpo_jax[$EXTRAS]'"
+&& python3 -m uv pip install --quiet --python=venv/bin/python --editable='./dpo_jax[$EXTRAS]' \
+&& mkdir -p $private && chmod 700 $private"
+}
+
+send_environment() { # as a file, because a command line is visible to other users and in logs
+    local variable status=0
+    if dry; then
+        sent=ENVIRONMENT
+        echo "# $sent: ${forwarded[*]-}"
+    else
+        sent=$(mktemp) # readable by this user only
+        trap 'rm -f "$sent"' EXIT
+        for variable in ${forwarded[@]+"${forwarded[@]}"}; do
+            printf 'export %s=%s\n' "$variable" "$(quote "${!variable}")"
+        done >"$sent"
+    fi
+    step "${queued[@]}" scp "$sent" "$NAME:$private/environment" "${where[@]}" "${everywhere[@]}" || status=$?
+    dry || rm "$sent"
+    return "$status"
 }
 
 train() { # returns if it must be called again, exits otherwise
-    local status=0
+    local status=0 read=". $private/environment && rm $private/environment"
     make_ready
-    { install && on_hosts "cd dpo_jax && ../venv/bin/dpo-jax train $(quote "$@")"; } || status=$?
+    { install && send_environment && on_hosts "$read && cd dpo_jax && ../venv/bin/dpo-jax train $(quote "$@")"; } ||
+        status=$?
     ((status != 0)) || exit 0
     sleep "$POLL_S" # the state shows a preemption a little later than the run does
     look

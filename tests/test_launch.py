@@ -1,6 +1,9 @@
 """The scripts that start a training on real hardware: what they run, what they refuse, and when they run it again."""
 
+import base64
 import copy
+import gzip
+import json
 import os
 import re
 import shlex
@@ -31,6 +34,7 @@ STARTERS = {  # and the variables of an example
         "SLICES": "2",
         "SPOT": "1",
         "SETUP": "sudo mkdir -p /runs && sudo mount 10.0.0.2:/runs '/runs'",
+        "MOUNTS": "/data",
     },
     "gke.sh": {
         "NAME": "hh",
@@ -39,6 +43,7 @@ STARTERS = {  # and the variables of an example
         "TOPOLOGY": "4x4",
         "SLICES": "2",
         "CLAIM": "runs",
+        "MOUNTS": "/data",
     },
 }
 ACTION = {"tpu_vm.sh": ["run"]}
@@ -56,7 +61,7 @@ TRAIN = [
 def tools(tmp_path_factory):
     """A PATH with the tools that the scripts may use and no other: no gcloud, kubectl, sbatch or dpo-jax."""
     folder = tmp_path_factory.mktemp("tools")
-    for name in ("env", "bash", "dirname", "mkdir", "sleep", "git", "tar", "gzip", "cat"):
+    for name in "env bash sh ls dirname mkdir mktemp rm readlink sleep git tar gzip cat base64 tr".split():
         path = shutil.which(name)
         if path is None:
             pytest.skip(f"{name} is not installed")
@@ -67,14 +72,15 @@ def tools(tmp_path_factory):
 @pytest.fixture
 def checkout(tmp_path):
     """The scripts in a small checkout of their own, with files that git ignores and files that it does not know yet."""
-    shutil.copytree(ROOT / "launch", tmp_path / "launch")
-    (tmp_path / "configs").mkdir()
-    shutil.copy(ROOT / "configs/hh.py", tmp_path / "configs")
-    (tmp_path / ".gitignore").write_text("runs/\nbuild/\n")
-    (tmp_path / "runs").mkdir()
-    (tmp_path / "runs/large").write_text("not to be sent")
-    subprocess.run(["git", "init", "--quiet", tmp_path], check=True)
-    return tmp_path
+    root = tmp_path / "checkout"
+    shutil.copytree(ROOT / "launch", root / "launch")
+    (root / "configs").mkdir()
+    shutil.copy(ROOT / "configs/hh.py", root / "configs")
+    (root / ".gitignore").write_text("runs/\nbuild/\n")
+    (root / "runs").mkdir()
+    (root / "runs/large").write_text("not to be sent")
+    subprocess.run(["git", "init", "--quiet", root], check=True)
+    return root
 
 
 class Fakes:
@@ -84,7 +90,7 @@ class Fakes:
         "dpo-jax": 'exit "$(next dpo-jax)"',
         "srun": 'exit "$(next srun)"',
         "scontrol": "",
-        "kubectl": 'cat > "$here/manifest.yaml"',
+        "kubectl": 'case "$*" in *--server-side*) cat > "$here/secret.yaml" ;; *) cat > "$here/manifest.yaml" ;; esac',
         "gcloud": 'case "$*" in *" list "*) next states ;; *"dpo-jax train"*) exit "$(next train)" ;;'
         ' *" scp "*) [[ ! -e $here/scp.answers ]] || exit "$(next scp)" ;; esac',
     }
@@ -95,14 +101,17 @@ class Fakes:
         for name, lines in answers.items():
             (folder / f"{name.replace('_', '-')}.answers").write_text("".join(f"{line}\n" for line in lines))
         for name, body in self.BODIES.items():
-            (folder / name).write_text(
-                "#!/usr/bin/env bash\nhere=${BASH_SOURCE[0]%/*}\n"
-                f'{{ printf \'%q \' {name} "$@"; echo; }} >> "$here/calls"\n'
-                'next() {\n    mapfile -t lines < "$here/$1.answers"\n'
-                '    printf "%s\\n" "${lines[@]:1}" > "$here/$1.answers"\n    echo "${lines[0]}"\n}\n'
-                f"{body}\n"
-            )
-            (folder / name).chmod(0o755)
+            self.replace(name, body)
+
+    def replace(self, name: str, body: str) -> None:
+        (self.folder / name).write_text(
+            "#!/usr/bin/env bash\nhere=${BASH_SOURCE[0]%/*}\n"
+            f'{{ printf \'%q \' {name} "$@"; echo; }} >> "$here/calls"\n'
+            'next() {\n    mapfile -t lines < "$here/$1.answers"\n'
+            '    printf "%s\\n" "${lines[@]:1}" > "$here/$1.answers"\n    echo "${lines[0]}"\n}\n'
+            f"{body}\n"
+        )
+        (self.folder / name).chmod(0o755)
 
     def calls(self, *names: str) -> list[list[str]]:
         file = self.folder / "calls"
@@ -200,7 +209,7 @@ def test_gpu_dry_run_is_the_bare_command(tools):
 
 def test_slurm_dry_run_keeps_tasks_that_still_save(tools):
     output = dry_run(tools, "slurm.sh", SLURM_JOB_ID="7", SLURM_CPUS_PER_TASK="6")
-    srun = ["srun", "--kill-on-bad-exit=0", "--wait=0", "--gpu-bind=none", "--cpus-per-task=6"]
+    srun = ["srun", "--kill-on-bad-exit=0", "--wait=0", "--gpu-bind=none", "--export=ALL", "--cpus-per-task=6"]
     assert lines_of(output) == [[*srun, "dpo-jax", "train", *TRAIN]]
     assert output.endswith("# after status 75: scontrol requeue 7\n")
 
@@ -217,13 +226,13 @@ def test_tpu_dry_run_creates_prepares_and_runs(tools):
     """Slices of one queued resource: its name is the prefix of the nodes, and every command goes to all hosts."""
     gcloud = [line[4:] for line in lines_of(dry_run(tools, "tpu_vm.sh")) if line[0] == "gcloud"]
     assert all("--zone=us-east5-b" in line for line in gcloud)
-    assert [line[0] for line in gcloud] == ["list", "create", "list", "scp", "ssh", "ssh", "ssh"]
+    assert [line[0] for line in gcloud] == ["list", "create", "list", "scp", "ssh", "ssh", "scp", "ssh"]
     flags = "--accelerator-type=v6e-16 --runtime-version=v2-alpha-tpuv6e --node-count=2 --node-prefix=hh --spot"
     assert gcloud[1] == ["create", "hh", "--zone=us-east5-b", *flags.split()]
     for line in gcloud[3:]:
         assert {"--node=all", "--worker=all", "--batch-size=all"} <= set(line)
-    mount, install, train = (option(line, "--command") for line in gcloud[4:])
-    assert STARTERS["tpu_vm.sh"]["SETUP"] in mount and "dpo_jax[tpu]" in install and train.startswith("cd dpo_jax && ")
+    mount, install, train = (option(line, "--command") for line in gcloud if line[0] == "ssh")
+    assert STARTERS["tpu_vm.sh"]["SETUP"] in mount and "dpo_jax[tpu]" in install and " && cd dpo_jax && " in train
 
 
 def test_tpu_dry_run_of_one_slice_names_its_node(tools):
@@ -296,11 +305,14 @@ KNOWN: dict[str, dict[str, Any]] = {
         "command": [str],
         "args": [str],
         "env": [dict],
+        "envFrom": ["EnvironmentSource"],
         "ports": [dict],
         "securityContext": "SecurityContext",
         "resources": "Resources",
         "volumeMounts": ["VolumeMount"],
     },
+    "EnvironmentSource": {"secretRef": "Reference", "configMapRef": "Reference", "prefix": str},
+    "Reference": {"name!": str, "optional": bool},
     "SecurityContext": {"privileged": bool},
     "Resources": {"limits": dict, "requests": dict},
     "VolumeMount": {"name!": str, "mountPath!": str, "readOnly": bool},
@@ -517,7 +529,7 @@ def test_tpu_ends_with_any_other_failure_and_after_a_delete(status, then, checko
 
 def test_tpu_survives_a_preemption_before_the_run_began(checkout, tools):
     states = ["ACTIVE", "SUSPENDED", "SUSPENDED", "", "ACTIVE"]
-    result, verbs = run_on_tpus(checkout, tools, states=states, train=[0], scp=[255, 0])
+    result, verbs = run_on_tpus(checkout, tools, states=states, train=[0], scp=[255, 0, 0])
     assert result.returncode == 0 and verbs == ["delete", "create", "train"]
 
 
@@ -539,8 +551,79 @@ def test_tpu_stops_where_gcloud_fails(checkout, tools):
 def test_gke_applies_what_the_dry_run_shows(tmp_path, tools):
     fakes = Fakes(tmp_path / "bin", tools)
     result = launch("gke.sh", *TRAIN, path=fakes.path, variables=STARTERS["gke.sh"])
-    assert result.returncode == 0 and fakes.calls() == [["kubectl", "apply", "--filename=-"]]
+    secret, applied = fakes.calls()
+    assert result.returncode == 0 and "--server-side" in secret and applied == ["kubectl", "apply", "--filename=-"]
     assert yaml.safe_load((fakes.folder / "manifest.yaml").read_text()) == manifest(tools)
+
+
+# --- the environment of hosts --------------------------------------------------------------------------------------
+
+VALUE = "hf_S3CRET 'a' \"b\" $(c) \\ d"
+ENVIRONMENT = {"HF_TOKEN": VALUE, "WANDB_API_KEY": "wb_S3CRET", "MY_OWN": "own_S3CRET", "UNNAMED": "no_S3CRET"}
+FORWARDED = {name: value for name, value in ENVIRONMENT.items() if name != "UNNAMED"}
+# A dpo-jax, and in its place srun, notes what reaches it. gcloud copies to a host and runs there, as its ssh does.
+NOTES = 'env -0 > "${BASH_SOURCE[0]%/*}/reached"'
+ON_A_HOST = """host=$here/host
+case "$*" in
+    *" list "*) echo ACTIVE ;;
+    *" scp "*/environment*) cat "$5" > "$host/${6#*:}"; ls -l "$5" > "$here/mode" ;;
+    *"dpo-jax train"*) cd "$host" && env -i PATH="$PATH" sh -c "${!##--command=}" ;;
+esac"""
+
+
+def reached(fakes: Fakes, script: str) -> dict[str, str]:
+    """The variables that a run on a host has."""
+    if script == "gke.sh":
+        secret = yaml.safe_load((fakes.folder / "secret.yaml").read_text())
+        manifest = yaml.safe_load((fakes.folder / "manifest.yaml").read_text())
+        assert secret["kind"] == "Secret" and secret["metadata"] == {"name": "hh"}
+        assert pod(manifest)["containers"][0]["envFrom"] == [{"secretRef": {"name": "hh"}}]
+        return {name: base64.b64decode(value).decode() for name, value in secret["data"].items()}
+    (file,) = fakes.folder.rglob("reached")
+    return dict(line.split("=", 1) for line in file.read_text().split("\0") if line)
+
+
+@pytest.mark.parametrize("script", STARTERS)
+def test_environment_reaches_every_host_and_stands_nowhere_else(script, checkout, tools):
+    fakes = Fakes(checkout / "build", tools)
+    host = fakes.folder / "host"
+    for folder in ("dpo_jax_private", "dpo_jax", "venv/bin"):
+        (host / folder).mkdir(parents=True)
+    fakes.replace("srun", NOTES)
+    fakes.replace("dpo-jax", NOTES)
+    fakes.replace("gcloud", ON_A_HOST)
+    shutil.copy(fakes.folder / "dpo-jax", host / "venv/bin")
+    (checkout / "runs/temporary").mkdir()
+    variables = STARTERS[script] | ENVIRONMENT | {"FORWARD": "MY_OWN", "SLURM_JOB_ID": "7", "POLL_S": "0"}
+    variables["TMPDIR"] = str(checkout / "runs/temporary")
+    arguments = [*ACTION.get(script, []), *TRAIN]
+    result = launch(script, *arguments, path=fakes.path, root=checkout, variables=variables)
+    assert result.returncode == 0, result.stderr
+    found = reached(fakes, script)
+    assert found.items() >= FORWARDED.items()
+    assert "UNNAMED" not in found or script in ("gpu.sh", "slurm.sh")  # there the environment is one's own
+    dry = launch(script, *arguments, path=fakes.path, root=checkout, variables=variables | {"DRY_RUN": "1"})
+    assert dry.returncode == 0 and (script in ("gpu.sh", "slurm.sh") or "HF_TOKEN WANDB_API_KEY MY_OWN" in dry.stdout)
+    for output in (result, dry):
+        assert "S3CRET" not in output.stdout + output.stderr
+    assert "S3CRET" not in json.dumps(fakes.calls())  # in no command line, which other users of a machine see
+    keepers = {"reached", "secret.yaml"}
+    kept = [path.name for path in checkout.rglob("*") if path.is_file() and b"S3CRET" in contents(path)]
+    assert set(kept) <= keepers and list((checkout / "runs/temporary").iterdir()) == []
+    if script == "tpu_vm.sh":
+        assert (fakes.folder / "mode").read_text().startswith("-rw-------")
+        commands = [option(call, "--command") for call in fakes.calls("gcloud") if "ssh" in call]
+        assert "chmod 700 ./dpo_jax_private" in commands[1]  # before anything is sent there
+
+
+def contents(path: Path) -> bytes:
+    return gzip.decompress(path.read_bytes()) if path.suffix == ".tgz" else path.read_bytes()
+
+
+@pytest.mark.parametrize("names", ["NOT_SET", "HF_TOKEN=hf_S3CRET", "A;B"])
+def test_launcher_refuses_to_forward_what_is_no_variable_and_does_not_print_it(names, tmp_path, tools):
+    error = refused(tools, tmp_path, "gke.sh", *TRAIN, **STARTERS["gke.sh"], FORWARD=names)
+    assert error.startswith(f"error: FORWARD: got '{names.partition('=')[0]}'") and "S3CRET" not in error
 
 
 # --- what is refused ------------------------------------------------------------------------------------------------
@@ -607,9 +690,58 @@ def test_tpu_refuses_an_unknown_action_type_or_local_workdir(tmp_path, tools):
     assert "run, create, status or delete" in refused(tools, tmp_path / "a", "tpu_vm.sh", "start", **example)
     assert "unexpected '--x=1'" in refused(tools, tmp_path / "b", "tpu_vm.sh", "delete", "--x=1", **example)
     local = [TRAIN[0], "--workdir=runs/hh"]
-    assert "not an absolute path" in refused(tools, tmp_path / "c", "tpu_vm.sh", "run", *local, **example)
+    assert "not a place that all hosts share" in refused(tools, tmp_path / "c", "tpu_vm.sh", "run", *local, **example)
     unknown = example | {"ACCELERATOR_TYPE": "v99-8"}
     assert "RUNTIME_VERSION: not given" in refused(tools, tmp_path / "d", "tpu_vm.sh", "run", *TRAIN, **unknown)
+
+
+@pytest.mark.parametrize(
+    "argument, why",
+    [
+        ("--config=ignored/own.py", "git ignores it"),
+        ("--config=../outside.py", "outside of the checkout"),
+        ("--config={}/configs/hh.py:fast", "not a place that all hosts share"),
+        ("--config.data.train=configs/hh.py,ignored/a.jsonl*0.5", "=ignored/a.jsonl: not sent, because git ignores it"),
+        ("--config.data.train=ignored/*.jsonl", "git ignores it"),
+        ("--config.data.eval=good=none.jsonl", "=none.jsonl: no such file"),
+        ("--config.data.eval=/home/me/a.jsonl", "=/home/me/a.jsonl: not a place that all hosts share"),
+        ("--config.model.path=/home/me/model", "that every host mounts (/runs /data)"),
+        ("--config.model.path=link", "a link to a place outside"),
+        ("--config.reference.path=scores", "not a place that all hosts share"),
+        ("--workdir=ftp://host/run", "not a place that all hosts share"),
+        ("--workdir=/runs-of-mine/hh", "not a place that all hosts share"),
+    ],
+)
+def test_tpu_refuses_what_hosts_will_not_have_before_it_rents(argument, why, checkout, tools):
+    (checkout / ".gitignore").write_text("ignored/\nbuild/\n")
+    (checkout / "ignored").mkdir()
+    for path in ("ignored/own.py", "ignored/a.jsonl", "../outside.py"):
+        (checkout / path).write_text("")
+    (checkout / "link").symlink_to("/home")
+    fakes = Fakes(checkout / "build", tools, states=["ACTIVE"], train=[0])
+    arguments = [*TRAIN[:3], argument.format(checkout)]
+    result = launch("tpu_vm.sh", "run", *arguments, path=fakes.path, root=checkout, variables=STARTERS["tpu_vm.sh"])
+    assert (result.returncode, result.stdout, fakes.calls()) == (2, "", []), result.stderr
+    assert why in result.stderr and re.fullmatch(r"error: [^\n]+; expected [^\n]+\. [^\n]+\.\n", result.stderr)
+
+
+@pytest.mark.parametrize("script", ["tpu_vm.sh", "gke.sh"])
+def test_launcher_takes_what_hosts_will_have(script, checkout, tools):
+    (checkout / "new.jsonl").write_text("")  # not known to git yet, and sent
+    arguments = [
+        "--config=configs/hh.py",
+        "--workdir=gs://bucket/run",
+        "--config.data.train=new.jsonl*0.5,trl-lib/ultrafeedback_binarized:train,s3://bucket/a.jsonl*2",
+        "--config.data.eval=good=new.jsonl,bad={workdir}/bad.jsonl,/data/*.jsonl",
+        "--config.model.path=EleutherAI/pythia-2.8b",
+        "--config.reference.path={workdir}/scores",
+    ]
+    variables = STARTERS[script] | {"SETUP": "true", "CLAIM": "", "DRY_RUN": "1"}
+    result = launch(script, *ACTION.get(script, []), *arguments, path=tools, root=checkout, variables=variables)
+    assert (result.returncode, result.stderr) == (0, "")
+    if script == "gke.sh":
+        spec = pod(yaml.safe_load(result.stdout))
+        assert spec["volumes"] == spec["containers"][0]["volumeMounts"] == []  # all is in the bucket
 
 
 def test_gke_refuses_a_workdir_that_is_not_on_the_claim(tmp_path, tools):
