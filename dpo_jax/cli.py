@@ -183,6 +183,8 @@ def run_alone(name: str, parsed: Parsed) -> None:
 
 def run_together(name: str, parsed: Parsed) -> None:
     """Runs a command on all processes of a run; if it fails on one, none is left waiting."""
+    import jax
+
     from dpo_jax.config import flat
     from dpo_jax.runtime import hosts
 
@@ -201,5 +203,7 @@ def run_together(name: str, parsed: Parsed) -> None:
     except Exception as error:
         if hosts.count() == 1:
             raise
+        if isinstance(error, jax.errors.JaxRuntimeError):
+            hosts.await_end()  # a collective fails if a process is killed
         traceback.print_exc()
         hosts.leave(1, f"{type(error).__name__}: {error}")

@@ -1,7 +1,9 @@
 """Functions of `hosts` in a run of one process; several processes are tested in test_processes.py."""
 
 import os
+import queue
 import signal
+import socket
 import threading
 import time
 import types
@@ -9,7 +11,7 @@ import types
 import pytest
 
 from dpo_jax import config, train
-from dpo_jax.runtime import hosts
+from dpo_jax.runtime import hosts, peers
 from dpo_jax.types import InputError
 from tests.support.runs import make_config, make_inputs, read_rows, untimed
 
@@ -145,3 +147,33 @@ def test_listening_within_listening_keeps_a_request_to_stop():
             assert hosts.asked_to_stop()
         assert hosts.asked_to_stop()  # a stage that ends does not take it away
     assert not hosts.asked_to_stop() and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+
+def test_a_process_that_ends_without_a_word_is_lost_and_no_other():
+    lost = queue.Queue()
+    server = peers.Server(lost.put)
+    ends = [peers.Client("127.0.0.1", server.port, server.token, i, lambda _: None) for i in (1, 2, 12)]
+    ends[0].end()  # as an orderly process does before its connection closes
+    stranger = socket.create_connection(("127.0.0.1", server.port))
+    stranger.sendall(b"GET / HTTP/1.1\r\n\r\n")
+    for connection in (ends[0]._connection, stranger, ends[2]._connection):
+        connection.shutdown(socket.SHUT_RDWR)
+    assert lost.get(timeout=5) == 12
+    ends[1]._connection.shutdown(socket.SHUT_RDWR)
+    assert lost.get(timeout=5) == 2 and lost.empty()
+
+
+@pytest.mark.parametrize("orderly", [True, False])
+def test_the_end_of_process_0_is_noticed_unless_it_said_so(orderly):
+    lost, server = queue.Queue(), peers.Server(lambda _: None)
+    client = peers.Client("127.0.0.1", server.port, server.token, 1, lost.put)
+    until = time.monotonic() + 5
+    while not server._said and time.monotonic() < until:
+        time.sleep(0.01)
+    if orderly:
+        server.end()
+        client._thread.join(5)
+    else:
+        next(iter(server._said)).shutdown(socket.SHUT_RDWR)
+        assert lost.get(timeout=5) == 0
+    assert lost.empty()

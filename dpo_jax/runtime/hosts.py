@@ -26,6 +26,7 @@ import jax
 import xxhash
 from jax.experimental import multihost_utils
 
+from dpo_jax.runtime import peers
 from dpo_jax.types import InputError
 
 STOPPED = 75  # exit status of a run that was asked to stop and saved its state: EX_TEMPFAIL, start it again
@@ -91,6 +92,7 @@ def join(coordinator: str | None = None, processes: int | None = None, process: 
         atexit.register(watcher.join)  # a thread that is cut off within a call would abort the process
         atexit.register(_over.set)
         _names[:] = all_gather("names", socket.gethostname())
+        _connect()
 
 
 def _membership(source: str, settings: Mapping[str, str | int | None]) -> Membership | None:
@@ -319,6 +321,7 @@ def leave(status: int, reason: str = "") -> NoReturn:
     sys.stderr.flush()
     if count() == 1 or status in (0, STOPPED):
         sys.exit(status)
+    _over.set()  # what the others do from here on changes nothing
     with contextlib.suppress(Exception):
         _client().key_value_set("dpo_jax/failed", json.dumps([index(), reason]))
         if first():  # the key-value store ends with this process; the others read it first
@@ -327,19 +330,63 @@ def leave(status: int, reason: str = "") -> NoReturn:
 
 
 def _watch() -> None:
-    """Ends this process as soon as another reports that it failed."""
+    """Ends this process as soon as another reports that it failed, or process 0 that another is lost."""
     while not _over.wait(WATCH_S):
         try:
             process, reason = json.loads(_client().key_value_try_get("dpo_jax/failed"))
         except Exception as error:
             if "NOT_FOUND" in str(error):
                 continue
-            return  # the service has ended, which JAX itself handles
-        if process != index():
-            threading.Event().wait(1)  # if all met the same error, each prints its own
-            print(f"error: {_name(process)} stopped: {reason}", file=sys.stderr, flush=True)
-            os._exit(1)
+            return  # the service has ended, and process 0 with it
+        if process != index() and not _over.wait(1):  # if all met the same error, each prints its own
+            _end(process, reason)
         return
+
+
+def _connect() -> None:
+    """Connects all processes, so that one that is killed is noticed; without connections JAX notices it, later."""
+    server = peers.Server(_lost) if first() else None
+    port, token = broadcast("peers", (server.port, server.token) if server else (0, ""))
+    if server is None:
+        host = _state().coordinator_address.rpartition(":")[0].strip("[]")
+        with contextlib.suppress(OSError):  # a firewall
+            atexit.register(peers.Client(host, port, token, index(), _lost).end)
+    else:
+        atexit.register(server.end)
+
+
+def _lost(process: int) -> None:
+    """Ends this process, and process 0 all others, because a process ended without a word."""
+    if _over.is_set():
+        return
+    reason = None
+    if first():
+        with contextlib.suppress(Exception):  # it may have said before why it failed
+            _client().key_value_set("dpo_jax/failed", json.dumps([process, None]))
+        with contextlib.suppress(Exception):
+            process, reason = json.loads(_client().key_value_try_get("dpo_jax/failed"))
+    _end(process, reason)
+
+
+def _end(process: int, reason: str | None) -> NoReturn:
+    """Ends this process because of another, with the reason that it gave."""
+    said = f" stopped: {reason}"
+    if reason is None:
+        said = " no longer answers; expected every process to run to the end. It was killed or its host is gone: look "
+        said += "at its own output. Start all again with the same command, which goes on from the last checkpoint."
+    os.write(2, f"error: {_name(process)}{said}\n".encode())  # at once, before JAX aborts this process
+    if first():
+        threading.Event().wait(2 * WATCH_S)  # the others read the reason from this process
+    os._exit(1)
+
+
+def await_end() -> None:
+    """Gives the end of another process, which an error here may come from, a few seconds to be noticed.
+
+    It then ends this process, with a message that names the other one.
+    """
+    if count() > 1:
+        _over.wait(3 * WATCH_S)
 
 
 _over = threading.Event()
