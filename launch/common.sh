@@ -86,7 +86,7 @@ absolute_paths() { # TEXT: sets `found` to the absolute paths among its words, o
 }
 
 check_places() { # ARGUMENT...: refuses arguments that name places which the hosts will not have or not share
-    # Calls `in_checkout PATH`, which the script defines: it sets `why` if hosts do not get that path of the checkout.
+    # Hosts get every file of the checkout that git does not ignore.
     local argument part parts=()
     for argument in "$@"; do
         case $argument in
@@ -105,6 +105,16 @@ check_places() { # ARGUMENT...: refuses arguments that name places which the hos
                 ;;
         esac
     done
+}
+
+in_checkout() { # PATH: sets `why` if the hosts do not get this path of the checkout
+    if [[ -n $(git ls-files --cached --others --exclude-standard -- "$1" 2>/dev/null) ]]; then
+        [[ ! -L $1 || $(readlink "$1") != /* ]] || why="a link to a place outside of the checkout"
+    elif compgen -G "$1" >/dev/null; then
+        why="not sent, because git ignores it or it is outside of the checkout"
+    elif [[ $1 =~ \.(py|ya?ml|jsonl?|csv|parquet)(\.gz|\.zst)?$ || $1 == ../* ]]; then
+        why="no such file" # anything else may be an id on the Hub
+    fi
 }
 
 check_place() { # NAME PATH: refuses a path to read that hosts do not have

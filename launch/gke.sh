@@ -15,7 +15,7 @@
 #
 # Variables:
 #   NAME             of the JobSet; required
-#   IMAGE            container image with dpo-jax and the recipe; required
+#   IMAGE            container image of this checkout, by launch/Dockerfile; required
 #   ACCELERATOR      node label cloud.google.com/gke-tpu-accelerator, such as tpu-v6e-slice; required
 #   TOPOLOGY         chips of one slice, such as 4x4; required
 #   CLAIM            PersistentVolumeClaim, mounted as /runs; required unless --workdir is in a bucket
@@ -26,9 +26,8 @@
 #   MAX_RESTARTS     restarts after failures other than a preemption or a request to stop; default 3
 #   DRY_RUN          1: print the filled-in manifest, and the names in the Secret; run nothing; needs no kubectl
 #
-# To build an image of this checkout with its recipes:
-#   printf '%s\n' 'FROM python:3.12-slim' 'WORKDIR /dpo_jax' 'COPY . .' 'RUN pip install -e .[tpu]' |
-#       docker build --tag="$IMAGE" --file=- . && docker push "$IMAGE"
+# To build an image of this checkout with its recipes, at its root:
+#   docker build --file=launch/Dockerfile --tag="$IMAGE" . && docker push "$IMAGE"
 #
 # Example, two slices of 16 chips:
 #   export NAME=hh IMAGE=registry.example.com/dpo-jax CLAIM=runs
@@ -46,8 +45,6 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.." # the WORKDIR of the image, so that a rel
 source launch/common.sh
 
 : "${CHIPS_PER_HOST:=4}" "${SLICES:=1}" "${MAX_RESTARTS:=3}"
-in_checkout() { :; } # the image has a copy of it
-
 check_train "$@"
 [[ $workdir == /runs/?* || $workdir == *://* ]] ||
     refuse "--workdir=$workdir" "not on the claim" "a folder in /runs, or in a bucket" \

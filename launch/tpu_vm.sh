@@ -52,17 +52,6 @@ source launch/common.sh
 action=${1:-}
 [[ $# -eq 0 ]] || shift
 : "${SLICES:=1}" "${SPOT:=0}" "${EXTRAS:=tpu}" "${POLL_S:=60}" "${CREATE_OPTIONS:=}"
-
-in_checkout() { # PATH: sets `why` if `install` does not send this path of the checkout
-    if [[ -n $(git ls-files --cached --others --exclude-standard -- "$1" 2>/dev/null) ]]; then
-        [[ ! -L $1 || $(readlink "$1") != /* ]] || why="a link to a place outside of the checkout"
-    elif compgen -G "$1" >/dev/null; then
-        why="not sent, because git ignores it or it is outside of the checkout"
-    elif [[ $1 =~ \.(py|ya?ml|jsonl?|csv|parquet)(\.gz|\.zst)?$ || $1 == ../* ]]; then
-        why="no such file" # anything else may be an id on the Hub
-    fi
-}
-
 case $action in
     run)
         check_train "$@"

@@ -2,6 +2,7 @@
 
 import base64
 import copy
+import fnmatch
 import gzip
 import json
 import os
@@ -10,8 +11,10 @@ import shlex
 import shutil
 import signal
 import subprocess
+import sys
 import tarfile
 import time
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -755,3 +758,111 @@ def test_slurm_refuses_to_run_outside_a_job_or_with_fewer_tasks_than_gpus(tmp_pa
     assert "--ntasks-per-node=8" in refused(tools, tmp_path / "b", "slurm.sh", *TRAIN, **job)
     fakes = Fakes(tmp_path / "bin", tools, srun=[0])
     assert launch("slurm.sh", *TRAIN, path=fakes.path, variables=job | {"SLURM_NTASKS": "1"}).returncode == 0
+
+
+# --- the image ------------------------------------------------------------------------------------------------------
+
+DOCKERFILE = ROOT / "launch/Dockerfile"
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+
+
+def instructions() -> list[tuple[str, str]]:
+    """Those of the Dockerfile, with the values of its arguments."""
+    lines = [line for line in DOCKERFILE.read_text().splitlines() if line.strip() and not line.startswith("#")]
+    values = dict(line.removeprefix("ARG ").split("=", 1) for line in lines if line.startswith("ARG "))
+    for name, value in values.items():
+        lines = [line.replace(f"${{{name}}}", value) for line in lines]
+    assert not any(line.endswith("\\") or "$" in line for line in lines)
+    return [(name, rest) for name, _, rest in (line.partition(" ") for line in lines)]
+
+
+def copied(given: list[tuple[str, str]]) -> list[tuple[list[str], str]]:
+    return [(words[:-1], words[-1]) for name, rest in given if name == "COPY" for words in [rest.split()]]
+
+
+def left_out(path: str) -> bool:
+    """Whether the file beside the Dockerfile keeps a path out of the image, as Docker reads `**/NAME` and `NAME`."""
+    lines = (ROOT / "launch/Dockerfile.dockerignore").read_text().splitlines()
+    patterns = [line for line in lines if line and not line.startswith("#")]
+    assert not any(pattern.startswith("!") or "/" in pattern.removeprefix("**/") for pattern in patterns)
+    parts = path.split("/")
+    return any(
+        any(fnmatch.fnmatch(part, pattern[3:]) for part in parts) if pattern[:3] == "**/" else parts[0] == pattern
+        for pattern in patterns
+    )
+
+
+def test_image_has_a_python_and_extras_that_exist_and_no_secret():
+    given = instructions()
+    base = next(rest for name, rest in given if name == "FROM")
+    version = tuple(map(int, re.fullmatch(r"python:(\d+)\.(\d+)-slim", base).groups()))  # type: ignore[union-attr]
+    assert version >= tuple(map(int, PROJECT["requires-python"].removeprefix(">=").split(".")))
+    text = DOCKERFILE.read_text()
+    documented = set(re.search(r"EXTRAS   extras of the package: (.*); empty", text)[1].replace(",", " ").split())  # type: ignore[index]
+    assert {"tpu", "cuda"} <= documented - {"or", "several", "as"} <= set(PROJECT["optional-dependencies"])
+    assert all(name in {"ARG", "FROM", "WORKDIR", "ENV", "COPY", "RUN", "CMD"} for name, _ in given)
+    assert not re.search("TOKEN|KEY|PASSWORD", " ".join(rest for _, rest in given))
+    assert json.loads(given[-1][1])[0] in PROJECT["scripts"]
+
+
+def test_image_gets_what_git_has_and_nothing_that_it_ignores():
+    tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True).stdout.splitlines()
+    if not tracked:
+        pytest.skip("not a git checkout")
+    for sources, _ in copied(instructions()):
+        for source in sources:
+            assert source == "." or source in tracked and not left_out(source), source
+    kept = [path for path in tracked if not left_out(path)]
+    assert {path.split("/")[0] for path in tracked} - {path.split("/")[0] for path in kept} == {
+        ".ci",
+        ".github",
+        "tests",
+    }
+    assert {path for path in tracked if path.startswith(("dpo_jax/", "configs/", "launch/"))} <= set(kept)
+    for pattern in (ROOT / ".gitignore").read_text().split():
+        name = pattern.rstrip("/").replace("*", "x")
+        assert left_out(f"{name}/a") and left_out(f"deep/{name}/a"), pattern
+    assert all(map(left_out, [".env", "mine/.env.local", ".git/config", "mine/key.pem"]))
+
+
+@pytest.mark.slow
+def test_image_installs_in_the_order_of_its_file(tmp_path):
+    """The lines of the Dockerfile, in a folder in place of an image, without what needs a network."""
+    place, site = tmp_path / "dpo_jax", tmp_path / "site"
+    place.mkdir()
+    for name, rest in instructions():
+        if name == "COPY":
+            *sources, target = rest.split()
+            for source in sources:
+                if source == ".":
+                    shutil.copytree(ROOT / "dpo_jax", place / "dpo_jax", dirs_exist_ok=True)
+                else:
+                    (place / target).mkdir(exist_ok=True)
+                    shutil.copy(ROOT / source, place / target)
+        elif name == "RUN":
+            command = shlex.split(rest)
+            assert command[:2] == ["pip", "install"]
+            offline = ["--no-deps", "--no-build-isolation", "--no-index", f"--prefix={site}"]
+            run = subprocess.run(
+                [sys.executable, "-m", *command, *offline], cwd=place, capture_output=True, text=True, timeout=120
+            )
+            if "No module named pip" in run.stderr:
+                pytest.skip("pip is not installed")
+            assert run.returncode == 0, run.stderr
+    (program,) = site.rglob("dpo-jax")
+    (packages,) = site.rglob("site-packages")
+    code = f"import site; site.addsitedir({str(packages)!r}); import dpo_jax.cli; print(dpo_jax.cli.__file__)"
+    clean = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, env=clean)
+    assert os.access(program, os.X_OK) and found.stdout.strip() == str(place / "dpo_jax/cli.py"), found.stderr
+
+
+@pytest.mark.slow
+def test_image_builds_and_its_command_runs(tmp_path):
+    docker = next((found for name in ("docker", "podman") if (found := shutil.which(name))), None)
+    if docker is None or subprocess.run([docker, "info"], capture_output=True).returncode:
+        pytest.skip("neither docker nor podman can build here")
+    build = [docker, "build", "--quiet", "--file=launch/Dockerfile", "--build-arg=EXTRAS=", "."]
+    image = subprocess.run(build, cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
+    shown = subprocess.run([docker, "run", "--rm", image], capture_output=True, text=True, check=True).stdout
+    assert shown.startswith("dpo-jax COMMAND")
