@@ -23,13 +23,15 @@ import sys
 from pathlib import Path
 
 CLOCKED = {"step_time_s", "pairs_per_s", "eval_time_s", "data_wait_s", "tokens_real/s", "flops/s", "minor_faults"}
+CLOCKED |= {"goodput"}
 METADATA = re.compile(r", metadata=\{[^{}]*\}")
 
 
 def rows_of(path: Path) -> list[str]:
     """The rows of a log without what a clock decides, names sorted."""
     rows = [json.loads(line) for line in path.read_text().splitlines()]
-    return [json.dumps({k: v for k, v in row.items() if k not in CLOCKED}, sort_keys=True) for row in rows]
+    rows = [{k: v for k, v in row.items() if k not in CLOCKED and not k.startswith("time/")} for row in rows]
+    return [json.dumps(row, sort_keys=True) for row in rows]
 
 
 def instructions(dump: Path) -> list[str]:

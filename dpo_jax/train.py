@@ -26,6 +26,7 @@ from dpo_jax.run import checks, self_check, workdir
 from dpo_jax.run.checkpoints import Checkpoints
 from dpo_jax.run.choices import objective_of, optimizer_of
 from dpo_jax.run.evaluate import EvalSet, evaluate, make_summary
+from dpo_jax.run.goodput import Account
 from dpo_jax.run.inputs import Inputs, read_inputs
 from dpo_jax.run.loop import Schedule, run_loop
 from dpo_jax.run.programs import Programs, make_programs, make_update
@@ -76,7 +77,9 @@ def run(config: Config, folder: Path) -> None:
         with watch.part("digest of weights"):
             store = reference_store(inputs, programs, store_folder(config, folder))
         workdir.claim(unresolved, folder)
-        train(config, inputs, programs, store, folder, total)
+        account = Account(watch)
+        with account.told():
+            train(config, inputs, programs, store, folder, total, account)
 
 
 def after_sft(unresolved: Config, inputs: Inputs, folder: Path) -> Inputs:
@@ -120,7 +123,15 @@ def from_sft(inputs: Inputs, folder: Path) -> Inputs:
     return inputs.starting_from(exported)
 
 
-def train(config: Config, inputs: Inputs, programs: Programs, store: Store | None, folder: Path, total: int) -> None:
+def train(
+    config: Config,
+    inputs: Inputs,
+    programs: Programs,
+    store: Store | None,
+    folder: Path,
+    total: int,
+    account: Account,
+) -> None:
     """Scores the reference, makes the updates with evaluations and checkpoints between them, and exports."""
     watch = programs.watch
     with contextlib.ExitStack() as opened:
@@ -139,7 +150,8 @@ def train(config: Config, inputs: Inputs, programs: Programs, store: Store | Non
         sync = sync_of(config, inputs, programs, store, order, total)
         if sync is not None and sync.last(start):
             values = sync.stored(sync.last(start))
-        outputs = open_outputs(opened, config, programs, folder, schedule)
+        spent = checkpoints.record(start).get("time", {}) if start else {}
+        outputs = open_outputs(opened, config, programs, folder, schedule, account, spent)
         console.describe_run(programs, state.params, frozen, start, total)
         between = Between(
             inputs=inputs,
@@ -162,8 +174,11 @@ def train(config: Config, inputs: Inputs, programs: Programs, store: Store | Non
             return compiled(state, frozen, prepared.batch)
 
         state = run_loop(state, schedule, batches, update, between)
+        with watch.part("save"):
+            checkpoints.close()  # waits for the last
     evaluations = workdir.read_rows(folder / "eval.jsonl")
-    export_model(config, inputs, trees.join(state.params, frozen), folder / "export", evaluations, total)
+    with watch.part("export"):
+        export_model(config, inputs, trees.join(state.params, frozen), folder / "export", evaluations, total)
     console.before_and_after(evaluations)
 
 
@@ -176,22 +191,33 @@ class Outputs:
     clock: Clock
     steps: StepLog
     profile: Profile
+    account: Account
 
 
 def open_outputs(
-    opened: contextlib.ExitStack, config: Config, programs: Programs, folder: Path, schedule: Schedule
+    opened: contextlib.ExitStack,
+    config: Config,
+    programs: Programs,
+    folder: Path,
+    schedule: Schedule,
+    account: Account,
+    spent: Mapping[str, float],
 ) -> Outputs:
-    """Opens the outputs of a run, which `opened` closes.
+    """Opens the outputs of a run, which `opened` closes, and begins its account of time.
 
     Rows that an interrupted run logged after its last checkpoint are dropped, since the run writes them again.
+
+    Args:
+      spent: fields of the account when the checkpoint was made that the run goes on from.
     """
     start, total = schedule.start, schedule.total
     writers: dict[str, list[trackers.Tracker]] = {}  # by file; empty except on process 0
+    last: dict[str, dict[str, float]] = {}  # row that an earlier call wrote, by file
     if hosts.first():
         for name in ("metrics.jsonl", "eval.jsonl"):
             log = trackers.JsonlWriter(folder / name)
             opened.callback(log.close)
-            log.truncate_after(start - 1)
+            last[name] = log.truncate_after(start - 1)
             writers[name] = [log]
         more_writers = trackers.open_trackers(
             folder,
@@ -203,6 +229,7 @@ def open_outputs(
         for tracker in more_writers:
             opened.callback(tracker.close)
         writers = {name: [*logs, *more_writers] for name, logs in writers.items()}
+    account.begin(spent, last.get("metrics.jsonl", {}))
     progress, clock = Progress(total, start=start), Clock(start)
     profile = Profile(folder / "profile", start + WARM_UP, config.profile.steps)
     opened.callback(progress.close)
@@ -214,7 +241,7 @@ def open_outputs(
             writer.write(step, row)
 
     steps = StepLog(
-        functools.partial(write, "metrics.jsonl"),
+        lambda step, row: write("metrics.jsonl", step, {**row, **account.fields()}),
         progress,
         clock,
         every=config.log.every_steps,
@@ -222,7 +249,7 @@ def open_outputs(
         examples=programs.update_shape.pairs,
         peak_flops=None if peak is None else peak * programs.mesh.size,
     )
-    return Outputs(write, progress, clock, steps, profile)
+    return Outputs(write, progress, clock, steps, profile, account)
 
 
 @dataclasses.dataclass
@@ -252,7 +279,7 @@ class Between:
         self.outputs.steps.flush()
         if "eval" not in self.inputs.sets:
             return
-        with self.outputs.clock.paused(state):
+        with self.outputs.clock.paused(state), self.programs.watch.part("evaluation"):
             row = evaluate_on_eval(
                 self.inputs,
                 self.programs,
@@ -267,14 +294,14 @@ class Between:
     def save(self, done: int, state: TrainState) -> None:
         """Copies the state off the devices; a checkpoint is written of it in the background."""
         self.outputs.steps.flush()
-        with self.outputs.clock.paused(state):
-            self.checkpoints.save(done, state, self.record)
+        with self.outputs.clock.paused(state), self.programs.watch.part("save"):
+            self.checkpoints.save(done, state, self.record | {"time": self.outputs.account.fields()})
 
     def before(self, done: int, state: TrainState) -> None:
         """Syncs the reference if a sync is due, and starts or ends a profile."""
         if self.sync is not None and self.sync.due(done):
             self.save(done, state)  # an interruption would lose the policy that the reference syncs with
-            with self.outputs.clock.paused(state):
+            with self.outputs.clock.paused(state), self.programs.watch.part("reference"):
                 self.values = self.sync.refresh(done, state.params, functools.partial(trees.join, other=self.frozen))
                 self.batches.sync(self.values["train"])
             self.outputs.progress.say(f"step {done}: the reference is synced with the policy")

@@ -619,6 +619,12 @@ def test_environment_reaches_every_host_and_stands_nowhere_else(script, checkout
         assert "chmod 700 ./dpo_jax_private" in commands[1]  # before anything is sent there
 
 
+def test_page_lists_the_variables_that_hosts_get():
+    names = re.search(r"^FORWARDED=\((.*?)\)$", (ROOT / "launch/common.sh").read_text(), re.MULTILINE | re.DOTALL)
+    page = (ROOT / "docs/pods.md").read_text()
+    assert names and all(f"`{name}`" in page for name in names[1].split())
+
+
 def contents(path: Path) -> bytes:
     return gzip.decompress(path.read_bytes()) if path.suffix == ".tgz" else path.read_bytes()
 

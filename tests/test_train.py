@@ -8,6 +8,7 @@ import json
 import re
 import shutil
 import threading
+import time
 import types
 from pathlib import Path
 
@@ -19,7 +20,7 @@ import transformers
 from dpo_jax import commands, train, trees
 from dpo_jax.hf import checkpoints
 from dpo_jax.plan import estimate
-from dpo_jax.run import choices, programs, update_batches, workdir
+from dpo_jax.run import choices, goodput, programs, update_batches, workdir
 from dpo_jax.run.state import abstract_state
 from dpo_jax.types import InputError
 from tests.support.hf_folders import edit_weights
@@ -58,10 +59,11 @@ METRICS = {
     "flops/s",
     "data_wait_s",
     "minor_faults",
+    *goodput.FIELDS,
 }
 NOT_IN_EVALUATION = {
     "step", "grad_norm", "learning_rate", "epoch", "step_time_s", "pairs_per_s", "positions_computed", "tokens_real",
-    "tokens_real/s", "flops/s", "data_wait_s", "minor_faults",
+    "tokens_real/s", "flops/s", "data_wait_s", "minor_faults", *goodput.FIELDS,
 }  # fmt: skip
 
 
@@ -262,9 +264,15 @@ def test_complete_run_is_left_alone(finished, inputs, capsys):
 
 @pytest.mark.parametrize("at", [pytest.param(1, marks=pytest.mark.slow), 3, pytest.param(5, marks=pytest.mark.slow)])
 def test_interrupted_run_goes_on_bit_for_bit(finished, inputs, tmp_path, monkeypatch, at):
+    began = time.time()
     with killed_at(at, monkeypatch), pytest.raises(Killed):
         train.run(make_config(inputs), tmp_path / "run")
+    lost = read_rows(tmp_path / "run" / "metrics.jsonl")[-1]  # or part of it, if a checkpoint was made before
     train.run(make_config(inputs), tmp_path / "run")
+    last = read_rows(tmp_path / "run" / "metrics.jsonl")[-1]
+    spent = sum(last[f"time/{part}_s"] for part in (*goodput.PARTS, "down"))
+    assert spent == pytest.approx(last["time/unix_s"] - began, abs=0.5)
+    assert lost["time/restart_s"] == 0 < last["time/restart_s"] and 0 < last["goodput"] < 1
     for name in ("metrics.jsonl", "eval.jsonl"):
         assert untimed(read_rows(tmp_path / "run" / name)) == untimed(read_rows(finished / name))
     ours, theirs = weights(tmp_path / "run" / "export"), weights(finished / "export")

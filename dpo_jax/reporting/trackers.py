@@ -35,18 +35,20 @@ class JsonlWriter:
         self._path = path
         self._file: IO[str] | None = None
 
-    def truncate_after(self, step: int) -> None:
+    def truncate_after(self, step: int) -> dict[str, float]:
         """Drops rows of later steps, and a last line that an interruption left unfinished; call before `write`.
 
         The file is replaced whole or not at all. Raises: InputError if any other line is not such a row.
+        Returns: the last row that was in it, dropped or not; no fields if there was none.
         """
         if not self._path.exists():
-            return
+            return {}
         lines = self._path.read_text().splitlines(keepends=True)
         if lines and not lines[-1].endswith("\n"):
             lines.pop()
         earlier = [line for number, line in enumerate(lines, 1) if self._step_of(line, number) <= step]
         files.write_text(self._path, "".join(earlier))
+        return json.loads(lines[-1]) if lines else {}
 
     def _step_of(self, line: str, number: int) -> int:
         try:

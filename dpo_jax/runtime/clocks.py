@@ -25,6 +25,10 @@ class Stopwatch:
         """Adds seconds to a part."""
         self.parts[part] = self.parts.get(part, 0.0) + seconds
 
+    def total(self) -> float:
+        """Returns all seconds until now."""
+        return time.perf_counter() - self._started
+
     @contextlib.contextmanager
     def part(self, name: str) -> Iterator[None]:
         """Adds the seconds of the body to a part, without those that parts inside it count."""

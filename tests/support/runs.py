@@ -6,7 +6,7 @@ import json
 
 from dpo_jax import config
 from dpo_jax.demo import quickstart
-from dpo_jax.run import choices, inputs, programs, update_batches
+from dpo_jax.run import choices, goodput, inputs, programs, update_batches
 from tests.support import hf_folders
 
 TRAIN_PAIRS, EVAL_PAIRS, STEPS = 40, 12, 6
@@ -60,6 +60,7 @@ def read_rows(path):
 
 
 TIMES = {"step_time_s", "pairs_per_s", "eval_time_s", "data_wait_s", "tokens_real/s", "flops/s", "minor_faults"}
+TIMES |= {*goodput.FIELDS}
 
 
 def untimed(rows):
