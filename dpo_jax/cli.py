@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from absl import flags, logging
 
+from dpo_jax import __version__
 from dpo_jax.types import InputError
 
 if TYPE_CHECKING:
@@ -60,10 +61,11 @@ class Command(NamedTuple):
     one_process: bool = False  # runs without devices and without other processes
     needs_workdir: bool = True
     reads_run: bool = False  # without --config it reads WORKDIR/config.json
+    timed: bool = False  # its function takes a Stopwatch, `watch`, that began when this process did
 
 
 COMMANDS = {
-    "train": Command(),
+    "train": Command(timed=True),
     "reference": Command(),
     "evaluate": Command(reads_run=True),
     "inspect": Command(
@@ -165,11 +167,25 @@ def parse(command: Command, argv: list[str]) -> Parsed:
 
 
 def call(name: str, parsed: Parsed) -> None:
-    """Calls the command's function, and exits with the status that it returns, if any."""
+    """Says what is about to run, calls the command's function, and exits with the status that it returns, if any."""
     # Imported here, so that --help and mistyped flags do not wait for the import of JAX.
-    status = getattr(importlib.import_module("dpo_jax.commands"), name)(parsed.config, parsed.workdir, **parsed.options)
+    from dpo_jax.runtime.terminal import say, waiting
+
+    say(f"dpo_jax {__version__}, {name}: {described(parsed)}")
+    with waiting("loading libraries"):
+        commands, clocks = map(importlib.import_module, ("dpo_jax.commands", "dpo_jax.runtime.clocks"))
+    watch = {"watch": clocks.Stopwatch(clocks.age_of_process())} if COMMANDS[name].timed else {}
+    status = getattr(commands, name)(parsed.config, parsed.workdir, **parsed.options, **watch)
     if status:
         sys.exit(status)
+
+
+def described(parsed: Parsed) -> str:
+    """Returns, for the first line of a command, the model, data and working folder that are named."""
+    config = parsed.config
+    data = ", ".join(filter(None, (config.data.train, config.data.eval)))
+    named = {"model": config.model.path, "data": data, "folder": str(parsed.workdir) if parsed.workdir.name else ""}
+    return ", ".join(f"{what} {name}" for what, name in named.items() if name)
 
 
 def run_alone(name: str, parsed: Parsed) -> None:

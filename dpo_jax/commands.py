@@ -6,6 +6,8 @@ import json
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
+
 from dpo_jax.config import Config
 from dpo_jax.export import export_model
 from dpo_jax.losses import Objective
@@ -22,6 +24,7 @@ from dpo_jax.run.reference_values import complete_store, reference_store
 from dpo_jax.run.state import abstract_params, abstract_running, load_frozen
 from dpo_jax.run.workdir import resolve_paths, store_folder
 from dpo_jax.runtime import hosts
+from dpo_jax.runtime.clocks import Stopwatch
 from dpo_jax.train import after_sft, evaluate_on_eval, from_sft, order_of, run, sync_of
 from dpo_jax.trees import join
 from dpo_jax.types import InputError
@@ -33,9 +36,9 @@ OF_PARAMETERS = (
 ).split()
 
 
-def train(config: Config, folder: Path) -> None:
+def train(config: Config, folder: Path, *, watch: Stopwatch | None = None) -> None:
     """Trains, evaluates and exports, as `train.run`."""
-    run(config, folder)
+    run(config, folder, watch)
 
 
 def reference(config: Config, folder: Path) -> None:
@@ -100,7 +103,8 @@ def evaluate_checkpoint(config: Config, folder: Path) -> dict[str, float]:
         remedy = f"Give them as --config={folder / 'config.json'} --config.data.eval=FILE."
         raise InputError("config.data.eval", got="empty", expected="pairs to evaluate on", remedy=remedy)
     store = reference_store(inputs, programs, store_folder(config, folder))
-    values, _ = complete_store(inputs, store, programs)
+    only = {name: np.arange(0) for name in inputs.sets if name != "eval"}  # training pairs are not evaluated
+    values, _ = complete_store(inputs, store, programs, only=only)
     if config.reference.sync_steps:
         if "train" not in inputs.sets:
             raise InputError(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Collection, Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -58,15 +58,18 @@ def score_pairs(
     shape: Shape,
     skip: Callable[[np.ndarray], np.ndarray] | None = None,
     reference_tokens: Sequence[PyTree] | TokenValues | None = None,
+    report: Callable[[int], None] = lambda pairs: None,
 ) -> Iterator[Scored]:
     """Scores a set of pairs, longest first, `shape.pairs` at a time; yields each part when it is done.
 
     Args:
       score: maps a host batch to (logps [P, K], {name: sums [P, K]}): usually a jitted score step with its parameters.
+        It is called with one microbatch at a time.
       lengths: token counts of the prompt and the answers of every pair.
       skip: maps the indices of a part to a mask of pairs that need no scoring. The parts do not depend on it: after an
         interruption, pairs are packed as they would have been, provided that whole parts were finished.
       reference_tokens: for every pair, as in `collate`, if `score` reads them.
+      report: called after each microbatch with the number of its pairs.
     """
     order = np.argsort(-unit_lengths(lengths, shape.layout), kind="stable")
     parts = [order[start : start + shape.pairs] for start in range(0, len(order), shape.pairs)]
@@ -79,12 +82,56 @@ def score_pairs(
         return collate([pairs[i] for i in part], None, shape, tokens=tokens)
 
     for part, (batch, _) in zip(parts, prefetch.ahead(make, range(len(parts))), strict=True):
-        logps, sums = jax.device_get(score(batch))
+        logps, sums = score_batch(score, batch, report)
         count = len(part)
         token_sums = {name: values[:count] for name, values in sums.items() if name != "tokens"}
         counts = lengths[part], np.asarray(batch.lengths[:count])
         tokens = _answer_tokens(sums["tokens"], *counts, shape) if "tokens" in sums else None
         yield Scored(part, logps[:count], token_sums, int(batch.count), tokens)
+
+
+def score_batch(
+    score: Callable[[Batch], tuple[Array, dict[str, PyTree]]],
+    batch: Batch,
+    report: Callable[[int], None] = lambda pairs: None,
+) -> tuple[Float[np.ndarray, "P K"], dict[str, PyTree]]:
+    """Scores a batch one microbatch after another; returns arrays of the host, as `score` does for the whole batch.
+
+    While the device computes a microbatch, the next one is on its way to it.
+    """
+    totals: Any = None
+    tokens: list[PyTree] = []
+
+    def add(micro: int, scored: PyTree) -> None:
+        nonlocal totals
+        logps, sums = jax.device_get(scored)
+        if "tokens" in sums:
+            tokens.append(sums.pop("tokens"))
+        # A pair is in one microbatch, and 0 in the others.
+        totals = (logps, sums) if totals is None else jax.tree.map(np.add, totals, (logps, sums))
+        report(int(batch.present[micro].sum()))
+
+    running: PyTree = None
+    for micro in range(int(batch.count)):
+        started = score(_one_microbatch(batch, micro))
+        if running is not None:
+            add(micro - 1, running)
+        running = started
+    assert running is not None, "a batch without microbatches"
+    add(int(batch.count) - 1, running)
+    logps, sums = totals
+    return logps, sums | ({"tokens": jax.tree.map(lambda *each: np.concatenate(each), *tokens)} if tokens else {})
+
+
+def _one_microbatch(batch: Batch, micro: int) -> Batch:
+    """Returns a batch of the same pairs that holds a single microbatch."""
+    one = slice(micro, micro + 1)
+    return batch._replace(
+        rows=jax.tree.map(lambda array: array[one], batch.rows),
+        present=batch.present[one],
+        count=np.int32(1),
+        crop=None if batch.crop is None else batch.crop[one],
+    )
 
 
 def _answer_tokens(

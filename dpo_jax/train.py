@@ -17,7 +17,7 @@ from dpo_jax import aliases, trees
 from dpo_jax.config import Config, Export, Loss, Sft
 from dpo_jax.cost.flops import peak_flops
 from dpo_jax.data.batches import ReferenceValues
-from dpo_jax.data.order import epoch_size, make_order
+from dpo_jax.data.order import epoch_size, make_order, reached
 from dpo_jax.export import export_model
 from dpo_jax.hf.folders import check_replaceable
 from dpo_jax.reporting import console, trackers
@@ -44,16 +44,17 @@ from dpo_jax.types import InputError
 WARM_UP = 2  # updates before a profile begins
 
 
-def run(config: Config, folder: Path) -> None:
+def run(config: Config, folder: Path, watch: Stopwatch | None = None) -> None:
     """Trains, evaluates and exports; resumes where an earlier call with the same configuration stopped.
 
     Args:
       folder: the working folder, created if it is missing.
+      watch: measures what the time until the first update goes into; None: one that starts now.
     Raises: InputError for an invalid configuration, data, checkpoint or working folder, before any device is touched
       and before anything but the recipe's own inputs is written; `hosts.Stopped` if it was asked to stop, once its
       state is saved.
     """
-    watch = Stopwatch()
+    watch = watch or Stopwatch()
     unresolved = workdir.dated(config, folder)
     config = resolve_paths(unresolved, folder)
     checks.check_model_named(config)
@@ -71,9 +72,13 @@ def run(config: Config, folder: Path) -> None:
     if (folder / "export").exists() and step == total:
         say(f"{folder} is complete at step {total}; the model is in {folder / 'export'}")
         return
-    programs = make_programs(config, objective, inputs.model, inputs.lengths, trainable=inputs.trainable, watch=watch)
+    with watch.part("devices and shapes"):
+        programs = make_programs(
+            config, objective, inputs.model, inputs.lengths, trainable=inputs.trainable, watch=watch
+        )
     with hosts.listening():
-        inputs = after_sft(unresolved, inputs, folder)
+        with watch.part("supervised stage"):
+            inputs = after_sft(unresolved, inputs, folder)
         with watch.part("digest of weights"):
             store = reference_store(inputs, programs, store_folder(config, folder))
         workdir.claim(unresolved, folder)
@@ -135,8 +140,10 @@ def train(
     """Scores the reference, makes the updates with evaluations and checkpoints between them, and exports."""
     watch = programs.watch
     with contextlib.ExitStack() as opened:
+        order = order_of(config, inputs)
         with watch.part("reference"):
-            values, params = complete_store(inputs, store, programs)
+            only = {"train": pairs_of_first_reference(config, inputs, order, total)}
+            values, params = complete_store(inputs, store, programs, only=only)
         tx, learning_rate = optimizer_of(config.optimizer, total_steps=total, trainable=inputs.trainable)
         checkpoints = Checkpoints(folder / "checkpoints", keep=config.checkpoint.keep)
         opened.callback(checkpoints.close)
@@ -146,7 +153,6 @@ def train(
         del params  # trainable parameters are donated to the state: from here on memory holds one model
         start = int(jax.device_get(state.step))
         schedule = Schedule(start, total, config.eval.every_steps, config.checkpoint.every_steps)
-        order = order_of(config, inputs)
         sync = sync_of(config, inputs, programs, store, order, total)
         if sync is not None and sync.last(start):
             values = sync.stored(sync.last(start))
@@ -310,8 +316,11 @@ class Between:
     def after(self, done: int, prepared: Prepared, metrics: Mapping[str, jax.Array], waited_s: float) -> None:
         """Logs the update before this one, and runs the self-check if policy and reference had the same weights."""
         if not self._compiled:
-            jax.block_until_ready(metrics)
-            say(f"first update done after {self.programs.watch}")
+            watch = self.programs.watch
+            with watch.part("first update"):
+                jax.block_until_ready(metrics)
+            watch.add("first batch", waited_s)
+            say(f"first update done after {watch}")
             self._compiled = True
         step, gap = done - 1, metrics.get("gap")
         if gap is not None and self.store is not None and self._starts_at_reference(step):
@@ -374,6 +383,14 @@ def order_of(config: Config, inputs: Inputs) -> Callable[[int], np.ndarray]:
     """Returns the function from an update's number to the indices of its pairs."""
     pairs, batch_pairs, shuffle = inputs.sets["train"], config.train.batch_pairs, config.data.shuffle
     return make_order(pairs.source, pairs.weights, batch_pairs=batch_pairs, seed=config.seed, shuffle=shuffle)
+
+
+def pairs_of_first_reference(
+    config: Config, inputs: Inputs, order: Callable[[int], np.ndarray], total: int
+) -> np.ndarray:
+    """Returns the indices of the training pairs that updates under the initial reference read."""
+    updates = min(total, config.reference.sync_steps or total)
+    return reached(order, range(updates), len(inputs.sets["train"]))
 
 
 def sync_of(

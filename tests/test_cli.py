@@ -46,7 +46,7 @@ def fails(capsys, *argv):
         run(*argv)
     assert status.value.code == 2
     error = capsys.readouterr().err
-    assert error.startswith("error: ") and "Traceback" not in error
+    assert error.splitlines()[-1].startswith("error: ") and "Traceback" not in error
     return error
 
 

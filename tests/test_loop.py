@@ -1,9 +1,14 @@
 """The training loop by itself: what happens, in which order, for a state that is a number."""
 
+import time
+import types
+
 import pytest
 
 from dpo_jax.run.loop import Between, Schedule, run_loop
-from dpo_jax.runtime import hosts
+from dpo_jax.runtime import clocks, hosts
+
+IMPORTED = time.clock_gettime(time.CLOCK_BOOTTIME)
 
 
 class Recorder:
@@ -68,3 +73,38 @@ def test_a_run_that_is_asked_to_stop_saves_before_the_next_update(monkeypatch):
     with pytest.raises(hosts.Stopped, match="saved at step 1 of 3"):
         run_loop(0, Schedule(0, 3), iter([(0, 0.0), (1, 0.0)]), lambda state, batch: (state + 1, batch), recorder)
     assert recorder.events[-1] == ("save", 1, 1)
+
+
+def test_what_a_start_goes_into_adds_up_to_all_of_it(monkeypatch):
+    now = types.SimpleNamespace(seconds=50.0)
+    monkeypatch.setattr(clocks.time, "perf_counter", lambda: now.seconds)
+    watch = clocks.Stopwatch(age_s=4.0)
+
+    def passes(seconds):
+        now.seconds += seconds
+
+    with watch.part("data"):
+        passes(3)
+    passes(1)
+    with watch.part("reference"):
+        passes(100)
+        with watch.part("compile"):
+            passes(60)
+        with watch.part("weights"):
+            passes(2)
+        passes(100)
+    watch.add("first batch", 0.5)
+    passes(0.5)
+    parts = watch.divided()
+    expected = {"start": 4, "data": 3, "compile": 60, "weights": 2, "reference": 200, "first batch": 0.5, "other": 1}
+    assert parts == pytest.approx(expected) and list(parts)[-1] == "other"
+    assert sum(parts.values()) == pytest.approx(4 + now.seconds - 50)
+    assert str(watch).startswith("4 min 30 s: start 4.0 s, ") and "reference 3 min 20 s" in str(watch)
+
+
+def test_the_age_of_a_process_grows_as_the_clock_does_and_began_before_this_module():
+    before, at = clocks.age_of_process(), time.perf_counter()
+    time.sleep(0.05)
+    assert clocks.age_of_process() - before == pytest.approx(time.perf_counter() - at, abs=0.02)
+    boot_to_start = time.clock_gettime(time.CLOCK_BOOTTIME) - before
+    assert 0 < boot_to_start < IMPORTED

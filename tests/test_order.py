@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from dpo_jax.data.order import epoch_size, make_order
+from dpo_jax.data.order import epoch_size, make_order, reached
 
 
 def run(steps, *, source=None, weights=(1.0,), batch_pairs=4, seed=0, shuffle=True):
@@ -29,6 +29,15 @@ def test_seed_decides_the_order():
 
 def test_without_shuffling_pairs_come_in_file_order():
     assert run(range(5), shuffle=False) == list(range(10)) * 2
+
+
+@pytest.mark.parametrize(("steps", "weights"), [(2, (1.0, 1.0)), (250, (1.0, 1.0)), (9, (0.25, 2.0))])
+def test_pairs_that_some_steps_reach_are_those_of_their_batches(steps, weights):
+    source = [0] * 40 + [1] * 10
+    order = make_order(np.array(source), weights, batch_pairs=4, seed=0, shuffle=True)
+    expected = sorted(set(run(range(steps), source=source, weights=weights)))
+    assert reached(order, range(steps), 50).tolist() == expected
+    assert (len(expected) == 50) == (steps == 250)
 
 
 @pytest.mark.parametrize("shuffle", [True, False])

@@ -126,6 +126,18 @@ def test_a_second_pass_computes_nothing(tmp_path):
     np.testing.assert_array_equal(second.values["a"], first.values["a"])
 
 
+def test_progress_begins_at_nothing_and_comes_with_every_microbatch(tmp_path):
+    train, reports = make_set(10), []
+    shape, place = dataclasses.replace(SHAPE, rows=1, microbatches=4), store.Store(tmp_path / "r", IDENTITY)
+    for _ in range(2):  # nothing is left to do, nor to report, the second time
+        score, before = Scorer(shape=shape), len(reports)
+        done = scoring_pass.run_pass(place, {"a": train}, score, shape=shape, report=lambda *at: reports.append(at))
+        np.testing.assert_allclose(done.values["a"], values_of(train.pairs))
+        assert len(reports) - before == (score.calls + 1 if score.calls else 0)
+    assert reports[0] == (0, 10) and reports[-1] == (10, 10) and reports == sorted(reports)
+    assert len(reports) > 1 + 3  # more often than parts are finished
+
+
 def test_values_follow_pairs_not_rows(tmp_path):
     # Filtering and reordering the data must not shift stored values to other pairs.
     train = make_set(10)

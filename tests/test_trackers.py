@@ -247,8 +247,9 @@ def test_progress_prints_plain_lines_where_there_is_no_terminal(clock, capsys):
     progress.close()
     shown = "loss 0.6921, accuracy 0.531, margin 0.0012, 3.4 pairs/s"
     assert capsys.readouterr().err.splitlines() == [
+        "step 10/62",
         f"step 11/62: {shown}",
-        f"step 12/62: {shown}, 01:40 left",
+        f"step 12/62: {shown}, 1 min 40 s left",
         "step 12: evaluated",
         "step 62/62: loss 0.5000",
     ]
@@ -260,7 +261,7 @@ def test_progress_time_left_leaves_out_what_came_before_the_first_step(clock, ca
     progress.update(1, {})
     clock.seconds += 1.0
     progress.update(2, {})
-    assert capsys.readouterr().err.splitlines() == ["step 1/4", "step 2/4: 00:02 left"]
+    assert capsys.readouterr().err.splitlines() == ["step 0/4", "step 1/4", "step 2/4: 2.0 s left"]
 
 
 def test_progress_plain_lines_keep_their_distance_but_the_last_one_comes(clock, capsys):
@@ -269,11 +270,12 @@ def test_progress_plain_lines_keep_their_distance_but_the_last_one_comes(clock, 
         progress.update(step)
         clock.seconds += 1.0
     assert [line.split()[1] for line in capsys.readouterr().err.splitlines()] == [
-        "1/40:"[:-1],
+        "0/40",
         "11/40:",
         "21/40:",
         "31/40:",
-    ] + ["40/40"]
+        "40/40:",
+    ]
 
 
 class Terminal(io.StringIO):
@@ -300,6 +302,8 @@ def test_progress_draws_one_bar_on_a_terminal(monkeypatch):
 
 def test_counter_learns_its_total_from_the_first_report(capsys, clock):
     with terminal.Counter("reference pass", unit="pairs") as counter:
+        counter.update(0, 24)
+        clock.seconds += 60.0  # compiling
         counter.update(8, 24)
         clock.seconds += 1.0
         counter.update(16, 24)
@@ -309,9 +313,10 @@ def test_counter_learns_its_total_from_the_first_report(capsys, clock):
     captured = capsys.readouterr()
     assert captured.out == ""
     assert captured.err.splitlines() == [
-        "reference pass, pairs 8/24",
-        "reference pass, pairs 20/24: 1.2/s, 00:03 left",
-        "reference pass, pairs 24/24",
+        "reference pass 0/24 pairs",
+        "reference pass 8/24 pairs",
+        "reference pass 20/24 pairs: 1.2/s, 3.3 s left",
+        "reference pass 24/24 pairs: 1.6/s",
     ]
 
 

@@ -425,7 +425,22 @@ def test_reference_command_leaves_train_nothing_to_score(inputs, tmp_path, capsy
     commands.score_reference(make_config(inputs), tmp_path / "run")
     assert f"{TRAIN_PAIRS + EVAL_PAIRS} scored" in capsys.readouterr().err
     train.run(make_config(inputs, train__steps=1), tmp_path / "run")
-    assert " 0 scored in 0 forward passes" in capsys.readouterr().err
+    assert ", 0 scored\n" in capsys.readouterr().err
+
+
+def test_only_pairs_that_the_updates_read_are_scored_and_a_longer_run_scores_the_others(inputs, tmp_path, capsys):
+    # KTO reads the values of mismatched pairs too.
+    fields = {"reference__path": str(tmp_path / "store"), "loss__name": "kto", "train__batch_pairs": 4}
+    train.run(make_config(inputs, train__steps=2, **fields), tmp_path / "one")
+    told = capsys.readouterr().err
+    assert f"the updates read 8 of {TRAIN_PAIRS} pairs" in told
+    assert f"0 from {tmp_path / 'store'}, {2 * (8 + EVAL_PAIRS)} scored" in told
+    train.run(make_config(inputs, train__steps=3, data__eval="", **fields), tmp_path / "two")
+    assert f"16 from {tmp_path / 'store'}, 8 scored" in capsys.readouterr().err
+    # The log-probs of pairs scored at another time are the reference's.
+    assert read_rows(tmp_path / "two" / "metrics.jsonl")[0]["loss"] == pytest.approx(
+        read_rows(tmp_path / "one" / "metrics.jsonl")[0]["loss"], rel=1e-6
+    )
 
 
 def test_day_that_templates_write_is_the_one_on_which_the_run_began(finished, inputs, tmp_path, monkeypatch):

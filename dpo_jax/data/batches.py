@@ -41,10 +41,11 @@ class ReferenceValues(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class PairSubset:
-    """Pairs of a set selected by index, to be scored: reference log-probs that came with the data are ignored."""
+    """Pairs of a set selected by index, to be scored."""
 
     pairs: PairSet | MismatchedPairs
     indices: Int[np.ndarray, "n"]
+    provided: bool  # whether reference log-probs that came with the data are used
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -68,9 +69,10 @@ class PairSubset:
         return self.pairs.keys[self.indices]
 
     @property
-    def reference(self) -> Float64[np.ndarray, "n 2"]:
-        """Reference log-probs given with the data: nan, none."""
-        return np.full((len(self), 2), np.nan)
+    def reference(self) -> Float64[np.ndarray, "n K"]:
+        """Reference log-probs given with the data; nan: none, or not used."""
+        given = self.pairs.reference[self.indices]
+        return given if self.provided else np.full_like(given, np.nan)
 
 
 def make_batch(

@@ -26,6 +26,7 @@ from dpo_jax.data.sources import Source, read
 from dpo_jax.data.templates import TURNS, writes_date
 from dpo_jax.data.tokenize import TokenizationRules, encode, identity
 from dpo_jax.runtime import files
+from dpo_jax.runtime.terminal import Progress, passes
 from dpo_jax.types import Encoded, InputError, check_choice
 
 CACHE_VERSION = 7  # to be raised when the same rows would be tokenized, ordered or stored differently
@@ -128,14 +129,28 @@ def load(
     folder = (Path(cache_dir).expanduser() if cache_dir else files.cache_folder("pairs")) / key
     if not folder.is_dir():
         encoder = functools.partial(encode, tokenizer=tokenizer, rules=tokenization)
-        with _replacing(folder) as unfinished, EntryWriter(unfinished) as writer, _few_objects_to_scan():
+        with (
+            _rows_of(sources) as progress,
+            _replacing(folder) as unfinished,
+            EntryWriter(unfinished) as writer,
+            _few_objects_to_scan(),
+        ):
             for source in sources:
-                tokenize_source(source, writer, encoder, reading, published.Reader(renaming), tokenizer)
+                reader = published.Reader(renaming)
+                tokenize_source(source, writer, encoder, reading, reader, tokenizer, progress.add)
             renaming.check_ended()
             if reading.strict:
                 writer.check_whole([source.name for source in sources])
             writer.finish(spec)
     return _open(folder, sources)
+
+
+def _rows_of(sources: Sequence[Source]) -> Progress:
+    """Returns the progress of tokenizing the rows of all sources."""
+    counts = [source.count for source in sources]
+    total = sum(count for count in counts if count is not None) if None not in counts else None
+    names = Path(sources[0].name).name if len(sources) == 1 else f"{len(sources)} sources"
+    return passes(total, f"tokenizing {names}", unit="rows")
 
 
 @contextlib.contextmanager

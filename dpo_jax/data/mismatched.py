@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Callable
+from typing import TypeVar
 
 import numpy as np
 import xxhash
@@ -14,7 +16,10 @@ from jaxtyping import Float64, Int, Int32, UInt64
 
 from dpo_jax.data.keys import content_key
 from dpo_jax.data.marks import count_scored
+from dpo_jax.runtime.terminal import passes
 from dpo_jax.types import Encoded, InputError, Pairs
+
+T = TypeVar("T")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -39,12 +44,12 @@ class MismatchedPairs:
     @functools.cached_property
     def keys(self) -> UInt64[np.ndarray, "N 2"]:
         """Digest of each pair's token ids. The first access reads all tokens."""
-        return np.array([content_key(self[i]) for i in range(len(self))], np.uint64)
+        return np.array(_of_each(self, content_key), np.uint64)
 
     @functools.cached_property
     def scored(self) -> Int32[np.ndarray, "N K"]:
         """Scored tokens of each answer. The first access reads all tokens."""
-        return np.array([[count_scored(ids) for ids in self[i].answers] for i in range(len(self))], np.int32)
+        return np.array(_of_each(self, lambda pair: [count_scored(ids) for ids in pair.answers]), np.int32)
 
     @property
     def reference(self) -> Float64[np.ndarray, "N K"]:
@@ -63,10 +68,20 @@ def mismatched(
       place: the set, for errors.
     Raises: InputError if all prompts are the same.
     """
-    answers_of = _assign([xxhash.xxh3_64_intdigest(pairs[i].prompt.tobytes()) for i in range(len(pairs))], place)
+    answers_of = _assign(_of_each(pairs, lambda pair: xxhash.xxh3_64_intdigest(pair.prompt.tobytes())), place)
     room = np.maximum(max_length - lengths[:, :1], 0)
     answers = np.minimum(lengths[answers_of, 1:], room)
     return MismatchedPairs(pairs, answers_of, np.concatenate([lengths[:, :1], answers], 1).astype(np.int32))
+
+
+def _of_each(pairs: Pairs, function: Callable[[Encoded], T]) -> list[T]:
+    """Returns what a function returns for each pair, and shows its progress."""
+    results = []
+    with passes(len(pairs), "mismatched pairs", unit="pairs") as progress:
+        for i in range(len(pairs)):
+            results.append(function(pairs[i]))
+            progress.update(i + 1)
+    return results
 
 
 def _assign(prompts: list[int], place: str) -> Int[np.ndarray, " N"]:

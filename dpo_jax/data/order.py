@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 from jaxtyping import Int
@@ -43,6 +43,21 @@ def make_order(
         return np.array([epoch_order(int(epoch))[place] for epoch, place in zip(at // size, at % size, strict=True)])
 
     return indices
+
+
+def reached(order: Callable[[int], Int[np.ndarray, "P"]], steps: Iterable[int], pairs: int) -> Int[np.ndarray, "n"]:
+    """Returns the indices of the pairs that some steps read, in increasing order.
+
+    Args:
+      order: of `make_order`.
+      pairs: number of pairs in the set.
+    """
+    read = np.zeros(pairs, bool)
+    for step in steps:
+        read[order(step)] = True
+        if step % 100 == 0 and read.all():
+            break
+    return np.flatnonzero(read)
 
 
 def share(pairs: int, weight: float) -> int:

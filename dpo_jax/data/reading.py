@@ -53,8 +53,9 @@ def tokenize_source(
     reading: ReadingRules,
     reader: published.Reader,
     tokenizer: PreTrainedTokenizerBase,
+    report: Callable[[int], None] = lambda rows: None,
 ) -> None:
-    """Renders, encodes and writes the rows of a source, a chunk at a time."""
+    """Renders, encodes and writes the rows of a source, a chunk at a time, after which `report` gets its rows."""
     rows, format, skip = iter(source.rows), reading.format, reading.on_bad_row == "skip"
     first, keys = True, set[str]()
     while as_written := list(itertools.islice(rows, _CHUNK_ROWS)):
@@ -87,6 +88,7 @@ def tokenize_source(
             if isinstance(row, Row):
                 reader.note(row, format)
         keys |= {key for pairs in good for key in pairs[0][0].unread}
+        report(len(chunk))
     entry = writer.sources[-1]
     entry.layouts, entry.unread, entry.unread_keys = list(reader.layouts), list(reader.unread), sorted(keys)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import codecs
+import contextlib
 import csv
 import dataclasses
 import functools
@@ -22,6 +23,7 @@ import xxhash
 
 from dpo_jax.data import json_rows
 from dpo_jax.data.columns import named, without_nulls
+from dpo_jax.runtime.terminal import passes
 from dpo_jax.types import InputError, Row, listed
 
 if TYPE_CHECKING:
@@ -54,6 +56,7 @@ class Source:
     weight: float  # how often its rows appear in an epoch, > 0
     digest: str  # hexadecimal digest of the content, independent of its path
     rows: Iterable[Row]
+    count: int | None = None  # rows, where that is known before they are read
 
 
 def read(spec: str, *, split: str) -> list[Source]:
@@ -122,17 +125,21 @@ def _matching(part: str) -> list[str]:
 def _source(name: str, weight: float, *, split: str) -> Source:
     path = Path(name).expanduser()
     if path.is_dir():
-        rows, digest = _from_datasets(_folder(name, path, split), name)
+        rows, digest, count = _from_datasets(_folder(name, path, split), name)
     elif path.exists():
-        reader = READERS[_extension(name)]
-        rows, digest = RowReader(lambda: reader(path, name)), _file_digest(path, name)
+        extension = _extension(name)
+        reader, (digest, lines) = READERS[extension], _file_digest(path, name)
+        rows, count = RowReader(lambda: reader(path, name)), lines if extension == ".jsonl" else None
+        if extension == ".parquet":
+            with contextlib.suppress(pyarrow.ArrowException, OSError):  # an error that reading the rows raises again
+                count = pyarrow.parquet.read_metadata(path).num_rows
     else:
-        rows, digest = _from_datasets(_hub(name, split), name)
+        rows, digest, count = _from_datasets(_hub(name, split), name)
     if next(iter(rows), None) is None:
         raise InputError(
             name, got="no rows", expected="at least one preference", remedy="Check the file or leave it out."
         )
-    return Source(name, weight, digest, rows)
+    return Source(name, weight, digest, rows, count)
 
 
 def _extension(name: str) -> str:
@@ -148,17 +155,20 @@ def _extension(name: str) -> str:
     )
 
 
-def _file_digest(path: Path, name: str) -> str:
-    digest = xxhash.xxh3_128()
+def _file_digest(path: Path, name: str) -> tuple[str, int]:
+    """Returns the digest of a file's bytes, and the number of its lines."""
+    digest, lines = xxhash.xxh3_128(), 0
     try:
-        with path.open("rb") as file:
+        with path.open("rb") as file, passes(path.stat().st_size, f"reading {path.name}", unit="bytes") as progress:
             while block := file.read(1 << 20):
                 digest.update(block)
+                lines += block.count(b"\n")
+                progress.add(len(block))
     except OSError as error:
         raise InputError(
             name, got=f"cannot be read ({error})", expected="a readable file", remedy="Check its permissions."
         ) from error
-    return digest.hexdigest()
+    return digest.hexdigest(), lines
 
 
 def _opened(path: Path, name: str) -> io.BufferedReader:
@@ -337,14 +347,14 @@ def _hub(name: str, split: str) -> datasets.Dataset:
     return cast("datasets.Dataset", data)
 
 
-def _from_datasets(data: datasets.Dataset, name: str) -> tuple[RowReader, str]:
-    """Rows and digest of an Arrow data set that `datasets` memory-maps."""
+def _from_datasets(data: datasets.Dataset, name: str) -> tuple[RowReader, str, int]:
+    """Rows, digest and number of rows of an Arrow data set that `datasets` memory-maps."""
 
     def rows() -> Iterator[Row]:
         for number, fields in enumerate(data.with_format(None), start=1):
             yield _of_arrow(f"{name}:{number}", cast("dict[str, Any]", fields))
 
-    return RowReader(rows), _arrow_digest(data)
+    return RowReader(rows), _arrow_digest(data), len(data)
 
 
 class _DigestFile:

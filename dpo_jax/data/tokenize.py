@@ -16,6 +16,7 @@ from tokenizers import decoders, models, normalizers, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from dpo_jax.data.written import lost_characters, untrimmed
+from dpo_jax.runtime.terminal import waiting
 from dpo_jax.types import Encoded, InputError, Omission, Pair
 
 TRUNCATIONS = ("keep_end", "keep_start", "error")
@@ -78,7 +79,8 @@ def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
     Raises: InputError if there is none, or none that has, or transformers can convert to, a `tokenizer.json`.
     """
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path, use_fast=True, trust_remote_code=False)
+        with waiting("loading tokenizer"):
+            tokenizer = AutoTokenizer.from_pretrained(path, use_fast=True, trust_remote_code=False)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError) as error:
         raise _not_loadable(path, " ".join(str(error).split())) from error
     # transformers makes a tokenizer of special tokens alone where a folder says its class and has no vocabulary.

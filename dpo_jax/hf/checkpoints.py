@@ -29,6 +29,7 @@ from dpo_jax.hf.tensors import FLOATS, Bound
 from dpo_jax.models.config import DecoderConfig
 from dpo_jax.runtime import files
 from dpo_jax.runtime.prefetch import in_order
+from dpo_jax.runtime.terminal import passes
 from dpo_jax.trees import flatten, nest
 from dpo_jax.types import InputError, listed
 
@@ -161,15 +162,20 @@ def load_leaves(
     only: Callable[[str], bool] = lambda leaf: True,
 ) -> dict:
     """Reads the leaves of a table of tensors, by path, from a folder or one safetensors file; see `load_params`."""
-    shapes = tensors.leaf_shapes(table, sizes)
+    shapes = {leaf: shape for leaf, shape in tensors.leaf_shapes(table, sizes).items() if only(leaf)}
+    bytes_of = {leaf: folders.Spec(leaf, dtype, shape).bytes for leaf, shape in shapes.items()}
     leaves = {}
-    with folders.open_weights(path) as source, transpose.pool() as threads:
+    with (
+        folders.open_weights(path) as source,
+        transpose.pool() as threads,
+        passes(sum(bytes_of.values()), "weights", unit="bytes") as progress,
+    ):
         bound = tensors.bind(table, sizes, source.headers, skipped=skipped, place=str(path))
         for leaf, shape in shapes.items():
-            if only(leaf):
-                filling = [b for b in bound if leaf in b.tensor.leaves]
-                origin = LeafSource(leaf, shape, dtype, filling, str(path))
-                leaves[leaf] = place(leaf, shape, functools.partial(read_part, source, threads, origin))
+            filling = [b for b in bound if leaf in b.tensor.leaves]
+            origin = LeafSource(leaf, shape, dtype, filling, str(path))
+            leaves[leaf] = place(leaf, shape, functools.partial(read_part, source, threads, origin))
+            progress.add(bytes_of[leaf])
     return leaves
 
 
@@ -262,9 +268,21 @@ def digest(
         tensors.bind(table, config.stacks, source.headers, skipped=skipped, place=str(folder))
         names = sorted(name for name in source.headers if not re.fullmatch(skipped, name))
         by_length = sorted(names, key=lambda name: -math.prod(source.headers[name].shape))
-        hashes = gather({name: tensor_digest(source, name) for name in mine(by_length)})
+        hashes = gather(tensor_digests(source, mine(by_length)))
     lines = [json.dumps(fields, sort_keys=True), *(f"{name} {hashes[name]}" for name in names)]
     return xxhash.xxh3_128_hexdigest("\n".join(lines).encode())
+
+
+def tensor_digests(source: Weights, names: Sequence[str]) -> dict[str, str]:
+    """Returns the digests of tensors by their names, and shows the progress of reading them."""
+    digests = {}
+    specs = ((name, source.headers[name]) for name in names)
+    sizes = {name: folders.Spec(name, FLOATS[header.dtype], header.shape).bytes for name, header in specs}
+    with passes(sum(sizes.values()), "digest of weights", unit="bytes") as progress:
+        for name in names:
+            digests[name] = tensor_digest(source, name)
+            progress.add(sizes[name])
+    return digests
 
 
 def tensor_digest(source: Weights, name: str) -> str:

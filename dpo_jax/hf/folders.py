@@ -24,6 +24,7 @@ from dpo_jax.hf import transpose
 from dpo_jax.hf.tensors import FLOATS, Header
 from dpo_jax.runtime import files
 from dpo_jax.runtime.prefetch import in_order
+from dpo_jax.runtime.terminal import passes
 from dpo_jax.types import InputError, listed
 
 CONFIG = "config.json"
@@ -323,10 +324,15 @@ def write_file(path: Path, ordered: Sequence[Spec], build: Callable[[str], Calla
         for rows in row_pieces(build(spec.name)(), spec)
     )
     # Threads make the next pieces while one is written. Pieces are written in order: some network file systems need it.
-    with path.open("wb") as file, transpose.pool() as threads:
+    with (
+        path.open("wb") as file,
+        transpose.pool() as threads,
+        passes(end, f"writing {path.name}", unit="bytes") as progress,
+    ):
         file.write(struct.pack("<Q", len(text)) + text)
         for piece in in_order(threads, jobs, ahead=transpose.THREADS):
             file.write(piece)
+            progress.add(len(piece))
         assert file.tell() == 8 + len(text) + end, path
 
 

@@ -98,7 +98,8 @@ def run_pass(
     Args:
       sets: pairs by the name of their set, scored in this order. A pair in several of them is scored once.
       score: log-probs of a host batch under the reference; called only for pairs that have none.
-      report: called with the numbers of pairs done and to do after each part.
+      report: called with the numbers of pairs done and to do, at first with none done and then after each microbatch;
+        not called if there is nothing to do.
       tokens: C, to read, score and return values of single tokens as well, with the C likeliest tokens in the place of
         each (the store's identity must include it); None: sums over answers alone.
     Raises: InputError if the store's identity differs, or if `tokens` is set and pairs bring sums of their own;
@@ -119,29 +120,38 @@ def run_pass(
     stored = len(needed) - total
     if total and hosts.first():
         write_manifest(store)
-    scored = forward_passes = 0
-    for number, part in enumerate(_score_missing(score, sets.values(), logps, shape)):
+    scored = forward_passes = in_part = 0
+
+    def report_pairs(pairs: int) -> None:
+        nonlocal in_part
+        in_part += pairs
+        report(min(scored + in_part, total), total)  # a pair that is twice in a part is scored twice
+
+    if total:
+        report(0, total)
+    for number, part in enumerate(_score_missing(score, sets.values(), logps, shape, report_pairs)):
         if hosts.is_mine(number):
             write_part(store.folder, part.logps, part.tokens)
         if write_tokens is not None and part.tokens is not None:
             for key, answers in part.tokens.items():
                 write_tokens(key, answers)
-        scored, forward_passes = scored + len(part.logps), forward_passes + part.forward_passes
-        report(scored, total)
+        scored, forward_passes, in_part = scored + len(part.logps), forward_passes + part.forward_passes, 0
         hosts.stop_if_asked()
     hosts.barrier("reference pass")
     values = {name: _in_order(each, logps) for name, each in sets.items()}
     return PassResult(values, provided, stored, scored, forward_passes, token_values)
 
 
-def _score_missing(score: Score, sets: Iterable[PairsToScore], logps: Logps, shape: Shape) -> Iterator[_Part]:
+def _score_missing(
+    score: Score, sets: Iterable[PairsToScore], logps: Logps, shape: Shape, report: Callable[[int], None]
+) -> Iterator[_Part]:
     """Scores every pair that `logps` lacks, part by part, and adds each part to `logps` before it is yielded."""
     for each in sets:
 
         def skip(indices: np.ndarray, each: PairsToScore = each) -> np.ndarray:
             return each.is_provided[indices] | np.array([key in logps for key in each.hex_keys[indices]])
 
-        for done in score_pairs(score, each.pairs, each.lengths, shape=shape, skip=skip):
+        for done in score_pairs(score, each.pairs, each.lengths, shape=shape, skip=skip, report=report):
             keys = each.hex_keys[done.indices].tolist()
             new = dict(zip(keys, map(tuple, done.logps.astype(float).tolist()), strict=True))
             logps.update(new)
@@ -152,7 +162,8 @@ def _score_missing(score: Score, sets: Iterable[PairsToScore], logps: Logps, sha
 def _in_order(pairs: PairsToScore, logps: Logps) -> Float[np.ndarray, "N K"]:
     """Log-probs of the pairs in their order, those that came with the data as they are."""
     rows = zip(pairs.hex_keys, pairs.is_provided, pairs.provided, strict=True)
-    return np.array([own if is_provided else fit_answers(logps[key], len(own)) for key, is_provided, own in rows])
+    values = [own if is_provided else fit_answers(logps[key], len(own)) for key, is_provided, own in rows]
+    return np.array(values).reshape(pairs.provided.shape)
 
 
 def _check_same_everywhere(logps: Logps) -> None:

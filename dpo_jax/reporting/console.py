@@ -14,6 +14,7 @@ from dpo_jax.data.dataset import PairSet
 from dpo_jax.run.inputs import Inputs
 from dpo_jax.run.programs import Programs
 from dpo_jax.runtime import hosts
+from dpo_jax.runtime.quantities import size
 from dpo_jax.runtime.terminal import say
 from dpo_jax.types import counted
 
@@ -22,9 +23,9 @@ def describe_data(inputs: Inputs) -> None:
     """Prints a line for each set of pairs (counts, lengths, truncated and dropped rows), and warnings."""
     for name, pairs in inputs.sets.items():
         longest = int((pairs.lengths[:, 0] + pairs.lengths[:, 1:].max(1)).max())
-        size = f"{len(pairs):,} pairs, {pairs.lengths.sum():,} tokens, longest {longest}"
+        counts = f"{len(pairs):,} pairs, {pairs.lengths.sum():,} tokens, longest {longest}"
         partly = f", {pairs.scored.sum():,} of them scored" if pairs.report["partly_scored"] else ""
-        say(f"{name}: {size}{partly}; {truncation(pairs.report)}")
+        say(f"{name}: {counts}{partly}; {truncation(pairs.report)}")
         for line in weights_and_margins(pairs):
             say(f"{name}: {line}")
         if longest > inputs.model.max_positions:
@@ -69,13 +70,13 @@ def describe_run(programs: Programs, params: PyTree, frozen: PyTree, start: int,
     shape = programs.update_shape
     crops = f", the last ones shortened to {', '.join(f'{r} x {n}' for r, n in shape.crops[1:])}" if shape.crops else ""
     processes = f" in {hosts.count()} processes" if hosts.count() > 1 else ""
-    size = sharding.bytes_per_device((params, frozen))
     say(
         f"model: {training + fixed:,} parameters{of_which}, {programs.param_dtype}, computing in "
-        f"{np.dtype(programs.dtype).name} on {mesh} {jax.devices()[0].platform}{processes}, {size:,} bytes per device"
+        f"{np.dtype(programs.dtype).name} on {mesh} {jax.devices()[0].platform}{processes}, "
+        f"{size(sharding.bytes_per_device((params, frozen)))} per device"
     )
-    for path, size in sharding.large_replicated(trees.join(params, frozen)).items():
-        say(f"warning: {path}, {size:,} bytes, is replicated on every device; mesh.rules can shard it")
+    for path, count in sharding.large_replicated(trees.join(params, frozen)).items():
+        say(f"warning: {path}, {size(count)}, is replicated on every device; mesh.rules can shard it")
     say(
         f"steps {start} to {total}: {shape.pairs} pairs each, packed into rows of {shape.row_length} positions, "
         f"microbatches of {counted(shape.rows, 'rows')}{crops}; {programs.attention} attention"

@@ -10,6 +10,7 @@ import jax
 import orbax.checkpoint as ocp
 from jaxtyping import PyTree
 
+from dpo_jax.runtime.terminal import waiting
 from dpo_jax.steps import TrainState
 
 T = TypeVar("T")
@@ -69,7 +70,8 @@ class Checkpoints:
             return
         self._open = False
         try:
-            self._manager.wait_until_finished()
+            with waiting("writing the checkpoint"):
+                self._manager.wait_until_finished()
         finally:
             self._manager.close()
 

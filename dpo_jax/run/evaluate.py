@@ -17,6 +17,7 @@ from jaxtyping import Float, Int, PyTree
 from dpo_jax import losses
 from dpo_jax.data.batches import ReferenceValues, TokenValues
 from dpo_jax.data.packing import Shape
+from dpo_jax.runtime.terminal import passes
 from dpo_jax.scoring import score_pairs
 from dpo_jax.steps import Scores, loss_metrics, pair_losses
 from dpo_jax.types import Batch, Pairs
@@ -103,14 +104,16 @@ def evaluate(
     started = time.perf_counter()
 
     def score_all(
-        pairs: Pairs, lengths: np.ndarray, tokens: TokenValues | None
+        pairs: Pairs, lengths: np.ndarray, tokens: TokenValues | None, title: str = "evaluation"
     ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
         logps = np.zeros((len(lengths), lengths.shape[1] - 1), np.float32)
         sums: dict[str, np.ndarray] = {}
-        for part in score_pairs(score, pairs, lengths, shape=shape, reference_tokens=tokens):
-            logps[part.indices] = part.logps
-            for name, values in part.token_sums.items():
-                sums.setdefault(name, np.zeros_like(logps))[part.indices] = values
+        with passes(len(lengths), title, unit="pairs") as progress:
+            scored = score_pairs(score, pairs, lengths, shape=shape, reference_tokens=tokens, report=progress.add)
+            for part in scored:
+                logps[part.indices] = part.logps
+                for name, values in part.token_sums.items():
+                    sums.setdefault(name, np.zeros_like(logps))[part.indices] = values
         return logps, sums
 
     stored = None if pairs.reference is None else pairs.reference.of(np.arange(len(pairs.lengths)))
@@ -119,7 +122,7 @@ def evaluate(
     sums = {} if stored is None else {name: np.asarray(each, np.float32) for name, each in stored.sums.items()}
     mismatched = None
     if pairs.mismatched is not None and stored is not None and stored.mismatched is not None:
-        logps, _ = score_all(pairs.mismatched, pairs.mismatched.lengths, None)
+        logps, _ = score_all(pairs.mismatched, pairs.mismatched.lengths, None, "evaluation of mismatched pairs")
         mismatched = Mismatched(logps, np.asarray(stored.mismatched, np.float32), pairs.mismatched.scored)
     scored = np.asarray(pairs.lengths[:, 1:] if pairs.scored is None else pairs.scored)
     scores = policy, reference, sums, scored, mismatched, jax.device_get(dict(running))

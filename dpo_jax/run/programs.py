@@ -27,6 +27,7 @@ from dpo_jax.reference.scoring_pass import PART_PAIRS
 from dpo_jax.run.checks import fit
 from dpo_jax.run.trainable import EVERYTHING, Trainable
 from dpo_jax.runtime.clocks import Stopwatch
+from dpo_jax.runtime.terminal import waiting
 from dpo_jax.runtime.xla import COMPILER_OPTIONS, Compiled, keep_compiled
 from dpo_jax.scoring import compute_dtype, make_logps_fn
 from dpo_jax.steps import TrainState, make_score_step, make_train_step, rounding_key
@@ -95,9 +96,9 @@ def make_programs(
         keep_compiled()
     mesh = sharding.make_mesh(config.mesh.replica, config.mesh.fsdp, config.mesh.tensor, devices)
     local_shards = sharding.shards_here(mesh)
-    programs = _without_scoring(
-        config, objective, model, lengths, trainable, (mesh, mesh.devices.flat[0].platform, local_shards)
-    )
+    with waiting("choosing batch shapes"):
+        place = mesh, mesh.devices.flat[0].platform, local_shards
+        programs = _without_scoring(config, objective, model, lengths, trainable, place)
     programs = programs if watch is None else programs._replace(watch=watch)
     shape, tokens = programs.score_shape, objective.reference_tokens
 

@@ -20,6 +20,7 @@ import numpy as np
 from jaxtyping import Int, PyTree
 
 from dpo_jax.data.batches import ReferenceValues
+from dpo_jax.data.order import reached
 from dpo_jax.reference.store import Store
 from dpo_jax.run.checkpoints import read_tree, write_tree
 from dpo_jax.run.inputs import Inputs
@@ -27,6 +28,7 @@ from dpo_jax.run.programs import Programs
 from dpo_jax.run.reference_values import score_missing
 from dpo_jax.run.state import load_params
 from dpo_jax.runtime import hosts
+from dpo_jax.runtime.terminal import Counter
 from dpo_jax.types import InputError
 
 
@@ -98,9 +100,12 @@ class ReferenceSync:
     def _values(self, step: int, params: Callable[[], PyTree]) -> dict[str, ReferenceValues]:
         """Reads or scores the log-probs that are needed from `step` until the next sync."""
         next_sync = min(step + self.sync_steps, self.total_steps)
-        coming = np.unique(np.concatenate([self.order(each) for each in range(step, next_sync)]))
-        only = {name: np.arange(len(pairs)) for name, pairs in self.inputs.sets.items()} | {"train": coming}
-        return score_missing(self.inputs, self.store_at(step), self.programs, params, only=only)[0]
+        coming = reached(self.order, range(step, next_sync), len(self.inputs.sets["train"]))
+        store, only = self.store_at(step), {"train": coming}
+        with Counter(f"reference of step {step}", unit="pairs") as counter:
+            return score_missing(self.inputs, store, self.programs, params, counter.update, only=only, provided=False)[
+                0
+            ]
 
     def _mixed(self, step: int, policy: PyTree) -> PyTree:
         """Returns the new reference's trainable parameters; a mixture stays on disk until the next one is complete."""

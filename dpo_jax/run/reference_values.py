@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from jaxtyping import Int, PyTree
@@ -19,6 +18,7 @@ from dpo_jax.run.inputs import Inputs
 from dpo_jax.run.programs import Programs
 from dpo_jax.run.state import load_params
 from dpo_jax.runtime import hosts
+from dpo_jax.runtime.quantities import duration
 from dpo_jax.runtime.terminal import Counter, say
 
 
@@ -51,12 +51,19 @@ def reference_store(inputs: Inputs, programs: Programs, folder: Path) -> Store |
 
 
 def complete_store(
-    inputs: Inputs, store: Store | None, programs: Programs
+    inputs: Inputs, store: Store | None, programs: Programs, *, only: Mapping[str, Int[np.ndarray, "n"]] | None = None
 ) -> tuple[dict[str, ReferenceValues], PyTree | None]:
     """Completes the store; returns the reference log-probs of each set of pairs, none for a reference-free objective,
-    and the weights if they had to be loaded."""
+    and the weights if they had to be loaded.
+
+    Args:
+      only: indices of the pairs that are needed, by set; sets that it lacks are needed whole.
+    """
     if store is None:
         return {}, None
+    for name, indices in (only or {}).items():
+        if 0 < len(indices) < (pairs := len(inputs.sets[name])):
+            say(f"{name}: the updates read {len(indices):,} of {pairs:,} pairs; the reference scores no others")
     started = time.perf_counter()
     loaded: list[PyTree] = []
 
@@ -66,11 +73,12 @@ def complete_store(
         return loaded[0]
 
     with Counter("reference pass", unit="pairs") as counter:
-        values, done = score_missing(inputs, store, programs, weights, counter.update)
-    speed = f", {done.scored / (time.perf_counter() - started):.1f} pairs/s overall" if done.scored else ""
+        values, done = score_missing(inputs, store, programs, weights, counter.update, only=only)
+    seconds = time.perf_counter() - started
+    speed = f" in {duration(seconds)} ({done.scored / seconds:.1f} pairs/s)" if done.scored else ""
     say(
         f"reference log-probs: {done.provided} pairs from the data, {done.stored} from {store.folder}, "
-        f"{done.scored} scored in {done.forward_passes} forward passes{speed}"
+        f"{done.scored} scored{speed}"
     )
     return values, loaded[0] if loaded else None
 
@@ -83,20 +91,23 @@ def score_missing(
     report: Callable[[int, int], None] = lambda done, total: None,
     *,
     only: Mapping[str, Int[np.ndarray, "n"]] | None = None,
+    provided: bool = True,
 ) -> tuple[dict[str, ReferenceValues], PassResult]:
     """Returns reference log-probs of each set of pairs, scored now only where neither data nor store have them.
 
     Args:
       params: returns the reference's parameters; called only where something has to be scored.
-      report: called with the numbers of pairs scored so far and to score.
-      only: indices of the pairs that are needed, by set; None: all, and values that came with the data are used.
+      report: called with the numbers of pairs scored so far and to score, at first with none scored.
+      only: indices of the pairs that are needed, by set; sets that it lacks are needed whole.
+      provided: use reference log-probs that came with the data.
     Raises: InputError if the store holds values of another identity.
     """
-    indices = only or {name: np.arange(len(pairs)) for name, pairs in inputs.sets.items()}
-    all_sets: dict[str, Any] = dict(inputs.sets) | {f"{name}/mismatched": x for name, x in inputs.mismatched.items()}
-    sets: dict[str, Any] = all_sets
-    if only is not None:
-        sets = {name: PairSubset(pairs, indices[name.partition("/")[0]]) for name, pairs in all_sets.items()}
+    indices = {name: np.arange(len(pairs)) for name, pairs in inputs.sets.items()} | dict(only or {})
+    sets: dict[str, PairSubset] = {}
+    for name, pairs in inputs.sets.items():
+        sets[name] = PairSubset(pairs, indices[name], provided)
+        if name in inputs.mismatched:
+            sets[f"{name}/mismatched"] = PairSubset(inputs.mismatched[name], indices[name], provided)
     tokens = programs.objective.reference_tokens
     done = run_pass(
         store,

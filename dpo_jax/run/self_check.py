@@ -6,7 +6,8 @@ the store holds. A store of other values, pairs of other tokens or other weights
 
 from __future__ import annotations
 
-import jax
+import functools
+
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
@@ -17,6 +18,7 @@ from dpo_jax.run.programs import Programs
 from dpo_jax.run.reference_values import Store
 from dpo_jax.run.state import load_params
 from dpo_jax.runtime.terminal import say
+from dpo_jax.scoring import score_batch
 from dpo_jax.types import InputError
 
 # Mean difference of an answer's log-probs, as a share of 1 + their size, that two programs' rounding may explain.
@@ -103,5 +105,5 @@ def rescored(indices: Int[np.ndarray, "P"], inputs: Inputs, programs: Programs) 
     for at in range(0, len(indices), shape.pairs):
         part = indices[at : at + shape.pairs]
         batch = make_batch(part, inputs.sets["train"], None, shape)
-        parts.append(jax.device_get(programs.score_reference(params, batch)[0])[: len(part)])
+        parts.append(score_batch(functools.partial(programs.score_reference, params), batch)[0][: len(part)])
     return np.concatenate(parts)

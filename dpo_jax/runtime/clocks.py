@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import resource
 import time
 from collections.abc import Iterator
@@ -11,15 +12,20 @@ from pathlib import Path
 import jax
 from jaxtyping import PyTree
 
+from dpo_jax.runtime.quantities import duration
 from dpo_jax.runtime.terminal import say
 
 
 class Stopwatch:
-    """Seconds since it was made, and how they divide into named parts."""
+    """Seconds since a beginning, and how they divide into named parts.
 
-    def __init__(self):
-        self._started = time.perf_counter()
-        self.parts: dict[str, float] = {}
+    Args:
+      age_s: seconds that have already passed when it is made; they are the part `start`.
+    """
+
+    def __init__(self, age_s: float = 0.0):
+        self._started = time.perf_counter() - age_s
+        self.parts: dict[str, float] = {"start": age_s} if age_s else {}
 
     def add(self, part: str, seconds: float) -> None:
         """Adds seconds to a part."""
@@ -37,9 +43,25 @@ class Stopwatch:
         inside = sum(self.parts.values()) - counted
         self.add(name, time.perf_counter() - started - inside)
 
+    def divided(self) -> dict[str, float]:
+        """Returns the seconds of each part; together with `other`, the last, they are all seconds until now."""
+        total = time.perf_counter() - self._started
+        return self.parts | {"other": total - sum(self.parts.values())}
+
     def __str__(self) -> str:
-        parts = ", ".join(f"{name} {seconds:.1f}" for name, seconds in self.parts.items())
-        return f"{time.perf_counter() - self._started:.1f} s: {parts}"
+        parts = self.divided()
+        named = ", ".join(f"{name} {duration(seconds)}" for name, seconds in parts.items() if seconds >= 0.05)
+        return f"{duration(sum(parts.values()))}: {named}"
+
+
+def age_of_process() -> float:
+    """Returns the seconds since this process was started, by Linux's account; 0 elsewhere."""
+    try:
+        # The 22nd field; the second, the name of the command, ends at the last bracket and may hold blanks.
+        fields = Path("/proc/self/stat").read_text().rpartition(")")[2].split()
+        return time.clock_gettime(time.CLOCK_BOOTTIME) - int(fields[19]) / os.sysconf("SC_CLK_TCK")
+    except (OSError, AttributeError, ValueError):
+        return 0.0
 
 
 class Faults:

@@ -13,7 +13,8 @@ from jaxtyping import PyTree
 
 from dpo_jax.runtime.clocks import Stopwatch
 from dpo_jax.runtime.files import cache_folder
-from dpo_jax.runtime.terminal import say
+from dpo_jax.runtime.quantities import duration, size
+from dpo_jax.runtime.terminal import say, waiting
 from dpo_jax.trees import path_name
 
 Options: TypeAlias = Mapping[str, bool | int | float | str]  # of the compiler, by name
@@ -91,11 +92,11 @@ class Compiled:
 
     def _compile(self, args: tuple[PyTree, ...]) -> jax.stages.Compiled:
         started = time.perf_counter()
-        with self._watch.part("compile"):
+        with self._watch.part("compile"), waiting(f"compiling {self._name}"):
             program = self._function.lower(*args).compile(self._options)
         memory = program.memory_analysis()
-        size = f", {memory.temp_size_in_bytes:,} bytes of temporaries per device" if memory is not None else ""
-        say(f"compiled {self._name} in {time.perf_counter() - started:.1f} s{size}")
+        temporaries = "" if memory is None else f", {size(memory.temp_size_in_bytes)} of temporaries per device"
+        say(f"compiled {self._name} in {duration(time.perf_counter() - started)}{temporaries}")
         give_back_freed()
         return program
 
