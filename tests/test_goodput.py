@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from dpo_jax.run.goodput import FIELDS, PARTS, Account, duration, total_of
+from dpo_jax.run.goodput import FIELDS, PARTS, Account, total_of
 from dpo_jax.runtime import hosts
 from dpo_jax.runtime.clocks import Stopwatch
 
@@ -100,13 +100,6 @@ def test_account_is_told_at_the_end_and_when_the_run_is_stopped(stopped, capsys)
     except hosts.Stopped:
         assert stopped
     assert capsys.readouterr().err.startswith("goodput 0% of 20 s: ")
-
-
-@pytest.mark.parametrize(
-    "seconds, text", [(0.84, "0.8 s"), (9.7, "10 s"), (89, "89 s"), (300, "5 min"), (5399, "90 min"), (8280, "2.3 h")]
-)
-def test_durations_are_for_people(seconds, text):
-    assert duration(seconds) == text
 
 
 def test_every_field_is_described():

@@ -324,7 +324,7 @@ def test_reference_that_follows_is_scored_again_for_the_pairs_to_come():
     sigmoid = make_loss("sigmoid", {})
     assert estimate.updates(chosen) == 100 and estimate.reference_pairs(chosen, sigmoid) == 6400
     follows = dataclasses.replace(chosen, reference=dataclasses.replace(chosen.reference, sync_steps=30))
-    assert estimate.reference_pairs(follows, sigmoid) == 6400 + 64 * (30 + 30 + 10)
+    assert estimate.reference_pairs(follows, sigmoid) == 64 * (30 + 30 + 30 + 10)
 
 
 @pytest.mark.parametrize("loss", ["kto", "tdpo2", "simpo"])

@@ -25,6 +25,7 @@ from dpo_jax.plan.topology import Topology, parse_topology
 from dpo_jax.run import checks
 from dpo_jax.run.choices import objective_of
 from dpo_jax.run.programs import without_devices
+from dpo_jax.runtime.quantities import duration, size
 from dpo_jax.runtime.terminal import say
 from dpo_jax.types import InputError
 
@@ -54,17 +55,16 @@ def show(plan: Estimate, *, beside: Estimate | None = None) -> list[str]:
     costs = [part.cost for part in columns.values()]
     lines.append(row("  FLOPs", [f"{cost.flops:.3g}" for cost in costs]))
     for title, field in {"HBM": "hbm_bytes", network(chip): "ici_bytes", "DCN": "dcn_bytes"}.items():
-        lines.append(row(f"  bytes over {title}", [f"{getattr(cost, field):.3g}" for cost in costs]))
+        lines.append(row(f"  bytes over {title}", [size(getattr(cost, field)) for cost in costs]))
     for resource in costs[0].seconds(chip):
         lines.append(row(f"  seconds of {resource}", [f"{cost.seconds(chip)[resource]:.3f}" for cost in costs]))
     bound = max(plan.seconds("update"), key=lambda name: plan.seconds("update")[name])
-    hours = plan.run_seconds / 3600
     return lines + [
         "",
         f"at best, a step takes {max(plan.seconds('update').values()):.3f} s, bound by {bound}: "
         f"{plan.pairs_per_s('update'):.1f} pairs/s, MFU {plan.mfu:.0%}",
         f"at best, {plan.config.plan.pairs:,} pairs take {updates(plan.config):,} updates and a reference pass: "
-        f"{hours / 24:.3g} days, {hours * plan.topology.count:,.1f} chip-hours",
+        f"{duration(plan.run_seconds)}, {plan.run_seconds / 3600 * plan.topology.count:,.1f} chip-hours",
     ]
 
 
@@ -73,8 +73,9 @@ def row(title: str, cells: Sequence[str]) -> str:
     return f"{title:<28}" + "".join(f"{cell:>24}" for cell in cells)
 
 
-def gib(size: float) -> str:
-    return f"{size / 2**30:.2f} GiB"
+def gib(count: float) -> str:
+    """Returns a number of bytes in GiB, for columns that are compared."""
+    return f"{count / 2**30:.2f} GiB"
 
 
 def network(chip: Chip) -> str:

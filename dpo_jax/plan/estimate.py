@@ -172,9 +172,9 @@ def updates(config: Config) -> int:
 
 def reference_pairs(config: Config, objective: Objective) -> int:
     """Returns the pairs that the reference scores in a run on `plan.pairs` pairs."""
-    pairs, total, every = config.plan.pairs, updates(config), config.reference.sync_steps
-    starts = range(every, total, every) if every else ()
-    scored = pairs + sum(min(pairs, min(every, total - start) * config.train.batch_pairs) for start in starts)
+    pairs, total = config.plan.pairs, updates(config)
+    every = config.reference.sync_steps or total  # updates under one reference, which scores the pairs that they read
+    scored = sum(min(pairs, min(every, total - at) * config.train.batch_pairs) for at in range(0, total, every))
     return scored * (2 if "kl" in objective.needs else 1)  # each prompt with another's answers
 
 

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Mapping
 
 from dpo_jax.runtime import hosts
 from dpo_jax.runtime.clocks import Stopwatch
+from dpo_jax.runtime.quantities import duration
 from dpo_jax.runtime.terminal import say
 
 # Parts of the time of a run, and how a person calls them. A second is in exactly one of them.
@@ -104,11 +105,3 @@ class Account:
 def total_of(fields: Fields) -> float:
     """Returns the sum of all parts."""
     return sum(fields.get(f"time/{part}_s", 0.0) for part in PARTS)
-
-
-def duration(seconds: float) -> str:
-    """Returns a duration for people: 0.8 s, 40 s, 5 min, 2.3 h."""
-    for unit, size in {"h": 3600, "min": 60}.items():
-        if seconds >= 1.5 * size:
-            return f"{seconds / size:.2g} {unit}" if seconds < 10 * size else f"{seconds / size:.0f} {unit}"
-    return f"{seconds:.0f} s" if seconds >= 9.5 else f"{seconds:.1f} s"

@@ -45,8 +45,7 @@ class Stopwatch:
 
     def divided(self) -> dict[str, float]:
         """Returns the seconds of each part; together with `other`, the last, they are all seconds until now."""
-        total = time.perf_counter() - self._started
-        return self.parts | {"other": total - sum(self.parts.values())}
+        return self.parts | {"other": self.total() - sum(self.parts.values())}
 
     def __str__(self) -> str:
         parts = self.divided()
