@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import difflib
 import importlib
 import os
+import platform
+import re
+import shutil
 import sys
+import textwrap
 import traceback
 from collections.abc import Callable, Sequence
+from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -33,7 +39,8 @@ dpo-jax COMMAND --config=configs/NAME.py [--config.section.field=value ...] --wo
              while the run goes on); of a run with adapters these alone, or with --merge the model with them
              merged into it (default DIR/merged-STEP)
 
-evaluate and export read DIR/config.json where no --config is given. The fields are listed in docs/configuration.md.
+dpo-jax COMMAND --help lists the flags and fields of a command, with meaning, range and default; dpo-jax --version names
+the version. evaluate and export read DIR/config.json where no --config is given.
 
 Over several processes, the same command on each: on TPU hosts, under SLURM and under Open MPI they find one another;
 elsewhere give --coordinator=HOST:PORT --processes=N --process=I. Asked to stop by SIGTERM, a run saves its state and
@@ -52,6 +59,14 @@ class Flag(NamedTuple):
     default: Value
     help: str
     limits: dict[str, int] = {}
+    value: str = ""  # stands for its value in help, where it has no default
+
+    @property
+    def typed(self) -> str:
+        """The flag as it is typed."""
+        if self.define is flags.DEFINE_boolean:
+            return f"--{self.name}"
+        return f"--{self.name}={self.value or self.default}"
 
 
 class Command(NamedTuple):
@@ -62,36 +77,59 @@ class Command(NamedTuple):
     needs_workdir: bool = True
     reads_run: bool = False  # without --config it reads WORKDIR/config.json
     timed: bool = False  # its function takes a Stopwatch, `watch`, that began when this process did
+    unread: str = ""  # sections and fields that it does not read, which its help leaves out
 
 
 COMMANDS = {
-    "train": Command(timed=True),
-    "reference": Command(),
-    "evaluate": Command(reads_run=True),
+    "train": Command(unread="plan", timed=True),
+    "reference": Command(unread="plan eval export profile"),
+    "evaluate": Command(reads_run=True, unread="plan checkpoint eval export log profile"),
     "inspect": Command(
-        flags=(Flag(flags.DEFINE_integer, "pairs", 3, "pairs to show", {"lower_bound": 0}),), one_process=True
+        flags=(Flag(flags.DEFINE_integer, "pairs", 3, "pairs to show, >= 0", {"lower_bound": 0}),),
+        one_process=True,
+        unread="plan checkpoint eval export log profile mesh.replica mesh.fsdp mesh.tensor model.dtype",
     ),
     "plan": Command(
         flags=(
-            Flag(flags.DEFINE_string, "topology", "", "CHIP:SHAPE[,slices=N]"),
+            Flag(
+                flags.DEFINE_string,
+                "topology",
+                "",
+                "chips to plan for, such as v5p:4x4x4 or h100:64",
+                value="CHIP:SHAPE",
+            ),
             Flag(flags.DEFINE_boolean, "sweep", False, "compare configurations"),
             Flag(flags.DEFINE_boolean, "reference_in_step", False, "compare with an update that holds the reference"),
         ),
         one_process=True,
         needs_workdir=False,
+        unread="prepare tokenizer sft checkpoint eval export log profile data.train data.eval data.format data.columns "
+        "data.rankings data.turns data.on_template_loss data.date data.shuffle data.truncate_prompt data.on_bad_row "
+        "data.cache_dir reference.path",
     ),
     "export": Command(
         flags=(
-            Flag(flags.DEFINE_string, "out", "", "folder to write"),
+            Flag(flags.DEFINE_string, "out", "", "folder to write", value="DIR"),
             Flag(flags.DEFINE_boolean, "merge", False, "merge adapters into the model"),
         ),
         reads_run=True,
+        unread="plan checkpoint eval log profile",
     ),
 }
+COMMON = (
+    Flag(
+        flags.DEFINE_string,
+        "config",
+        None,
+        "recipe configs/NAME.py[:ARG], YAML or JSON file of fields, or config.json of a run",
+        value="FILE",
+    ),
+    Flag(flags.DEFINE_string, "workdir", None, "working folder of the run", value="DIR"),
+)
 PROCESSES = (
-    Flag(flags.DEFINE_string, "coordinator", None, "HOST:PORT of process 0"),
-    Flag(flags.DEFINE_integer, "processes", None, "number of processes", {"lower_bound": 1}),
-    Flag(flags.DEFINE_integer, "process", None, "index of this process, from 0", {"lower_bound": 0}),
+    Flag(flags.DEFINE_string, "coordinator", None, "address of process 0", value="HOST:PORT"),
+    Flag(flags.DEFINE_integer, "processes", None, "number of processes, >= 1", {"lower_bound": 1}, "N"),
+    Flag(flags.DEFINE_integer, "process", None, "index of this process, from 0", {"lower_bound": 0}, "I"),
 )
 
 
@@ -110,17 +148,18 @@ def main(argv: Sequence[str] | None = None) -> None:
     # Two libraries warn of what is intended: folders that are only read, and an environment without torch.
     logging.set_verbosity(logging.ERROR)
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
-    if len(argv) < 2 or {"-h", "--help"} & {*argv} or argv[1] == "help":
-        print(USAGE, end="")
+    if (text := shown_at_once(argv[1:])) is not None:
+        print(text, end="")
         sys.exit(0 if len(argv) > 1 else 2)
     try:
         command = COMMANDS.get(argv[1])
         if command is None:
+            close = difflib.get_close_matches(argv[1], COMMANDS)
             raise InputError(
                 "command line",
                 got=f"unknown command {argv[1]!r}",
                 expected=f"one of {', '.join(COMMANDS)}",
-                remedy="See dpo-jax --help.",
+                remedy=f"Did you mean dpo-jax {close[0]}?" if close else "See dpo-jax --help.",
             )
         find_modules_here()
         parsed = parse(command, [argv[0], *argv[2:]])
@@ -133,10 +172,48 @@ def main(argv: Sequence[str] | None = None) -> None:
         run_together(argv[1], parsed)
 
 
+def shown_at_once(arguments: Sequence[str]) -> str | None:
+    """Returns the text that arguments ask for instead of a command: help or the version; None: they ask for neither."""
+    name = next((each for each in arguments if each in COMMANDS), None)
+    wants_help = not arguments or arguments[0] == "help" or {"-h", "--help"} & {*arguments}
+    if wants_help:
+        return help_of(name) if name else USAGE
+    if arguments[0] in ("--version", "version"):
+        libraries = (f"{library} {metadata.version(library)}" for library in ("jax", "transformers"))
+        return f"dpo-jax {__version__} ({', '.join(libraries)}, Python {platform.python_version()})\n"
+    return None
+
+
+def help_of(name: str) -> str:
+    """Returns the help of a command: its lines of USAGE, its flags and the fields that it reads."""
+    from dpo_jax.reporting.fields import entry, fields_text
+
+    command, width = COMMANDS[name], min(shutil.get_terminal_size().columns, 120) - 1
+    lines = re.search(rf"^  {name} +(.*(?:\n   .*)*)", USAGE, re.MULTILINE)
+    assert lines
+    about = textwrap.fill(f"dpo-jax {name}: {' '.join(lines[1].split())}", width)
+    flags_here = (*COMMON, *command.flags, *(() if command.one_process else PROCESSES))
+    text = [line for flag in flags_here for line in entry(flag.typed, flag.help, width)]
+    title = "Fields, each typed as --config.NAME=VALUE and shown with its default; None: unset."
+    return "\n".join(
+        [about, "", *text, "", *textwrap.wrap(title, width), "", fields_text(command.unread.split(), width)]
+    )
+
+
 def find_modules_here() -> None:
     """Lets recipes name modules of the working directory, which comes last, so that they shadow no installed one."""
     directory = os.getcwd()
     sys.path[:] = [entry for entry in sys.path if entry not in ("", directory)] + [""]
+
+
+def check_flags(argv: Sequence[str], own: Sequence[Flag]) -> None:
+    """Raises InputError for a flag that another command has and this one, with its `own` flags, has not."""
+    names = {re.sub(r"^--?|=.*", "", each) for each in argv if each.startswith("-")} - {flag.name for flag in own}
+    for name, command in COMMANDS.items():
+        flags_there = (*command.flags, *(() if command.one_process else PROCESSES))
+        for flag in [each for each in flags_there if each.name in names]:
+            got = f"no flag of this command, but of dpo-jax {name}"
+            raise InputError(f"--{flag.name}", got=got, expected="flags of this command", remedy="Leave it out.")
 
 
 def parse(command: Command, argv: list[str]) -> Parsed:
@@ -145,13 +222,13 @@ def parse(command: Command, argv: list[str]) -> Parsed:
 
     values = flags.FlagValues()
     define_flags(argv, values)
-    flags.DEFINE_string("workdir", None, "working folder of the run", flag_values=values)
     processes = () if command.one_process else PROCESSES
-    for flag in (*command.flags, *processes):
+    check_flags(argv, (*command.flags, *processes))
+    for flag in (*COMMON[1:], *command.flags, *processes):
         flag.define(flag.name, flag.default, flag.help, flag_values=values, **flag.limits)
     unexpected = parse_flags(argv, values)[1:]
     if unexpected:
-        remedy = "Write fields as --config.section.field=value; see dpo-jax --help."
+        remedy = "Write fields as --config.section.field=value, such as --config.loss.beta=0.1."
         raise InputError("command line", got=f"unexpected {unexpected[0]!r}", expected="only --flags", remedy=remedy)
     if command.needs_workdir and not values["workdir"].value:
         raise InputError("--workdir", got="not given", expected="a folder", remedy="Give for example --workdir=runs/1.")

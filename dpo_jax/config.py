@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from ml_collections import config_dict
 
 from dpo_jax import aliases
+from dpo_jax.fields import files, trl
 from dpo_jax.losses.registry import OPTIONS
 from dpo_jax.types import InputError, shown
 
@@ -302,7 +303,7 @@ def flat(config: object, prefix: str = "") -> dict[str, object]:
 
 def freeze(config: config_dict.ConfigDict) -> Config:
     """Returns the checked, immutable form of a ConfigDict. Raises: InputError that names every invalid field."""
-    return _checked(config.to_dict(), "config")
+    return _checked(config.to_dict())
 
 
 def to_json(config: Config) -> str:
@@ -310,15 +311,23 @@ def to_json(config: Config) -> str:
     return json.dumps(dataclasses.asdict(config), indent=2) + "\n"
 
 
-def from_json(text: str, place: str, *, overridden: Collection[str] = ()) -> Config:
+def from_json(text: str, place: str) -> Config:
     """Returns the configuration that `to_json` wrote, without the code it names; missing fields have their default.
 
+    Raises: InputError as `from_file` does, and for fields that do not fit together.
+    """
+    return _checked(dataclasses.asdict(from_file(text, place)), files.Source(place))
+
+
+def from_file(text: str, place: str, *, overridden: Collection[str] = ()) -> Config:
+    """Returns the fields of a YAML or JSON file, without the code it names; the others have their default.
+
     Only a recipe or the command line may name code to run, not a data file: `prepare` is returned empty, and a user's
-    own loss is refused.
+    own loss is refused. Whether the fields fit together is not checked, because flags may change them.
 
     Args:
       overridden: dotted names of the fields that the command line sets; these may name code.
-    Raises: InputError, with `place` for the file.
+    Raises: InputError, with `place` for the file, for a field that is unknown or out of its range.
     """
     config = record_from_json(text, place)
     if config.prepare and "prepare" not in overridden:
@@ -337,17 +346,11 @@ def from_json(text: str, place: str, *, overridden: Collection[str] = ()) -> Con
 def record_from_json(text: str, place: str) -> Config:
     """Returns the configuration that `to_json` wrote, with the code it names: to compare with another, never to run.
 
+    A `place` that ends in .yaml or .yml is one of YAML. Dotted names stand for fields of sections.
+
     Raises: InputError, with `place` for the file.
     """
-    try:
-        fields = json.loads(text)
-        got = f"{shown(fields)} in place of fields"
-    except json.JSONDecodeError as error:
-        fields, got = None, f"broken JSON ({error})"
-    if not isinstance(fields, dict):
-        expected, remedy = "a JSON object", "Give the config.json that a run wrote."
-        raise InputError(place, got=got, expected=expected, remedy=remedy)
-    return _checked(fields, f"{place}: config")
+    return _checked(*files.parse(text, place), complete=False)
 
 
 def changed(old: Config, new: Config, fields: Sequence[str] | None = None) -> list[str]:
@@ -366,22 +369,32 @@ def changed(old: Config, new: Config, fields: Sequence[str] | None = None) -> li
     return [f"{name}: {value(before[name])} -> {value(after[name])}" for name in names]
 
 
-def _checked(fields: Mapping[str, object], place: str) -> Config:
+_NO_FILE = files.Source()
+
+
+def _checked(fields: Mapping[str, object], source: files.Source = _NO_FILE, *, complete: bool = True) -> Config:
+    """Returns the configuration of these fields.
+
+    Args:
+      source: the file that they are from, if any.
+      complete: whether they must fit together; not where flags may still change them.
+    """
     problems: Problems = {}
     config = _section(Config, fields, "", problems)
     for name, value in flat(config).items():
         is_valid, expected = RULES.get(name, (lambda _: True, ""))
         if value is not None and name not in problems and not is_valid(value):
             _refuse(problems, name, value, expected)
-    _check_relations(config, problems)
-    change = "Change it in the recipe or give --config.{}=VALUE." if place == "config" else "Correct it in the file."
+    if complete:
+        _check_relations(config, problems)
+    change = "Correct it in the file." if source.path else "Set it in the file of --config or give --config.{}=VALUE."
     errors = [
-        InputError(f"{place}.{name}", got=got, expected=expected, remedy=remedy or change.format(name))
+        InputError(source.place(name), got=got, expected=expected, remedy=remedy or change.format(name))
         for name, (got, expected, remedy) in problems.items()
     ]
     if errors:
         listing = "They are:" + "".join(f"\n  {error}" for error in errors)
-        several = InputError(place, got=f"{len(errors)} problems", expected="none", remedy=listing)
+        several = InputError(source.place(), got=f"{len(errors)} problems", expected="none", remedy=listing)
         raise several if len(errors) > 1 else errors[0]
     return config
 
@@ -445,10 +458,19 @@ def type_name(kind: type) -> str:
     return _TYPE_NAMES.get(kind, "an object with the fields of the section")
 
 
-def _unknown(name: str, valid: Iterable[str]) -> tuple[str, str, str]:
+def _unknown(name: str, valid: Iterable[str], typed: Callable[[str], str] = str) -> tuple[str, str, str]:
+    """Returns got, expected and remedy for a name that is no field.
+
+    Args:
+      typed: how a dotted field is written where the name was found.
+    """
+    last = name.rpartition(".")[2]
+    elsewhere = [field for field in flat(Config()) if field.endswith(f".{last}")]
     close = difflib.get_close_matches(name, valid, n=3)
-    remedy = f"Did you mean {' or '.join(close)}?" if close else "Remove it."
-    return f"no field {name!r}", "one of " + ", ".join(valid), remedy
+    meant = elsewhere if len(elsewhere) == 1 else close
+    theirs = "" if len(elsewhere) == 1 else trl.remedy(last, typed)
+    remedy = theirs or (f"Did you mean {' or '.join(map(typed, meant or elsewhere))}?" if meant or elsewhere else "")
+    return f"no field {name!r}", "one of " + ", ".join(valid), remedy or "Remove it."
 
 
 __getattr__ = aliases.forward(

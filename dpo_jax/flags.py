@@ -1,7 +1,8 @@
-"""The flags --config and --config.SECTION.FIELD: recipes and config.json files, with overrides."""
+"""The flags --config and --config.SECTION.FIELD: recipes and files of fields, with overrides."""
 
 from __future__ import annotations
 
+import difflib
 import pathlib
 import re
 import runpy
@@ -12,14 +13,15 @@ from collections.abc import Collection, Sequence
 from absl import flags
 from ml_collections import config_dict, config_flags
 
-from dpo_jax.config import Config, _kinds, _thaw, _unknown, flat, freeze, from_json, record_from_json, type_name
+from dpo_jax.config import Config, _kinds, _thaw, _unknown, flat, freeze, from_file, record_from_json, type_name
+from dpo_jax.fields import files, trl
 from dpo_jax.runtime.terminal import say
 from dpo_jax.types import InputError, shown
 
 
 def define_flags(argv: Sequence[str] | None = None, flag_values: flags.FlagValues = flags.FLAGS) -> None:
     """Defines --config, and --config.SECTION.FIELD for each field that `argv` (default: sys.argv) overrides."""
-    help_text = "recipe configs/NAME.py[:ARG], or the config.json of a run"
+    help_text = "recipe configs/NAME.py[:ARG], YAML or JSON file of fields, or the config.json of a run"
     argv = _check_overrides(list(sys.argv if argv is None else argv), flag_values)
     config_flags.DEFINE_config_file("config", None, help_text, flag_values, sys_argv=_with_values(argv))
     # The parser of ml_collections reads Python files only, and reports errors as tracebacks.
@@ -34,7 +36,7 @@ def parse_flags(argv: Sequence[str] | None = None, flag_values: flags.FlagValues
     except flags.Error as error:
         if isinstance(error.__context__, InputError):  # absl turns what _Source raised into its own error
             raise error.__context__ from None
-        raise _flag_error(str(error), flag_values) from None
+        raise _flag_error(error, flag_values) from None
     config = flag_values["config"].value
     if config is not None:
         config.update_from_flattened_dict({match[1]: None for arg in argv if (match := _UNSET.fullmatch(arg))})
@@ -59,12 +61,20 @@ def load(source: str, overrides: Sequence[str] = ()) -> Config:
     return from_flags(flag_values)
 
 
-def _flag_error(text: str, flag_values: flags.FlagValues) -> InputError:
+def _flag_error(error: flags.Error, flag_values: flags.FlagValues) -> InputError:
     """Describes an error of absl: a value of another type, a flag that is unknown or has no value."""
+    text = str(error)
+    if isinstance(error, flags.UnrecognizedFlagError):
+        name = error.flagname
+        names = [each for each in flag_values if "." not in each]
+        close = difflib.get_close_matches(name, names, n=1)
+        fields = [field for field in flat(Config()) if field.rpartition(".")[2] == name]
+        meant = list(map(_typed, fields)) or [f"--{each}" for each in close]
+        remedy = trl.remedy(name, _typed) or (f"Did you mean {' or '.join(meant)}?" if meant else _SEE_HELP)
+        return InputError(f"--{name}", got="no such flag", expected=_OWN_FLAGS, remedy=remedy)
     match = re.match(r"flag --([\w.]+)=(.*?): ", text, re.DOTALL)
     if match is None:
-        text = text.replace("Unknown command line flag", "unknown flag").replace(" ?", "?")
-        return InputError("command line", got=text, expected="flags of this command", remedy="See dpo-jax --help.")
+        return InputError("command line", got=text, expected=_OWN_FLAGS, remedy=_SEE_HELP)
     name, value = match[1], match[2]
     expected = getattr(flag_values[name].parser, "syntactic_help", "") or "true or false"
     if name.startswith("config."):
@@ -73,6 +83,14 @@ def _flag_error(text: str, flag_values: flags.FlagValues) -> InputError:
             section = getattr(section, part)
         expected = type_name(_kinds(type(section))[name.rpartition(".")[2]][0])
     return InputError(f"--{name}", got=f"got {shown(value)}", expected=expected, remedy=f"Write --{name}=VALUE.")
+
+
+_OWN_FLAGS, _SEE_HELP = "flags of this command", "See dpo-jax COMMAND --help."
+
+
+def _typed(field: str) -> str:
+    """Returns a field, or `field=value`, as it is typed on the command line."""
+    return f"--config.{field}" + ("" if "=" in field else "=VALUE")
 
 
 _UNSET = re.compile(r"--?config\.([^=]+)=None")
@@ -105,23 +123,28 @@ def _check_overrides(argv: list[str], flag_values: flags.FlagValues) -> list[str
         if name not in fields:
             head = name.partition(".")[0]
             siblings = [field for field in fields if field.partition(".")[0] == head]
-            got, expected, remedy = _unknown(name, siblings) if siblings else _unknown(head, _kinds(Config))
+            got, expected, remedy = _unknown(name, siblings or fields, _typed)
             if name in _kinds(Config):
-                got = f"{name!r} is a section of fields"
-            elif fitting := [field for field in fields if field.endswith(f".{name}")]:
-                remedy = f"Did you mean {' or '.join(fitting)}?"
+                got, remedy = f"{name!r} is a section of fields", f"Write for example {_typed(siblings[0])}."
+            elif not siblings:
+                sections = dict.fromkeys(field.partition(".")[0] for field in fields if "." in field)
+                expected = f"SECTION.FIELD, with one of the sections {', '.join(sections)}"
             raise InputError(f"--config.{name}", got=got, expected=expected, remedy=remedy)
     for name in [match[1] for arg in argv if (match := _UNSET.fullmatch(arg))]:
         if fields[name] is not None:  # only fields that are unset by default may be unset
             remedy = f"Leave it out for the recipe's value; the default is {fields[name]!r}."
             raise InputError(f"--config.{name}", got="None", expected="a value", remedy=remedy)
-    if names and not any(re.match(r"--?config(=|$)", arg) for arg in argv):
+    sources = [arg for arg in argv if re.match(r"--?config(=|$)", arg)]
+    if len(sources) > 1:
+        remedy = "Give one, and the rest as --config.SECTION.FIELD=VALUE."
+        raise InputError("--config", got=f"given {len(sources)} times", expected="one file", remedy=remedy)
+    if names and not sources:
         raise _no_config("--config", f"not given, but --config.{names[0]} is")
     return argv
 
 
 def _no_config(place: str, got: str) -> InputError:
-    expected = "a recipe (a Python file with get_config) or the config.json of a run"
+    expected = "a recipe (a Python file with get_config), a YAML or JSON file of fields, or the config.json of a run"
     return InputError(place, got=got, expected=expected, remedy="Give for example --config=configs/quickstart.py.")
 
 
@@ -139,9 +162,12 @@ class _Source(flags.ArgumentParser):
         path, *args = argument.split(":", 1)
         if not pathlib.Path(path).is_file():
             raise _no_config(f"--config={path}", "no such file")
-        if path.endswith(".json"):
-            text = pathlib.Path(path).read_text()
-            config, prepare = from_json(text, path, overridden=self._overridden), record_from_json(text, path).prepare
+        if files.is_data(path):
+            if args:
+                got, remedy = f"{args[0]!r} after the name of a file of fields", f"Give --config={path}."
+                raise InputError(f"--config={argument}", got=got, expected="only the file", remedy=remedy)
+            text = _text_of(path)
+            config, prepare = from_file(text, path, overridden=self._overridden), record_from_json(text, path).prepare
             if prepare and not config.prepare:
                 name = pathlib.Path(path).name
                 say(f"note: {prepare}, which {name} names, is not called; give --config.prepare={prepare} to call it")
@@ -161,6 +187,13 @@ class _Source(flags.ArgumentParser):
             raise
         except Exception as error:
             raise _recipe_error(error, path) from error
+
+
+def _text_of(path: str) -> str:
+    try:
+        return pathlib.Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(path, got=f"cannot be read ({error})", expected="UTF-8 text", remedy="Check it.") from None
 
 
 def _recipe_error(error: Exception, path: str) -> InputError:

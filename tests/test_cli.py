@@ -9,8 +9,10 @@ from pathlib import Path
 
 import pytest
 
+import dpo_jax
 from dpo_jax import cli
-from dpo_jax.config import to_json
+from dpo_jax.config import Config, flat, to_json
+from tests.support.fields_read import recorded as recorded_fields
 from tests.support.runs import EVAL_PAIRS, make_config, make_inputs
 
 RECIPE = """
@@ -50,9 +52,22 @@ def fails(capsys, *argv):
     return error
 
 
-def test_train_evaluate_export_and_inspect_from_the_command_line(inputs, tmp_path, capsys):
+@pytest.fixture
+def reads_what_it_shows(monkeypatch):
+    """Runs a command and checks that it reads none of the fields that its help leaves out."""
+
+    def run_recorded(name, *argv):
+        with recorded_fields(monkeypatch) as read:
+            run(name, *argv)
+        unread = set(cli.COMMANDS[name].unread.split())
+        assert read and not {each for each in read if {each, each.partition(".")[0]} & unread}
+
+    return run_recorded
+
+
+def test_train_evaluate_export_and_inspect_from_the_command_line(inputs, tmp_path, capsys, reads_what_it_shows):
     workdir = f"--workdir={tmp_path / 'run'}"
-    run("inspect", *arguments(inputs, workdir, "--pairs=1"))
+    reads_what_it_shows("inspect", *arguments(inputs, workdir, "--pairs=1"))
     shown = capsys.readouterr().out
     assert (
         "chosen, " in shown
@@ -60,11 +75,11 @@ def test_train_evaluate_export_and_inspect_from_the_command_line(inputs, tmp_pat
         and "of them filled with tokens" in shown
         and not (tmp_path / "run").exists()
     )
-    run("train", *arguments(inputs, workdir))
+    reads_what_it_shows("train", *arguments(inputs, workdir))
     capsys.readouterr()
-    run("evaluate", workdir)
+    reads_what_it_shows("evaluate", workdir)
     assert json.loads(capsys.readouterr().out)["eval/pairs"] == EVAL_PAIRS
-    run("export", workdir, f"--out={tmp_path / 'out'}")
+    reads_what_it_shows("export", workdir, f"--out={tmp_path / 'out'}")
     assert (tmp_path / "out" / "config.json").exists()
 
 
@@ -161,15 +176,47 @@ def test_loss_of_ones_own_is_named_by_a_recipe_or_on_the_command_line(recorded, 
     run("inspect", named, f"--config.loss.name={own}", f"--workdir={tmp_path / 'run'}", "--pairs=0")
 
 
-def test_plan_needs_no_model_path_where_it_has_an_architecture(tmp_path, capsys):
+def test_plan_needs_no_model_path_where_it_has_an_architecture(tmp_path, capsys, reads_what_it_shows):
     recipe = tmp_path / "recipe.py"
     recipe.write_text("from dpo_jax.config import base\n\n\ndef get_config():\n    return base()\n")
     architecture = Path(__file__).parents[1] / "configs" / "architectures" / "pythia_2b8.json"
     argv = ["plan", f"--config={recipe}", f"--config.plan.architecture={architecture}", "--topology=h100:8"]
-    run(*argv)
+    reads_what_it_shows(*argv)
     assert capsys.readouterr().out.splitlines()[-1].startswith("fits:")
     error = fails(capsys, "train", *argv[1:3], f"--workdir={tmp_path / 'run'}")
     assert "config.model.path: empty" in error
+
+
+@pytest.mark.parametrize("name", cli.COMMANDS)
+def test_help_of_a_command_lists_its_flags_and_fields_with_defaults(name, capsys, monkeypatch):
+    width = 60 if name == "plan" else 100
+    monkeypatch.setenv("COLUMNS", str(width))
+    with pytest.raises(SystemExit) as status:
+        run(name, "--config.loss.beta=1", "--help")
+    shown = capsys.readouterr().out
+    command, lines = cli.COMMANDS[name], shown.splitlines()
+    assert status.value.code == 0 and lines[0].startswith(f"dpo-jax {name}: ") and max(map(len, lines)) < width
+    unread = command.unread.split()
+    values = {True: "true", False: "false"}
+    for field, value in flat(Config()).items():
+        listed = f"\n  {field}={values.get(value, value) if isinstance(value, bool) else value}" in shown
+        assert listed == (field not in unread and field.partition(".")[0] not in unread), field
+    assert all(f"\n  --{flag.name}" in shown for flag in command.flags)
+    assert ("  --processes=N" in shown) == (not command.one_process)
+    text = " ".join(shown.split())
+    assert "temperature, > 0; unset: 0.1 (sigmoid_norm 5," in text and "docs/objectives.md says which loss" in text
+
+
+def test_version_and_help_are_told_at_once(capsys):
+    for argv, part in [
+        (["--version"], f"dpo-jax {dpo_jax.__version__} (jax "),
+        (["help", "export"], "dpo-jax export: "),
+        (["--help", "export"], "dpo-jax export: "),
+        (["help"], "COMMAND --help lists"),
+    ]:
+        with pytest.raises(SystemExit) as status:
+            run(*argv)
+        assert status.value.code == 0 and part in " ".join(capsys.readouterr().out.split())
 
 
 def test_module_is_the_same_program():
@@ -180,7 +227,10 @@ def test_module_is_the_same_program():
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (["tran"], "unknown command 'tran'; expected one of train, reference, evaluate, inspect, plan, export"),
+        (
+            ["tran"],
+            "unknown command 'tran'; expected one of train, reference, evaluate, inspect, plan, export. Did you",
+        ),
         (["train"], "--workdir: not given"),
         (["train", "--workdir=x"], "--config: not given"),
         (["train", "--config=no.py", "--workdir=x"], "no such file"),
@@ -189,8 +239,16 @@ def test_module_is_the_same_program():
         (["train", "--config=configs/hh.py", "--config.loss.beta=-1", "--workdir=x"], "config.loss.beta"),
         (["train", "configs/hh.py", "--workdir=x"], "unexpected 'configs/hh.py'"),
         (["evaluate", "--workdir=nowhere"], "no config.json"),
-        (["train", "--config=configs/hh.py", "--workdir=x", "--out=y"], "unknown flag 'out'"),
-        (["export", "--config=configs/hh.py", "--workdir=x", "--pairs=1"], "unknown flag 'pairs'"),
+        (
+            ["train", "--config=configs/hh.py", "--workdir=x", "--out=y"],
+            "--out: no flag of this command, but of dpo-jax",
+        ),
+        (["export", "--config=configs/hh.py", "--workdir=x", "--pairs=1"], "--pairs: no flag of this command"),
+        (["inspect", "--config=configs/hh.py", "--workdir=x", "--process=1"], "--process: no flag of this command"),
+        (
+            ["train", "--config=configs/hh.py", "--wrkdir=x"],
+            "--wrkdir: no such flag",
+        ),
     ],
 )
 def test_mistakes_are_one_line_and_status_two(capsys, monkeypatch, argv, message):

@@ -10,6 +10,7 @@ import pytest
 from absl import flags
 
 from dpo_jax import config
+from dpo_jax.fields import trl
 from dpo_jax.flags import define_flags, from_flags, load, parse_flags
 from dpo_jax.losses.registry import OPTIONS
 from dpo_jax.types import InputError
@@ -316,6 +317,75 @@ def test_config_json_reproduces_a_run_and_can_be_overridden(recipe, tmp_path):
     assert config.changed(first, again) == ["train.steps: 4 -> 5"]
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        "model: {path: m}\noptimizer:\n  learning_rate: 1e-6  # no dot: text in YAML 1.1\ndata.date: 2024-01-31\n"
+        "train: {steps: 5}\nloss.beta: .2\ndata.shuffle: False\nlora.targets: off\nloss.average:\n",
+        '{"model.path": "m", "optimizer": {"learning_rate": 1e-6}, "data": {"date": "2024-01-31", "shuffle": false},'
+        '"train.steps": 5, "loss": {"beta": 0.2}, "lora.targets": "off"}',
+    ],
+    ids=["yaml", "json"],
+)
+def test_a_file_of_fields_sets_those_that_differ_and_flags_come_last(tmp_path, text):
+    path = tmp_path / ("fields.json" if text.startswith("{") else "fields.yaml")
+    path.write_text(text)
+    expected = config.Config(
+        model=config.Model(path="m"),
+        data=config.Data(date="2024-01-31", shuffle=False),
+        loss=dataclasses.replace(config.Loss(), beta=0.2),
+        train=config.Train(steps=5),
+        lora=config.Lora(rank=2, targets="off"),
+    )
+    # Alone the file would be refused: lora.targets without a rank.
+    assert load(str(path), ["lora.rank=2"]) == expected
+    with pytest.raises(InputError, match=r"^config\.lora\.rank: 0; .* --config\.lora\.rank=VALUE"):
+        load(str(path))
+
+
+@pytest.mark.parametrize(
+    "text, parts",
+    [
+        ("loss:\n\tbeta: 1", [":2: broken YAML (", "spaces, not tabs"]),
+        ("loss:\n  beta: 1\n  beta: 2", [":3: 'loss.beta' twice"]),
+        ("loss.beta: 1\nloss: {beta: 2}", [":2: 'loss.beta' twice"]),
+        ("\ndata: {shuffle: no}", [":2: config.data.shuffle: 'no'; expected true or false"]),
+        ("seed: 1\nloss.beta: -1", [":2: config.loss.beta: -1", "expected a number > 0. Correct it in the file."]),
+        ("loss: {bta: 1}", [":1: config.loss.bta: no field 'bta'", "Did you mean beta or tau?"]),
+        ("beta: 1", [":1: config.beta: no field 'beta'", "Did you mean loss.beta?"]),
+        ("train:\n  per_device_train_batch_size: 8", [":2: ", "is train.batch_pairs here"]),
+        ("data.train: [a.jsonl]", [":1: config.data.train: a list", "as one text"]),
+        ("seed: !!python/object:os.system x", ["the tag 'tag:yaml.org,2002:python/object:os.system'"]),
+        ("data: &a {train: {b: *a}}", ["a section within 'data'"]),
+        ("- a", [":1: a list in place of fields"]),
+        ("a: 1\n---\nb: 2", [":2: broken YAML (", "another document"]),
+        ("loss.name: module:function", ["which names code, in a data file"]),
+    ],
+)
+def test_a_file_of_fields_that_cannot_be_used_is_an_input_error_with_its_line(tmp_path, text, parts):
+    path = tmp_path / "fields.yml"
+    path.write_text(text)
+    with pytest.raises(InputError) as caught:
+        load(str(path), ["model.path=m"])
+    assert str(caught.value).startswith(str(path)) and all(part in str(caught.value) for part in parts), caught.value
+
+
+def test_a_file_of_fields_takes_no_argument_and_no_key_twice(tmp_path):
+    path = tmp_path / "fields.json"
+    path.write_text('{"loss": {"beta": 1, "beta": 2}}')
+    for argument, part in [("", "'beta' twice"), (":large", "'large' after the name of a file of fields")]:
+        with pytest.raises(InputError, match=part):
+            load(str(path) + argument)
+
+
+def test_options_of_trl_lead_to_fields_that_exist():
+    known = config.flat(config.Config())
+    for name, (ours, _) in trl.OPTIONS.items():
+        fields = [each.partition("=")[0] for each in ours.split() if not each.startswith("--")]
+        assert set(fields) <= set(known), name
+    assert trl.OPTIONS["max_steps"].ours == "train.steps" and len(trl.OPTIONS) > 150
+
+
 def test_flags_take_dashes_spaces_and_no_prefix(recipe):
     argv = ["dpo-jax", "train", "-config", recipe(), "--config.loss.beta", "0.3", "--noconfig.data.shuffle", "more"]
     values = flags.FlagValues()
@@ -328,10 +398,18 @@ def test_flags_take_dashes_spaces_and_no_prefix(recipe):
 @pytest.mark.parametrize(
     "override, parts",
     [
-        ("loss.bta=1", ["--config.loss.bta", "loss.beta, loss.label_smoothing", "Did you mean loss.beta"]),
-        ("los.beta=1", ["--config.los.beta", "sft, optimizer", "Did you mean loss"]),
+        (
+            "loss.bta=1",
+            ["--config.loss.bta", "loss.beta, loss.label_smoothing", "Did you mean --config.loss.beta=VALUE or"],
+        ),
+        ("los.beta=1", ["--config.los.beta", "sft, optimizer", "Did you mean --config.loss.beta=VALUE?"]),
         ("loss=1", ["--config.loss: 'loss' is a section of fields", "loss.name, loss.beta"]),
-        ("beta=1", ["--config.beta: no field 'beta'", "Did you mean loss.beta?"]),
+        ("beta=1", ["--config.beta: no field 'beta'", "Did you mean --config.loss.beta=VALUE?"]),
+        ("steps=1", ["Did you mean --config.sft.steps=VALUE or --config.train.steps=VALUE?"]),
+        ("bf16=1", ["TRL's bf16 is --config.model.dtype=VALUE here: "]),
+        ("train.learning_rate=1", ["TRL's learning_rate is --config.optimizer.learning_rate=VALUE here"]),
+        ("output_dir=a", ["TRL's output_dir is --workdir here"]),
+        ("padding_free=1", ["TRL's padding_free has nothing to set here: pairs are always packed"]),
         ("loss.beta=abc", ["--config.loss.beta: got 'abc'; expected a number."]),
         ("train.steps=1.5", ["--config.train.steps: got '1.5'; expected a whole number."]),
         ("data.shuffle=maybe", ["--config.data.shuffle: got 'maybe'; expected true or false."]),
@@ -399,7 +477,11 @@ def test_a_field_that_may_be_unset_is_unset_by_none(recipe):
 def test_a_missing_or_unknown_flag_is_an_input_error(recipe):
     for argv, part in [
         (["x", "--config.loss.beta=1"], "not given, but --config.loss.beta is"),
-        (["x", f"--config={recipe()}", "--wrkdir=a"], "wrkdir"),
+        (["x", f"--config={recipe()}", "--wrkdir=a"], "--wrkdir: no such flag"),
+        (["x", f"--config={recipe()}", "--confg=a"], "Did you mean --config?"),
+        (["x", f"--config={recipe()}", "--epochs=3"], r"Did you mean --config\.train\.epochs=VALUE\?"),
+        (["x", f"--config={recipe()}", "--max_steps=3"], r"TRL's max_steps is --config\.train\.steps=VALUE here"),
+        (["x", f"--config={recipe()}", "--config=b"], "--config: given 2 times"),
         (["x", f"--config={recipe()}", "--flagfile=/no/such"], "flagfile"),
         (["x", f"--config={recipe()}", "--config."], "no field ''"),
     ]:

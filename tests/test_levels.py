@@ -11,7 +11,7 @@ ROOT = Path(__file__).parents[1]
 
 LEVELS = (
     "__init__ types trees aliases",
-    "runtime accumulate batch_checks logprobs losses",
+    "runtime accumulate batch_checks logprobs losses fields",
     "metrics sharding models data optim config",
     "hf flags",
     "cost parallel steps demo",

@@ -1,13 +1,14 @@
 """The registry of losses: entries complete, defaults and ranges those of the functions, and what objectives read."""
 
 import inspect
+import json
 import math
 
 import jax.numpy as jnp
 import pytest
 
 from dpo_jax import losses
-from dpo_jax.losses import LOSSES, REGISTRY, make_loss, options_of
+from dpo_jax.losses import LOSSES, REGISTRY, make_loss, options_of, synonyms
 from dpo_jax.losses.common import FRACTION, POSITIVE, Range
 from dpo_jax.losses.registry import GIVEN, OPTIONS
 from dpo_jax.types import InputError
@@ -123,3 +124,26 @@ def test_options_of_an_own_loss_are_the_parameters_with_a_default():
         return beta * (logps - reference_logps).sum(1)
 
     assert options_of(own) == {"beta": 0.2}
+
+
+def test_other_names_of_a_loss_are_refused_with_what_to_give_instead():
+    for name, part in [
+        ("dpo", "Its name here is sigmoid: --config.loss.name=sigmoid on the"),
+        ("TR-DPO", "Its name here is sigmoid: --config.loss.name=sigmoid --config.reference.sync_steps=512"),
+        ("IPO", "Its name here is ipo: "),
+        ("simgoid", "Did you mean sigmoid?"),
+        ("grpo", "writes answers while it trains"),
+        ("unheard", "module:function"),
+    ]:
+        with pytest.raises(InputError) as caught:
+            make_loss(name, {})
+        assert part in caught.value.remedy and "expected one of sigmoid, robust" in str(caught.value)
+
+
+def test_what_stands_for_another_name_is_an_objective():
+    for name, settings in synonyms.SETTINGS.items():
+        fields = dict(each.split("=", 1) for each in settings.split())
+        loss = fields.pop("loss.name")
+        texts = {key.removeprefix("loss."): text for key, text in fields.items() if key.startswith("loss.")}
+        options = {key: text if OPTIONS[key].type is str else json.loads(text) for key, text in texts.items()}
+        assert name not in REGISTRY and make_loss(loss, options).names <= REGISTRY.keys(), name

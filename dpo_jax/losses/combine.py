@@ -12,12 +12,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from dpo_jax.losses import synonyms
 from dpo_jax.losses.common import raise_refusal
 from dpo_jax.losses.objective import Objective, Term, options_of
 from dpo_jax.losses.registry import (
     COLUMNS,
     GIVEN,
-    LOSSES,
     MODIFIERS,
     OPTIONS,
     REGISTRY,
@@ -25,7 +25,7 @@ from dpo_jax.losses.registry import (
     Loss,
     arguments,
 )
-from dpo_jax.types import InputError, check_choice, listed, shown
+from dpo_jax.types import InputError, listed, shown
 
 
 def make_loss(name: str | Loss, options: Mapping[str, Any] | None = None, **more_options: Any) -> Objective:
@@ -116,7 +116,9 @@ def _entry_of(name: str) -> Entry:
     """Returns the entry of a loss of ours, or makes one for a user's own function, named "module:function"."""
     module, colon, function = name.partition(":")
     if not colon:
-        check_choice("name", name, LOSSES)
+        if name not in REGISTRY:
+            expected, remedy = f"one of {', '.join(REGISTRY)}", synonyms.remedy(name, REGISTRY)
+            raise InputError("name", got=f"got {shown(name)}", expected=expected, remedy=remedy)
         return REGISTRY[name]
     try:
         loss = getattr(importlib.import_module(module), function)

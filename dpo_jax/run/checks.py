@@ -47,7 +47,7 @@ def check_model_named(config: Config) -> None:
             "config.model.path",
             got="empty",
             expected="a Hugging Face folder or Hub id",
-            remedy="Change it in the recipe or give --config.model.path=VALUE.",
+            remedy="Set it in the file of --config or give --config.model.path=VALUE.",
         )
 
 

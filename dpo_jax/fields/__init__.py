@@ -1,0 +1,1 @@
+"""Names and files of fields as users write them."""
