@@ -1,4 +1,4 @@
-"""Writes the tables of README.md and docs/objectives.md that follow from `dpo_jax.losses.registry`.
+"""Writes tables of README.md and of docs/ that follow from `dpo_jax.losses.registry` and `dpo_jax.fields.trl`.
 
     python -m docs.tables
 
@@ -8,10 +8,12 @@ one is out of date.
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
+from dpo_jax.fields import trl
 from dpo_jax.losses.registry import MODIFIERS, OPTIONS, REGISTRY, Entry, arguments, as_text
 
 ROOT = Path(__file__).parents[1]
@@ -123,14 +125,27 @@ def costs() -> Iterator[tuple[str, ...]]:
     yield in_code(free), "less: no reference pass"
 
 
+def in_trl(section: str) -> Iterator[tuple[str, ...]]:
+    """Yields the options of TRL in a section, what stands for them here, and what differs."""
+    yield "TRL", "here", "notes"
+    for name, (ours, note) in trl.SECTIONS[section].items():
+        yield f"`{name}`", in_code(ours.split()) or "-", marked(note)
+
+
+def marked(text: str) -> str:
+    """Returns a text with its names of fields, files and options in backticks."""
+    return re.sub(r"(?<!\S)(?=[^ ]*[a-z])\w+[*_./=:][^ ]*\w(?![\w/])|(?<!\S)[\w/]+/(?!\w)", r"`\g<0>`", text)
+
+
 TABLES: dict[str, Callable[[], Iterator[tuple[str, ...]]]] = {
     "summary": summary,
     "overview": overview,
     "kinds": kinds,
     "costs": costs,
     "options": options,
+    **{f"trl_{section}": functools.partial(in_trl, section) for section in trl.SECTIONS},
 }
-PATHS = (ROOT / "README.md", ROOT / "docs" / "objectives.md")
+PATHS = (ROOT / "README.md", ROOT / "docs" / "objectives.md", ROOT / "docs" / "from_trl.md")
 
 
 def with_tables(text: str) -> str:

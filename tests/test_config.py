@@ -5,6 +5,7 @@ import inspect
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from absl import flags
@@ -15,6 +16,7 @@ from dpo_jax.flags import define_flags, from_flags, load, parse_flags
 from dpo_jax.losses.registry import OPTIONS
 from dpo_jax.types import InputError
 
+ROOT = Path(__file__).parents[1]
 RECIPE = """
 from dpo_jax import config as fields
 
@@ -384,6 +386,15 @@ def test_options_of_trl_lead_to_fields_that_exist():
         fields = [each.partition("=")[0] for each in ours.split() if not each.startswith("--")]
         assert set(fields) <= set(known), name
     assert trl.OPTIONS["max_steps"].ours == "train.steps" and len(trl.OPTIONS) > 150
+
+
+@pytest.mark.parametrize("form", ["lora", "full"])
+def test_chat_recipe_trains_adapters_or_the_whole_model(form, monkeypatch):
+    source = str(ROOT / "configs" / "chat.py")
+    chosen = load(f"{source}:{form}" if form == "full" else source, ["model.path=m", "data.train=a.jsonl"])
+    assert bool(chosen.lora.rank) == (form == "lora") and chosen.data.format == "chat"
+    with pytest.raises(InputError, match="'adapters' after the colon; expected lora or full"):
+        load(f"{source}:adapters")
 
 
 def test_flags_take_dashes_spaces_and_no_prefix(recipe):

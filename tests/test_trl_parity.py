@@ -1,13 +1,17 @@
 """The loss curve of a run laid over TRL's: same checkpoint, pairs and order, float32, learning rate 1e-4."""
 
 import argparse
+import dataclasses
 import importlib
+import inspect
 import shutil
+from pathlib import Path
 
 import pytest
 import transformers
 
 from dpo_jax.demo import quickstart
+from dpo_jax.fields import trl
 from tests.support import make_golden
 from tests.support.family_cases import CASES
 from tests.support.hf_folders import LLAMA, NEOX
@@ -212,3 +216,11 @@ def test_answers_of_several_turns_have_parity_with_trl(tmp_path, inputs, monkeyp
     distance = max(abs(a - b) for a, b in zip(ours, theirs, strict=True))
     print(f"turns: largest difference {distance:.2e}, losses {min(ours):.4f} to {max(ours):.4f}")
     assert min(others) > 0 and distance < 1e-4
+
+
+def test_every_option_of_trl_is_listed_beside_ours():
+    theirs = importlib.import_module("trl")
+    parameters = inspect.signature(theirs.DPOTrainer.__init__).parameters.keys() - {"self", "args"}
+    options = [field.name for field in dataclasses.fields(theirs.DPOConfig)] + sorted(parameters)
+    page = (Path(__file__).parents[1] / "docs" / "from_trl.md").read_text()
+    assert [name for name in options if name not in trl.OPTIONS or f"\n| `{name}` | " not in page] == []
