@@ -6,7 +6,7 @@
 
 The paper fine-tunes on the chosen answers first. Set `--config.sft.steps`, or use a `model.path` that is already
 fine-tuned. For local files in any supported form:
-`--config.data.train=train.jsonl.gz --config.data.eval=eval.jsonl.gz`.
+`--config.data.train=train.jsonl.gz --config.data.eval=eval.jsonl.gz`; `--config.data.eval=` turns evaluation off.
 """
 
 from dpo_jax.config import base

@@ -90,7 +90,7 @@ ENVIRONMENT = """\
 
 On TPU hosts, under SLURM and under Open MPI, the processes of a run find one another through variables that the
 platform sets. Elsewhere the flags `--coordinator`, `--processes` and `--process` do it, see
-[Several hosts](../README.md#several-hosts).
+[hosts.md](hosts.md).
 """
 
 

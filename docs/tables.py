@@ -1,4 +1,4 @@
-"""Writes tables of README.md and of docs/ that follow from `dpo_jax.losses.registry` and `dpo_jax.fields.trl`.
+"""Writes tables of docs/ that follow from `dpo_jax.losses.registry` and `dpo_jax.fields.trl`.
 
     python -m docs.tables
 
@@ -37,10 +37,10 @@ def names_where(condition: Callable[[Entry], object]) -> list[str]:
 
 
 def summary() -> Iterator[tuple[str, ...]]:
-    """Yields the table of README.md: losses by data, and without a reference."""
-    yield "", ""
+    """Yields losses by data, and those without a reference."""
+    yield "losses", "`loss.name`"
     pairs = names_where(lambda each: each.reads_reference and each.kinds == {"paired"})
-    yield "of pairs", in_code([name for name in pairs if name != "sigmoid"], " ")
+    yield "of pairs", in_code(pairs, " ")
     yield (
         "of pairs, or of answers that are labeled good or bad",
         in_code(names_where(lambda each: each.reads_reference and "unpaired" in each.kinds), " "),
@@ -48,7 +48,7 @@ def summary() -> Iterator[tuple[str, ...]]:
     yield "of whole rankings", in_code(names_where(lambda each: each.reads_reference and "ranked" in each.kinds), " ")
     yield "without a reference", in_code(names_where(lambda each: not each.reads_reference), " ")
     yield "several at once", '`"sigmoid*0.8,bco_pair*0.2,sft"`'
-    yield "your own", '`"package.module:function"`, as [examples/own_loss.py](examples/own_loss.py)'
+    yield "your own", '`"package.module:function"`, as [examples/own_loss.py](../examples/own_loss.py)'
 
 
 def overview() -> Iterator[tuple[str, ...]]:
@@ -145,7 +145,7 @@ TABLES: dict[str, Callable[[], Iterator[tuple[str, ...]]]] = {
     "options": options,
     **{f"trl_{section}": functools.partial(in_trl, section) for section in trl.SECTIONS},
 }
-PATHS = (ROOT / "README.md", ROOT / "docs" / "objectives.md", ROOT / "docs" / "from_trl.md")
+PATHS = (ROOT / "docs" / "objectives.md", ROOT / "docs" / "from_trl.md")
 
 
 def with_tables(text: str) -> str:
