@@ -17,7 +17,7 @@ from dpo_jax.reporting.data_summary import show
 from dpo_jax.run import checks, workdir
 from dpo_jax.run.checkpoints import Checkpoints
 from dpo_jax.run.choices import objective_of
-from dpo_jax.run.evaluate import make_summary
+from dpo_jax.run.evaluate import evaluate_sets, make_summaries
 from dpo_jax.run.inputs import Inputs, load_inputs, read_inputs
 from dpo_jax.run.programs import Programs, make_programs
 from dpo_jax.run.reference_values import complete_store, reference_store
@@ -25,7 +25,7 @@ from dpo_jax.run.state import abstract_params, abstract_running, load_frozen
 from dpo_jax.run.workdir import resolve_paths, store_folder
 from dpo_jax.runtime import hosts
 from dpo_jax.runtime.clocks import Stopwatch
-from dpo_jax.train import after_sft, evaluate_on_eval, from_sft, order_of, run, sync_of
+from dpo_jax.train import after_sft, from_sft, order_of, run, sync_of
 from dpo_jax.trees import join
 from dpo_jax.types import InputError
 
@@ -99,11 +99,11 @@ def evaluate_checkpoint(config: Config, folder: Path) -> dict[str, float]:
     """
     config, inputs, programs, step = open_run(config, folder)
     params, running = restore(inputs, programs, folder, step)
-    if "eval" not in inputs.sets:
+    if not inputs.eval_sets:
         remedy = f"Give them as --config={folder / 'config.json'} --config.data.eval=FILE."
         raise InputError("config.data.eval", got="empty", expected="pairs to evaluate on", remedy=remedy)
     store = reference_store(inputs, programs, store_folder(config, folder))
-    only = {name: np.arange(0) for name in inputs.sets if name != "eval"}  # training pairs are not evaluated
+    only = {name: np.arange(0) for name in inputs.sets if name == "train"}  # training pairs are not evaluated
     values, _ = complete_store(inputs, store, programs, only=only)
     if config.reference.sync_steps:
         if "train" not in inputs.sets:
@@ -117,8 +117,7 @@ def evaluate_checkpoint(config: Config, folder: Path) -> dict[str, float]:
         sync = sync_of(config, inputs, programs, store, order_of(config, inputs), total)
         if sync is not None and sync.last(step):
             values = sync.stored(sync.last(step))
-    summary = make_summary(inputs.objective, paired=inputs.paired)
-    return {"step": step} | evaluate_on_eval(inputs, programs, summary, values, params, running)
+    return {"step": step} | evaluate_sets(inputs, programs, make_summaries(inputs), values, params, running)
 
 
 def export_checkpoint(config: Config, folder: Path, out: Path | None, *, merge: bool = False) -> None:

@@ -49,7 +49,7 @@ class Tokenizer:
 @dataclasses.dataclass(frozen=True)
 class Data:
     train: str = ""  # path or Hub id (owner/name:split), or several: "a.jsonl,b-*.parquet*0.5"; required to train
-    eval: str = ""  # held-out pairs, in the same form but without weights; empty: no evaluation
+    eval: str = ""  # held-out pairs, without weights; several sets by name: "helpful=a.jsonl,harmless=b.jsonl"
     format: str = "auto"  # auto | plain | chat | hh | ranked | unpaired; auto: from each source's first rows
     columns: str = ""  # columns under other names: "prompt=question,chosen=answer_a"; "images=" leaves one out
     rankings: str = "all"  # pairs made from a ranking; all: every two answers; best: the best with each other answer

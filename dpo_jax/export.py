@@ -10,7 +10,7 @@ from jaxtyping import PyTree
 from dpo_jax.config import Config
 from dpo_jax.hf import adapters, checkpoints, folders, peft
 from dpo_jax.reporting.model_card import model_card
-from dpo_jax.run.inputs import Inputs
+from dpo_jax.run.inputs import Inputs, specs_of
 from dpo_jax.runtime import hosts
 from dpo_jax.runtime.terminal import say
 
@@ -38,7 +38,7 @@ def export_model(
         config,
         inputs.objective,
         inputs.name,
-        data={name: (getattr(config.data, name), len(pairs)) for name, pairs in inputs.sets.items()},
+        data={name: (spec, len(inputs.sets[name])) for name, spec in specs_of(config.data).items()},
         steps=steps,
         final=evaluations[-1] if evaluations else {},
         adapters=trained_adapters,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
@@ -60,3 +62,13 @@ def pair_metrics(
         for quantity, sums in (token_sums or {}).items():
             metrics[f"{quantity}/{name}"] = weighted_sum(jnp.where(scored, sums, 0)[:, side], weight) / tokens
     return metrics
+
+
+def without_empty_parts(row: Mapping[str, float]) -> dict[str, float]:
+    """Returns a row of metrics without those of parts of a mixture that have no pairs in it."""
+    empty = tuple(
+        name.removesuffix("pairs")
+        for name, value in row.items()
+        if "by_source/" in name and name.endswith("/pairs") and not value
+    )
+    return {name: value for name, value in row.items() if not (empty and name.startswith(empty))}

@@ -23,6 +23,8 @@ from dpo_jax.losses.common import divisor, weighted_sum
 from dpo_jax.metrics import pair_metrics
 from dpo_jax.types import Batch, InputError
 
+OF_A_PART = ("loss", "rewards/margins", "rewards/accuracies")  # metrics of each part of a mixture
+
 LogpsFn = Callable[..., PyTree]  # (params, rows) -> [P, K], see make_train_step
 
 
@@ -69,6 +71,7 @@ def make_train_step(
     paired: bool = True,
     seed: int | Array = 0,
     report_gap: bool = False,
+    mixture: Sequence[str] = (),
 ) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, Array]]]:
     """Builds `step(state, batch) -> (state, metrics)`.
 
@@ -103,6 +106,8 @@ def make_train_step(
       seed: of the rounding of bfloat16 parameters, see `apply_updates`.
       report_gap: adds "gap" [P] to the metrics: for each pair, the largest |policy - reference| of its answers, in
         nats; 0 for padding. Before the first update it should be 0 to float rounding.
+      mixture: names of the parts of a mixture that `batch.part` counts; the metrics of each are reported besides, see
+        `mixture_metrics`.
     Raises: InputError, when the step is traced, for a batch or a result whose shapes do not fit, and for an input of
       the loss that is missing.
     Returns: the step. Its metrics describe the parameters before the update: those of `pair_metrics`, `grad_norm`, the
@@ -161,6 +166,7 @@ def make_train_step(
         each, running = pair_losses(loss_fn, scores, state.running, kl=kl)
         metrics = loss_metrics(loss_fn, each, scores, paired=paired)
         metrics["loss"] = jnp.where(consistent, metrics["loss"], jnp.nan)
+        metrics |= mixture_metrics(loss_fn, each, scores, batch.part, mixture, paired=paired)
         metrics |= {"grad_norm": optax.tree.norm(grads)} | ({} if kl is None else {"kl": kl})
         metrics |= {f"baseline/{name}": baseline["value"] for name, baseline in running.items()}
         metrics |= {"gap": largest_gaps(scores)} if report_gap else {}
@@ -270,6 +276,30 @@ def loss_metrics(
         paired=paired,
         chosen_only=losses.answers_read_by(loss_fn) == "chosen",
     )
+
+
+def mixture_metrics(
+    loss_fn: losses.Loss,
+    each: Float[Array, "P"],
+    scores: Scores,
+    part: Int[Array, "P"] | None,
+    mixture: Sequence[str],
+    *,
+    paired: bool,
+) -> dict[str, Float[Array, ""]]:
+    """Computes loss, reward margins and accuracies of each part of a mixture, and counts its pairs.
+
+    Args:
+      part: index into `mixture` of each pair; None where that is empty.
+    Returns: metrics named by_source/NAME/METRIC; those of a part without pairs are 0.
+    """
+    metrics = {}
+    for index, name in enumerate(mixture):
+        subset = scores._replace(present=scores.present & (part == index))
+        of_part = loss_metrics(loss_fn, each, subset, paired=paired)
+        metrics |= {f"by_source/{name}/{key}": of_part[key] for key in OF_A_PART if key in of_part}
+        metrics[f"by_source/{name}/pairs"] = subset.present.sum().astype(each.dtype)
+    return metrics
 
 
 def largest_gaps(scores: Scores) -> Float[Array, "P"]:

@@ -25,7 +25,7 @@ from dpo_jax.reporting.step_log import StepLog
 from dpo_jax.run import checks, self_check, workdir
 from dpo_jax.run.checkpoints import Checkpoints
 from dpo_jax.run.choices import objective_of, optimizer_of
-from dpo_jax.run.evaluate import EvalSet, evaluate, make_summary
+from dpo_jax.run.evaluate import evaluate_sets, make_summaries
 from dpo_jax.run.goodput import Account
 from dpo_jax.run.inputs import Inputs, read_inputs
 from dpo_jax.run.loop import Schedule, run_loop
@@ -172,7 +172,8 @@ def train(
             record={"config": dataclasses.asdict(config), "data": inputs.digests, "version": dpo_jax.__version__},
             learning_rate=learning_rate,
         )
-        compiled = make_update(programs, tx, state, paired=inputs.paired)
+        mixture = inputs.sets["train"].mixture
+        compiled = make_update(programs, tx, state, paired=inputs.paired, mixture=mixture)
         stretches = sync_stretches(start, total, config.reference.sync_steps)
         batches = opened.enter_context(contextlib.closing(between.batches.stream(stretches)))
 
@@ -275,7 +276,7 @@ class Between:
     learning_rate: Callable[[int], float]
 
     def __post_init__(self):
-        self._summary = make_summary(self.programs.objective, paired=self.inputs.paired)
+        self._summaries = make_summaries(self.inputs)
         pairs = self.inputs.sets["train"]
         self._epoch_pairs = epoch_size(pairs.source, pairs.weights)
         self._compiled = False
@@ -283,19 +284,20 @@ class Between:
     def evaluate(self, done: int, state: TrainState) -> None:
         """Evaluates on data.eval, if there is one, and logs a row of eval.jsonl."""
         self.outputs.steps.flush()
-        if "eval" not in self.inputs.sets:
+        if not self.inputs.eval_sets:
             return
         with self.outputs.clock.paused(state), self.programs.watch.part("evaluation"):
-            row = evaluate_on_eval(
+            row = evaluate_sets(
                 self.inputs,
                 self.programs,
-                self._summary,
+                self._summaries,
                 self.values,
                 trees.join(state.params, self.frozen),
                 state.running,
             )
             self.outputs.write("eval.jsonl", done, row)
-            self.outputs.progress.say(f"step {done}: {console.one_line(row)}")
+            for line in console.evaluation_lines(row):
+                self.outputs.progress.say(f"step {done}: {line}")
 
     def save(self, done: int, state: TrainState) -> None:
         """Copies the state off the devices; a checkpoint is written of it in the background."""
@@ -344,39 +346,6 @@ class Between:
     def _starts_at_reference(self, step: int) -> bool:
         """Whether policy and reference have the same weights at an update."""
         return step == 0 or (self.sync is not None and self.sync.due(step) and self.sync.mixup_alpha == 1)
-
-
-def evaluate_on_eval(
-    inputs: Inputs,
-    programs: Programs,
-    summary: Callable[..., dict[str, jax.Array]],
-    values: Mapping[str, ReferenceValues],
-    params: PyTree,
-    running: PyTree,
-) -> dict[str, float]:
-    """Returns the metrics of parameters on data.eval.
-
-    Args:
-      summary: of `evaluate.make_summary`.
-      values: reference log-probs by set; empty for an objective that reads none.
-      running: the objective's baselines.
-    """
-    pairs = inputs.sets["eval"]
-    return evaluate(
-        functools.partial(programs.score, params),
-        summary,
-        EvalSet(
-            pairs,
-            pairs.lengths,
-            values.get("eval"),
-            inputs.mismatched.get("eval"),
-            pairs.scored,
-            weight=pairs.pair_weights,
-            margin=pairs.margins,
-        ),
-        shape=programs.score_shape,
-        running=running,
-    )
 
 
 def order_of(config: Config, inputs: Inputs) -> Callable[[int], np.ndarray]:

@@ -189,3 +189,4 @@ class Batch(NamedTuple):
     weight: Float[AnyArray, "P"] | None = None
     # Offset of each pair's reward margin, for losses that have a parameter `margin`. None: 0 for each.
     margin: Float[AnyArray, "P"] | None = None
+    part: Int[AnyArray, "P"] | None = None  # index of the part of a mixture that each pair is of; None: there is one

@@ -47,7 +47,7 @@ def test_the_table_has_the_metrics_of_the_first_and_the_last_evaluation(capsys):
 
 def test_an_evaluation_is_one_line_of_its_main_metrics():
     row = {"eval/loss": 0.5, "eval/rewards/margins": -1.0, "eval/pairs": 8}
-    assert console.one_line(row) == "eval/loss 0.5000, eval/rewards/margins -1.0000"
+    assert console.evaluation_lines(row) == ["eval/loss 0.5000, eval/rewards/margins -1.0000"]
 
 
 @pytest.mark.parametrize(

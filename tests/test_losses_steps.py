@@ -12,7 +12,7 @@ import optax
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from dpo_jax import losses, steps
+from dpo_jax import losses, metrics, steps
 from dpo_jax.run import evaluate
 from dpo_jax.types import Batch
 from tests.support.loss_cases import CASES, SUMMED
@@ -219,6 +219,34 @@ def test_evaluation_counts_pairs_by_their_weights(x64, case):
     assert weighed.keys() == repeated.keys() and float(weighed["loss"]) != 0
     assert (float(metrics(batches[0]._replace(margin=None))["loss"]) == float(weighed["loss"])) == (case == "kto")
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-9), weighed, repeated)
+
+
+def test_metrics_of_each_part_of_a_mixture_are_those_of_its_pairs_alone(x64):
+    objective, (batch, _) = weighed_and_repeated("sigmoid", 1)
+    part = np.arange(batch.present.shape[1]) % 2
+    start = np.linspace(-0.4, 0.4, FEATURES)
+
+    @jax.jit
+    def of_parts(batch):
+        present = batch.present.any(0)
+        compared = batch.reference, batch.lengths, present, {}, batch.weight, batch.margin
+        scores = steps.Scores(batch.rows["logps"][0] @ start, {}, *compared)
+        each, _ = steps.pair_losses(objective, scores, {})
+        rewards = losses.rewards_of(objective, *scores[:1], *compared[:2])
+        names = "even", "odd", "no"
+        return each, rewards, steps.mixture_metrics(objective, each, scores, jnp.asarray(part), names, paired=True)
+
+    each, rewards, found = jax.tree.map(np.asarray, of_parts(batch))
+    margins = rewards[:, 0] - rewards[:, 1]
+    for index, name in enumerate(("even", "odd")):
+        here = batch.present.any(0) & (part == index)
+        assert found[f"by_source/{name}/pairs"] == here.sum() > 0
+        by_hand = {"loss": each, "rewards/margins": margins, "rewards/accuracies": margins > 0}
+        for metric, values in by_hand.items():
+            mean = np.average(values[here], weights=batch.weight[here])
+            assert found[f"by_source/{name}/{metric}"] == pytest.approx(mean, rel=1e-9)
+    kept = metrics.without_empty_parts({"loss": 0.0} | {name: float(value) for name, value in found.items()})
+    assert "loss" in kept and len(kept) == 9 and not any("/no/" in name for name in kept)
 
 
 @pytest.mark.slow

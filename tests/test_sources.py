@@ -8,7 +8,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from dpo_jax.data import sources
+from dpo_jax.data import sources, specs
 from dpo_jax.types import InputError
 
 ROWS = [{"prompt": f"p{i}", "chosen": f'line\none, "{i}"', "rejected": "ü"} for i in range(3)]
@@ -352,3 +352,25 @@ def test_read_says_why_a_hub_id_cannot_be_loaded(monkeypatch):
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     error = failure("owner/name")
     assert "no such file or folder, and not a Hub data set" in error.got and "the network is down" in error.got
+
+
+def test_names_in_a_specification_begin_sets_and_label_sources(tmp_path, monkeypatch):
+    spec = "helpful=a.jsonl,b-*.parquet*0.5,harmless = c.jsonl"
+    assert specs.sets_of(spec) == {"helpful": "a.jsonl,b-*.parquet*0.5", "harmless": "c.jsonl"}
+    assert specs.sets_of("a.jsonl,b.jsonl") == {"": "a.jsonl,b.jsonl"}
+    parts = specs.parts_of(f"x/train.jsonl,y/train.csv.gz,own/name:test,{spec}")
+    assert [part.label for part in parts] == ["x-train", "y-train", "own-name-test", "helpful", "helpful", "harmless"]
+    assert [part.label for part in specs.parts_of("d/a.jsonl,d/train-*.parquet*2,*.csv")] == ["a", "train", "data"]
+    assert [part.label for part in specs.parts_of("d/a.jsonl,d/a.csv")] == ["d-a.jsonl", "d-a.csv"]
+    (tmp_path / "lr=1.jsonl").write_text("")  # a file by that name is one, and so is a pattern that matches
+    monkeypatch.chdir(tmp_path)
+    assert [specs.parts_of(each)[0].source for each in ("lr=1.jsonl", "lr=*.jsonl")] == ["lr=1.jsonl", "lr=*.jsonl"]
+
+
+@pytest.mark.parametrize(
+    ("spec", "got"),
+    [("a=x.jsonl,a=y.jsonl", "two sets with the name 'a'"), ("x.jsonl,a=y.jsonl", "a part without a name before 'a'")],
+)
+def test_names_of_evaluation_sets_that_are_unclear_are_refused(spec, got):
+    with pytest.raises(InputError, match=f"config.data.eval: {got}"):
+        specs.sets_of(spec)

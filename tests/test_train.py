@@ -111,6 +111,49 @@ def test_the_loop_moves_nothing_between_host_and_devices_that_it_does_not_ask_fo
     assert [row["step"] for row in read_rows(tmp_path / "run" / "metrics.jsonl")] == [0, 1, 2]
 
 
+@pytest.fixture(scope="module")
+def mixed(inputs, tmp_path_factory):
+    """A run on a mixture, evaluated on two sets by name, one of them a mixture; and its working folder."""
+    folder = tmp_path_factory.mktemp("runs") / "mixed"
+    rows = (inputs / "train.jsonl").read_text().splitlines(keepends=True)
+    for name, part in (("short", rows[:4]), ("long", rows[4:])):
+        (folder.parent / f"{name}.jsonl").write_text("".join(part))
+    short, long, held_out = (folder.parent / "short.jsonl", folder.parent / "long.jsonl", inputs / "eval.jsonl")
+    train.run(
+        make_config(
+            inputs,
+            data__train=f"{short},{long}*0.5",
+            data__eval=f"both={short},{long},held-out={held_out}",
+            train__steps=2,
+        ),
+        folder,
+    )
+    return folder
+
+
+@pytest.mark.slow
+def test_metrics_of_a_mixture_are_told_apart_by_source(mixed):
+    whole = ("loss", "rewards/margins", "rewards/accuracies")
+    for row in read_rows(mixed / "metrics.jsonl"):
+        pairs = {name: row.get(f"by_source/{name}/pairs", 0) for name in ("short", "long")}
+        assert sum(pairs.values()) == 8
+        for metric in whole:
+            parts = [row[f"by_source/{name}/{metric}"] * count for name, count in pairs.items() if count]
+            assert sum(parts) / 8 == pytest.approx(row[metric], rel=1e-5)
+
+
+@pytest.mark.slow
+def test_evaluation_sets_have_their_names_in_metrics_and_elsewhere(mixed, finished, inputs):
+    first, last = read_rows(mixed / "eval.jsonl")
+    assert first["eval/both/by_source/short/pairs"] == 4 and first["eval/both/pairs"] == TRAIN_PAIRS
+    assert not any(name.startswith(("eval/loss", "eval/held-out/by_source")) for name in last)
+    unnamed = read_rows(finished / "eval.jsonl")[0]
+    assert first["eval/held-out/logps/chosen"] == pytest.approx(unnamed["eval/logps/chosen"], rel=1e-6)
+    card = (mixed / "export" / "README.md").read_text()
+    assert "| eval/both data | short.jsonl, long.jsonl: 40 pairs |" in card and "| eval/held-out/loss |" in card
+    assert json.loads((mixed / "config.json").read_text())["data"]["eval"].startswith("both=")
+
+
 def test_policy_is_the_reference_at_step_zero(finished):
     first = read_rows(finished / "metrics.jsonl")[0]
     assert first["loss"] == pytest.approx(np.log(2), abs=1e-5) and abs(first["rewards/margins"]) < 1e-5

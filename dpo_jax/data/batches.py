@@ -84,13 +84,14 @@ def make_batch(
     mismatched: Pairs | None = None,
     weights: Float32[np.ndarray, "N"] | None = None,
     margins: Float32[np.ndarray, "N"] | None = None,
+    parts: Int32[np.ndarray, "N"] | None = None,
 ) -> Batch:
     """Makes the batch of the pairs with these indices, in this order.
 
     Args:
       reference: stored reference log-probs; None: the objective reads none.
       mismatched: the same prompts with answers of other prompts, if the objective reads them.
-      weights, margins: of all pairs of the set; None: the batch has none.
+      weights, margins, parts: of all pairs of the set; None: the batch has none.
     """
     values = None if reference is None else reference.of(chosen)
     if values is None:
@@ -104,7 +105,7 @@ def make_batch(
     def padded(all_values: np.ndarray | None) -> np.ndarray | None:
         return None if all_values is None else np.pad(all_values[chosen], (0, shape.pairs - len(chosen)))
 
-    return batch._replace(weight=padded(weights), margin=padded(margins))
+    return batch._replace(weight=padded(weights), margin=padded(margins), part=padded(parts))
 
 
 def _lay_out(

@@ -51,6 +51,7 @@ class PairSet:
     tokens: Int32[np.ndarray, " T"]  # ids of all pairs; those of answers that are not scored are marked, see `marks`
     pair_weights: Float32[np.ndarray, " N"] | None = None  # factor of each pair's loss; None: 1 for every pair
     margins: Float32[np.ndarray, " N"] | None = None  # offset of each pair's reward margin; None: 0 for every pair
+    labels: tuple[str, ...] = ()  # name in metrics of each source; files of one part of a specification share it
 
     def __len__(self) -> int:
         return len(self.starts)
@@ -80,6 +81,19 @@ class PairSet:
         Raises: InputError, with `place` for the set, if all prompts are the same.
         """
         return mismatched(self, self.lengths, max_length=max_length, place=place)
+
+    @functools.cached_property
+    def mixture(self) -> tuple[str, ...]:
+        """Names of the parts of a mixture, for metrics of each; empty where all pairs are of one."""
+        parts = tuple(dict.fromkeys(self.labels))
+        return parts if len(parts) > 1 else ()
+
+    @functools.cached_property
+    def part(self) -> Int32[np.ndarray, " N"] | None:
+        """Index into `mixture` of each pair; None where that is empty."""
+        if not self.mixture:
+            return None
+        return np.array([self.mixture.index(label) for label in self.labels], np.int32)[self.source]
 
     def place(self, i: int) -> str:
         """Names the row of the source that a pair comes from, such as `prefs.jsonl:17`."""
@@ -206,7 +220,8 @@ def _open(folder: Path, sources: Sequence[Source]) -> PairSet:
     digest = xxhash.xxh3_128(folder.name.encode() + arrays["keys"].tobytes()).hexdigest()
     for name, count in (("pair_weights", "weights_given"), ("margins", "margins_given")):
         arrays[name] = arrays[name] if report[count] else None  # so that a run without them compiles what it always did
-    pairs = PairSet(digest, report.pop("kind"), names, weights, report, **arrays)
+    labels = tuple(source.label for source in sources)
+    pairs = PairSet(digest, report.pop("kind"), names, weights, report, labels=labels, **arrays)
     return pairs.widened(pairs.lengths.shape[1] - 1)
 
 

@@ -10,7 +10,6 @@ import functools
 import glob
 import gzip
 import io
-import math
 import re
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -23,6 +22,7 @@ import xxhash
 
 from dpo_jax.data import json_rows
 from dpo_jax.data.columns import named, without_nulls
+from dpo_jax.data.specs import Part, is_pattern, parts_of
 from dpo_jax.runtime.terminal import passes
 from dpo_jax.types import InputError, Row, listed
 
@@ -57,6 +57,7 @@ class Source:
     digest: str  # hexadecimal digest of the content, independent of its path
     rows: Iterable[Row]
     count: int | None = None  # rows, where that is known before they are read
+    label: str = ""  # name in metrics of the part of the specification
 
 
 def read(spec: str, *, split: str) -> list[Source]:
@@ -64,7 +65,8 @@ def read(spec: str, *, split: str) -> list[Source]:
 
     A part is a file (.jsonl, .json, .csv, these also as .gz or .zst; .parquet), a pattern of files such as
     `data/train-*.parquet` (`**` for folders at any depth), a folder written by `datasets.save_to_disk`, or a Hub id
-    `owner/name`, `owner/name:split` or `owner/name:config:split`; `*weight` may follow, 1 if it does not.
+    `owner/name`, `owner/name:split` or `owner/name:config:split`; `*weight` may follow, 1 if it does not, and `name=`
+    may come before it.
 
     Args:
       split: split of Hub data sets that name none, and of folders that hold several; a file has no splits.
@@ -73,37 +75,7 @@ def read(spec: str, *, split: str) -> list[Source]:
     Raises: InputError for a part that is missing, empty, of an unknown kind or broken in its first row. Iterating over
       the rows raises it at the first broken row.
     """
-    parts = [weighted(part.strip(), spec) for part in spec.split(",")]
-    return [_source(name, weight, split=split) for part, weight in parts for name in _matching(part)]
-
-
-def weighted(part: str, spec: str) -> tuple[str, float]:
-    """Splits `name*weight` into name and weight; a `*` with something else after it belongs to a pattern."""
-    name, star, text = part.rpartition("*") if "*" in part else (part, "", "1")
-    try:
-        weight = float(text)
-    except ValueError:
-        return part, 1.0
-    if not (math.isfinite(weight) and weight > 0):
-        raise InputError(
-            f"data {spec!r}",
-            got=f"weight {text!r}",
-            expected="a number above 0 after '*', such as prefs.jsonl*0.5",
-            remedy="Correct the weight or leave it off.",
-        )
-    if not name:
-        raise InputError(
-            f"data {spec!r}",
-            got="a part without a name",
-            expected="files, folders or Hub ids between commas",
-            remedy="Name the data or remove the extra comma.",
-        )
-    return name.strip(), weight
-
-
-def is_pattern(part: str) -> bool:
-    """Whether a part of a specification may stand for several files."""
-    return bool(set("*?[") & set(part))
+    return [_source(name, part, split=split) for part in parts_of(spec) for name in _matching(part.source)]
 
 
 def _matching(part: str) -> list[str]:
@@ -122,7 +94,7 @@ def _matching(part: str) -> list[str]:
     return names
 
 
-def _source(name: str, weight: float, *, split: str) -> Source:
+def _source(name: str, part: Part, *, split: str) -> Source:
     path = Path(name).expanduser()
     if path.is_dir():
         rows, digest, count = _from_datasets(_folder(name, path, split), name)
@@ -139,7 +111,7 @@ def _source(name: str, weight: float, *, split: str) -> Source:
         raise InputError(
             name, got="no rows", expected="at least one preference", remedy="Check the file or leave it out."
         )
-    return Source(name, weight, digest, rows, count)
+    return Source(name, part.weight, digest, rows, count, part.label)
 
 
 def _extension(name: str) -> str:

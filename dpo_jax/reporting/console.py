@@ -83,10 +83,11 @@ def describe_run(programs: Programs, params: PyTree, frozen: PyTree, start: int,
     )
 
 
-def one_line(row: Mapping[str, float]) -> str:
-    """Returns the main metrics of an evaluation as one line."""
-    shown = ("eval/loss", "eval/rewards/accuracies", "eval/rewards/margins")
-    return ", ".join(f"{name} {row[name]:.4f}" for name in shown if name in row)
+def evaluation_lines(row: Mapping[str, float]) -> list[str]:
+    """Returns the main metrics of an evaluation, a line for each set of pairs."""
+    sets = [name.removesuffix("/pairs") for name in row if name.endswith("/pairs") and "/by_source/" not in name]
+    names = [[f"{each}/{metric}" for metric in ("loss", "rewards/accuracies", "rewards/margins")] for each in sets]
+    return [", ".join(f"{name} {row[name]:.4f}" for name in shown if name in row) for shown in names]
 
 
 def before_and_after(evaluations: Sequence[Mapping[str, float]]) -> None:
@@ -94,7 +95,8 @@ def before_and_after(evaluations: Sequence[Mapping[str, float]]) -> None:
     if len(evaluations) < 2:
         return
     first, last = evaluations[0], evaluations[-1]
-    say(f"{'':<26}{'before':>12}{'after':>12}")
-    for name in first:
-        if name.startswith("eval/") and name != "eval/pairs":
-            say(f"{name:<26}{first[name]:>12.4f}{last[name]:>12.4f}")
+    names = [name for name in first if name in last and name.startswith("eval/") and not name.endswith("/pairs")]
+    width = max([26, *(len(name) + 2 for name in names)])
+    say(f"{'':<{width}}{'before':>12}{'after':>12}")
+    for name in names:
+        say(f"{name:<{width}}{first[name]:>12.4f}{last[name]:>12.4f}")

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import dpo_jax
 from dpo_jax.config import Config
-from dpo_jax.data.sources import is_pattern, weighted
+from dpo_jax.data.specs import is_pattern, parts_of
 from dpo_jax.hf.adapters import Adapters, module_of
 from dpo_jax.losses import Objective, options_of
 
@@ -30,7 +30,7 @@ def model_card(
       objective: what `config.loss` makes.
       base: the model that training started from, a Hub id or a folder. Of a folder only the name is shown, since its
         path means nothing elsewhere.
-      data: for each split, the files or data sets it was read from and its number of pairs.
+      data: for each set of pairs, the files or data sets it was read from and its number of pairs.
       steps: number of updates.
       final: metrics of the last evaluation; empty if there was none.
       adapters: the adapters that trained; None if all parameters did.
@@ -95,10 +95,8 @@ def _listed(options: Mapping[str, object]) -> str:
 def _names(spec: str) -> str:
     """Returns a data specification with names of files and folders in place of their paths."""
 
-    def name(part: str) -> str:
-        source, _ = weighted(part.strip(), spec)
+    def name(source: str) -> str:
         path = Path(source).expanduser()
-        short = path.resolve().name if path.exists() else path.name if is_pattern(source) else source
-        return short + part.strip()[len(source) :]
+        return path.resolve().name if path.exists() else path.name if is_pattern(source) else source
 
-    return ", ".join(map(name, spec.split(",")))
+    return ", ".join(name(part.source) + (f"*{part.weight:g}" if part.weight != 1 else "") for part in parts_of(spec))

@@ -8,6 +8,7 @@ from typing import NamedTuple
 import jax
 from jaxtyping import ArrayLike
 
+from dpo_jax.metrics import without_empty_parts
 from dpo_jax.runtime.clocks import Clock, Faults
 from dpo_jax.runtime.terminal import Progress
 
@@ -65,7 +66,8 @@ class StepLog:
         if self._pending is None:
             return
         (done, metrics, host_row, flops), self._pending = self._pending, None
-        row = {name: float(value) for name, value in jax.device_get(dict(metrics)).items()} | dict(host_row)
+        values = {name: float(value) for name, value in jax.device_get(dict(metrics)).items()}
+        row = without_empty_parts(values) | dict(host_row)
         step_s = self._clock.per_step(done)
         row |= {"step_time_s": step_s, "pairs_per_s": self._examples / step_s}
         row |= {"tokens_real/s": row["tokens_real"] / step_s, "flops/s": flops / step_s}

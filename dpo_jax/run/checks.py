@@ -88,6 +88,11 @@ def fit(config: Config, model: DecoderConfig, lengths: Int[np.ndarray, "N _"]) -
     return model, config.data.layout
 
 
+def place_of(name: str) -> str:
+    """Names the field of a set of pairs, for messages: `config.data.eval, helpful` of the set `eval/helpful`."""
+    return f"config.data.{name}".replace("/", ", ")
+
+
 def check_pairs(pairs: PairSet, name: str, *, sft_steps: int) -> None:
     """Raises InputError if the pairs have reference log-probs or weights that the run would ignore."""
     provided = pairs.report["reference_given"]
@@ -101,9 +106,9 @@ def check_pairs(pairs: PairSet, name: str, *, sft_steps: int) -> None:
         )
     counts = np.bincount(pairs.source, minlength=len(pairs.names)).tolist()
     for source, weight, count in zip(pairs.names, pairs.weights, counts, strict=True):
-        if name == "eval" and weight != 1:
+        if name != "train" and weight != 1:
             raise InputError(
-                "config.data.eval",
+                place_of(name),
                 got=f"weight {weight:g} of {source}",
                 expected="no weights: an evaluation takes every pair once",
                 remedy="Leave the weight off.",
@@ -122,7 +127,7 @@ def check_kind(pairs: PairSet, name: str, objective: Objective, loss: str) -> No
     if pairs.kind not in objective.kinds:
         readers = [each for each, entry in REGISTRY.items() if pairs.kind in entry.kinds]
         raise InputError(
-            f"config.data.{name}",
+            place_of(name),
             got=f"{KINDS[pairs.kind]}, and loss {loss!r}",
             expected=" or ".join(KINDS[kind] for kind in sorted(objective.kinds)) + " for this loss",
             remedy=f"Change loss.name (such data are for {listed(readers)}), or its options, or the data: "
@@ -132,7 +137,7 @@ def check_kind(pairs: PairSet, name: str, objective: Objective, loss: str) -> No
 
 def check_weights_and_margins(pairs: PairSet, name: str, objective: Objective, loss: str) -> None:
     """Raises InputError for weights or margins of pairs that the objective, configured as `loss`, cannot use."""
-    place, report = f"config.data.{name}", pairs.report
+    place, report = place_of(name), pairs.report
     readers = ", ".join(each for each, entry in REGISTRY.items() if entry.takes_margins)
     others = ", ".join(each for each, entry in REGISTRY.items() if not entry.takes_weights)
     if report["margins_given"] and not objective.takes_margins:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, NamedTuple, TypeAlias
 
@@ -17,9 +17,12 @@ from jaxtyping import Float, Int, PyTree
 from dpo_jax import losses
 from dpo_jax.data.batches import ReferenceValues, TokenValues
 from dpo_jax.data.packing import Shape
+from dpo_jax.metrics import without_empty_parts
+from dpo_jax.run.inputs import Inputs
+from dpo_jax.run.programs import Programs
 from dpo_jax.runtime.terminal import passes
 from dpo_jax.scoring import score_pairs
-from dpo_jax.steps import Scores, loss_metrics, pair_losses
+from dpo_jax.steps import Scores, loss_metrics, mixture_metrics, pair_losses
 from dpo_jax.types import Batch, Pairs
 
 # Host batch -> (logps [P, K], sums over answers).
@@ -38,6 +41,7 @@ class EvalSet:
     scored: Int[np.ndarray, "N K"] | None = None  # scored tokens of each answer; None: all its tokens
     weight: Float[np.ndarray, "N"] | None = None  # as how many pairs each counts in every mean; None: 1
     margin: Float[np.ndarray, "N"] | None = None  # of the data, for losses that read it; None: 0
+    part: Int[np.ndarray, "N"] | None = None  # index of the part of a mixture that each is of; None: there is one
 
 
 class Mismatched(NamedTuple):
@@ -48,13 +52,16 @@ class Mismatched(NamedTuple):
     lengths: Int[Any, "N K"]
 
 
-def make_summary(objective: losses.Loss, *, paired: bool = True) -> Summary:
-    """Returns `summary(policy, reference, reference_sums, lengths, mismatched, running, weight, margin)`, the metrics
-    of a whole set as one small program.
+def make_summary(objective: losses.Loss, *, paired: bool = True, mixture: Sequence[str] = ()) -> Summary:
+    """Returns `summary(policy, reference, reference_sums, lengths, mismatched, running, weight, margin, part)`, the
+    metrics of a whole set as one small program.
 
     `policy` is (log-probs [N, K], sums over answers); `mismatched` a Mismatched or None; `running` the state that the
-    objective carries from update to update; `weight` and `margin` those of the pairs, or None. The numbers of the
-    objective are arguments of the program.
+    objective carries from update to update; `weight`, `margin` and `part` those of the pairs, or None. The numbers of
+    the objective are arguments of the program.
+
+    Args:
+      mixture: names of the parts of a mixture, for metrics of each.
     """
     numbers = jax.device_put(objective.numbers) if isinstance(objective, losses.Objective) else None
 
@@ -69,6 +76,7 @@ def make_summary(objective: losses.Loss, *, paired: bool = True) -> Summary:
         running: PyTree,
         weight: Float[jax.Array, "N"] | None = None,
         margin: Float[jax.Array, "N"] | None = None,
+        part: Int[jax.Array, "N"] | None = None,
     ) -> dict[str, jax.Array]:
         present = jnp.ones(len(lengths), bool)
         kl = None
@@ -79,6 +87,7 @@ def make_summary(objective: losses.Loss, *, paired: bool = True) -> Summary:
         loss_fn = objective if numbers is None else objective.with_numbers(numbers)
         each, _ = pair_losses(loss_fn, scores, running, kl=kl, update_baselines=False)
         metrics = loss_metrics(loss_fn, each, scores, paired=paired)
+        metrics |= mixture_metrics(loss_fn, each, scores, part, mixture, paired=paired)
         return metrics | ({} if kl is None else {"kl": kl})
 
     return functools.partial(summary, numbers)
@@ -91,8 +100,9 @@ def evaluate(
     *,
     shape: Shape,
     running: Mapping[str, PyTree] = MappingProxyType({}),
+    name: str = "eval",
 ) -> dict[str, float]:
-    """Returns the metrics of `pair_metrics` over all pairs, named `eval/...`, with `eval/pairs` and `eval_time_s`.
+    """Returns the metrics of `pair_metrics` over all pairs, named `NAME/...`, with `NAME/pairs` and `eval_time_s`.
 
     Every mean is over the whole set, so batching does not change it; the same holds for what a loss reads of a batch.
 
@@ -100,6 +110,7 @@ def evaluate(
       score: such as a jitted score step with its parameters bound.
       summary: from `make_summary`.
       running: state of the objective after the last update.
+      name: of the set, the first part of the metrics' names.
     """
     started = time.perf_counter()
 
@@ -126,7 +137,51 @@ def evaluate(
         mismatched = Mismatched(logps, np.asarray(stored.mismatched, np.float32), pairs.mismatched.scored)
     scored = np.asarray(pairs.lengths[:, 1:] if pairs.scored is None else pairs.scored)
     scores = policy, reference, sums, scored, mismatched, jax.device_get(dict(running))
-    of_pairs = (None if each is None else np.asarray(each) for each in (pairs.weight, pairs.margin))  # off the disk
+    columns = pairs.weight, pairs.margin, pairs.part
+    of_pairs = (None if each is None else np.asarray(each) for each in columns)  # off the disk
     values = jax.device_get(summary(*jax.device_put((*scores, *of_pairs))))
-    metrics = {f"eval/{name}": float(value) for name, value in values.items()}
-    return metrics | {"eval/pairs": len(pairs.lengths), "eval_time_s": time.perf_counter() - started}
+    metrics = without_empty_parts({f"{name}/{metric}": float(value) for metric, value in values.items()})
+    return metrics | {f"{name}/pairs": len(pairs.lengths), "eval_time_s": time.perf_counter() - started}
+
+
+def make_summaries(inputs: Inputs) -> dict[str, Summary]:
+    """Returns the summary of each set that evaluations are made on, by name; alike sets share one."""
+    by_mixture = {
+        mixture: make_summary(inputs.objective, paired=inputs.paired, mixture=mixture)
+        for mixture in {pairs.mixture for pairs in inputs.eval_sets.values()}
+    }
+    return {name: by_mixture[pairs.mixture] for name, pairs in inputs.eval_sets.items()}
+
+
+def evaluate_sets(
+    inputs: Inputs,
+    programs: Programs,
+    summaries: Mapping[str, Summary],
+    values: Mapping[str, ReferenceValues],
+    params: PyTree,
+    running: PyTree,
+) -> dict[str, float]:
+    """Returns the metrics of parameters on every set of data.eval, and the time of all as `eval_time_s`.
+
+    Args:
+      summaries: from `make_summaries`.
+      values: reference log-probs by set; empty for an objective that reads none.
+      running: the objective's baselines.
+    """
+    row: dict[str, float] = {}
+    spent_s = 0.0
+    for name, pairs in inputs.eval_sets.items():
+        one = EvalSet(
+            pairs,
+            pairs.lengths,
+            values.get(name),
+            inputs.mismatched.get(name),
+            pairs.scored,
+            weight=pairs.pair_weights,
+            margin=pairs.margins,
+            part=pairs.part,
+        )
+        score = functools.partial(programs.score, params)
+        row |= evaluate(score, summaries[name], one, shape=programs.score_shape, running=running, name=name)
+        spent_s += row["eval_time_s"]
+    return row | {"eval_time_s": spent_s}

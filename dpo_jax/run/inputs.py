@@ -9,23 +9,31 @@ from typing import Any
 
 import numpy as np
 
-from dpo_jax.config import Config
+from dpo_jax.config import Config, Data
 from dpo_jax.data.dataset import PairSet, ReadingRules, load
 from dpo_jax.data.mismatched import MismatchedPairs
 from dpo_jax.data.notices import left_out, unread, untemplated
 from dpo_jax.data.special_tokens import disagreements, unended
+from dpo_jax.data.specs import sets_of
 from dpo_jax.data.tokenize import TokenizationRules, identity, load_tokenizer
 from dpo_jax.hf import folders, peft
 from dpo_jax.hf.checkpoints import check_tokenizer, check_weights, family_table, read_config, resolve
 from dpo_jax.losses import Objective
 from dpo_jax.models.config import DecoderConfig
-from dpo_jax.run.checks import check_kind, check_pairs, check_weights_and_margins, fit
+from dpo_jax.run.checks import check_kind, check_pairs, check_weights_and_margins, fit, place_of
 from dpo_jax.run.choices import trainable_of
 from dpo_jax.run.trainable import Trainable
 from dpo_jax.runtime import hosts
 from dpo_jax.types import InputError
 
-SETS = {"train": "train", "eval": "test"}  # names of the sets of pairs, and the split that each reads by default
+SPLITS = {"train": "train", "eval": "test"}  # the split that data.train and data.eval read by default
+
+
+def specs_of(data: Data) -> dict[str, str]:
+    """Returns the specification of each set of pairs: `train`, and `eval` or, of named sets, `eval/NAME`."""
+    of_eval = sets_of(data.eval) if data.eval else {}
+    named = {f"eval/{name}" if name else "eval": spec for name, spec in of_eval.items()}
+    return ({"train": data.train} if data.train else {}) | named
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,7 +63,7 @@ class Inputs:
     model: DecoderConfig
     objective: Objective
     trainable: Trainable  # which parameters train
-    sets: dict[str, PairSet]  # "train", "eval": those that the configuration names
+    sets: dict[str, PairSet]  # "train" and "eval", or "eval/NAME" of named sets: those that the configuration names
     mismatched: dict[str, MismatchedPairs]  # by the same names; empty if the objective reads none
     data_rules: dict[str, str | int]  # settings that decide a pair's tokens, as the reference store's identity has them
     date: str = ""  # YYYY-MM-DD, the day that chat templates write; empty: today
@@ -67,9 +75,15 @@ class Inputs:
         return all(pairs.kind != "unpaired" for pairs in self.sets.values())
 
     @property
+    def eval_sets(self) -> dict[str, PairSet]:
+        """The sets that evaluations are made on, by name; the name is the first part of their metrics' names."""
+        return {name: pairs for name, pairs in self.sets.items() if name != "train"}
+
+    @property
     def digests(self) -> dict[str, str | None]:
-        """Digest of each set of pairs, equal for equal sets; None for a set that is not named."""
-        return {name: self.sets[name].digest if name in self.sets else None for name in SETS}
+        """Digest of each set of pairs, equal for equal sets; None where data.train or data.eval is empty."""
+        digests = {name: pairs.digest for name, pairs in self.sets.items()}
+        return ({} if self.eval_sets else {"eval": None}) | {"train": None} | digests
 
     @property
     def lengths(self) -> np.ndarray:
@@ -141,7 +155,7 @@ def load_inputs(config: Config, objective: Objective, *, training: bool) -> Inpu
     sets = read_sets(config, objective, tokenizer, model.vocab_size)
     max_length = config.data.max_length
     others = sets if "kl" in objective.needs else {}
-    mismatched = {name: pairs.mismatched(max_length, place=f"config.data.{name}") for name, pairs in others.items()}
+    mismatched = {name: pairs.mismatched(max_length, place=place_of(name)) for name, pairs in others.items()}
     warnings = disagreements(tokenizer, vocab_size=model.vocab_size, **files)
     for name, pairs in sets.items():
         warnings += left_out(name, pairs.report) + unread(name, pairs.report) + untemplated(name, pairs, tokenizer)
@@ -173,13 +187,10 @@ def read_sets(config: Config, objective: Objective, tokenizer: Any, vocab_size: 
     """
     data, sets = config.data, {}
     rankings = "whole" if "plackett_luce" in objective.names else data.rankings
-    for name, split in SETS.items():
-        spec = getattr(data, name)
-        if not spec:
-            continue
+    for name, spec in specs_of(data).items():
         pairs = load(
             spec,
-            split=split,
+            split=SPLITS[name.partition("/")[0]],
             reading=ReadingRules(
                 data.format, data.on_bad_row, rankings, data.turns, data.date, data.on_template_loss, data.columns
             ),

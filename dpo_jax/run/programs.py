@@ -182,7 +182,14 @@ def crops(shape: packing.Shape) -> list[Crop]:
     return [functools.partial(crop_rows, crop=crop) for crop in shape.crops]
 
 
-def make_update(programs: Programs, tx: Optimizer, state: TrainState, *, paired: bool = True) -> Compiled:
+def make_update(
+    programs: Programs,
+    tx: Optimizer,
+    state: TrainState,
+    *,
+    paired: bool = True,
+    mixture: Sequence[str] = (),
+) -> Compiled:
     """Returns the jitted update(state, frozen, batch on the mesh): the state is donated and keeps its sharding.
 
     The numbers of objective and optimizer are arguments of the program: a run with others finds it in JAX's cache.
@@ -190,8 +197,9 @@ def make_update(programs: Programs, tx: Optimizer, state: TrainState, *, paired:
     Args:
       state: arrays, or their shapes and shardings.
       paired: whether pairs have both their answers.
+      mixture: names of the parts of a mixture, for metrics of each.
     """
-    step = update_step(programs, tx, paired=paired)[0]
+    step = update_step(programs, tx, paired=paired, mixture=mixture)[0]
     return jit_update("update", step, programs, state, numbers_of(programs, tx))
 
 
@@ -216,7 +224,7 @@ def numbers_of(programs: Programs, tx: Optimizer) -> Numbers:
 
 
 def update_step(
-    programs: Programs, tx: Optimizer, *, paired: bool = True
+    programs: Programs, tx: Optimizer, *, paired: bool = True, mixture: Sequence[str] = ()
 ) -> tuple[Callable[..., PyTree], Callable[..., PyTree]]:
     """Returns the update(state, frozen, batch, numbers) as a pure function, and the `logps_fn` that it scores by."""
     shape = programs.update_shape
@@ -237,6 +245,7 @@ def update_step(
             paired=paired,
             seed=jax.random.wrap_key_data(numbers.rounding_key),
             report_gap=not programs.objective.reference_free,
+            mixture=mixture,
         )
         return step(state, batch)
 

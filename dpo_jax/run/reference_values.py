@@ -107,7 +107,7 @@ def score_missing(
     for name, pairs in inputs.sets.items():
         sets[name] = PairSubset(pairs, indices[name], provided)
         if name in inputs.mismatched:
-            sets[f"{name}/mismatched"] = PairSubset(inputs.mismatched[name], indices[name], provided)
+            sets[f"{name} mismatched"] = PairSubset(inputs.mismatched[name], indices[name], provided)
     tokens = programs.objective.reference_tokens
     done = run_pass(
         store,
@@ -125,6 +125,6 @@ def score_missing(
         each = by_token.get(name)
         sums = {} if each is None else {"shared_logps": each.shared_logps()}
         values[name] = ReferenceValues(
-            place, done.values[name], sums, each if tokens else None, done.values.get(f"{name}/mismatched")
+            place, done.values[name], sums, each if tokens else None, done.values.get(f"{name} mismatched")
         )
     return values, done

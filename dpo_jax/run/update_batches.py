@@ -58,7 +58,7 @@ class UpdateBatches:
         """Makes the batch of update `step`, counted from 0."""
         programs, shape, indices = self._programs, self._programs.update_shape, self._order(step)
         pairs, mismatched = self._inputs.sets["train"], self._inputs.mismatched.get("train")
-        of_pairs = {"weights": pairs.pair_weights, "margins": pairs.margins}
+        of_pairs = {"weights": pairs.pair_weights, "margins": pairs.margins, "parts": pairs.part}
         batch = make_batch(indices, pairs, self._values, shape, mismatched=mismatched, **of_pairs)
         counts = work_counts(batch, pairs.lengths[indices], shape)
         scored = int(batch.lengths.sum())
