@@ -110,14 +110,17 @@ class Sft:
     batch_pairs: int = 64  # pairs in each fine-tuning update, >= 1
     learning_rate: float = 1e-5  # peak learning rate of fine-tuning, > 0; other optimizer fields are shared
     warmup_steps: int = 0  # fine-tuning updates of linear warm-up from zero, >= 0
+    warmup_ratio: float = 0.0  # the same as a share of sft.steps, in [0, 1); only one of the two may be set
 
 
 @dataclasses.dataclass(frozen=True)
 class Optimizer:
     name: str = "adamw"  # adamw | adafactor | rmsprop | lion | sgd
     learning_rate: float = 1e-6  # peak learning rate, > 0
-    schedule: str = "linear"  # constant | linear | cosine: decay after warm-up; linear and cosine end at zero
+    schedule: str = "linear"  # constant | linear | cosine: decay after warm-up; linear and cosine end at min_lr_rate
+    min_lr_rate: float = 0.0  # share of the peak at which linear and cosine end, in [0, 1]; 0: at zero
     warmup_steps: int = 0  # updates of linear warm-up from zero, >= 0
+    warmup_ratio: float = 0.0  # the same as a share of all updates, in [0, 1); only one of the two may be set
     weight_decay: float = 0.0  # decoupled weight decay, of matrices only (no norms, no biases), >= 0
     clip_norm: float = 1.0  # gradients are clipped to this global norm, >= 0; 0: no clipping
     b1: float = 0.9  # adamw, lion: decay of the first moment; sgd: momentum; in [0, 1)
@@ -248,7 +251,8 @@ _RULES: tuple[tuple[str, Rule], ...] = (  # as the comments of the fields; an un
     ("lora.alpha train.epochs sft.learning_rate optimizer.learning_rate optimizer.eps", _POSITIVE),
     ("reference.sync_steps", _within(0)),
     ("reference.mixup_alpha", _SHARE),
-    ("optimizer.b1 optimizer.b2", _within(0, 1)),
+    ("optimizer.b1 optimizer.b2 optimizer.warmup_ratio sft.warmup_ratio", _within(0, 1)),
+    ("optimizer.min_lr_rate", (lambda value: 0 <= value <= 1, "a number in [0, 1]")),
     ("optimizer.layer_decay", _SHARE),
     ("train.freeze lora.targets", (_is_pattern, "a regular expression")),
     ("mesh.replica mesh.fsdp mesh.tensor", _AXIS),
@@ -412,6 +416,14 @@ def _check_relations(config: Config, problems: Problems) -> None:
         _refuse(problems, "data.max_prompt_length", data.max_prompt_length, expected)
     if config.eval.every_steps > 0 and not data.eval:
         _refuse(problems, "eval.every_steps", config.eval.every_steps, "0 where config.data.eval is empty")
+    for section in ("optimizer", "sft"):
+        each = getattr(config, section)
+        if each.warmup_steps and each.warmup_ratio and f"{section}.warmup_ratio" not in problems:
+            problems[f"{section}.warmup_ratio"] = (
+                str(each.warmup_ratio),
+                f"0 where config.{section}.warmup_steps is set, which is {each.warmup_steps}",
+                f"Leave one of the two out; --config.{section}.warmup_steps=0 takes the recipe's away.",
+            )
     lora = config.lora
     if lora.path and lora != Lora(path=lora.path, base=lora.base):
         _refuse(problems, "lora.path", lora.path, "empty, or the only field of lora that is set besides base")

@@ -77,6 +77,7 @@ def make_optimizer(
     b2: float,
     eps: float,
     total_steps: int,
+    min_lr_rate: float = 0.0,
     scale_updates: Callable[[PyTree], PyTree] | None = None,
 ) -> tuple[Optimizer, HostSchedule]:
     """Chains clipping, the named optimizer, decoupled weight decay and the learning rate, in this order.
@@ -94,6 +95,7 @@ def make_optimizer(
         the 1e-6 it adds to the norm; 0: never.
       b1, b2, eps: see the comments in `config.Optimizer`.
       total_steps: updates in the run, where the schedule ends.
+      min_lr_rate: the share of the peak at which it ends, in [0, 1]; 0 for a constant schedule.
       scale_updates: multiplies updates by the learning-rate multipliers of their parameters.
     Returns: the optax transformation, and the learning rate as a function of the update, counted from 0. That function
       computes on the host: it is for logs, and uses no device.
@@ -111,7 +113,14 @@ def make_optimizer(
                 expected=f"the default {DEFAULTS[option]}",
                 remedy=f"Leave it out, or choose an optimizer that has {option}.",
             )
-    of_schedule = {"warmup_steps": warmup_steps, "total_steps": total_steps}
+    if min_lr_rate and schedule == "constant":
+        raise InputError(
+            "config.optimizer.min_lr_rate",
+            got=f"{min_lr_rate:g}, and the schedule 'constant' does not decay",
+            expected="0, or a schedule that decays",
+            remedy="Leave it out, or give for example --config.optimizer.schedule=cosine.",
+        )
+    of_schedule = {"warmup_steps": warmup_steps, "total_steps": total_steps, "min_lr_rate": min_lr_rate}
     host_schedule = make_host_schedule(schedule, learning_rate, **of_schedule)
     numbers = {option: values[option] for option in options} | {"learning_rate": learning_rate} | of_schedule
     # A zero chooses code: without them, the update has neither the norm's clipping nor the product with parameters.
@@ -132,6 +141,7 @@ def _chain(
         numbers["learning_rate"],
         warmup_steps=numbers["warmup_steps"],
         total_steps=numbers["total_steps"],
+        min_lr_rate=numbers["min_lr_rate"],
     )
     decay = numbers.get("weight_decay")
     parts = [
@@ -144,29 +154,35 @@ def _chain(
     return _in_float32(optax.chain(*parts))
 
 
-def make_schedule(name: str, peak: ArrayLike, *, warmup_steps: ArrayLike, total_steps: ArrayLike) -> Schedule:
+def make_schedule(
+    name: str, peak: ArrayLike, *, warmup_steps: ArrayLike, total_steps: ArrayLike, min_lr_rate: ArrayLike = 0.0
+) -> Schedule:
     """Returns the learning rate of update t, counted from 0, as a JAX function.
 
-    peak * t / warmup_steps, then peak * DECAYS[name], which reaches its end at total_steps. So the first update of a
-    warm-up has rate 0, and the last update of all is one step short of the end.
+    peak * t / warmup_steps, then peak * (m + (1 - m) * DECAYS[name]) with m = min_lr_rate, in [0, 1], which reaches its
+    end at total_steps. So the first update of a warm-up has rate 0, and the last update of all is one step short of the
+    end.
 
-    All three numbers may be traced. Raises: InputError for an unknown name.
-    Source: transformers.optimization.get_{constant,linear,cosine}_schedule_with_warmup.
+    All four numbers may be traced. Raises: InputError for an unknown name.
+    Source: transformers.optimization.get_{constant,linear,cosine}_schedule_with_warmup and
+      get_cosine_with_min_lr_schedule_with_warmup.
     """
-    rate = _schedule(name, peak, warmup_steps, total_steps)
+    rate = _schedule(name, peak, warmup_steps, total_steps, min_lr_rate)
     return lambda step: rate(jnp, jnp.asarray(step, jnp.float32))
 
 
-def make_host_schedule(name: str, peak: float, *, warmup_steps: int, total_steps: int) -> HostSchedule:
+def make_host_schedule(
+    name: str, peak: float, *, warmup_steps: int, total_steps: int, min_lr_rate: float = 0.0
+) -> HostSchedule:
     """Returns `make_schedule` computed in numpy, so that a log of the learning rate needs no device.
 
-    The float32 value is the compiled schedule's, but for the cosine itself, whose last bit differs between libraries.
+    The float32 value is the compiled schedule's, but for the last bit of a cosine, or of a schedule with a floor.
     """
-    rate = _schedule(name, peak, warmup_steps, total_steps)
+    rate = _schedule(name, peak, warmup_steps, total_steps, min_lr_rate)
     return lambda step: float(rate(np, np.float32(step)))
 
 
-def _schedule(name: str, peak: Any, warmup_steps: Any, total_steps: Any) -> Callable[..., Any]:
+def _schedule(name: str, peak: Any, warmup_steps: Any, total_steps: Any, floor: Any) -> Callable[..., Any]:
     """Returns `rate(xp, step)`, the schedule over numpy or jax.numpy, for a float32 step."""
     check_choice("config.optimizer.schedule", name, DECAYS)
 
@@ -175,7 +191,8 @@ def _schedule(name: str, peak: Any, warmup_steps: Any, total_steps: Any) -> Call
             return steps * (xp.float32(1) / xp.maximum(1, count).astype(xp.float32))
 
         done = xp.clip(share(step - warmup_steps, total_steps - warmup_steps), 0, 1)
-        return peak * xp.where(step < warmup_steps, share(step, warmup_steps), DECAYS[name](xp, done))
+        decay = floor + (1 - floor) * DECAYS[name](xp, done)
+        return peak * xp.where(step < warmup_steps, share(step, warmup_steps), decay)
 
     return rate
 

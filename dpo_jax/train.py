@@ -24,7 +24,7 @@ from dpo_jax.reporting import console, trackers
 from dpo_jax.reporting.step_log import StepLog
 from dpo_jax.run import checks, self_check, workdir
 from dpo_jax.run.checkpoints import Checkpoints
-from dpo_jax.run.choices import objective_of, optimizer_of
+from dpo_jax.run.choices import objective_of, optimizer_of, warmup_of
 from dpo_jax.run.evaluate import evaluate_sets, make_summaries
 from dpo_jax.run.goodput import Account
 from dpo_jax.run.inputs import Inputs, read_inputs
@@ -68,6 +68,7 @@ def run(config: Config, folder: Path, watch: Stopwatch | None = None) -> None:
     total = checks.updates_of(config, inputs.sets["train"])
     step = workdir.check_data(inputs.digests, folder)
     console.describe_data(inputs)
+    console.describe_warmup(warmup_of(config.optimizer, total), total)
     # Only a finished run writes this folder; until then the command `export` refuses to.
     if (folder / "export").exists() and step == total:
         say(f"{folder} is complete at step {total}; the model is in {folder / 'export'}")
@@ -106,7 +107,10 @@ def after_sft(unresolved: Config, inputs: Inputs, folder: Path) -> Inputs:
         reference=dataclasses.replace(config.reference, sync_steps=0, mixup_alpha=1.0),
         train=dataclasses.replace(config.train, batch_pairs=config.sft.batch_pairs, steps=config.sft.steps),
         optimizer=dataclasses.replace(
-            config.optimizer, learning_rate=config.sft.learning_rate, warmup_steps=config.sft.warmup_steps
+            config.optimizer,
+            learning_rate=config.sft.learning_rate,
+            warmup_steps=config.sft.warmup_steps,
+            warmup_ratio=config.sft.warmup_ratio,
         ),
         sft=Sft(),
         prepare="",

@@ -142,8 +142,11 @@ BAD = [
     ("sft.batch_pairs", 0, "a number >= 1"),
     ("sft.learning_rate", 0.0, "a number > 0"),
     ("sft.warmup_steps", -1, "a number >= 0"),
+    ("sft.warmup_ratio", 1.0, "a number in [0, 1)"),
     ("optimizer.learning_rate", float("inf"), "a number > 0"),
     ("optimizer.warmup_steps", -1, "a number >= 0"),
+    ("optimizer.warmup_ratio", -0.1, "a number in [0, 1)"),
+    ("optimizer.min_lr_rate", 1.5, "a number in [0, 1]"),
     ("optimizer.weight_decay", -0.1, "a number >= 0"),
     ("train.router_balance", -0.1, "a number >= 0"),
     ("optimizer.clip_norm", -1.0, "a number >= 0"),
@@ -186,6 +189,14 @@ def test_freeze_refuses_a_value_out_of_range(name, value, expected):
     assert caught.value.place == f"config.{name}"
     assert expected in caught.value.expected
     assert f"--config.{name}=" in caught.value.remedy
+
+
+@pytest.mark.parametrize("section", ["optimizer", "sft"])
+def test_warmup_is_given_once(section):
+    fields = usable()
+    fields.update_from_flattened_dict({f"{section}.warmup_steps": 5, f"{section}.warmup_ratio": 0.1})
+    with pytest.raises(InputError, match=rf"{section}.warmup_ratio: 0.1; expected 0 where .*_steps is set"):
+        config.freeze(fields)
 
 
 def test_every_rule_is_tested():

@@ -9,6 +9,7 @@ import optax
 import pytest
 
 from dpo_jax import config, optim
+from dpo_jax.run import choices
 from dpo_jax.types import InputError
 
 PEAK, WARMUP, TOTAL = 1e-2, 3, 10
@@ -17,7 +18,7 @@ PEAK, WARMUP, TOTAL = 1e-2, 3, 10
 def make(**changes):
     fields = {"learning_rate": PEAK, "schedule": "constant", "clip_norm": 0.0} | changes
     options = dataclasses.asdict(config.Optimizer(**fields))
-    del options["layer_decay"]  # which needs a model
+    del options["layer_decay"], options["warmup_ratio"]  # which need a model and the number of updates
     return optim.make_optimizer(**options, total_steps=TOTAL)
 
 
@@ -124,6 +125,19 @@ def test_schedule_parity_with_transformers(name, warmup, total):
         theirs.step()
 
 
+def test_schedule_with_a_floor_has_parity_with_transformers():
+    torch = pytest.importorskip("torch")
+    from transformers import optimization
+
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=PEAK)
+    theirs = optimization.get_cosine_with_min_lr_schedule_with_warmup(optimizer, WARMUP, TOTAL, min_lr_rate=0.1)
+    ours = optim.make_host_schedule("cosine", PEAK, warmup_steps=WARMUP, total_steps=TOTAL, min_lr_rate=0.1)
+    for step in range(TOTAL + 1):
+        np.testing.assert_allclose(ours(step), theirs.get_last_lr()[0], rtol=1e-5, atol=1e-9)
+        optimizer.step()
+        theirs.step()
+
+
 def test_schedules_equal_their_formulas():
     t = np.arange(TOTAL)
     warm, done = t / WARMUP, (t - WARMUP) / (TOTAL - WARMUP)
@@ -133,6 +147,18 @@ def test_schedules_equal_their_formulas():
         expected = PEAK * np.where(t < WARMUP, warm, decay)
         np.testing.assert_allclose(jax.vmap(rate)(jnp.arange(TOTAL)), expected, rtol=1e-5)
     assert set(after) == set(optim.DECAYS)
+    rate = optim.make_host_schedule("linear", PEAK, warmup_steps=WARMUP, total_steps=TOTAL, min_lr_rate=0.25)
+    expected = PEAK * np.where(t < WARMUP, warm, 0.25 + 0.75 * (1 - done))
+    np.testing.assert_allclose([rate(step) for step in t], expected, rtol=1e-5)
+    with pytest.raises(InputError, match="config.optimizer.min_lr_rate: 0.25, and the schedule 'constant'"):
+        make(min_lr_rate=0.25)
+
+
+def test_warmup_may_be_a_share_of_all_updates():
+    fields = {"learning_rate": PEAK, "schedule": "linear"}
+    of_steps = choices.optimizer_of(config.Optimizer(**fields, warmup_steps=3), total_steps=11)[1]
+    of_ratio = choices.optimizer_of(config.Optimizer(**fields, warmup_ratio=0.2), total_steps=11)[1]
+    assert [of_ratio(step) for step in range(12)] == [of_steps(step) for step in range(12)]
 
 
 SCHEDULES = [(1e-2, 3, 10), (5e-7, 150, 1000), (1e-6, 0, 777), (3e-5, 20, 10), (1e-4, 7, 1501)]

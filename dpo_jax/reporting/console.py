@@ -37,6 +37,15 @@ def describe_data(inputs: Inputs) -> None:
         say(f"warning: {warning}")
 
 
+def describe_warmup(warmup_steps: int, total: int) -> None:
+    """Warns of a warm-up that ends with the run or after it, so that no update has the peak learning rate."""
+    if warmup_steps >= total:
+        say(
+            f"warning: the warm-up of {counted(warmup_steps, 'updates')} is no shorter than the run of {total}: no "
+            "update has the peak learning rate; shorten the warm-up or make more updates"
+        )
+
+
 def truncation(report: Mapping[str, Any]) -> str:
     """Returns one line: how many prompts and answers were truncated, split at their boundary, or dropped and why."""
     dropped = "; ".join(f"{entry['rows']} rows dropped: {entry['reason']}" for entry in report["dropped"])

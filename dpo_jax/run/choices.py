@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Sequence
 
 from dpo_jax import losses, optim
@@ -35,9 +36,16 @@ def optimizer_of(
     optimizer: Optimizer, *, total_steps: int, trainable: Trainable = EVERYTHING
 ) -> tuple[optim.Optimizer, optim.HostSchedule]:
     """Returns the configured optimizer and its learning-rate schedule over `total_steps` updates."""
-    options = {name: value for name, value in dataclasses.asdict(optimizer).items() if name != "layer_decay"}
+    elsewhere = {"layer_decay", "warmup_ratio"}
+    options = {name: value for name, value in dataclasses.asdict(optimizer).items() if name not in elsewhere}
+    options["warmup_steps"] = warmup_of(optimizer, total_steps)
     scale_updates = trainable.scale_updates if trainable.multipliers else None
     return optim.make_optimizer(**options, total_steps=total_steps, scale_updates=scale_updates)
+
+
+def warmup_of(optimizer: Optimizer, total_steps: int) -> int:
+    """Returns the number of updates of warm-up in a run of `total_steps`, rounded up as transformers does."""
+    return optimizer.warmup_steps or math.ceil(optimizer.warmup_ratio * total_steps)
 
 
 def trainable_of(config: Config, table: Sequence[Tensor], model: DecoderConfig) -> Trainable:
