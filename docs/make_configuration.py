@@ -71,7 +71,9 @@ Recipes that ship with the project are in [`configs/`](../configs).
   lists the choices.
 - **Resume**: a run that was interrupted continues if the same command is given again. Fields marked *may change* can
   have another value then: they change what is recorded or how the work is laid out on devices, but not the sequence of
-  updates (apart from floating-point rounding). A change of any other field is refused.
+  updates (apart from floating-point rounding). Those marked *recorded* may change as well, while a run goes on or after
+  its end; the change is recorded in `changes.jsonl` ([a run's life](runs.md#going-on)). A change of any other field is
+  refused.
 """
 
 ENVIRONMENT = """\
@@ -97,7 +99,7 @@ platform sets. Elsewhere the flags `--coordinator`, `--processes` and `--process
 def row_of(field: Field) -> str:
     """A field as a row of a Markdown table."""
     allowed = field.allowed.removeprefix("a number ").removeprefix("one of ")
-    resume = "may change" if field.resumable else "fixed"
+    resume = field.resume
     cells = field.type, default_of(field.default), allowed, resume, field.description.replace(" | ", " / ")
     return " | ".join([f"| `{field.name}`", *(cell.replace("|", "\\|") for cell in cells)]) + " |"
 

@@ -29,16 +29,17 @@ dpo-jax COMMAND --config=configs/NAME.py [--config.section.field=value ...] --wo
 
   train      everything: reference pass, updates, evaluation, export; if run again, it continues where it stopped
   reference  only the reference pass, into reference.path
-  evaluate   metrics of the newest checkpoint of DIR on data.eval, as JSON
+  evaluate   metrics of a checkpoint of DIR on data.eval, as JSON
   inspect    the data after the chat template, tokenization, truncation and packing, with --pairs=N examples of each
              set; touches no device
   plan       memory per chip, time and cost of a run on --topology=v5p:4x4x4[,slices=2] or h100:64, without weights,
              data or that hardware. --sweep compares meshes, remat policies and microbatches, --reference_in_step
              compares with holding two models. Ends with status 3 where memory does not suffice
-  export     the newest checkpoint of DIR as a Hugging Face folder, into --out (default DIR/export, or DIR/export-STEP
-             while the run goes on); of a run with adapters these alone, or with --merge the model with them
-             merged into it (default DIR/merged-STEP)
+  export     a checkpoint of DIR as a Hugging Face folder, into --out (default DIR/export for the step that the finished
+             run exported, else DIR/export-STEP); of a run with adapters these alone, or with --merge the model with
+             them merged into it (default DIR/merged-STEP)
 
+--step=N, last or best says which checkpoint; without it, it is the best if checkpoint.best is set, else the newest.
 dpo-jax COMMAND --help lists the flags and fields of a command, with meaning, range and default; dpo-jax --version names
 the version. evaluate and export read DIR/config.json where no --config is given.
 
@@ -80,10 +81,14 @@ class Command(NamedTuple):
     unread: str = ""  # sections and fields that it does not read, which its help leaves out
 
 
+STEP = Flag(flags.DEFINE_string, "step", None, "checkpoint to read: a step, last or best", value="N|last|best")
+
 COMMANDS = {
     "train": Command(unread="plan", timed=True),
     "reference": Command(unread="plan eval export profile"),
-    "evaluate": Command(reads_run=True, unread="plan checkpoint eval export log profile"),
+    "evaluate": Command(
+        flags=(STEP,), reads_run=True, unread="plan checkpoint.every_steps checkpoint.keep eval export log profile"
+    ),
     "inspect": Command(
         flags=(Flag(flags.DEFINE_integer, "pairs", 3, "pairs to show, >= 0", {"lower_bound": 0}),),
         one_process=True,
@@ -111,9 +116,10 @@ COMMANDS = {
         flags=(
             Flag(flags.DEFINE_string, "out", "", "folder to write", value="DIR"),
             Flag(flags.DEFINE_boolean, "merge", False, "merge adapters into the model"),
+            STEP,
         ),
         reads_run=True,
-        unread="plan checkpoint eval log profile",
+        unread="plan checkpoint.every_steps checkpoint.keep eval log profile",
     ),
 }
 COMMON = (

@@ -14,7 +14,7 @@ from dpo_jax.losses import Objective
 from dpo_jax.plan.command import run_plan
 from dpo_jax.reporting.console import describe_data
 from dpo_jax.reporting.data_summary import show
-from dpo_jax.run import checks, workdir
+from dpo_jax.run import checks, history, workdir
 from dpo_jax.run.checkpoints import Checkpoints
 from dpo_jax.run.choices import objective_of
 from dpo_jax.run.evaluate import evaluate_sets, make_summaries
@@ -46,9 +46,9 @@ def reference(config: Config, folder: Path) -> None:
     score_reference(config, folder)
 
 
-def evaluate(config: Config, folder: Path) -> None:
-    """Prints metrics of the newest checkpoint on data.eval, as JSON."""
-    row = evaluate_checkpoint(config, folder)
+def evaluate(config: Config, folder: Path, *, step: str | None = None) -> None:
+    """Prints metrics of a checkpoint on data.eval, as JSON; see `evaluate_checkpoint`."""
+    row = evaluate_checkpoint(config, folder, step=step or "")
     if hosts.first():
         print(json.dumps(row))
 
@@ -67,9 +67,9 @@ def plan(config: Config, _: Path, *, topology: str, sweep: bool = False, referen
     return run_plan(config, topology, sweeping=sweep, reference_in_step=reference_in_step)
 
 
-def export(config: Config, folder: Path, *, out: str = "", merge: bool = False) -> None:
-    """Writes the newest checkpoint as a Hugging Face folder, as `export_checkpoint`."""
-    export_checkpoint(config, folder, Path(out) if out else None, merge=merge)
+def export(config: Config, folder: Path, *, out: str = "", merge: bool = False, step: str | None = None) -> None:
+    """Writes a checkpoint as a Hugging Face folder, as `export_checkpoint`."""
+    export_checkpoint(config, folder, Path(out) if out else None, merge=merge, step=step or "")
 
 
 def score_reference(config: Config, folder: Path) -> None:
@@ -92,13 +92,15 @@ def score_reference(config: Config, folder: Path) -> None:
         complete_store(inputs, reference_store(inputs, programs, store_folder(config, folder)), programs)
 
 
-def evaluate_checkpoint(config: Config, folder: Path) -> dict[str, float]:
-    """Returns metrics of the newest checkpoint in `folder` on data.eval, with the step it was saved at.
+def evaluate_checkpoint(config: Config, folder: Path, *, step: str = "") -> dict[str, float]:
+    """Returns metrics of a checkpoint in `folder` on data.eval, with the step it was saved at.
 
-    Raises: InputError if there is no checkpoint or no data.eval, or as `train.run` does.
+    Args:
+      step: which, as in `history.step_of`.
+    Raises: InputError if there is no such checkpoint or no data.eval, or as `train.run` does.
     """
-    config, inputs, programs, step = open_run(config, folder)
-    params, running = restore(inputs, programs, folder, step)
+    config, inputs, programs, at = open_run(config, folder, step)
+    params, running = restore(inputs, programs, folder, at)
     if not inputs.eval_sets:
         remedy = f"Give them as --config={folder / 'config.json'} --config.data.eval=FILE."
         raise InputError("config.data.eval", got="empty", expected="pairs to evaluate on", remedy=remedy)
@@ -114,39 +116,40 @@ def evaluate_checkpoint(config: Config, folder: Path) -> dict[str, float]:
                 remedy="Give them as --config.data.train=FILE.",
             )
         total = checks.updates_of(config, inputs.sets["train"])
-        sync = sync_of(config, inputs, programs, store, order_of(config, inputs), total)
-        if sync is not None and sync.last(step):
-            values = sync.stored(sync.last(step))
-    return {"step": step} | evaluate_sets(inputs, programs, make_summaries(inputs), values, params, running)
+        sync = sync_of(config, inputs, programs, store, order_of(config, inputs), total, folder)
+        if sync is not None and sync.last(at):
+            values = sync.stored(sync.last(at))
+    return {"step": at} | evaluate_sets(inputs, programs, make_summaries(inputs), values, params, running)
 
 
-def export_checkpoint(config: Config, folder: Path, out: Path | None, *, merge: bool = False) -> None:
-    """Writes the newest checkpoint in `folder` as a Hugging Face folder.
+def export_checkpoint(config: Config, folder: Path, out: Path | None, *, merge: bool = False, step: str = "") -> None:
+    """Writes a checkpoint in `folder` as a Hugging Face folder.
 
     Args:
-      out: None: `folder`/export, or `folder`/export-STEP until the run has made that itself; `folder`/merged-STEP with
-        `merge`.
+      out: None: `folder`/export if the finished run exported that step there, else `folder`/export-STEP;
+        `folder`/merged-STEP with `merge`.
       merge: write the whole model, adapters merged into it.
-    Raises: InputError if there is no checkpoint, `out` is the place of an export that is still to come, or there are no
+      step: which, as in `history.step_of`.
+    Raises: InputError if there is no such checkpoint, `out` is the place of the export of another step, or there are no
       adapters to merge.
     """
-    config, inputs, programs, step = open_run(config, folder)
+    config, inputs, programs, at = open_run(config, folder, step)
     if merge and inputs.trainable.adapters is None:
         raise InputError(
             "--merge", got="a run without adapters", expected="one with lora.rank set", remedy="Leave --merge off."
         )
-    params, _ = restore(inputs, programs, folder, step)
-    final = folder / "export"
-    out = out or (folder / f"merged-{step}" if merge else final if final.exists() else folder / f"export-{step}")
-    if out.resolve() == final.resolve() and not final.exists():
+    params, _ = restore(inputs, programs, folder, at)
+    final, is_final = folder / "export", history.read_end(folder).get("exported") == at
+    out = out or (folder / f"merged-{at}" if merge else final if is_final else folder / f"export-{at}")
+    if out.resolve() == final.resolve() and not is_final:
         raise InputError(
             str(out),
-            got=f"the place of the finished run's export, and the run is at step {step}",
+            got=f"the place of the finished run's export, and this is the state at step {at}",
             expected="another folder",
             remedy="Leave --out off, or finish the run.",
         )
-    rows = [row for row in workdir.read_rows(folder / "eval.jsonl") if row["step"] == step]
-    export_model(config, inputs, params, out, rows, step, merge=merge)
+    rows = [row for row in workdir.read_rows(folder / "eval.jsonl") if row["step"] == at]
+    export_model(config, inputs, params, out, rows, at, merge=merge, changes=history.read_changes(folder))
 
 
 def checked_objective(config: Config) -> Objective:
@@ -158,28 +161,30 @@ def checked_objective(config: Config) -> Objective:
 
 
 class OpenRun(NamedTuple):
-    """A run whose checkpoints are read: its configuration with paths resolved, inputs, programs, newest step."""
+    """A run whose checkpoints are read: its configuration with paths resolved, inputs, programs, and a step."""
 
     config: Config
     inputs: Inputs
     programs: Programs
-    step: int  # updates in the newest checkpoint
+    step: int  # updates in the checkpoint that is meant
 
 
-def open_run(config: Config, folder: Path) -> OpenRun:
+def open_run(config: Config, folder: Path, step: str) -> OpenRun:
     """Reads the inputs of the run in `folder`.
 
-    Raises: InputError if it has no checkpoint, or the configuration names another model than the run's.
+    Args:
+      step: which checkpoint is meant, as in `history.step_of`.
+    Raises: InputError if it has no such checkpoint, or the configuration names another model than the run's.
     """
     workdir.check(config, folder, fields=OF_PARAMETERS)
     config = resolve_paths(workdir.dated(config, folder), folder)
     objective = checked_objective(config)
-    step = workdir.newest_step(folder)
+    at = history.step_of(step, config, folder)
     inputs = load_inputs(config, objective, training=False)
     if config.sft.steps:
         inputs = from_sft(inputs, folder)
     programs = make_programs(config, objective, inputs.model, inputs.lengths, trainable=inputs.trainable)
-    return OpenRun(config, inputs, programs, step)
+    return OpenRun(config, inputs, programs, at)
 
 
 def restore(inputs: Inputs, programs: Programs, folder: Path, step: int) -> tuple[dict, dict]:

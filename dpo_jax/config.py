@@ -140,12 +140,14 @@ class Reference:
 @dataclasses.dataclass(frozen=True)
 class Eval:
     every_steps: int = 0  # updates between evaluations, >= 0; 0: only before the first update and after the last
+    patience: int = 0  # evaluations without a better checkpoint.best (empty: eval/loss) that end the run; 0: never
 
 
 @dataclasses.dataclass(frozen=True)
 class Checkpoint:
     every_steps: int = 500  # updates between checkpoints, >= 1; the last step is always saved
     keep: int = 2  # newest checkpoints kept, >= 1
+    best: str = ""  # METRIC:max or METRIC:min of evaluations: the best is kept besides and exported; empty: the last
 
 
 @dataclasses.dataclass(frozen=True)
@@ -212,6 +214,15 @@ RESUMABLE = (
     "profile.steps"
 ).split()
 
+# Fields that may change when a run resumes or goes on after its end, and whose changes are recorded: optimizer state
+# and reference stay valid under them. The first ones decide no update.
+DECIDE_NO_UPDATE = "data.eval eval.patience checkpoint.best".split()
+CHANGEABLE = [
+    *DECIDE_NO_UPDATE,
+    *"train.steps train.epochs optimizer.learning_rate optimizer.schedule optimizer.min_lr_rate".split(),
+    *"optimizer.warmup_steps optimizer.warmup_ratio".split(),
+]
+
 Rule = tuple[Callable[[Any], object], str]  # (test of a value, description of valid values)
 
 
@@ -242,7 +253,8 @@ _POSITIVE: Rule = (lambda value: 0 < value < math.inf, "a number > 0")
 _SHARE: Rule = (lambda value: 0 < value <= 1, "a number in (0, 1]")
 _AXIS: Rule = (lambda value: value == -1 or value >= 1, "a number >= 1, or -1 for all remaining devices")
 _RULES: tuple[tuple[str, Rule], ...] = (  # as the comments of the fields; an unset field (None) is not checked
-    ("seed lora.rank sft.steps sft.warmup_steps optimizer.warmup_steps eval.every_steps profile.steps", _within(0)),
+    ("seed lora.rank sft.steps sft.warmup_steps optimizer.warmup_steps profile.steps", _within(0)),
+    ("eval.every_steps eval.patience", _within(0)),
     ("optimizer.weight_decay optimizer.clip_norm train.router_balance", _within(0)),
     ("data.max_prompt_length train.batch_pairs train.steps train.microbatch_rows sft.batch_pairs", _within(1)),
     ("reference.microbatch_rows checkpoint.every_steps checkpoint.keep log.every_steps", _within(1)),
@@ -267,6 +279,7 @@ _RULES: tuple[tuple[str, Rule], ...] = (  # as the comments of the fields; an un
     ("data.date", (_is_day, "a day as YYYY-MM-DD, or nothing")),
     ("data.layout", _one_of("auto", "shared", "repeated")),
     ("export.dtype", _one_of("", "float32", "bfloat16", "float16")),
+    ("checkpoint.best", (re.compile(r"(\S+/\S+:(max|min))?").fullmatch, "METRIC:max or METRIC:min, or nothing")),
     ("prepare", (re.compile(r"([\w.]+:\w+)?").fullmatch, "'module:function', or nothing")),
 )
 RULES: dict[str, Rule] = {name: rule for names, rule in _RULES for name in names.split()}
@@ -364,7 +377,7 @@ def changed(old: Config, new: Config, fields: Sequence[str] | None = None) -> li
       fields: dotted names of the fields to compare; None: all that must be equal when a run resumes.
     """
     before, after = flat(old), flat(new)
-    fields = [name for name in before if name not in RESUMABLE] if fields is None else fields
+    fields = [name for name in before if name not in RESUMABLE + CHANGEABLE] if fields is None else fields
     names = [name for name in fields if before[name] != after[name]]
 
     def value(of: object) -> str:
@@ -416,6 +429,12 @@ def _check_relations(config: Config, problems: Problems) -> None:
         _refuse(problems, "data.max_prompt_length", data.max_prompt_length, expected)
     if config.eval.every_steps > 0 and not data.eval:
         _refuse(problems, "eval.every_steps", config.eval.every_steps, "0 where config.data.eval is empty")
+    for name, value, nothing in (
+        ("eval.patience", config.eval.patience, "0"),
+        ("checkpoint.best", config.checkpoint.best, "empty"),
+    ):
+        if value and not config.eval.every_steps and name not in problems:
+            _refuse(problems, name, value, f"{nothing} where config.eval.every_steps is 0")
     for section in ("optimizer", "sft"):
         each = getattr(config, section)
         if each.warmup_steps and each.warmup_ratio and f"{section}.warmup_ratio" not in problems:

@@ -11,6 +11,7 @@ from dpo_jax.config import Config
 from dpo_jax.hf import adapters, checkpoints, folders, peft
 from dpo_jax.reporting.model_card import model_card
 from dpo_jax.run.inputs import Inputs, specs_of
+from dpo_jax.run.workdir import Change
 from dpo_jax.runtime import hosts
 from dpo_jax.runtime.terminal import say
 
@@ -24,6 +25,7 @@ def export_model(
     steps: int,
     *,
     merge: bool = False,
+    changes: Sequence[Change] = (),
 ) -> None:
     """Writes a Hugging Face folder with a model card.
 
@@ -32,6 +34,7 @@ def export_model(
       evaluations: rows of eval.jsonl; the card shows the last.
       steps: updates made.
       merge: write the model with adapters merged into it, instead of the adapters alone.
+      changes: of the configuration, as `history.read_changes` returns them.
     """
     trained_adapters = inputs.trainable.adapters
     card = model_card(
@@ -43,6 +46,7 @@ def export_model(
         final=evaluations[-1] if evaluations else {},
         adapters=trained_adapters,
         merged=merge,
+        changes=[change for change in changes if change["step"] < steps],
     )
     options = checkpoints.WriteOptions(
         dtype=config.export.dtype,

@@ -5,8 +5,9 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -22,30 +23,33 @@ from dpo_jax.export import export_model
 from dpo_jax.hf.folders import check_replaceable
 from dpo_jax.reporting import console, trackers
 from dpo_jax.reporting.step_log import StepLog
-from dpo_jax.run import checks, self_check, workdir
+from dpo_jax.run import checks, history, self_check, workdir
 from dpo_jax.run.checkpoints import Checkpoints
 from dpo_jax.run.choices import objective_of, optimizer_of, warmup_of
 from dpo_jax.run.evaluate import evaluate_sets, make_summaries
 from dpo_jax.run.goodput import Account
+from dpo_jax.run.history import History
 from dpo_jax.run.inputs import Inputs, read_inputs
 from dpo_jax.run.loop import Schedule, run_loop
 from dpo_jax.run.programs import Programs, make_programs, make_update
 from dpo_jax.run.reference_sync import ReferenceSync, sync_stretches
 from dpo_jax.run.reference_values import Store, complete_store, reference_store
-from dpo_jax.run.state import first_state
+from dpo_jax.run.state import abstract_params, abstract_running, first_state
 from dpo_jax.run.update_batches import Prepared, UpdateBatches
 from dpo_jax.run.workdir import resolve_paths, store_folder
 from dpo_jax.runtime import hosts
 from dpo_jax.runtime.clocks import Clock, Profile, Stopwatch
 from dpo_jax.runtime.terminal import Progress, say
 from dpo_jax.steps import TrainState
-from dpo_jax.types import InputError
+from dpo_jax.types import InputError, counted
 
 WARM_UP = 2  # updates before a profile begins
 
 
 def run(config: Config, folder: Path, watch: Stopwatch | None = None) -> None:
-    """Trains, evaluates and exports; resumes where an earlier call with the same configuration stopped.
+    """Trains, evaluates and exports; resumes where an earlier call stopped, or goes on after the end of the run.
+
+    A field in `config.CHANGEABLE` may have another value than at the earlier call; the change is printed and recorded.
 
     Args:
       folder: the working folder, created if it is missing.
@@ -66,12 +70,13 @@ def run(config: Config, folder: Path, watch: Stopwatch | None = None) -> None:
     with watch.part("data"):
         inputs = read_inputs(config, objective, folder, training=True)
     total = checks.updates_of(config, inputs.sets["train"])
-    step = workdir.check_data(inputs.digests, folder)
+    changes = history.changes_of(unresolved, folder)
+    step = workdir.check_data(inputs.digests, folder, other_eval="data.eval" in changes)
+    checks.check_goes_on(config, changes, step, total)
+    history.check_goal(config, inputs)
     console.describe_data(inputs)
     console.describe_warmup(warmup_of(config.optimizer, total), total)
-    # Only a finished run writes this folder; until then the command `export` refuses to.
-    if (folder / "export").exists() and step == total:
-        say(f"{folder} is complete at step {total}; the model is in {folder / 'export'}")
+    if is_complete(config, folder, changes, step, total):
         return
     with watch.part("devices and shapes"):
         programs = make_programs(
@@ -82,10 +87,33 @@ def run(config: Config, folder: Path, watch: Stopwatch | None = None) -> None:
             inputs = after_sft(unresolved, inputs, folder)
         with watch.part("digest of weights"):
             store = reference_store(inputs, programs, store_folder(config, folder))
+        if changes:
+            say(f"changed at step {step or 0}: {history.shown(changes)}")
+        history.record_changes(changes, folder, step or 0)
         workdir.claim(unresolved, folder)
         account = Account(watch)
         with account.told():
             train(config, inputs, programs, store, folder, total, account)
+
+
+def is_complete(
+    config: Config, folder: Path, changes: Mapping[str, Sequence[object]], step: int | None, total: int
+) -> bool:
+    """Whether the run has nothing left to do under this configuration, which is then printed.
+
+    Args:
+      changes: of the configuration since the last call; those that only later updates would show are named.
+      step: of the newest checkpoint.
+    """
+    end = history.read_end(folder)
+    if step is None or end.get("step") != step or {"data.eval", "checkpoint.best"} & changes.keys():
+        return False
+    if step < total and not history.read_history(config, folder, before=step + 1, kept=[end["exported"]]).over:
+        return False
+    say(f"{folder} is complete at step {step}, {end['reason']}; the model is in {folder / 'export'}")
+    if changes:
+        say(f"note: no update is left for a change ({history.shown(changes)}); raise train.steps or train.epochs")
+    return True
 
 
 def after_sft(unresolved: Config, inputs: Inputs, folder: Path) -> Inputs:
@@ -105,6 +133,8 @@ def after_sft(unresolved: Config, inputs: Inputs, folder: Path) -> Inputs:
         config,
         loss=Loss(name="sft"),
         reference=dataclasses.replace(config.reference, sync_steps=0, mixup_alpha=1.0),
+        eval=dataclasses.replace(config.eval, patience=0),
+        checkpoint=dataclasses.replace(config.checkpoint, best=""),
         train=dataclasses.replace(config.train, batch_pairs=config.sft.batch_pairs, steps=config.sft.steps),
         optimizer=dataclasses.replace(
             config.optimizer,
@@ -149,15 +179,17 @@ def train(
             only = {"train": pairs_of_first_reference(config, inputs, order, total)}
             values, params = complete_store(inputs, store, programs, only=only)
         tx, learning_rate = optimizer_of(config.optimizer, total_steps=total, trainable=inputs.trainable)
-        checkpoints = Checkpoints(folder / "checkpoints", keep=config.checkpoint.keep)
+        checkpoints = Checkpoints(folder / "checkpoints", keep=config.checkpoint.keep, best=lambda: evaluations.kept)
         opened.callback(checkpoints.close)
         with watch.part("weights"):
             state, frozen = first_state(inputs.source, programs, tx, checkpoints, params)
             jax.block_until_ready((state, frozen))
         del params  # trainable parameters are donated to the state: from here on memory holds one model
         start = int(jax.device_get(state.step))
-        schedule = Schedule(start, total, config.eval.every_steps, config.checkpoint.every_steps)
-        sync = sync_of(config, inputs, programs, store, order, total)
+        evaluations = history.read_history(config, folder, before=start, kept=checkpoints.all_steps())
+        every = config.eval.every_steps, config.checkpoint.every_steps
+        schedule = Schedule(start, total, *every, save_evaluated=bool(config.checkpoint.best))
+        sync = sync_of(config, inputs, programs, store, order, total, folder)
         if sync is not None and sync.last(start):
             values = sync.stored(sync.last(start))
         spent = checkpoints.record(start).get("time", {}) if start else {}
@@ -173,6 +205,7 @@ def train(
             batches=UpdateBatches(inputs, programs, order, values.get("train")),
             outputs=outputs,
             checkpoints=checkpoints,
+            evaluations=evaluations,
             record={"config": dataclasses.asdict(config), "data": inputs.digests, "version": dpo_jax.__version__},
             learning_rate=learning_rate,
         )
@@ -187,10 +220,36 @@ def train(
         state = run_loop(state, schedule, batches, update, between)
         with watch.part("save"):
             checkpoints.close()  # waits for the last
-    evaluations = workdir.read_rows(folder / "eval.jsonl")
+    last, best, params = int(jax.device_get(state.step)), evaluations.kept, state.params
+    if best is not None and best != last:
+        del state, params  # before the best is read: memory holds one model
+        with Checkpoints(folder / "checkpoints", keep=1, read_only=True) as kept:
+            params, _ = kept.restore_params(best, abstract_params(programs)[0], abstract_running(programs))
     with watch.part("export"):
-        export_model(config, inputs, trees.join(state.params, frozen), folder / "export", evaluations, total)
-    console.before_and_after(evaluations)
+        finish(config, inputs, trees.join(params, frozen), folder, evaluations, End(last, total, best or last))
+
+
+class End(NamedTuple):
+    """Numbers of updates at a run's end."""
+
+    step: int  # made
+    total: int  # of the configuration; more than `step` if the run ended early
+    exported: int  # before the state that is exported
+
+
+def finish(config: Config, inputs: Inputs, params: PyTree, folder: Path, evaluations: History, end: End) -> None:
+    """Exports parameters, and prints and records how the run ended."""
+    rows = [row for row in workdir.read_rows(folder / "eval.jsonl") if row["step"] <= end.exported]
+    changes = history.read_changes(folder)
+    export_model(config, inputs, params, folder / "export", rows, end.exported, changes=changes)
+    reason = f"all {end.total} updates made"
+    if end.step < end.total:
+        reason = f"before {end.total}: no better {evaluations.goal} in {counted(config.eval.patience, 'evaluations')}"
+    if end.exported != end.step:
+        reason += f"; exported is the best, step {end.exported}"
+    say(f"ended at step {end.step}, {reason}")
+    history.record_end(folder, step=end.step, total=end.total, exported=end.exported, reason=reason)
+    console.before_and_after(rows)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -222,13 +281,15 @@ def open_outputs(
       spent: fields of the account when the checkpoint was made that the run goes on from.
     """
     start, total = schedule.start, schedule.total
+    # Of the end of the run that now goes on: it is not made again.
+    keeps_evaluation = not schedule.evaluates(start) and not history.changes_evaluation(folder, start)
     writers: dict[str, list[trackers.Tracker]] = {}  # by file; empty except on process 0
     last: dict[str, dict[str, float]] = {}  # row that an earlier call wrote, by file
     if hosts.first():
         for name in ("metrics.jsonl", "eval.jsonl"):
             log = trackers.JsonlWriter(folder / name)
             opened.callback(log.close)
-            last[name] = log.truncate_after(start - 1)
+            last[name] = log.truncate_after(start if name == "eval.jsonl" and keeps_evaluation else start - 1)
             writers[name] = [log]
         more_writers = trackers.open_trackers(
             folder,
@@ -276,6 +337,7 @@ class Between:
     batches: UpdateBatches
     outputs: Outputs
     checkpoints: Checkpoints
+    evaluations: History
     record: dict[str, object]  # saved with each checkpoint
     learning_rate: Callable[[int], float]
 
@@ -285,11 +347,11 @@ class Between:
         self._epoch_pairs = epoch_size(pairs.source, pairs.weights)
         self._compiled = False
 
-    def evaluate(self, done: int, state: TrainState) -> None:
-        """Evaluates on data.eval, if there is one, and logs a row of eval.jsonl."""
+    def evaluate(self, done: int, state: TrainState) -> bool:
+        """Evaluates on data.eval, if there is one, and logs a row of eval.jsonl; returns whether the run ends early."""
         self.outputs.steps.flush()
         if not self.inputs.eval_sets:
-            return
+            return False
         with self.outputs.clock.paused(state), self.programs.watch.part("evaluation"):
             row = evaluate_sets(
                 self.inputs,
@@ -302,6 +364,8 @@ class Between:
             self.outputs.write("eval.jsonl", done, row)
             for line in console.evaluation_lines(row):
                 self.outputs.progress.say(f"step {done}: {line}")
+        self.evaluations.add(done, row)
+        return self.evaluations.over
 
     def save(self, done: int, state: TrainState) -> None:
         """Copies the state off the devices; a checkpoint is written of it in the background."""
@@ -373,6 +437,7 @@ def sync_of(
     store: Store | None,
     order: Callable[[int], np.ndarray],
     total: int,
+    folder: Path,
 ) -> ReferenceSync | None:
     """Returns the object that syncs the reference with the policy (TR-DPO); None if it never does."""
     reference = config.reference
@@ -386,7 +451,7 @@ def sync_of(
         total_steps=total,
         sync_steps=reference.sync_steps,
         mixup_alpha=reference.mixup_alpha,
-        run_digest=workdir.run_digest(config, inputs.digests),
+        run_digest=functools.partial(workdir.run_digest, config, inputs.digests["train"], history.read_changes(folder)),
     )
 
 

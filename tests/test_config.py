@@ -78,8 +78,11 @@ def test_options_of_losses_are_optional_fields_in_a_fixed_order():
 def test_rules_and_resumable_name_fields_that_exist():
     names = set(config.flat(config.Config()))
     assert set(config.RULES) <= names
-    assert set(config.RESUMABLE) <= names
+    assert set(config.RESUMABLE) | set(config.CHANGEABLE) <= names and not set(config.RESUMABLE) & set(
+        config.CHANGEABLE
+    )
     assert not {"model.path", "tokenizer.path", "seed", "optimizer.learning_rate"} & set(config.RESUMABLE)
+    assert not {"model.path", "seed", "train.batch_pairs", "loss.beta", "optimizer.b1"} & set(config.CHANGEABLE)
 
 
 def test_every_number_has_a_rule():
@@ -168,6 +171,10 @@ BAD = [
     ("eval.every_steps", 10, "0 where config.data.eval is empty"),
     ("checkpoint.every_steps", 0, "a number >= 1"),
     ("checkpoint.keep", 0, "a number >= 1"),
+    ("checkpoint.best", "eval/loss", "METRIC:max or METRIC:min"),
+    ("checkpoint.best", "eval/loss:min", "empty where config.eval.every_steps is 0"),
+    ("eval.patience", -1, "a number >= 0"),
+    ("eval.patience", 2, "0 where config.eval.every_steps is 0"),
     ("mesh.replica", 0, "or -1"),
     ("mesh.fsdp", -2, "or -1"),
     ("mesh.tensor", 0, "or -1"),
@@ -326,8 +333,8 @@ def test_config_json_reproduces_a_run_and_can_be_overridden(recipe, tmp_path):
     (tmp_path / "config.json").write_text(config.to_json(first))
     source = str(tmp_path / "config.json")
     assert load(source) == first
-    again = load(source, ["train.steps=5", "train.microbatch_rows=2"])
-    assert config.changed(first, again) == ["train.steps: 4 -> 5"]
+    again = load(source, ["loss.beta=0.2", "train.steps=5", "train.microbatch_rows=2"])
+    assert config.changed(first, again) == ["loss.beta: 0.3 -> 0.2"]
 
 
 @pytest.mark.parametrize(

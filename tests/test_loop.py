@@ -14,11 +14,12 @@ IMPORTED = time.clock_gettime(time.CLOCK_BOOTTIME)
 class Recorder:
     """Writes down what the loop asks for."""
 
-    def __init__(self):
-        self.events = []
+    def __init__(self, ends_at=None):
+        self.events, self.ends_at = [], ends_at
 
     def evaluate(self, done, state):
         self.events.append(("evaluate", done, state))
+        return done == self.ends_at
 
     def save(self, done, state):
         self.events.append(("save", done, state))
@@ -30,8 +31,8 @@ class Recorder:
         self.events.append(("after", done, metrics))
 
 
-def run(schedule, state=0):
-    recorder = Recorder()
+def run(schedule, state=0, *, ends_at=None):
+    recorder = Recorder(ends_at)
     assert isinstance(recorder, Between)
     batches = ((step, 0.0) for step in range(schedule.start, schedule.total))
     last = run_loop(state, schedule, batches, lambda state, batch: (state + 10**batch, batch), recorder)
@@ -64,6 +65,18 @@ def test_a_run_that_goes_on_repeats_no_update_and_one_that_is_done_evaluates_onc
         ("evaluate", 3),
     ]
     assert run(Schedule(start=3, total=3)) == (0, [("evaluate", 3, 0)])
+
+
+def test_an_evaluation_may_end_the_run_which_is_saved():
+    schedule = Schedule(start=0, total=5, evaluate_every=2, save_every=4)
+    last, events = run(schedule, ends_at=2)
+    assert last == 11 and [event[:2] for event in events[-3:]] == [("after", 2), ("evaluate", 2), ("save", 2)]
+
+
+def test_every_evaluation_after_an_update_may_have_a_checkpoint():
+    _, events = run(Schedule(start=0, total=5, evaluate_every=2, save_every=3, save_evaluated=True))
+    assert [done for event, done, _ in events if event == "save"] == [2, 3, 4, 5]
+    assert [done for event, done, _ in events if event == "evaluate"] == [0, 2, 4, 5]
 
 
 def test_a_run_that_is_asked_to_stop_saves_before_the_next_update(monkeypatch):

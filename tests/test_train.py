@@ -87,7 +87,7 @@ def weights(folder):
 
 def test_run_writes_what_a_workdir_holds(finished):
     names = {path.name for path in finished.iterdir()}
-    assert names == {"config.json", "metrics.jsonl", "eval.jsonl", "reference", "checkpoints", "export"}
+    assert names == {"config.json", "metrics.jsonl", "eval.jsonl", "reference", "checkpoints", "export", "end.json"}
     rows = read_rows(finished / "metrics.jsonl")
     assert [row["step"] for row in rows] == list(range(STEPS)) and all(set(row) == METRICS for row in rows)
     evaluations = read_rows(finished / "eval.jsonl")
@@ -522,6 +522,57 @@ def test_export_command_writes_the_newest_checkpoint(finished, inputs, tmp_path)
 
 
 @pytest.mark.slow
+def test_a_run_ends_early_exports_its_best_and_goes_on(finished, inputs, tmp_path, monkeypatch, capsys):
+    fields = dict(eval__every_steps=1, eval__patience=2, checkpoint__best="eval/loss:min", checkpoint__keep=1)
+    config, run, again = make_config(inputs, **fields), tmp_path / "run", tmp_path / "again"
+    for at in (2, None):  # interrupted once, between evaluations that are no better
+        with contextlib.nullcontext() if at is None else killed_at(at, monkeypatch), contextlib.suppress(Killed):
+            train.run(config, run)
+    train.run(config, again)
+    evaluations = untimed(read_rows(run / "eval.jsonl"))
+    assert [row["step"] for row in evaluations] == [0, 1, 2, 3] and evaluations == untimed(
+        read_rows(again / "eval.jsonl")
+    )
+    assert {path.name for path in (run / "checkpoints").iterdir()} == {"1", "3"}
+    assert json.loads((run / "end.json").read_text())["exported"] == 1
+    ours, theirs = weights(run / "export"), weights(again / "export")
+    assert all(np.array_equal(ours[name], theirs[name]) for name in theirs)
+    train.run(config, run)
+    assert "is complete at step 3, before 6: no better eval/loss:min in 2 evaluations" in capsys.readouterr().err
+    row = commands.evaluate_checkpoint(config, run, step="best")
+    assert untimed([row]) == [evaluations[1]]
+    # It goes on, under another learning rate and without an end, with the same reference.
+    fields |= dict(eval__patience=0, train__steps=4, optimizer__learning_rate=1e-3)
+    train.run(make_config(inputs, **fields), run)
+    shown = capsys.readouterr().err
+    assert "changed at step 3: eval.patience: 2 -> 0; train.steps: 6 -> 4; " in shown and " 0 scored in 0 for" in shown
+    rates = [row["learning_rate"] for row in read_rows(run / "metrics.jsonl")]
+    assert rates == pytest.approx([0, 5e-3, 1e-2, 1e-3 / 2])
+    assert "| changed after update 3 |" not in (run / "export" / "README.md").read_text()  # the best is from before
+    commands.export_checkpoint(make_config(inputs, **fields), run, None, step="last")
+    assert "optimizer.learning_rate: 0.01 -> 0.001" in (run / "export-4" / "README.md").read_text()
+    train.run(make_config(inputs, **fields | dict(optimizer__learning_rate=1.0)), run)
+    assert "no update is left for a change (optimizer.learning_rate" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"train__steps": 5}, "config.train.steps: 5 updates, and the run has made 6"),
+        (
+            {"checkpoint__best": "eval/accuracy:max", "eval__every_steps": 1},
+            "config.checkpoint.best: 'eval/accuracy'; expected a metric of this run's evaluations: eval/logits/chosen",
+        ),
+    ],
+)
+def test_a_run_that_cannot_go_on_so_is_refused(finished, inputs, fields, message):
+    before = (finished / "config.json").read_text()
+    with pytest.raises(InputError) as error:
+        train.run(make_config(inputs, **fields), finished)
+    assert message in str(error.value) and (finished / "config.json").read_text() == before
+
+
+@pytest.mark.slow
 def test_supervised_stage_comes_first_and_is_its_own_reference(inputs, tmp_path):
     config = make_config(inputs, sft__steps=3, sft__batch_pairs=8, sft__learning_rate=1e-2, train__steps=2)
     train.run(config, tmp_path / "run")
@@ -606,8 +657,8 @@ def test_bad_run_is_refused_and_leaves_nothing(inputs, tmp_path, fields, message
 
 def test_workdir_of_another_run_is_refused_and_names_the_field(finished, inputs):
     before = (finished / "config.json").read_text()
-    with pytest.raises(InputError, match=r"optimizer\.learning_rate: 0\.01 -> 0\.02"):
-        train.run(make_config(inputs, optimizer__learning_rate=2e-2), finished)
+    with pytest.raises(InputError, match=r"optimizer\.b1: 0\.9 -> 0\.8"):
+        train.run(make_config(inputs, optimizer__b1=0.8), finished)
     assert (finished / "config.json").read_text() == before
 
 

@@ -45,7 +45,7 @@ class Field(NamedTuple):
     type: str
     default: object
     allowed: str  # values that are not refused; empty: all of the type
-    resumable: bool  # whether it may differ when a run resumes
+    resume: str  # whether it may differ when a run resumes: may change, recorded (it may, and that is recorded), fixed
     description: str
 
     @property
@@ -81,8 +81,8 @@ def _fields_of(section: object, prefix: str) -> list[Field]:
             raise ValueError(f"{config.__file__}: {name} has no trailing comment")
         kind = field.type.__name__ if isinstance(field.type, type) else str(field.type)
         allowed = config.RULES[name][1] if name in config.RULES else ""
-        resumable = name in config.RESUMABLE
-        rows.append(Field(name, kind.removesuffix(" | None"), value, allowed, resumable, descriptions[field.name]))
+        resume = "may change" if name in config.RESUMABLE else "recorded" if name in config.CHANGEABLE else "fixed"
+        rows.append(Field(name, kind.removesuffix(" | None"), value, allowed, resume, descriptions[field.name]))
     return rows
 
 

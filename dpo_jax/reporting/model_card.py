@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import dpo_jax
-from dpo_jax.config import Config
+from dpo_jax.config import DECIDE_NO_UPDATE, Config
 from dpo_jax.data.specs import is_pattern, parts_of
 from dpo_jax.hf.adapters import Adapters, module_of
 from dpo_jax.losses import Objective, options_of
+from dpo_jax.run.history import shown
+from dpo_jax.run.workdir import Change
 
 
 def model_card(
@@ -23,6 +25,7 @@ def model_card(
     final: Mapping[str, float],
     adapters: Adapters | None = None,
     merged: bool = False,
+    changes: Sequence[Change] = (),
 ) -> str:
     """Returns Markdown with a YAML head: base model, objective, data, settings and the last evaluation.
 
@@ -34,6 +37,7 @@ def model_card(
       steps: number of updates.
       final: metrics of the last evaluation; empty if there was none.
       adapters: the adapters that trained; None if all parameters did.
+      changes: of the configuration before the last update, as `history.read_changes` returns them.
       merged: whether the adapters are merged into the model; otherwise the folder holds the adapters alone.
     """
     folder = Path(base).expanduser()
@@ -56,6 +60,9 @@ def model_card(
         rows["reference"] = f"after every {every} updates {alpha:g} of the policy and {1 - alpha:g} of itself"
     if config.sft.steps:
         rows["first"] = f"supervised fine-tuning on the chosen answers, {_listed(vars(config.sft))}"
+    for change in changes:
+        fields = {key: pair for key, pair in change["changes"].items() if key not in DECIDE_NO_UPDATE}
+        rows |= {f"changed after update {change['step']}": shown(fields)} if fields else {}
     table = [f"| {key} | {value} |" for key, value in rows.items()]
     text = [*head, "---", "", f"# {name}, after {config.loss.name}", ""]
     text += [f"`{name}` trained by {_objective(objective)} with dpo_jax {dpo_jax.__version__}.", ""]

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import jax
 import orbax.checkpoint as ocp
@@ -16,24 +17,51 @@ from dpo_jax.steps import TrainState
 T = TypeVar("T")
 
 
+class HasStep(Protocol):
+    """A checkpoint as orbax's policies see it."""
+
+    step: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Kept:
+    """Orbax's policy for which checkpoints to keep: the newest ones, and the best if there is one."""
+
+    newest: int
+    best: Callable[[], int | None]
+
+    def should_preserve(self, checkpoints: Sequence[HasStep], *, context: object) -> list[bool]:
+        """Returns for each checkpoint, in the order of their steps, whether it is kept."""
+        first, best = len(checkpoints) - self.newest, self.best()
+        return [index >= first or each.step == best for index, each in enumerate(checkpoints)]
+
+
 class Checkpoints:
-    """Checkpoints in one folder, written in the background; the newest `keep` are kept. A context manager.
+    """Checkpoints in one folder, written in the background. A context manager.
+
+    The newest `keep` are kept, and besides them that of the step that `best` returns, which is asked at every save.
 
     A checkpoint holds the training state and a JSON record of the configuration and the data. The position in the
     data is not stored: the step decides the order of pairs.
     """
 
-    def __init__(self, folder: Path, *, keep: int, read_only: bool = False):
+    def __init__(
+        self, folder: Path, *, keep: int, read_only: bool = False, best: Callable[[], int | None] = lambda: None
+    ):
         if read_only:
             options = ocp.CheckpointManagerOptions(read_only=True, create=False, save_interval_steps=0)
         else:
-            options = ocp.CheckpointManagerOptions(create=True, max_to_keep=keep)
+            options = ocp.CheckpointManagerOptions(create=True, preservation_policy=Kept(keep, best))
         self._open = True
         self._manager = ocp.CheckpointManager(Path(folder).absolute(), options=options, item_names=("state", "record"))
 
     def latest_step(self) -> int | None:
         """Returns the number of updates before the newest complete checkpoint; None if there is none."""
         return self._manager.latest_step()
+
+    def all_steps(self) -> list[int]:
+        """Returns the number of updates before each complete checkpoint, in order."""
+        return sorted(self._manager.all_steps())
 
     def save(self, step: int, state: TrainState, record: Mapping[str, object]) -> None:
         """Copies the state off the devices and writes it in the background; a step that is saved already is skipped."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import numpy as np
 from jaxtyping import Int
 
@@ -86,6 +88,30 @@ def fit(config: Config, model: DecoderConfig, lengths: Int[np.ndarray, "N _"]) -
     if config.data.layout == "auto":
         return model, "repeated" if model.needs_whole_sequences else "shared"
     return model, config.data.layout
+
+
+def check_goes_on(config: Config, changes: Mapping[str, object], step: int | None, total: int) -> None:
+    """Raises InputError if a run cannot go on from a step under a changed configuration.
+
+    Args:
+      changes: by the dotted names of fields.
+      step: of the newest checkpoint; None: there is none.
+      total: updates that the configuration asks for.
+    """
+    if step is not None and step > total:
+        raise InputError(
+            f"config.train.{'epochs' if config.train.steps is None else 'steps'}",
+            got=f"{total} updates, and the run has made {step}",
+            expected=f"at least {step}",
+            remedy="Raise it, or give another --workdir; dpo-jax export --step=N writes an earlier checkpoint.",
+        )
+    if step and "data.eval" in changes and config.reference.sync_steps:
+        raise InputError(
+            "config.data.eval",
+            got="other pairs than the run's, and the reference syncs with the policy",
+            expected="those that the run began with: the reference that would score others is gone",
+            remedy="Leave the change out, and evaluate on others afterwards, without this reference.",
+        )
 
 
 def place_of(name: str) -> str:

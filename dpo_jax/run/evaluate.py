@@ -153,6 +153,27 @@ def make_summaries(inputs: Inputs) -> dict[str, Summary]:
     return {name: by_mixture[pairs.mixture] for name, pairs in inputs.eval_sets.items()}
 
 
+def metric_names(inputs: Inputs) -> list[str]:
+    """Returns the names of the metrics of an evaluation, without those of a mixture of experts; uses no device."""
+    objective = inputs.objective
+    names: list[str] = []
+    running = jax.eval_shape(lambda: losses.start_of(objective))
+    for name, pairs in inputs.eval_sets.items():
+        answers = jax.ShapeDtypeStruct((1, pairs.lengths.shape[1] - 1), np.float32)
+        counts = jax.ShapeDtypeStruct(answers.shape, np.int32)
+        sums = dict.fromkeys({"logits", *objective.sums}, answers)
+        stored = {} if objective.reference_tokens is None else {"shared_logps": answers}
+        other = Mismatched(answers, answers, counts) if name in inputs.mismatched else None
+        part = jax.ShapeDtypeStruct((1,), np.int32) if pairs.mixture else None
+        scores = (answers, sums), answers, stored, counts, other, running, None, None, part
+
+        def summary(*scores: PyTree, mixture: tuple[str, ...] = pairs.mixture) -> PyTree:
+            return make_summary(objective, paired=inputs.paired, mixture=mixture)(*scores)
+
+        names += [f"{name}/{metric}" for metric in jax.eval_shape(summary, *scores)]
+    return names
+
+
 def evaluate_sets(
     inputs: Inputs,
     programs: Programs,

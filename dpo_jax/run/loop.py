@@ -24,6 +24,7 @@ class Schedule:
     total: int  # updates made at the end
     evaluate_every: int = 0  # updates between evaluations; 0: only before the first update and after the last
     save_every: int = 500  # updates between checkpoints; the last is always saved
+    save_evaluated: bool = False  # whether there is a checkpoint at every evaluation after the first update
 
     def evaluates(self, done: int) -> bool:
         """Whether an evaluation is due after `done` updates."""
@@ -31,15 +32,15 @@ class Schedule:
 
     def saves(self, done: int) -> bool:
         """Whether a checkpoint is due after `done` updates."""
-        return done == self.total or done % self.save_every == 0
+        return done == self.total or done % self.save_every == 0 or (self.save_evaluated and self.evaluates(done))
 
 
 @runtime_checkable
 class Between(Protocol[State, Prepared, Metrics]):
     """Actions of a run between its updates; `done` counts the updates made so far."""
 
-    def evaluate(self, done: int, state: State) -> None:
-        """Evaluates the state."""
+    def evaluate(self, done: int, state: State) -> bool | None:
+        """Evaluates the state; returns whether the run ends here, before its last update."""
 
     def save(self, done: int, state: State) -> None:
         """Saves the state; when it returns, the state may be changed."""
@@ -58,7 +59,7 @@ def run_loop(
     update: Callable[[State, Prepared], tuple[State, Metrics]],
     between: Between[State, Prepared, Metrics],
 ) -> State:
-    """Makes the updates of a schedule and returns the last state.
+    """Makes the updates of a schedule, or fewer if an evaluation ends the run, and returns the last state, saved.
 
     Args:
       state: after `schedule.start` updates.
@@ -67,8 +68,9 @@ def run_loop(
     Raises: hosts.Stopped, once the state is saved, if the run was asked to stop.
     """
     for done in range(schedule.start, schedule.total):
-        if schedule.evaluates(done):
-            between.evaluate(done, state)
+        if schedule.evaluates(done) and between.evaluate(done, state):
+            between.save(done, state)
+            return state
         if hosts.asked_to_stop():
             between.save(done, state)
             raise hosts.Stopped(f"asked to stop, and saved at step {done} of {schedule.total}")

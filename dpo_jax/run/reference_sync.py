@@ -43,7 +43,7 @@ class ReferenceSync:
     total_steps: int  # updates of the run
     sync_steps: int  # updates between syncs, > 0
     mixup_alpha: float  # weight of the policy in the new reference, in (0, 1]; 1: the policy itself
-    run_digest: str  # of all settings and data that decide the policy at a sync
+    run_digest: Callable[[int], str]  # of all settings and data that decide the policy at the sync of a step
 
     def due(self, step: int) -> bool:
         """Whether the reference syncs before update `step`."""
@@ -59,7 +59,7 @@ class ReferenceSync:
             "step": step,
             "every": self.sync_steps,
             "mixup_alpha": self.mixup_alpha,
-            "run": self.run_digest,
+            "run": self.run_digest(step),
         }
         return Store(self.store.folder / f"sync-{step:06d}", self.store.identity | {"sync": sync})
 
@@ -99,8 +99,8 @@ class ReferenceSync:
 
     def _values(self, step: int, params: Callable[[], PyTree]) -> dict[str, ReferenceValues]:
         """Reads or scores the log-probs that are needed from `step` until the next sync."""
-        next_sync = min(step + self.sync_steps, self.total_steps)
-        coming = reached(self.order, range(step, next_sync), len(self.inputs.sets["train"]))
+        # Of all updates until then, even beyond the run's last: its end may be moved, and this reference is gone then.
+        coming = reached(self.order, range(step, step + self.sync_steps), len(self.inputs.sets["train"]))
         store, only = self.store_at(step), {"train": coming}
         with Counter(f"reference of step {step}", unit="pairs") as counter:
             return score_missing(self.inputs, store, self.programs, params, counter.update, only=only, provided=False)[

@@ -11,14 +11,23 @@ import time
 import uuid
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import xxhash
 
-from dpo_jax.config import RESUMABLE, Config, changed, flat, from_json, record_from_json, to_json
+from dpo_jax.config import DECIDE_NO_UPDATE, RESUMABLE, Config, changed, flat, from_json, record_from_json, to_json
 from dpo_jax.run.checkpoints import Checkpoints
+from dpo_jax.run.checks import place_of
 from dpo_jax.runtime import files, hosts
 from dpo_jax.types import InputError
+
+
+class Change(TypedDict):
+    """A recorded change of a run's configuration."""
+
+    step: int  # updates made before it
+    date: str
+    changes: Mapping[str, Sequence[object]]  # by dotted names of fields: value before and after
 
 
 def check(config: Config, workdir: Path, *, fields: Sequence[str] | None = None) -> None:
@@ -39,8 +48,9 @@ def check(config: Config, workdir: Path, *, fields: Sequence[str] | None = None)
         raise InputError(
             str(path),
             got=f"this folder holds a run with other settings ({'; '.join(changes)})",
-            expected="the configuration that the run began with",
-            remedy="Leave the change out, or give another --workdir.",
+            expected="the configuration that the run began with; docs/runs.md lists the fields that may change",
+            remedy="Leave the change out, or give another --workdir, which can begin from this run's export with "
+            f"--config.model.path={workdir / 'export'}.",
         )
 
 
@@ -158,21 +168,31 @@ def _recorded(workdir: Path) -> tuple[str, str]:
     return path.read_text(), str(path)
 
 
-def run_digest(config: Config, digests: Mapping[str, str | None]) -> str:
-    """Returns a digest of all settings and data that decide the updates of a run.
+def run_digest(config: Config, pairs: str | None, changes: Sequence[Change], step: int) -> str:
+    """Returns a digest of all settings and data that decide the first `step` updates of a run.
 
     Args:
-      digests: of the run's pairs, by split.
+      config: the present one.
+      pairs: digest of the training pairs.
+      changes: those of the configuration so far, as `history.read_changes` returns them.
     """
-    fixed = {name: value for name, value in flat(config).items() if name not in RESUMABLE}
-    return xxhash.xxh3_64_hexdigest(json.dumps([fixed, digests], sort_keys=True).encode())
+    values = {name: value for name, value in flat(config).items() if name not in RESUMABLE + DECIDE_NO_UPDATE}
+    before = [change for change in changes if change["step"] < step]
+    for change in reversed(changes[len(before) :]):
+        values |= {name: old for name, (old, _) in change["changes"].items() if name in values}
+    decisive = [
+        [change["step"], {name: pair for name, pair in change["changes"].items() if name in values}]
+        for change in before
+    ]
+    return xxhash.xxh3_64_hexdigest(json.dumps([values, pairs, decisive], sort_keys=True).encode())
 
 
-def check_data(digests: Mapping[str, str | None], workdir: Path) -> int | None:
+def check_data(digests: Mapping[str, str | None], workdir: Path, *, other_eval: bool = False) -> int | None:
     """Returns the step of the newest checkpoint; None if there is none.
 
     Args:
-      digests: of the run's pairs, by split; None for a split without pairs.
+      digests: of the run's pairs, by set; None where there are no pairs.
+      other_eval: whether the configuration names other pairs to evaluate on than the run's, as it may.
     Raises: InputError if the checkpoint was made with other pairs, or processes see different checkpoints.
     """
     with Checkpoints(workdir / "checkpoints", keep=1, read_only=True) as checkpoints:
@@ -180,12 +200,12 @@ def check_data(digests: Mapping[str, str | None], workdir: Path) -> int | None:
         # Before any process reads one, for which all are needed.
         hosts.agree(f"checkpoints in {workdir}", {"step": step})
         made_with = digests if step is None else checkpoints.record(step)["data"]
-    for split, digest in digests.items():
-        if digest != made_with[split]:
+    for name in ["train"] if other_eval else digests:
+        if digests[name] != made_with.get(name):
             raise InputError(
-                f"config.data.{split}",
-                got=f"{_pairs(digest)}, which are not those of the checkpoint at step {step}",
-                expected=_pairs(made_with[split]),
+                place_of(name),
+                got=f"{_pairs(digests[name])}, which are not those of the checkpoint at step {step}",
+                expected=_pairs(made_with.get(name)),
                 remedy="Restore the data that the run began with, or give another --workdir.",
             )
     return step
@@ -196,18 +216,18 @@ def _pairs(digest: str | None) -> str:
     return f"pairs with the digest {digest}" if digest else "no pairs"
 
 
-def newest_step(workdir: Path) -> int:
-    """Returns the step of the newest checkpoint. Raises: InputError if there is none."""
+def kept_steps(workdir: Path) -> list[int]:
+    """Returns the steps of all complete checkpoints, in order. Raises: InputError if there are none."""
     with Checkpoints(workdir / "checkpoints", keep=1, read_only=True) as checkpoints:
-        step = checkpoints.latest_step()
-    if step is None:
+        steps = checkpoints.all_steps()
+    if not steps:
         raise InputError(
             str(workdir), got="no checkpoint in it", expected="one of a training run", remedy="Run dpo-jax train first."
         )
-    return step
+    return steps
 
 
-def read_rows(path: Path) -> list[dict[str, float]]:
+def read_rows(path: Path) -> list[dict[str, Any]]:
     """Reads the rows of a log, without a last one that an interruption left unfinished; none if the file is missing."""
     lines = path.read_text().splitlines(keepends=True) if path.exists() else []
     return [json.loads(line) for line in lines if line.endswith("\n")]
