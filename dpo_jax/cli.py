@@ -44,8 +44,8 @@ dpo-jax COMMAND --help lists the flags and fields of a command, with meaning, ra
 the version. evaluate and export read DIR/config.json where no --config is given.
 
 Over several processes, the same command on each: on TPU hosts, under SLURM and under Open MPI they find one another;
-elsewhere give --coordinator=HOST:PORT --processes=N --process=I. Asked to stop by SIGTERM, a run saves its state and
-exits with status 75: the same command goes on from there.
+elsewhere give --coordinator=HOST:PORT --processes=N --process=I. Asked to stop by SIGTERM or Ctrl-C, a run saves its
+state and exits with status 75: the same command goes on from there. A second Ctrl-C ends it at once.
 """
 
 Define = Callable[..., flags.FlagHolder]  # absl's flags.DEFINE_*
@@ -149,7 +149,20 @@ class Parsed(NamedTuple):
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Runs a command and exits: 2 for bad input, after a line that says so; `hosts.STOPPED` if asked to stop."""
+    """Runs a command and exits: 2 for bad input, after a line that says so; `hosts.STOPPED` if asked to stop.
+
+    Ctrl-C before there is anything to save ends it with 130.
+    """
+    try:
+        _main(argv)
+    except KeyboardInterrupt:
+        from dpo_jax.runtime import hosts
+
+        print("\ninterrupted", file=sys.stderr)
+        hosts.leave(hosts.INTERRUPTED, "interrupted")
+
+
+def _main(argv: Sequence[str] | None) -> None:
     argv = list(sys.argv if argv is None else argv)
     # Two libraries warn of what is intended: folders that are only read, and an environment without torch.
     logging.set_verbosity(logging.ERROR)

@@ -136,6 +136,16 @@ def test_recipe_may_name_a_module_in_the_folder_it_is_called_from(inputs, tmp_pa
     assert (tmp_path / "run" / "made").exists()
 
 
+def test_an_interrupt_before_there_is_a_state_ends_without_a_traceback(inputs, tmp_path, monkeypatch, capsys):
+    (tmp_path / "interrupting.py").write_text("import signal\n\n\ndef make(_):\n    signal.raise_signal(2)\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [entry for entry in sys.path if entry])
+    with pytest.raises(SystemExit) as status:
+        run("train", *arguments(inputs, "--config.prepare=interrupting:make", "--workdir=run"))
+    error = capsys.readouterr().err
+    assert status.value.code == 130 and "interrupted" in error and "Traceback" not in error
+
+
 def test_the_folder_it_is_called_from_shadows_no_installed_module(tmp_path, monkeypatch):
     (tmp_path / "inspect.py").write_text("raise RuntimeError('the module of the standard library was meant')")
     monkeypatch.chdir(tmp_path)

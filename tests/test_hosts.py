@@ -177,3 +177,17 @@ def test_the_end_of_process_0_is_noticed_unless_it_said_so(orderly):
         next(iter(server._said)).shutdown(socket.SHUT_RDWR)
         assert lost.get(timeout=5) == 0
     assert lost.empty()
+
+
+def test_an_interrupt_asks_to_stop_and_a_second_one_ends_at_once(monkeypatch, capsys):
+    came, ended = threading.Event(), threading.Event()
+    monkeypatch.setattr(hosts, "_end_at_once", ended.set)
+    monkeypatch.setattr(hosts, "_ask", lambda: came.set() or hosts._asked.set())
+    with hosts.listening():
+        os.kill(os.getpid(), signal.SIGINT)
+        assert came.wait(5) and hosts.asked_to_stop() and not ended.is_set()
+        os.kill(os.getpid(), signal.SIGINT)
+        assert ended.wait(5)
+    assert "Ctrl-C again ends at once" in capsys.readouterr().err
+    assert not hosts.asked_to_stop() and signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert signal.set_wakeup_fd(-1) == -1 and "interrupts" not in {each.name for each in threading.enumerate()}

@@ -111,12 +111,13 @@ def test_others_end_when_one_fails(recipe, inputs, tmp_path):
 
 @pytest.mark.slow
 def test_a_request_to_one_stops_all_at_one_step_and_the_command_goes_on(recipe, tmp_path):
+    # Ctrl-C, which the process makes a SIGTERM to itself.
     steps = 24
     fields = dict(train__steps=steps, checkpoint__every_steps=1000, train__epochs=1)
     command = arguments("train", recipe, tmp_path / "run", **fields)
     with Run(command, tmp_path / "first", processes=2) as run:
         run.wait_for(lambda: len(rows(tmp_path / "run")) > 2)
-        run.processes[1].send_signal(signal.SIGTERM)
+        run.processes[1].send_signal(signal.SIGINT)
         ended = run.ended_all()
     assert [each.status for each in ended] == [hosts.STOPPED] * 2, ended
     saved = [int(path.name) for path in (tmp_path / "run" / "checkpoints").iterdir()]

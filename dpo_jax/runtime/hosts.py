@@ -30,6 +30,7 @@ from dpo_jax.runtime import peers
 from dpo_jax.types import InputError
 
 STOPPED = 75  # exit status of a run that was asked to stop and saved its state: EX_TEMPFAIL, start it again
+INTERRUPTED = 130  # exit status of a process that Ctrl-C ended without saving, as shells have it
 HEARTBEAT_S = 40  # without a heartbeat, after which a process counts as dead and the others end
 CONNECT_S = 300  # for all processes to come up
 WATCH_S = 2  # between checks whether another process failed
@@ -400,19 +401,64 @@ def _ask(*_: object) -> None:
 
 @contextlib.contextmanager
 def listening() -> Iterator[None]:
-    """Makes SIGTERM, while the body runs, a request to stop at the next `asked_to_stop` instead of the process's end.
+    """Makes SIGTERM and Ctrl-C (SIGINT), while the body runs, requests to stop at the next `asked_to_stop`.
 
-    With several processes JAX's preemption service listens from `join` on, and passes the request from one to all.
+    A second Ctrl-C ends the process at once. With several processes JAX's preemption service listens for SIGTERM from
+    `join` on, and passes the request from one to all; Ctrl-C in one of them is made a SIGTERM.
     """
     main = threading.current_thread() is threading.main_thread()
-    listens = count() == 1 and main and signal.getsignal(signal.SIGTERM) is not _ask  # an outer one listens already
-    previous = signal.signal(signal.SIGTERM, _ask) if listens else None
+    if not main or signal.getsignal(signal.SIGINT) is _wait_for_thread:  # an outer one listens already
+        yield
+        return
+    # Handlers of Python run only between two of its instructions, so not while XLA compiles; the number of a signal
+    # is written to this socket at once, and another thread reads it.
+    ours, theirs = socket.socketpair()
+    theirs.setblocking(False)
+    thread = threading.Thread(target=_listen_for_interrupts, args=(ours,), name="interrupts", daemon=True)
+    previous = {signal.SIGINT: signal.signal(signal.SIGINT, _wait_for_thread)}
+    if count() == 1:
+        previous[signal.SIGTERM] = signal.signal(signal.SIGTERM, _ask)
+    previous_fd = signal.set_wakeup_fd(theirs.fileno(), warn_on_full_buffer=False)
+    thread.start()
     try:
         yield
     finally:
-        if listens:
-            signal.signal(signal.SIGTERM, previous)
-            _asked.clear()
+        signal.set_wakeup_fd(previous_fd)
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+        theirs.close()  # which ends the thread
+        thread.join()
+        ours.close()
+        _asked.clear()
+
+
+def _wait_for_thread(*_: object) -> None:
+    """Handles SIGINT in place of Python's KeyboardInterrupt; `_listen_for_interrupts` does the rest."""
+
+
+def _listen_for_interrupts(signals: socket.socket) -> None:
+    """Asks the run to stop at the first SIGINT that arrives, and ends this process at the second."""
+    interrupts = 0
+    while number := signals.recv(1):
+        if number[0] != signal.SIGINT:
+            continue
+        interrupts += 1
+        if interrupts > 1:
+            _end_at_once()
+            continue
+        print("\nstopping as soon as the state can be saved; Ctrl-C again ends at once", file=sys.stderr, flush=True)
+        if count() == 1:
+            _ask()
+        else:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+def _end_at_once() -> None:
+    """Ends this process without saving, and tells the others."""
+    if count() > 1:
+        with contextlib.suppress(Exception):
+            _client().key_value_set("dpo_jax/failed", json.dumps([index(), "interrupted twice"]))
+    os._exit(INTERRUPTED)
 
 
 def asked_to_stop() -> bool:
