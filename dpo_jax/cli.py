@@ -29,7 +29,8 @@ dpo-jax COMMAND --config=configs/NAME.py [--config.section.field=value ...] --wo
 
   train      everything: reference pass, updates, evaluation, export; if run again, it continues where it stopped
   reference  only the reference pass, into reference.path
-  evaluate   metrics of a checkpoint of DIR on data.eval, as JSON
+  evaluate   metrics of a checkpoint of DIR on data.eval, as JSON; or of any model, --model=FOLDER_OR_HUB_ID, against
+             --reference=ANOTHER, the reference of DIR, or none. Without --workdir no --config is needed
   inspect    the data after the chat template, tokenization, truncation and packing, with --pairs=N examples of each
              set; touches no device
   plan       memory per chip, time and cost of a run on --topology=v5p:4x4x4[,slices=2] or h100:64, without weights,
@@ -87,7 +88,20 @@ COMMANDS = {
     "train": Command(unread="plan", timed=True),
     "reference": Command(unread="plan eval export profile"),
     "evaluate": Command(
-        flags=(STEP,), reads_run=True, unread="plan checkpoint.every_steps checkpoint.keep eval export log profile"
+        flags=(
+            STEP,
+            Flag(
+                flags.DEFINE_string,
+                "model",
+                None,
+                "any model, in place of a checkpoint: a folder or Hub id",
+                value="MODEL",
+            ),
+            Flag(flags.DEFINE_string, "reference", None, "reference of --model: a folder or Hub id", value="MODEL"),
+        ),
+        needs_workdir=False,
+        reads_run=True,
+        unread="plan checkpoint.every_steps checkpoint.keep eval export log profile",
     ),
     "inspect": Command(
         flags=(Flag(flags.DEFINE_integer, "pairs", 3, "pairs to show, >= 0", {"lower_bound": 0}),),
@@ -143,7 +157,7 @@ class Parsed(NamedTuple):
     """A parsed command line."""
 
     config: Config
-    workdir: Path
+    workdir: Path | None
     options: dict[str, Value]  # values of the command's flags, by name
     place: dict[str, Any]  # values of the flags in PROCESSES, by name
 
@@ -235,11 +249,26 @@ def check_flags(argv: Sequence[str], own: Sequence[Flag]) -> None:
             raise InputError(f"--{flag.name}", got=got, expected="flags of this command", remedy="Leave it out.")
 
 
+def for_any_model(argv: list[str]) -> list[str]:
+    """Adds defaults to arguments that name no run: a recipe that changes no field, and --model as model.path."""
+    given: dict[str, str] = {}
+    for each, after in zip(argv[1:], [*argv[2:], ""], strict=False):
+        if match := re.fullmatch(r"--?([\w.]+)(?:=(.*))?", each):
+            given[match[1]] = after if match[2] is None else match[2]
+    if "workdir" in given or not {"model", "config.model.path", "config"} & given.keys():
+        return argv
+    recipe = [] if "config" in given else [f"--config={Path(__file__).parent / 'demo' / 'defaults.py'}"]
+    model = [f"--config.model.path={given['model']}"] if given.get("model") and "config.model.path" not in given else []
+    return [argv[0], *recipe, *model, *argv[1:]]
+
+
 def parse(command: Command, argv: list[str]) -> Parsed:
     """Parses the arguments after the command. Raises: InputError if any is invalid."""
     from dpo_jax.flags import define_flags, from_flags, parse_flags
 
     values = flags.FlagValues()
+    if command.reads_run and not command.needs_workdir:
+        argv = for_any_model(argv)
     define_flags(argv, values)
     processes = () if command.one_process else PROCESSES
     check_flags(argv, (*command.flags, *processes))
@@ -251,8 +280,8 @@ def parse(command: Command, argv: list[str]) -> Parsed:
         raise InputError("command line", got=f"unexpected {unexpected[0]!r}", expected="only --flags", remedy=remedy)
     if command.needs_workdir and not values["workdir"].value:
         raise InputError("--workdir", got="not given", expected="a folder", remedy="Give for example --workdir=runs/1.")
-    workdir = Path(values["workdir"].value or "")
-    if values["config"].value is None and command.reads_run:
+    workdir = Path(values["workdir"].value) if values["workdir"].value else None
+    if values["config"].value is None and command.reads_run and workdir is not None:
         from dpo_jax.run.workdir import config_of
 
         config = config_of(workdir)

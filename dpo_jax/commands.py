@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import NamedTuple
@@ -14,7 +15,7 @@ from dpo_jax.losses import Objective
 from dpo_jax.plan.command import run_plan
 from dpo_jax.reporting.console import describe_data
 from dpo_jax.reporting.data_summary import show
-from dpo_jax.run import checks, history, workdir
+from dpo_jax.run import checks, history, other_models, workdir
 from dpo_jax.run.checkpoints import Checkpoints
 from dpo_jax.run.choices import objective_of
 from dpo_jax.run.evaluate import evaluate_sets, make_summaries
@@ -46,9 +47,28 @@ def reference(config: Config, folder: Path) -> None:
     score_reference(config, folder)
 
 
-def evaluate(config: Config, folder: Path, *, step: str | None = None) -> None:
-    """Prints metrics of a checkpoint on data.eval, as JSON; see `evaluate_checkpoint`."""
-    row = evaluate_checkpoint(config, folder, step=step or "")
+def evaluate(
+    config: Config,
+    folder: Path | None,
+    *,
+    step: str | None = None,
+    model: str | None = None,
+    reference: str | None = None,
+) -> None:
+    """Prints metrics on data.eval as JSON: of a checkpoint, see `evaluate_checkpoint`, or of any model."""
+    if folder is not None and not model:
+        if reference:
+            raise InputError(
+                "--reference",
+                got="given for a checkpoint of a run",
+                expected="it beside --model, or no --workdir",
+                remedy=f"Export the checkpoint, and give --model={folder / 'export'}.",
+            )
+        row = evaluate_checkpoint(config, folder, step=step or "")
+    else:
+        if step:
+            raise InputError("--step", got="given with a model", expected="a run", remedy="Leave it or --model out.")
+        row = evaluate_model(config, folder, model or config.model.path, reference or "")
     if hosts.first():
         print(json.dumps(row))
 
@@ -58,7 +78,7 @@ def inspect(config: Config, folder: Path, *, pairs: int = 3) -> None:
     show(config, folder, pairs=pairs)
 
 
-def plan(config: Config, _: Path, *, topology: str, sweep: bool = False, reference_in_step: bool = False) -> int:
+def plan(config: Config, _: Path | None, *, topology: str, sweep: bool = False, reference_in_step: bool = False) -> int:
     """Prints memory, time and cost of a run on a topology; returns the exit status, 3 where memory does not suffice."""
     if not topology:
         raise InputError(
@@ -101,9 +121,7 @@ def evaluate_checkpoint(config: Config, folder: Path, *, step: str = "") -> dict
     """
     config, inputs, programs, at = open_run(config, folder, step)
     params, running = restore(inputs, programs, folder, at)
-    if not inputs.eval_sets:
-        remedy = f"Give them as --config={folder / 'config.json'} --config.data.eval=FILE."
-        raise InputError("config.data.eval", got="empty", expected="pairs to evaluate on", remedy=remedy)
+    check_evaluated(config, f"--config={folder / 'config.json'} --config.data.eval=FILE")
     store = reference_store(inputs, programs, store_folder(config, folder))
     only = {name: np.arange(0) for name in inputs.sets if name == "train"}  # training pairs are not evaluated
     values, _ = complete_store(inputs, store, programs, only=only)
@@ -120,6 +138,50 @@ def evaluate_checkpoint(config: Config, folder: Path, *, step: str = "") -> dict
         if sync is not None and sync.last(at):
             values = sync.stored(sync.last(at))
     return {"step": at} | evaluate_sets(inputs, programs, make_summaries(inputs), values, params, running)
+
+
+def evaluate_model(config: Config, folder: Path | None, model: str, reference: str) -> dict[str, float]:
+    """Returns metrics of any model on data.eval.
+
+    Args:
+      folder: of a run, whose reference is read unless another is given; None: no run.
+      model: a Hugging Face folder, PEFT folder or Hub id.
+      reference: another; empty: the run's, or none.
+    Raises: InputError if the models cannot be compared, as `metrics_of_model` or as `train.run` does.
+    """
+    if folder is None:  # training pairs are not needed
+        config = dataclasses.replace(config, data=dataclasses.replace(config.data, train=""))
+    else:
+        config = resolve_paths(workdir.dated(config, folder), folder)
+    objective = checked_objective(config)
+    check_evaluated(config, "--config.data.eval=FILE")
+    for name, place in ((model, "--model"), (reference, "--reference")):
+        if name:
+            other_models.check_same_tokens(config, name, place)
+    values = None
+    if objective.reference_free:
+        if reference:
+            raise InputError(
+                "--reference",
+                got=f"given, and loss {config.loss.name!r} reads no reference",
+                expected="a loss that does",
+                remedy="Leave it out.",
+            )
+    elif reference:
+        values = other_models.reference_of(other_models.config_for(config, reference, "--reference"), objective)
+    elif folder is not None:
+        inputs = load_inputs(config, objective, training=False)
+        inputs = from_sft(inputs, folder) if config.sft.steps else inputs
+        programs = make_programs(config, objective, inputs.model, inputs.lengths, trainable=inputs.trainable)
+        values, _ = complete_store(inputs, reference_store(inputs, programs, store_folder(config, folder)), programs)
+    return other_models.metrics_of_model(other_models.config_for(config, model, "--model"), objective, values)
+
+
+def check_evaluated(config: Config, flag: str) -> None:
+    """Raises InputError, with the flag that gives some, if the configuration has no pairs to evaluate on."""
+    if not config.data.eval:
+        remedy = f"Give them as {flag}."
+        raise InputError("config.data.eval", got="empty", expected="pairs to evaluate on", remedy=remedy)
 
 
 def export_checkpoint(config: Config, folder: Path, out: Path | None, *, merge: bool = False, step: str = "") -> None:

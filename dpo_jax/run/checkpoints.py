@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import jax
 import orbax.checkpoint as ocp
@@ -17,6 +17,7 @@ from dpo_jax.steps import TrainState
 T = TypeVar("T")
 
 
+@runtime_checkable
 class HasStep(Protocol):
     """A checkpoint as orbax's policies see it."""
 
