@@ -187,6 +187,7 @@ class Export:
 class Config:
     seed: int = 0  # seed of the data order, >= 0
     prepare: str = ""  # "module:function", called as f(workdir) before inputs are read, to make them; empty: none
+    hooks: str = ""  # "module:function", called as f(step, metrics) with each logged update and evaluation; empty: none
     model: Model = Model()
     tokenizer: Tokenizer = Tokenizer()
     data: Data = Data()
@@ -208,11 +209,14 @@ class Config:
 # Fields that may differ when a run resumes: they change what is recorded or how work is laid out, never the
 # sequence of updates (beyond float rounding).
 RESUMABLE = (
-    "prepare model.remat model.attention data.cache_dir train.microbatch_rows reference.path reference.microbatch_rows "
+    "prepare hooks model.remat model.attention data.cache_dir train.microbatch_rows reference.path "
+    "reference.microbatch_rows "
     "eval.every_steps checkpoint.every_steps checkpoint.keep mesh.replica mesh.fsdp mesh.tensor mesh.rules "
     "plan.architecture plan.pairs plan.prompt_tokens plan.answer_tokens log.every_steps log.tensorboard log.wandb "
     "profile.steps"
 ).split()
+
+CODE = frozenset({"prepare", "hooks"})  # fields that name functions to call
 
 # Fields that may change when a run resumes or goes on after its end, and whose changes are recorded: optimizer state
 # and reference stay valid under them. The first ones decide no update.
@@ -280,7 +284,7 @@ _RULES: tuple[tuple[str, Rule], ...] = (  # as the comments of the fields; an un
     ("data.layout", _one_of("auto", "shared", "repeated")),
     ("export.dtype", _one_of("", "float32", "bfloat16", "float16")),
     ("checkpoint.best", (re.compile(r"(\S+/\S+:(max|min))?").fullmatch, "METRIC:max or METRIC:min, or nothing")),
-    ("prepare", (re.compile(r"([\w.]+:\w+)?").fullmatch, "'module:function', or nothing")),
+    ("prepare hooks", (re.compile(r"([\w.]+:\w+)?").fullmatch, "'module:function', or nothing")),
 )
 RULES: dict[str, Rule] = {name: rule for names, rule in _RULES for name in names.split()}
 RULES |= {f"loss.{name}": (each.valid.holds, each.valid.expected) for name, each in OPTIONS.items() if each.valid}
@@ -339,16 +343,15 @@ def from_json(text: str, place: str) -> Config:
 def from_file(text: str, place: str, *, overridden: Collection[str] = ()) -> Config:
     """Returns the fields of a YAML or JSON file, without the code it names; the others have their default.
 
-    Only a recipe or the command line may name code to run, not a data file: `prepare` is returned empty, and a user's
-    own loss is refused. Whether the fields fit together is not checked, because flags may change them.
+    Only a recipe or the command line may name code to run, not a data file: the fields in CODE are returned empty, and
+    a user's own loss is refused. Whether the fields fit together is not checked, because flags may change them.
 
     Args:
       overridden: dotted names of the fields that the command line sets; these may name code.
     Raises: InputError, with `place` for the file, for a field that is unknown or out of its range.
     """
     config = record_from_json(text, place)
-    if config.prepare and "prepare" not in overridden:
-        config = dataclasses.replace(config, prepare="")
+    config = dataclasses.replace(config, **dict.fromkeys(CODE - {*overridden}, ""))
     if ":" in config.loss.name and "loss.name" not in overridden:
         name = config.loss.name
         raise InputError(

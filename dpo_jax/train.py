@@ -29,7 +29,7 @@ from dpo_jax.run.choices import objective_of, optimizer_of, warmup_of
 from dpo_jax.run.evaluate import evaluate_sets, make_summaries
 from dpo_jax.run.goodput import Account
 from dpo_jax.run.history import History
-from dpo_jax.run.inputs import Inputs, read_inputs
+from dpo_jax.run.inputs import Inputs, named_function, read_inputs
 from dpo_jax.run.loop import Schedule, run_loop
 from dpo_jax.run.programs import Programs, make_programs, make_update
 from dpo_jax.run.reference_sync import ReferenceSync, sync_stretches
@@ -65,6 +65,7 @@ def run(config: Config, folder: Path, watch: Stopwatch | None = None) -> None:
     objective = objective_of(config.loss)
     checks.check_names(config, objective)
     trackers.check_available(tensorboard=config.log.tensorboard, wandb=config.log.wandb)
+    named_function(config.hooks, "hooks")
     workdir.check(unresolved, folder)
     check_replaceable(folder / "export")
     with watch.part("data"):
@@ -144,6 +145,7 @@ def after_sft(unresolved: Config, inputs: Inputs, folder: Path) -> Inputs:
         ),
         sft=Sft(),
         prepare="",
+        hooks="",
         # The next stage starts from this export, so it must not round the parameters.
         export=Export(dtype=config.model.param_dtype if inputs.trainable.adapters is None else "float32"),
     )
@@ -298,6 +300,8 @@ def open_outputs(
             config=dataclasses.asdict(config),
             resume_step=start,
         )
+        hook = named_function(config.hooks, "hooks")
+        more_writers += [] if hook is None else [trackers.HookWriter(hook)]
         for tracker in more_writers:
             opened.callback(tracker.close)
         writers = {name: [*logs, *more_writers] for name, logs in writers.items()}

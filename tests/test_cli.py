@@ -83,6 +83,16 @@ def test_train_evaluate_export_and_inspect_from_the_command_line(inputs, tmp_pat
     assert (tmp_path / "out" / "config.json").exists()
 
 
+def test_evaluate_takes_any_model_without_a_run(inputs, capsys):
+    error = fails(capsys, "evaluate", f"--model={inputs / 'model'}")
+    assert "config.data.eval: empty; expected pairs to evaluate on. Give them as --config.data.eval=FILE" in error
+    assert "no such folder" in fails(capsys, "evaluate", "--model", "no/such", "--config.data.eval=x.jsonl")
+    for flag, run_or_model in (("--reference=x", "--workdir=y"), ("--step=3", "--model=x")):
+        argv = ["evaluate", flag, run_or_model, *arguments(inputs)]
+        assert f"{flag.partition('=')[0]}: given" in fails(capsys, *argv)
+    assert "--config: not given" in fails(capsys, "evaluate")
+
+
 def test_data_that_make_an_epoch_by_their_weight_can_be_inspected(inputs, tmp_path, capsys):
     train = f"--config.data.train={inputs / 'train.jsonl'}*2"
     run("inspect", *arguments(inputs, train, "--config.train.batch_pairs=64", f"--workdir={tmp_path}"))
@@ -171,9 +181,11 @@ def recorded(inputs, tmp_path):
 def test_code_that_a_config_json_names_is_not_called(recorded, tmp_path, capsys):
     keep = tmp_path / "run" / "keep"
     keep.mkdir(parents=True)
-    named = recorded(prepare="shutil:rmtree")
+    named = recorded(prepare="shutil:rmtree", hooks="shutil:move")
     run("inspect", named, f"--workdir={tmp_path / 'run'}", "--pairs=0")
-    assert keep.exists() and "shutil:rmtree, which config.json names, is not called" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert keep.exists() and "shutil:rmtree, which config.json names, is not called" in error
+    assert "shutil:move, which config.json names, is not called; give --config.hooks=shutil:move to" in error
     run("inspect", named, "--config.prepare=shutil:rmtree", f"--workdir={tmp_path / 'run'}", "--pairs=0")
     assert not keep.exists()  # named on the command line it is
 

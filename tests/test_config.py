@@ -104,6 +104,7 @@ def test_base_is_locked_and_freezes_to_the_defaults():
 BAD = [
     ("seed", -1, "a number >= 0"),
     ("prepare", "no colon", "'module:function'"),
+    ("hooks", "no.colon", "'module:function'"),
     ("model.path", "", "a Hugging Face folder or Hub id"),
     ("model.dtype", "bf16", "'bfloat16'"),
     ("model.param_dtype", "float16", "'float32', 'bfloat16'"),

@@ -23,6 +23,7 @@ from dpo_jax.plan import estimate
 from dpo_jax.run import choices, goodput, programs, update_batches, workdir
 from dpo_jax.run.state import abstract_state
 from dpo_jax.types import InputError
+from tests.support import hooks
 from tests.support.hf_folders import edit_weights
 from tests.support.runs import (
     EVAL_PAIRS,
@@ -125,10 +126,17 @@ def mixed(inputs, tmp_path_factory):
             data__train=f"{short},{long}*0.5",
             data__eval=f"both={short},{long},held-out={held_out}",
             train__steps=2,
+            hooks="tests.support.hooks:keep",
         ),
         folder,
     )
     return folder
+
+
+@pytest.mark.slow
+def test_a_hook_is_called_with_every_logged_update_and_evaluation(mixed):
+    rows, evaluations = (read_rows(mixed / name) for name in ("metrics.jsonl", "eval.jsonl"))
+    assert hooks.CALLS == [evaluations[0], *rows, evaluations[1]]
 
 
 @pytest.mark.slow
@@ -337,6 +345,27 @@ def test_export_of_an_unfinished_run_is_not_taken_for_the_finished_one(finished,
     ours, theirs = weights(folder / "export"), weights(finished / "export")
     assert all(np.array_equal(ours[name], theirs[name]) for name in theirs)
     assert untimed(read_rows(folder / "eval.jsonl")) == untimed(read_rows(finished / "eval.jsonl"))
+
+
+@pytest.mark.slow
+def test_any_model_is_evaluated_against_any_other_or_none(finished, inputs, tmp_path):
+    config, export = make_config(inputs), str(finished / "export")
+    (of_run,) = untimed([read_rows(finished / "eval.jsonl")[-1]])
+    alone = {
+        name: value for name, value in of_run.items() if not name.startswith(("step", "eval/loss", "eval/rewards"))
+    }
+    with_run = untimed([commands.evaluate_model(config, finished, export, "")])[0]
+    with_other = untimed([commands.evaluate_model(config, None, export, str(inputs / "model"))])[0]
+    without = untimed([commands.evaluate_model(config, None, export, "")])[0]
+    assert with_run == pytest.approx({name: of_run[name] for name in with_run}, rel=1e-5)
+    assert with_other == pytest.approx(with_run, rel=1e-4, abs=1e-4)
+    assert without.keys() - alone.keys() == {"eval/logps/margins", "eval/logps/accuracies"}
+    assert {name: without[name] for name in alone} == pytest.approx(alone, rel=1e-5)
+    difference = of_run["eval/logps/chosen"] - of_run["eval/logps/rejected"]
+    assert without["eval/logps/margins"] == pytest.approx(difference, rel=1e-4)
+    other_tokenizer(make_inputs(tmp_path / "other"))
+    with pytest.raises(InputError, match="--reference: .* whose tokenizer is not that of"):
+        commands.evaluate_model(config, None, export, str(tmp_path / "other" / "model"))
 
 
 @pytest.mark.slow
@@ -642,6 +671,7 @@ def test_evaluation_comes_every_so_many_steps_and_at_the_end(watched):
         ({"train__batch_pairs": 41}, "config.train.batch_pairs: got 41, and an epoch has 40 pairs"),
         ({"sft__steps": 1, "sft__batch_pairs": 64}, "config.sft.batch_pairs: got 64"),
         ({"prepare": "dpo_jax.nowhere:make"}, "config.prepare"),
+        ({"hooks": "dpo_jax.nowhere:call"}, "config.hooks: 'dpo_jax.nowhere:call' cannot be imported"),
         ({"data__eval": "{inputs}/eval.jsonl*0.5"}, "config.data.eval: weight 0.5 of"),
         ({"data__train": "{inputs}/train.jsonl,{inputs}/train.jsonl*0.01"}, "leaves none of its pairs in an epoch"),
         ({"model__path": "no/such/folder"}, "no/such/folder"),

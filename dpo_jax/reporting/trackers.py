@@ -7,7 +7,7 @@ import importlib
 import json
 import types
 import uuid
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import IO, Any, Protocol, runtime_checkable
 
@@ -135,6 +135,18 @@ class WandbWriter:
         run, self._run = self._run, None
         if run is not None:
             run.finish()
+
+
+class HookWriter:
+    """Calls a function of the user's with each step and a dict of its metrics; what it raises ends the run."""
+
+    def __init__(self, function: Callable[..., object]):
+        self._function = function
+
+    def write(self, step: int, row: Mapping[str, float]) -> None:
+        self._function(step, dict(row))
+
+    def close(self) -> None: ...
 
 
 def check_available(*, tensorboard: bool, wandb: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -98,19 +99,28 @@ class Inputs:
 
 def prepare(name: str, workdir: Path) -> None:
     """Calls the recipe's own `prepare`, "module:function", with the working folder; does nothing for an empty name."""
+    make = named_function(name, "prepare")
+    if make is not None:
+        make(workdir)
+
+
+def named_function(name: str, field: str) -> Callable[..., object] | None:
+    """Returns the function that a field names as "module:function"; None for an empty name.
+
+    Raises: InputError if it cannot be imported.
+    """
     if not name:
-        return
+        return None
     module, _, function = name.partition(":")
     try:
-        make = getattr(importlib.import_module(module), function)
+        return getattr(importlib.import_module(module), function)
     except (ImportError, AttributeError) as error:
         raise InputError(
-            "config.prepare",
+            f"config.{field}",
             got=f"{name!r} cannot be imported ({error})",
             expected="module:function, in a module that Python finds from here",
             remedy="Correct it, or leave it empty.",
         ) from error
-    make(workdir)
 
 
 def read_inputs(config: Config, objective: Objective, workdir: Path, *, training: bool) -> Inputs:

@@ -15,7 +15,17 @@ from typing import Any, TypedDict
 
 import xxhash
 
-from dpo_jax.config import DECIDE_NO_UPDATE, RESUMABLE, Config, changed, flat, from_json, record_from_json, to_json
+from dpo_jax.config import (
+    CODE,
+    DECIDE_NO_UPDATE,
+    RESUMABLE,
+    Config,
+    changed,
+    flat,
+    from_json,
+    record_from_json,
+    to_json,
+)
 from dpo_jax.run.checkpoints import Checkpoints
 from dpo_jax.run.checks import place_of
 from dpo_jax.runtime import files, hosts
@@ -109,8 +119,10 @@ def claim(config: Config, workdir: Path) -> None:
     check_shared(workdir)
     if hosts.first():
         path = workdir / "config.json"
-        if path.exists() and not config.prepare:  # read from that file, which names it and does not have it called
-            config = dataclasses.replace(config, prepare=record_from_json(*_recorded(workdir)).prepare)
+        if path.exists():  # read from that file, which names code and does not have it called
+            recorded = record_from_json(*_recorded(workdir))
+            code = {name: getattr(config, name) or getattr(recorded, name) for name in CODE}
+            config = dataclasses.replace(config, **code)
         files.write_text(path, to_json(config))
 
 
