@@ -114,7 +114,7 @@ COMMANDS = {
                 flags.DEFINE_string,
                 "topology",
                 "",
-                "chips to plan for, such as v5p:4x4x4 or h100:64",
+                "chips to plan for, such as v5p:4x4x4, v5p-128 or h100:64",
                 value="CHIP:SHAPE",
             ),
             Flag(flags.DEFINE_boolean, "sweep", False, "compare configurations"),

@@ -82,7 +82,7 @@ def plan(config: Config, _: Path | None, *, topology: str, sweep: bool = False, 
     """Prints memory, time and cost of a run on a topology; returns the exit status, 3 where memory does not suffice."""
     if not topology:
         raise InputError(
-            "--topology", got="not given", expected="CHIP:SHAPE", remedy="Give for example --topology=v5p:4x4x4."
+            "--topology", got="not given", expected="chips to plan for", remedy="Give for example --topology=v5p-128."
         )
     return run_plan(config, topology, sweeping=sweep, reference_in_step=reference_in_step)
 

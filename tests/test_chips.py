@@ -6,6 +6,7 @@ import os
 import pytest
 
 from dpo_jax.cost import chips
+from dpo_jax.types import InputError
 
 CHIP = {chip.name: chip for chip in chips.CHIPS}
 
@@ -133,7 +134,53 @@ def test_topology_is_a_chip_and_the_shape_of_a_slice():
 
 
 @pytest.mark.parametrize(
-    "name", ["v5p", "v5p:4x4", "v5e:4x4x4", "v5e:32x32", "v5e:0x4", "v9:4x4", "h100:8x8", "v5p:4x4xa"]
+    ("name", "shape"),
+    [  # from the pages of Google Cloud on each chip
+        ("v4-8", (2, 2, 1)),
+        ("v4-32", (2, 2, 4)),
+        ("v4-4096", (8, 16, 16)),
+        ("v5litepod-1", (1, 1)),
+        ("v5litepod-256", (16, 16)),
+        ("v5e-16", (4, 4)),
+        ("v5p-128", (4, 4, 4)),
+        ("v5p-1024", (8, 8, 8)),
+        ("v5p-12288", (16, 16, 24)),
+        ("v6e-8", (2, 4)),
+        ("v6e-64", (8, 8)),
+    ],
+)
+def test_a_type_of_google_cloud_is_a_chip_and_a_shape(name, shape):
+    chip, found = chips.parse_topology(name)
+    assert found == shape and chip.name == name.partition("-")[0].replace("litepod", "e")
+
+
+@pytest.mark.parametrize(
+    ("name", "nearest"),
+    [
+        ("v5p-100", "expected v5p-64 or v5p-128; the number counts TensorCores, two of each chip"),
+        ("v5p-4", "expected v5p-8;"),
+        ("v5p-99999", "expected v5p-12288;"),
+        ("v5litepod-48", "expected v5litepod-32 or v5litepod-64; the number counts chips"),
+        ("v5e-2", "got 'v5litepod-2', which Google Cloud does not have; expected v5litepod-1 or v5litepod-4"),
+    ],
+)
+def test_a_type_that_google_cloud_has_not_is_refused_with_the_nearest(name, nearest):
+    with pytest.raises(InputError) as refused:
+        chips.parse_topology(name)
+    assert nearest in str(refused.value) and "--topology: got" in str(refused.value)
+
+
+@pytest.mark.parametrize("chip", [chip for chip in chips.CHIPS if chip.dimensions], ids=lambda chip: chip.name)
+def test_types_of_a_chip_are_slices_of_it_in_order(chip):
+    shapes = [chips.parse_topology(f"{chip.name}:{shape}")[1] for shape in chip.cloud_shapes]
+    sizes = [math.prod(shape) for shape in shapes]
+    assert sizes == sorted(set(sizes)) and chip.cloud_cores == (2 if chip.dimensions == 3 else 1)
+    assert not chip.options or sizes[-1] <= chip.slice_chips
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["v5p", "v5p:4x4", "v5e:4x4x4", "v5e:32x32", "v5e:0x4", "v9:4x4", "h100:8x8", "v5p:4x4xa", "v5e:3x5", "h100-8"],
 )
 def test_a_topology_that_is_not_built_is_an_error_that_lists_what_is(name):
     with pytest.raises(ValueError, match="v5p:XxYxZ of at most 6144 chips"):

@@ -1,12 +1,16 @@
 """Plans: topologies, what is drawn in place of data, what is counted, and the lines and status that scripts rely on."""
 
 import dataclasses
+import importlib.util
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 import pytest
+from huggingface_hub import constants
 
 from dpo_jax import cli, flags
 from dpo_jax.cost import chips, flops, roofline
@@ -14,7 +18,7 @@ from dpo_jax.data.packing import Shape, unit_lengths
 from dpo_jax.losses import make_loss
 from dpo_jax.plan import estimate
 from dpo_jax.plan.command import DOES_NOT_FIT, SWEPT_REMAT, show, sweep, verdict
-from dpo_jax.plan.topology import parse_topology
+from dpo_jax.plan.topology import devices_of, parse_topology
 from dpo_jax.types import InputError
 
 ROOT = Path(__file__).parents[1]
@@ -35,6 +39,11 @@ def recipe(name, *overrides):
 )
 def test_topology_is_read_from_its_name(text, count):
     assert parse_topology(text).count == count
+
+
+def test_type_of_google_cloud_is_planned_for_by_its_shape():
+    assert str(parse_topology("v5litepod-16,slices=2")) == "2 x v5e:4x4"
+    assert parse_topology("v5p-128") == parse_topology("v5p:4x4x4")
 
 
 @pytest.mark.parametrize(
@@ -58,6 +67,68 @@ def test_architecture_is_read_without_weights_and_missing_ones_are_named(tmp_pat
     assert estimate.architecture(recipe("llama3_8b")).width == 4096
     with pytest.raises(InputError, match="config.plan.architecture"):
         estimate.architecture(recipe("llama3_8b", f"plan.architecture={tmp_path}/none.json"))
+
+
+@pytest.fixture
+def hub(monkeypatch, tmp_path):
+    """A Hub on this machine with one model, of which it gives the config.json alone, and a list of what is asked."""
+    asked = []
+    text = Path("configs/architectures/llama3_8b.json").read_bytes()
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_HEAD(self):  # noqa: N802
+            if "/some-lab/" in self.path:  # and not what huggingface_hub asks for itself
+                asked.append(f"{self.command} {self.path}")
+            status, error = 200, None
+            if self.path != "/some-lab/model/resolve/main/config.json":
+                status, error = (403, "GatedRepo") if "gated" in self.path else (404, "RepoNotFound")
+            self.send_response(status)
+            for name, value in {"X-Error-Code": error, "X-Repo-Commit": "0" * 40, "ETag": '"1"'}.items():
+                if value:
+                    self.send_header(name, value)
+            self.send_header("Content-Length", str(len(text)))
+            self.end_headers()
+
+        def do_GET(self):  # noqa: N802
+            self.do_HEAD()
+            self.wfile.write(text)
+
+        def log_message(self, *_):
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+    address = f"http://127.0.0.1:{server.server_port}"
+    template = constants.HUGGINGFACE_CO_URL_TEMPLATE.replace(constants.ENDPOINT, address)
+    monkeypatch.setattr(constants, "ENDPOINT", address)
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    yield asked
+    server.shutdown()
+    server.server_close()
+
+
+def test_plan_of_a_model_on_the_hub_fetches_its_config_alone(hub):
+    chosen = recipe("llama3_8b", "plan.architecture=", "model.path=some-lab/model")
+    assert estimate.architecture(chosen) == estimate.architecture(recipe("llama3_8b"))
+    assert estimate.selected(chosen, estimate.architecture(chosen)).adapters is None
+    path = "/some-lab/model/resolve/main/config.json"
+    assert hub == [f"HEAD {path}", f"GET {path}"]  # once, and no other file
+
+
+@pytest.mark.parametrize(
+    "path, words",
+    [
+        ("some-lab/none", "'some-lab/none', no such folder, and the Hub answered: there is no such model"),
+        ("some-lab/gated", "and the Hub answered: the model is gated, and not open to this token; expected"),
+        ("configs", "'configs', no folder with a config.json"),
+    ],
+)
+def test_plan_of_a_model_that_is_not_there_says_so_in_one_line(hub, path, words):
+    with pytest.raises(InputError) as refused:
+        estimate.architecture(recipe("llama3_8b", "plan.architecture=", f"model.path={path}"))
+    assert words in str(refused.value) and "Client Error" not in str(refused.value)
 
 
 def test_work_and_flops_of_an_update_in_closed_form():
@@ -226,6 +297,14 @@ def test_plan_of_gpus_prints_memory_time_and_the_verdict(run):
         assert title in titles, out
     assert "update with reference" in out and "chip-hours" in lines[-2] and "MFU" in lines[-3]
     assert lines[-1].startswith("fits: ")
+    assert err.splitlines()[0].endswith("on h100:32, 32 chips")  # at once, and results alone on standard output
+
+
+def test_plan_without_libtpu_says_what_to_install(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(InputError) as refused:
+        devices_of(parse_topology("v5e-4"))
+    assert str(refused.value).endswith("any machine. Run pip install 'dpo-jax[plan]'.")
 
 
 def test_plan_that_does_not_fit_says_what_to_change_and_ends_with_3(run):

@@ -7,7 +7,10 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 from collections.abc import Sequence
+
+from dpo_jax.types import InputError
 
 GIB = 2**30
 
@@ -34,6 +37,9 @@ class Chip:
     wrap: int = 0  # the multiple that an axis' size must be to form a ring, see `wraps`
     slice_chips: int = 0  # chips of the largest slice; 0: no slices
     options: tuple[tuple[str, str], ...] = ()  # further ones for `get_topology_desc`
+    cloud: str = ""  # first part of the types that Google Cloud rents, `v5litepod` in `v5litepod-16`
+    cloud_cores: int = 1  # what the number in a type counts of a chip: 2 where it counts TensorCores
+    cloud_shapes: tuple[str, ...] = ()  # of the types, as the page in `source` lists them; the smallest first
 
     def wraps(self, shape: Sequence[int]) -> tuple[bool, ...]:
         """Returns, for each axis of a slice, whether its links close to a ring; otherwise it is a line.
@@ -76,6 +82,9 @@ HOPPER = "https://resources.nvidia.com/en-us-tensor-core/gtc22-whitepaper-hopper
 # Servers of eight PCIe cards, NVIDIA's "2-8-5": one network adapter for two cards.
 CARDS = "https://docs.nvidia.com/ai-enterprise/reference-architecture/latest/compute-node-hardware.html"
 
+SHAPES_2D = ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
+SHAPES_3D = ("2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8", "8x8x8", "8x8x16", "8x16x16")
+
 # Google's pages give the ICI of a chip in both directions together: 1200 GB/s of v5p are 6 links of 100 GB/s each way.
 # NVIDIA's pages give sparse rates and NVLink in both directions: halved here. An NVLink bridge of 600 GB/s is 12 links
 # of 25 GB/s each way, all to one neighbor.
@@ -99,6 +108,9 @@ CHIPS = (
         wrap=4,
         slice_chips=4096,
         options=(("chip_config_name", "megacore"),),  # otherwise each of its two cores is a device
+        cloud="v4",
+        cloud_cores=2,
+        cloud_shapes=SHAPES_3D,
     ),
     Chip(
         name="v5e",
@@ -114,6 +126,8 @@ CHIPS = (
         dimensions=2,
         wrap=16,
         slice_chips=256,
+        cloud="v5litepod",
+        cloud_shapes=SHAPES_2D,
     ),
     Chip(
         name="v5p",
@@ -129,6 +143,9 @@ CHIPS = (
         dimensions=3,
         wrap=4,
         slice_chips=6144,
+        cloud="v5p",
+        cloud_cores=2,
+        cloud_shapes=(*SHAPES_3D, "16x16x16", "16x16x24"),
     ),
     Chip(
         name="v6e",
@@ -144,6 +161,8 @@ CHIPS = (
         dimensions=2,
         wrap=16,
         slice_chips=256,
+        cloud="v6e",
+        cloud_shapes=SHAPES_2D,
     ),
     Chip(
         name="a100",
@@ -279,22 +298,49 @@ def chip_of(device_kind: str) -> Chip | None:
 def parse_topology(name: str) -> tuple[Chip, tuple[int, ...]]:
     """Parses the chip and the shape of one TPU slice, such as `v5p:4x4x4`, or a number of GPUs, such as `h100:64`.
 
-    Stricter than libtpu, which accepts shapes that do not exist, such as `v5e:4x4x4`.
+    A slice may also be named by its type on Google Cloud, such as `v5p-128` or `v5litepod-256`. Stricter than libtpu,
+    which accepts shapes that do not exist, such as `v5e:4x4x4`.
 
-    Raises: ValueError for an unknown chip, or a shape that its torus cannot have.
+    Raises: InputError for an unknown chip, a shape that its torus cannot have, or a type that Google Cloud has not.
     """
-    generation, _, text = name.partition(":")
+    generation, separator, text = name.partition(":")
+    if not separator and (match := re.fullmatch(r"(\w+)-(\d+)", name)):
+        for chip in CHIPS:
+            if match[1] in (chip.cloud, chip.name) and chip.cloud:
+                return chip, _cloud_shape(chip, int(match[2]))
     chip = next((chip for chip in CHIPS if chip.name == generation), None)
     sizes = text.split("x")
     if chip is not None and len(sizes) == max(1, chip.dimensions) and all(n.isdecimal() and int(n) for n in sizes):
         shape = tuple(map(int, sizes))
-        if not chip.slice_chips or math.prod(shape) <= chip.slice_chips:
+        whole = not chip.dimensions or all(size == 1 or size % 2 == 0 for size in shape[:2])  # hosts of 2 x 2 chips
+        if whole and (not chip.slice_chips or math.prod(shape) <= chip.slice_chips):
             return chip, shape
-    raise ValueError(f"topology: got {name!r}; expected {valid_topologies()}. Name one, such as v5p:4x4x4.")
+    raise InputError(
+        "--topology",
+        got=f"got {name!r}",
+        expected=f"a type of Google Cloud such as v5p-128, v5litepod-256 or v6e-64, or one of {valid_topologies()}",
+        remedy="Give for example --topology=v5p:4x4x4, --topology=v5e:16x16,slices=2 or --topology=h100:64.",
+    )
+
+
+def _cloud_shape(chip: Chip, number: int) -> tuple[int, ...]:
+    """Returns the shape of a type of Google Cloud. Raises: InputError that names the nearest if there is none."""
+    shapes = [tuple(map(int, shape.split("x"))) for shape in chip.cloud_shapes]
+    numbers = [math.prod(shape) * chip.cloud_cores for shape in shapes]
+    if number in numbers:
+        return shapes[numbers.index(number)]
+    below, above = [n for n in numbers if n < number][-1:], [n for n in numbers if n > number][:1]
+    counted = "TensorCores, two of each chip" if chip.cloud_cores == 2 else "chips"
+    raise InputError(
+        "--topology",
+        got=f"got '{chip.cloud}-{number}', which Google Cloud does not have",
+        expected=" or ".join(f"{chip.cloud}-{n}" for n in below + above) + f"; the number counts {counted}",
+        remedy=f"Name one of these, or a shape such as {chip.name}:{chip.cloud_shapes[4]}.",
+    )
 
 
 def valid_topologies() -> str:
-    """Returns the names that `parse_topology` reads, for messages."""
+    """Returns the shapes that `parse_topology` reads, for messages."""
     return ", ".join(
         f"{chip.name}:{'x'.join('XYZ'[: chip.dimensions])} of at most {chip.slice_chips} chips"
         if chip.dimensions

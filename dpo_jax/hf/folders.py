@@ -18,6 +18,7 @@ from typing import BinaryIO, NamedTuple
 import huggingface_hub
 import ml_dtypes  # noqa: F401  gives numpy its bfloat16
 import numpy as np
+from huggingface_hub import errors
 from safetensors import SafetensorError, safe_open
 
 from dpo_jax.hf import transpose
@@ -54,6 +55,8 @@ FOREIGN = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".npz", ".msgpack", "
 # Bytes read or written at a time: few calls, and still in a core's own cache when they are converted.
 PIECE = 1 << 20
 GAP = 256 << 10  # bytes read where only some of them are needed: to skip the others would be slower, even in cache
+
+HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 
 Index = tuple[slice, ...]  # of part of an array, as in jax.make_array_from_callback
 
@@ -104,18 +107,54 @@ def resolve(path: str | Path, field: str = "") -> Path:
     if folder.is_dir():
         return folder
     reason = "no such folder"
-    if re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", str(path)):
+    if HUB_ID.fullmatch(str(path)):
         patterns = ["model*.safetensors", *SMALL_FILES, f"{TEMPLATE_FOLDER}/*.jinja"]
         try:
             return Path(huggingface_hub.snapshot_download(str(path), allow_patterns=patterns))
         except (OSError, ValueError) as error:  # every Hub and connection error is one of these
-            reason = f"no such folder, and the Hub answered: {' '.join(str(error).split())}"
+            reason = f"no such folder, and the Hub answered: {_answer(error)}"
     raise InputError(
         field or str(path),
         got=f"{f'{str(path)!r}, ' * bool(field)}{reason}",
         expected="a folder that transformers or PEFT saved, or its id on the Hub",
         remedy="Check the spelling; gated models need `hf auth login` first.",
     )
+
+
+@functools.cache
+def config_file(path: str, field: str) -> Path:
+    """Returns the config.json in a local folder, or downloads that one file of a Hub id.
+
+    Args:
+      field: name of the setting that names it, for errors.
+    Raises: InputError if there is none.
+    """
+    file = Path(path).expanduser() / CONFIG
+    if file.is_file():
+        return file
+    reason = f"{path!r}, no folder with a {CONFIG}"
+    if HUB_ID.fullmatch(path) and not file.parent.is_dir():
+        try:
+            return Path(huggingface_hub.hf_hub_download(path, CONFIG))
+        except (OSError, ValueError) as error:  # every Hub and connection error is one of these
+            reason = f"{path!r}, no such folder, and the Hub answered: {_answer(error)}"
+    raise InputError(
+        field,
+        got=reason,
+        expected=f"a folder or Hub id with a {CONFIG}",
+        remedy="Check the spelling; gated models need `hf auth login` or HF_TOKEN.",
+    )
+
+
+def _answer(error: Exception) -> str:
+    """Returns what an error of huggingface_hub says, in a few words where it is a usual one."""
+    usual = {
+        errors.GatedRepoError: "the model is gated, and not open to this token",
+        errors.RepositoryNotFoundError: "there is no such model, or it is private and not open to this token",
+        errors.RemoteEntryNotFoundError: "the model does not have this file",
+        errors.LocalEntryNotFoundError: "nothing; it cannot be reached, and the file is not in the cache",
+    }
+    return next((said for kind, said in usual.items() if isinstance(error, kind)), " ".join(str(error).split()))
 
 
 def read_json(path: Path) -> dict:

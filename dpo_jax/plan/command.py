@@ -27,7 +27,7 @@ from dpo_jax.run.choices import objective_of
 from dpo_jax.run.programs import without_devices
 from dpo_jax.runtime.quantities import duration, size
 from dpo_jax.runtime.terminal import say
-from dpo_jax.types import InputError
+from dpo_jax.types import InputError, counted
 
 DOES_NOT_FIT = 3  # exit status
 SWEPT_TENSOR, SWEPT_REMAT = (1, 2, 4, 8, 16), ("dots", "block")
@@ -171,6 +171,8 @@ def run_plan(config: Config, topology: str, *, sweeping: bool = False, reference
     """
     checks.check_names(config, objective_of(config.loss))
     target = parse_topology(topology)
+    model = config.plan.architecture or config.model.path
+    say(f"planning {model} on {target}, {counted(target.count, 'chips')}")
     jax.config.update("jax_platforms", "cpu")  # leaves the accelerators of this machine free
     jax.config.update("jax_enable_compilation_cache", False)  # cannot load programs for absent devices
     if sweeping:

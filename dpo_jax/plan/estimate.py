@@ -50,8 +50,9 @@ from dpo_jax.run.programs import (
 from dpo_jax.run.state import abstract_params, abstract_state, placed
 from dpo_jax.run.trainable import Trainable
 from dpo_jax.runtime import xla
+from dpo_jax.runtime.terminal import say
 from dpo_jax.steps import TrainState
-from dpo_jax.types import Batch, Encoded, InputError
+from dpo_jax.types import Batch, Encoded, InputError, counted
 
 DRAWN_PAIRS = 4096  # most random pairs that stand in for the data
 SPREAD = 0.7  # standard deviation of the logarithm of a length, about that of HH and of UltraFeedback
@@ -123,9 +124,9 @@ class Estimate(NamedTuple):
 
 
 def architecture(config: Config) -> DecoderConfig:
-    """Reads the model's shape from `plan.architecture` or the folder `model.path`; never from the network.
+    """Reads the model's shape from `plan.architecture`, or from the folder or Hub id `model.path`.
 
-    Raises: InputError if neither exists.
+    Raises: InputError if there is none.
     """
     hf, place = described(config)
     return family(hf, place).decoder_config(hf, place)
@@ -139,13 +140,14 @@ def selected(config: Config, model: DecoderConfig) -> Trainable:
 
 def described(config: Config) -> tuple[dict, str]:
     """Returns the contents of the model's config.json, and its path."""
-    path = Path(config.plan.architecture or Path(config.model.path) / folders.CONFIG)
-    if not path.is_file():
+    if not config.plan.architecture:
+        path = folders.config_file(config.model.path, "config.model.path")
+    elif not (path := Path(config.plan.architecture)).is_file():
         raise InputError(
             "config.plan.architecture",
             got=f"no file {path}",
-            expected="the config.json of the model; plan downloads nothing",
-            remedy="Give --config.plan.architecture=FILE, or a local folder as --config.model.path=FOLDER.",
+            expected="the config.json of a model",
+            remedy="Give a file, or leave it empty and give a folder or Hub id as --config.model.path=MODEL.",
         )
     return folders.read_json(path), str(path)
 
@@ -294,6 +296,7 @@ def part_of(
         )
         rest += roofline.weight_bytes(programs.model, gathered, itemsize=itemsize, trained=training if update else 0)
         return Part(shape, work, Memory(weights, optimizer, gradients, int(rest)), cost, [])
+    say(f"compiling the {name} for {topology}, {counted(topology.count, 'chips')} ...")
     total, text = compiled(program, (*arguments, abstract_batch(programs, shape, update=update)))
     rest = max(0, total - weights - optimizer - gradients)
     # Where microbatches come in several sizes, each has a loop of its own.

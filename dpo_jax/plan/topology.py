@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import math
 import re
 from collections.abc import Sequence
@@ -32,25 +33,24 @@ class Topology(NamedTuple):
 
 
 def parse_topology(text: str) -> Topology:
-    """Parses `v5p:4x4x4`, `v5e:16x16,slices=2` or, for GPUs, `h100:64`. Raises: InputError for anything else."""
+    """Parses `v5p:4x4x4`, `v5p-128`, `v5e:16x16,slices=2` or, for GPUs, `h100:64`.
+
+    Raises: InputError for anything else, as `chips.parse_topology`.
+    """
     name, *options = text.split(",")
+    chip, shape = chips.parse_topology(name)
     slices = 1
-    problem = ""
     for option in options:
         match = re.fullmatch(r"slices=([1-9]\d*)", option)
-        problem, slices = ("", int(match[1])) if match else (f" with the option {option!r}", 1)
-    try:
-        chip, shape = chips.parse_topology(name)
-    except ValueError:
-        chip, shape = None, ()
-    if problem or chip is None:
-        raise InputError(
-            "--topology",
-            got=f"{text!r}{problem}",
-            expected=f"CHIP:SHAPE, and ,slices=N for several slices of TPUs; CHIP:SHAPE is {chips.valid_topologies()}",
-            remedy="Give for example --topology=v5p:4x4x4, --topology=v5e:16x16,slices=2 or --topology=h100:64.",
-        )
-    return Topology(name, chip, shape, slices)
+        if not match:
+            raise InputError(
+                "--topology",
+                got=f"got {text!r} with the option {option!r}",
+                expected="at most ,slices=N, for several slices of TPUs",
+                remedy="Give for example --topology=v5e:16x16,slices=2.",
+            )
+        slices = int(match[1])
+    return Topology(f"{chip.name}:{'x'.join(map(str, shape))}", chip, shape, slices)
 
 
 def devices_of(topology: Topology) -> Sequence[Any]:
@@ -58,15 +58,22 @@ def devices_of(topology: Topology) -> Sequence[Any]:
     options = topology.chip.topology_options(topology.shape)
     if topology.slices > 1:
         options["num_slices"] = topology.slices
+    if importlib.util.find_spec("libtpu") is None:
+        raise InputError(
+            "--topology",
+            got=f"{topology}, and libtpu is not installed",
+            expected="libtpu, which compiles for TPUs on any machine",
+            remedy="Run pip install 'dpo-jax[plan]'.",
+        )
     hosts.without_tpu()
     try:
         return topologies.get_topology_desc(topology.name, platform="tpu", **options).devices
     except Exception as error:  # of several types, by what is missing
         raise InputError(
             "--topology",
-            got=f"libtpu cannot compile for {topology} ({' '.join(str(error).split())[:300]})",
-            expected="libtpu, and a topology it knows",
-            remedy="Name another; if libtpu is missing, run pip install 'dpo-jax[plan]'.",
+            got=f"libtpu cannot compile for {topology}; it says {' '.join(str(error).split())[:300]!r}",
+            expected="a topology that the installed libtpu knows",
+            remedy="Name another, or update libtpu.",
         ) from error
 
 
