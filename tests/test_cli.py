@@ -48,7 +48,7 @@ def fails(capsys, *argv):
         run(*argv)
     assert status.value.code == 2
     error = capsys.readouterr().err
-    assert error.splitlines()[-1].startswith("error: ") and "Traceback" not in error
+    assert re.match(r"(dpo_jax .*\n)?error: ", error) and "Traceback" not in error
     return error
 
 

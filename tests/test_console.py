@@ -136,7 +136,7 @@ def test_a_bar_shows_the_time_that_passes_while_nothing_else_moves(clock, monkey
     assert any("30 s so far" in frame for frame in frames[:-1])
 
 
-def test_what_is_waited_for_is_told_if_it_takes_long(capsys, monkeypatch):
+def test_what_is_waited_for_is_told_if_it_takes_long(clock, capsys, monkeypatch):
     with terminal.waiting("compiling update"):
         pass
     with terminal.passes(8, "weights", unit="bytes") as progress:

@@ -8,7 +8,6 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 
 from tqdm import tqdm
-from tqdm.std import Bar
 from tqdm.utils import disp_len, disp_trim
 
 from dpo_jax.runtime import hosts, quantities
@@ -68,7 +67,8 @@ class Progress:
         self._total, self._title, self._unit, self._line_every_s = total, title, unit, line_every_s
         self._done, self._started = start, time.monotonic()
         self._parts: list[str] = []
-        self._first: tuple[int, float] | None = None
+        # Time left is counted from the end of the first step, which compiles; to read and write bytes compiles nothing.
+        self._first = (start, self._started) if unit == "bytes" else None
         self._last_line_s = -float("inf")
         self._bar: _Bar | None = None
         self._shown = self._closed = False
@@ -83,7 +83,6 @@ class Progress:
     def update(self, done: int, metrics: Mapping[str, float] | None = None) -> None:
         """Shows that `done` are done in all, with the metrics of the last."""
         now, values = time.monotonic(), metrics or {}
-        # Time is counted from the end of the first step, which compiles.
         self._first = self._first or (done, now)
         self._done = done
         self._parts = [form.format(values[name]) for name, form in SHOWN.items() if name in values]
@@ -202,8 +201,14 @@ def bar_line(
     bar = ","
     if drawn and share is not None:
         width = min(_MOST_BAR, _LEAST_BAR + room)
-        bar = f" {share:4.0%} |{Bar(share, charset=Bar.ASCII if ascii_only else Bar.UTF):{width}}|"
+        bar = f" {share:4.0%} |{_blocks(share * width, '#' if ascii_only else '█').ljust(width)}|"
     return disp_trim(f"{title}{amounts}{bar} {', '.join(ends)}".strip(), columns)
+
+
+def _blocks(length: float, block: str) -> str:
+    """Returns so many blocks, the last one, of the Unicode ones, in eighths."""
+    whole, eighths = divmod(int(length * 8), 8)
+    return block * whole + (" ▏▎▍▌▋▊▉"[eighths] if eighths and block == "█" else "")
 
 
 class _Bar(tqdm):
