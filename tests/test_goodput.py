@@ -51,7 +51,7 @@ def test_seconds_of_a_start_divide_into_parts_that_add_up():
     fields = start.account.fields()
     assert total_of(fields) == start.seconds == 80 and fields["goodput"] == 50 / 80
     assert fields["time/unix_s"] == 1080 and fields["time/down_s"] == 0
-    line = "goodput 62% of 80 s: updates 50 s, compiling 9.0 s, reference 6.0 s, evaluation 3.0 s, checkpoints 2.0 s, "
+    line = "goodput 62% of 1 min 20 s: updates 50 s, compiling 9.0 s, reference 6.0 s, evaluation 3.0 s, checkpoints 2.0 s, "
     assert start.account.line() == line + "start 10 s"
 
 
@@ -69,7 +69,7 @@ def test_work_after_the_checkpoint_is_lost_and_the_time_between_starts_is_down()
     expected = {"start": 10, "compile": 8, "reference": 12, "steps": 80, "restart": 26 + 10, "down": 107}
     assert parts(second.account) == expected
     assert total_of(second.account.fields()) == last["time/unix_s"] - 1000 + second.seconds
-    assert second.account.line().endswith("restarts 36 s; down for 1.8 min besides")
+    assert second.account.line().endswith("restarts 36 s; down for 1 min 47 s besides")
 
     third = started(2000, second.account.fields(), second.account.fields())  # asked to stop: nothing is lost
     assert parts(third.account)["restart"] == 36 + 10 and parts(third.account)["steps"] == 80
