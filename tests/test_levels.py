@@ -18,7 +18,7 @@ LEVELS = (
     "scoring",
     "reference",
     "run",
-    "reporting plan",
+    "reporting plan loading",
     "export",
     "train",
     "commands",
