@@ -11,7 +11,7 @@ from typing import Any, NamedTuple, TypeAlias
 import jax
 import numpy as np
 from jax.sharding import Mesh
-from jaxtyping import Float, PyTree
+from jaxtyping import ArrayLike, Float, PyTree
 from transformers import PreTrainedTokenizerBase
 
 from dpo_jax import config as fields
@@ -40,7 +40,7 @@ class Compiled(NamedTuple):
     """Programs for batches of one shape."""
 
     scoring: programs.Programs
-    hidden: Callable[[PyTree, PyTree, int], jax.Array]  # (params, rows [A, ...], microbatch) -> [R, S, D]
+    hidden: Callable[[PyTree, PyTree, ArrayLike], jax.Array]  # (params, rows [A, ...], microbatch) -> [R, S, D]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -192,12 +192,12 @@ def _plain(text: Text) -> Any:
     return text if isinstance(text, str) else [dict(message) for message in text]
 
 
-def _make_hidden(built: programs.Programs) -> Callable[[PyTree, PyTree, int], jax.Array]:
+def _make_hidden(built: programs.Programs) -> Callable[[PyTree, PyTree, ArrayLike], jax.Array]:
     options = ModelOptions(built.dtype, built.remat, built.attention, built.trainable.adapters)
     placement = Placement(built.mesh, built.rules)
     hidden_fn = make_hidden_fn(built.model, options, placement.platform, model_sharding(built.model, placement))
 
-    def hidden(params: PyTree, rows: PyTree, microbatch: int) -> jax.Array:
+    def hidden(params: PyTree, rows: PyTree, microbatch: ArrayLike) -> jax.Array:
         return hidden_fn(split_params(params, None, None), jax.tree.map(lambda x: x[microbatch], rows))[0]
 
     return jax.jit(hidden, out_shardings=sharding.replicated(built.mesh), compiler_options=COMPILER_OPTIONS)

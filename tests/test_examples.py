@@ -1,5 +1,6 @@
 """The examples do what they say."""
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -10,14 +11,16 @@ import numpy as np
 import optax
 import pytest
 
+import dpo_jax
 from dpo_jax import config
 from dpo_jax.losses import make_loss
 from dpo_jax.steps import init_state, make_train_step
 from dpo_jax.types import Batch
 from examples import nnx_step
-from tests.support import runs
+from tests.support import runs, user_script
 
 ROOT = Path(__file__).parents[1]
+NOTEBOOK = ROOT / "examples" / "notebook.ipynb"
 FOCAL = "examples.own_loss:focal"
 RATIOS = np.array([[3.0, -2.0], [0.0, 0.0], [-40.0, 5.0]])
 
@@ -63,6 +66,35 @@ def test_own_loss_trains_from_the_command_line(tmp_path):
     assert rows[0]["loss"] == pytest.approx(np.log(2) / 4, rel=1e-3)
     assert rows[-1]["loss"] < rows[0]["loss"]
     assert (tmp_path / "run" / "export" / "model.safetensors").exists()
+
+
+def test_notebook_is_stored_without_outputs():
+    for cell in json.loads(NOTEBOOK.read_text())["cells"]:
+        assert cell["cell_type"] == "markdown" or (cell["outputs"], cell["execution_count"]) == ([], None)
+
+
+@pytest.mark.slow
+def test_notebook_runs_and_learns(capsys):
+    names = {}
+    for number, cell in enumerate(json.loads(NOTEBOOK.read_text())["cells"]):
+        if cell["cell_type"] == "code":
+            code = compile("".join(cell["source"]), f"{NOTEBOOK.name}, cell {number}", "exec")
+            with jax.numpy_rank_promotion("allow"):  # as where a user runs it
+                exec(code, names)
+    printed = capsys.readouterr().out
+    assert "loss 0.693 before, 0.0" in printed and printed.count("beta ") == 3
+
+
+def test_the_package_imports_jax_when_a_function_is_used():
+    code = "import sys, dpo_jax; assert 'jax' not in sys.modules and {*dpo_jax.__all__} <= {*dir(dpo_jax)}"
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+    assert all(getattr(dpo_jax, name) is not None for name in dpo_jax.__all__)
+    with pytest.raises(AttributeError, match="no attribute 'lod'"):
+        dpo_jax.lod  # noqa: B018
+
+
+def test_script_of_a_user_runs():
+    assert user_script.train(50) < 0.3 and user_script.refused().startswith("make_loss(gamma=...)")
 
 
 def test_nnx_step_learns_and_says_so(capsys):

@@ -10,7 +10,9 @@ import pytest
 
 from docs import draw_pipeline, make_configuration
 from dpo_jax import cli, config
-from dpo_jax.losses.registry import OPTIONS
+from dpo_jax.losses.registry import COLUMNS, OPTIONS
+from dpo_jax.types import Batch
+from tests.support.runs import make_inputs
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -37,6 +39,21 @@ def test_library_example_runs_and_learns():
         exec(code[1], {})
     loss, accuracy = map(float, printed.getvalue().split())
     assert loss < 0.1 and accuracy == 1
+
+
+@pytest.mark.slow
+def test_blocks_of_the_python_page_run(tmp_path):
+    page = (ROOT / "docs" / "python.md").read_text()
+    names = {"model_folder": make_inputs(tmp_path) / "model"}
+    for number, code in enumerate(re.findall(r"```python\n(.*?)```", page, re.DOTALL)):
+        exec(compile(code, f"docs/python.md, block {number}", "exec"), names)
+
+
+def test_python_page_names_every_input_of_a_step():
+    page = (ROOT / "docs" / "python.md").read_text()
+    fields = re.findall(r"^\| ((?:`\w+`(?:, )?)+) \|", page, re.MULTILINE)
+    assert set(re.findall(r"\w+", " ".join(fields))) == set(Batch._fields)
+    assert all(f"`{name}`" in page for name in COLUMNS) and "`losses.GIVEN`" in page
 
 
 def test_reference_of_fields_is_that_of_the_configuration():

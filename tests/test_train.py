@@ -14,12 +14,15 @@ from pathlib import Path
 
 import jax
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import transformers
 
+import dpo_jax
 from dpo_jax import commands, train, trees
 from dpo_jax.hf import checkpoints
 from dpo_jax.plan import estimate
+from dpo_jax.reference.store import hex_keys
 from dpo_jax.run import choices, goodput, programs, update_batches, workdir
 from dpo_jax.run.state import abstract_state
 from dpo_jax.types import InputError
@@ -417,6 +420,58 @@ def test_reference_of_something_else_is_refused(finished, inputs, tmp_path, part
     with pytest.raises(InputError, match=rf"reference log-probs of a run that differs in {part} \("):
         train.run(config, tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+@pytest.fixture(scope="module")
+def loaded(inputs):
+    """The model of the runs as scripts load it, and texts of its pairs."""
+    rows = read_rows(inputs / "train.jsonl")
+    return dpo_jax.load(inputs / "model"), [row["prompt"] for row in rows], [row["chosen"] for row in rows]
+
+
+def test_log_probs_of_a_loaded_model_are_those_of_the_reference_store(finished, inputs, loaded):
+    model, prompts, answers = loaded
+    keys = hex_keys(load_inputs(make_config(inputs)).sets["train"].keys)
+    parts = [pq.read_table(path).to_pydict() for path in (finished / "reference").glob("*.parquet")]
+    stored = {key: value for part in parts for key, value in zip(part["key"], part["chosen"], strict=True)}
+    np.testing.assert_allclose(model.logps(prompts, answers), [stored[key] for key in keys], rtol=1e-5)
+
+
+def test_log_probs_and_hidden_states_of_a_loaded_model_parity_with_transformers(inputs, loaded):
+    torch = pytest.importorskip("torch")
+    model, (*prompts, _), (*answers, _) = loaded
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(inputs / "model").eval()
+    texts = prompts[:3], answers[:3]
+    ids = model.token_ids(*texts)
+    for tokens, prompt, logps, hidden in zip(ids, prompts, model.logps(*texts), model.hidden(*texts), strict=False):
+        with torch.no_grad():
+            out = theirs(torch.tensor(tokens[None].astype(np.int64)), output_hidden_states=True)
+        each = out.logits.log_softmax(-1)[0, range(len(tokens) - 1), tokens[1:]].numpy()
+        begun = len(model.tokenizer(prompt)["input_ids"]) - 1
+        np.testing.assert_allclose(logps, each[begun:].sum(), rtol=1e-5)
+        np.testing.assert_allclose(hidden, out.hidden_states[-1][0].numpy(), atol=1e-4)
+
+
+def test_loaded_model_reads_messages_and_refuses_what_does_not_fit(loaded, monkeypatch):
+    model, prompts, answers = loaded
+    assert model.logps([], []).shape == (0,) and model.hidden([], []) == []
+    template = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
+    template += "{% if add_generation_prompt %}<assistant>{% endif %}"
+    monkeypatch.setattr(model.tokenizer, "chat_template", template)
+    prompt = [{"role": "user", "content": "hello"}]
+    ids = model.token_ids([prompt, prompt], ["hi there", [{"role": "assistant", "content": "hi there"}]])
+    for each in ids:
+        np.testing.assert_array_equal(each, model.tokenizer("<user>hello<assistant>hi there")["input_ids"])
+    for wrong, message in [
+        ((["word " * 300], ["yes"]), "^pair 0: too long; expected at most 256 tokens"),
+        ((prompts[:2], answers[:1]), "^prompts, answers: lists of other lengths"),
+        ((prompts[0], answers[:1]), "^prompts, answers: a single text"),
+        (([prompts[0]], [""]), "^pair 0"),
+    ]:
+        with pytest.raises(InputError, match=message):
+            model.logps(*wrong)
+    with pytest.raises(InputError, match="^path: 'no/where/at/all', no such folder"):
+        dpo_jax.load("no/where/at/all")
 
 
 @pytest.mark.slow
