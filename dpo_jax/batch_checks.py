@@ -98,7 +98,8 @@ def _is_concrete(leaf: Any) -> bool:
 
 def _check_values(batch: Batch, crops: int, place: str) -> None:
     """Raises InputError for values that cannot be true."""
-    present, count = np.atleast_2d(np.asarray(batch.present)), int(np.asarray(batch.count))
+    present: np.ndarray = np.array(batch.present)
+    count = int(np.asarray(batch.count))
     if not 0 <= count <= len(present):
         expected = f"at most {len(present)}, the number of microbatches"
         raise InputError(f"{place}.count", got=f"got {count}", expected=expected, remedy="Count those in use.")

@@ -499,7 +499,7 @@ def test_program_of_an_update_holds_no_number_of_objective_or_optimizer(inputs):
         read = read or load_inputs(chosen)
         objective = choices.objective_of(chosen.loss)
         built = programs.make_programs(chosen, objective, read.model, read.lengths)
-        tx, _ = choices.optimizer_of(chosen.optimizer, total_steps=chosen.train.steps)
+        tx, _ = choices.optimizer_of(chosen.optimizer, total_steps=fields["train__steps"][at])
         step, _ = programs.update_step(built, tx)
         batch = estimate.abstract_batch(built, built.update_shape, update=True)
         arguments = abstract_state(built, tx), {}, batch, programs.numbers_of(built, tx)
