@@ -261,6 +261,6 @@ def restore(inputs: Inputs, programs: Programs, folder: Path, step: int) -> tupl
                 "config.loss.name",
                 got=f"a loss whose running averages are not those of the checkpoint at step {step}",
                 expected="the loss that the run was trained with, or one with the same running averages",
-                remedy="Leave the change of loss.name out.",
+                remedy="Leave --config.loss.name out.",
             ) from error
     return join(trained, load_frozen(inputs.source, programs)), running

@@ -92,6 +92,20 @@ def test_fields_that_a_page_names_exist(page):
     assert named and set(named) <= {*FIELDS, *NOT_FIELDS}
 
 
+def test_remedies_of_errors_name_fields_as_they_are_typed():
+    fields, found = "|".join(re.escape(name) for name in FIELDS if "." in name), []
+    for path in sorted((ROOT / "dpo_jax").rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text())):
+            named = node.arg if isinstance(node, ast.keyword) else ""
+            named = ast.unparse(node.targets[0]) if isinstance(node, ast.Assign) else named
+            for part in ast.walk(node) if named == "remedy" else ():
+                if isinstance(part, ast.Constant) and isinstance(part.value, str):
+                    text = part.value.replace("--config.", "--")
+                    names = re.findall(rf"(?<![-\w/.])(?:config\.)?(?:{fields})\b", text)
+                    found += [f"{path.name}:{part.lineno}: {name}" for name in names]
+    assert found == []
+
+
 def test_short_list_of_fields_has_their_defaults():
     table = README.split("### Fields\n")[1].split("\n#")[0]
     rows = re.findall(r"^\| `([a-z_]+\.[a-z_]+)` \| ([^|]+) \|", table, re.MULTILINE)

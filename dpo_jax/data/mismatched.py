@@ -101,7 +101,7 @@ def _assign(prompts: list[int], place: str) -> Int[np.ndarray, " N"]:
             place,
             got=f"all {len(prompts)} examples have the same prompt",
             expected="at least two prompts: this loss estimates a KL divergence from answers to other prompts",
-            remedy="Give more data or change loss.name; docs/objectives.md says which losses need no such estimate.",
+            remedy="Give more data or another --config.loss.name; docs/objectives.md says which need no such estimate.",
         )
     shuffled = rng.permutation(len(prompts))
     order = shuffled[np.argsort(rng.permutation(len(sizes))[group[shuffled]], kind="stable")]

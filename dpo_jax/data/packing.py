@@ -107,7 +107,7 @@ def fill_rows(pieces: Sequence[Sequence[int]], row_length: int) -> list[list[lis
             "config.data.row_length",
             got=f"a sequence takes {longest} positions and a row holds {row_length}",
             expected=f"at least {longest}",
-            remedy="Give --config.data.row_length=None to have it chosen from the data, or lower data.max_length.",
+            remedy="Give --config.data.row_length=None, to have it chosen, or lower --config.data.max_length.",
         )
     sizes = [max(each, default=0) for each in pieces]
     remaining = sorted((i for i, each in enumerate(pieces) if len(each) == 1), key=lambda i: -sizes[i])
@@ -187,14 +187,14 @@ def choose_shape(
             "config.data.row_length",
             got=f"got {row_length}",
             expected=f"a multiple of 8 of at least {least}, the longest {'pair' if unsplit else 'sequence'}",
-            remedy="Give --config.data.row_length=None to have it chosen from the data, or lower data.max_length.",
+            remedy="Give --config.data.row_length=None, to have it chosen, or lower --config.data.max_length.",
         )
     if rows is not None and (rows < 1 or rows % shards):
         raise InputError(
             f"config.{field}",
             got=f"got {rows}",
             expected=f"a positive multiple of {shards}, the devices that rows are sharded over",
-            remedy=f"Change it, or mesh.replica and mesh.fsdp, or give --config.{field}=None to have it chosen.",
+            remedy=f"Change it or --config.mesh.fsdp, or give --config.{field}=None to have it chosen.",
         )
     sizes = _candidates(longest, answers, row_length, rows, shards, target_positions)
     return _fullest(lengths, layout, pairs, sizes, shards)

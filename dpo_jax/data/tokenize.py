@@ -99,10 +99,10 @@ def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
 def _not_loadable(path: str, reason: str) -> InputError:
     """Returns the error for a tokenizer that transformers cannot load, with the packages that it needs if they miss."""
     folder = Path(path).expanduser()
-    remedy = "Set tokenizer.path, or save a tokenizer there with save_pretrained."
+    remedy = "Set --config.tokenizer.path, or save a tokenizer there with save_pretrained."
     if "trust_remote_code" in reason:
         reason = "its class comes with code of its own, which is never run"
-        remedy = "Set tokenizer.path to a folder with a tokenizer.json that this code has written."
+        remedy = "Set --config.tokenizer.path to a folder with a tokenizer.json that this code has written."
     elif any(package in reason for package in _CONVERTING):
         # Without sentencepiece, transformers takes every file for one of tiktoken, and names that package instead.
         file = next(iter(sorted(folder.glob("*.model"))), None)
@@ -347,7 +347,7 @@ def _check_ids(pair: Pair, parts: Parts, tokenizer: PreTrainedTokenizerBase, voc
             got=f"uses {named(tokenizer, sorted(i if i >= 0 else ~i for i in over))}",
             expected=f"ids below {vocab_size}, the model's vocab_size",
             remedy="If tokens were added for this model, resize its embeddings with transformers' "
-            "resize_token_embeddings and save it; if not, set tokenizer.path to the tokenizer it came with.",
+            "resize_token_embeddings and save it; if not, set --config.tokenizer.path to the tokenizer it came with.",
         )
 
 
@@ -385,7 +385,7 @@ def _truncate(pair: Pair, parts: Parts, rules: TokenizationRules) -> Outcome | T
                 pair.place,
                 got=f"no scored token of {name!r} is within data.max_length {max_length}",
                 expected="at least one",
-                remedy=f"Raise data.max_length. {_DROP}",
+                remedy=f"Raise --config.data.max_length. {_DROP}",
             )
     if pair.reference and (prompt_cut or any(cuts)):
         return InputError(
@@ -403,7 +403,7 @@ def _truncate(pair: Pair, parts: Parts, rules: TokenizationRules) -> Outcome | T
             pair.place,
             got=f"{which} are the same tokens{after}",
             expected="answers that differ within the limit",
-            remedy=f"Raise data.max_length. {_DROP}" if any(cuts) else _DROP,
+            remedy=f"Raise --config.data.max_length. {_DROP}" if any(cuts) else _DROP,
         )
     return Outcome(encoded, prompt_cut, cuts, boundary_split=split)
 

@@ -83,7 +83,7 @@ def fit(config: Config, model: DecoderConfig, lengths: Int[np.ndarray, "N _"]) -
             got=f"'shared', and sequences of {longest} tokens, longer than the model's attention window or than "
             "its rotary frequencies are made for",
             expected="auto or repeated",
-            remedy="Change it, or lower data.max_length.",
+            remedy="Change it, or lower --config.data.max_length.",
         )
     if config.data.layout == "auto":
         return model, "repeated" if model.needs_whole_sequences else "shared"
@@ -156,7 +156,7 @@ def check_kind(pairs: PairSet, name: str, objective: Objective, loss: str) -> No
             place_of(name),
             got=f"{KINDS[pairs.kind]}, and loss {loss!r}",
             expected=" or ".join(KINDS[kind] for kind in sorted(objective.kinds)) + " for this loss",
-            remedy=f"Change loss.name (such data are for {listed(readers)}), or its options, or the data: "
+            remedy=f"Give another --config.loss.name (such data are for {listed(readers)}), or other options or data: "
             "docs/objectives.md says what goes with what.",
         )
 
@@ -171,7 +171,7 @@ def check_weights_and_margins(pairs: PairSet, name: str, objective: Objective, l
             place,
             got=f"{report['margins_given']} pairs with a margin, and loss {loss!r} reads none",
             expected=f"no column margin, or losses that read it: {readers}",
-            remedy='Leave the column out with --config.data.columns="margin=", or change loss.name.',
+            remedy='Leave the column out with --config.data.columns="margin=", or give another --config.loss.name.',
         )
     if pairs.pair_weights is None:
         return
@@ -181,7 +181,7 @@ def check_weights_and_margins(pairs: PairSet, name: str, objective: Objective, l
             got=f"{report['weights_given']} pairs with a weight, and loss {loss!r} compares whole batches without them",
             expected=f"no column weight, or other losses than {others}; one of your own that reads `present` must read "
             "`weight` too",
-            remedy='Leave the column out with --config.data.columns="weight=", or change loss.name.',
+            remedy='Leave the column out with --config.data.columns="weight=", or give another --config.loss.name.',
         )
     if not pairs.pair_weights.any():
         raise InputError(

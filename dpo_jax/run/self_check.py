@@ -62,16 +62,16 @@ def check_start(
     pairs = inputs.sets["train"]
     if damaged := [i for i in indices.tolist() if tuple(pairs.keys[i]) != tuple(content_key(pairs[i]))]:
         place, culprit = pairs.place(damaged[0]), "the data: the tokens of this pair do not match its key"
-        remedy = "Delete the folder of tokenized data (data.cache_dir), which is then made again."
+        remedy = "Delete the folder of tokenized data (--config.data.cache_dir), which is then made again."
     elif not np.isfinite(again).all():
         place, culprit = str(inputs.source.folder), "the weights: they give log-probs that are not finite"
-        remedy = "Check them; after updates, lower optimizer.learning_rate and train anew in another folder."
+        remedy = "Check them; after updates, lower --config.optimizer.learning_rate and train anew in another folder."
     elif synced:
         place, culprit = str(store.folder), f"the store: the policy at step {synced} gives these pairs other log-probs"
         remedy = "Delete this folder and run again: that reference is scored again from the checkpoint of its step."
     elif disagrees(change, logps, ~from_data, limit):
         place, culprit = str(store.folder), "the store: the initial weights give these pairs other log-probs"
-        remedy = "Delete the folder, or point reference.path at another, to score the reference again."
+        remedy = "Delete the folder, or give another --config.reference.path, to score the reference again."
     else:
         place, culprit = str(inputs.source.folder), "the weights: the policy's are not those of this folder"
         remedy = "Start in a new working folder; if this is one, please report it with the model's config.json."

@@ -65,7 +65,7 @@ def choose(name: str, platform: str, *, head_dim: int, row_length: int) -> str:
             if name == "splash"
             else f"heads of at most {TRITON_HEAD}",
             remedy="Give --config.model.attention=auto"
-            + (", or change config.data.row_length." if name == "splash" else "."),
+            + (", or change --config.data.row_length." if name == "splash" else "."),
         )
     return name
 
