@@ -5,7 +5,8 @@
     dpo-jax train --config=configs/chat.py:full ...      # every parameter trains
 
 A row holds `prompt`, `chosen` and `rejected` as lists of {"role", "content"}, or as text, which is read as the messages
-of a user and an assistant. Held-out pairs are named with `--config.data.eval=FILE`. Batch, beta, schedule and the
+of a user and an assistant; for rankings and unpaired rows give `--config.data.format=auto`. Held-out pairs are named
+with `--config.data.eval=FILE`. Batch, beta, schedule and the
 learning rate of the whole model are those of Zephyr (Tunstall et al. 2023, arXiv:2310.16944, section 4). Adapters learn
 with ten times that rate, as in the example commands of TRL's DPO script.
 """

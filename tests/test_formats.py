@@ -100,6 +100,18 @@ def test_render_names_the_missing_column(name):
     assert failure({**fields, name: 1}).got == f"{name!r} is a number"
 
 
+@pytest.mark.parametrize(
+    ("fields", "form"),
+    [
+        ({"prompt": "a", "responses": ["b", "c"], "scores": [1, 2]}, "a ranking"),
+        ({"prompt": "a", "completion": "b", "label": True}, "an unpaired example"),
+    ],
+)
+def test_render_says_of_what_form_a_row_is_that_was_to_be_a_pair(fields, form):
+    error = failure(fields, format="chat")
+    assert error.got.endswith(f": the row is {form}") and "--config.data.format=auto" in error.remedy
+
+
 @pytest.mark.parametrize("empty", ["", " \n\t"])
 @pytest.mark.parametrize("name", ["chosen", "rejected"])
 def test_render_refuses_empty_answers(name, empty):

@@ -51,11 +51,20 @@ def column(row: Row, name: str) -> Value:
     raise missing(row, name)
 
 
+# Columns by which rows of other forms than pairs are known.
+_OTHER_FORMS = {"a ranking": ("prompt", "responses"), "an unpaired example": ("prompt", "completion", "label")}
+
+
 def missing(row: Row, name: str) -> InputError:
     """Error for a row without a column, which says what is read and how to map the columns that it has."""
+    got = f"no {name!r} among the columns {named(row.fields) or '(there is none)'}"
+    form = next((form for form, names in _OTHER_FORMS.items() if {*names} <= row.fields.keys()), None)
+    if form and name in ("chosen", "rejected"):
+        remedy = "Give --config.data.format=auto, or data of the form that the recipe or the command line names."
+        return InputError(row.place, got=f"{got}: the row is {form}", expected="a pair", remedy=remedy)
     return InputError(
         row.place,
-        got=f"no {name!r} among the columns {named(row.fields) or '(there is none)'}",
+        got=got,
         expected="the columns prompt, chosen and rejected (prompt may be left out where both answers begin "
         "with the conversation); prompt, "
         "responses and scores or ranks; prompt, completion and label; or those of a layout in docs/data.md",
