@@ -296,7 +296,7 @@ def call(name: str, parsed: Parsed) -> None:
     # Imported here, so that --help and mistyped flags do not wait for the import of JAX.
     from dpo_jax.runtime.terminal import say, waiting
 
-    say(f"dpo_jax {__version__}, {name}: {described(parsed)}")
+    say(f"dpo_jax {__version__}, {name}: {described(COMMANDS[name], parsed)}")
     with waiting("loading libraries"):
         commands, clocks = map(importlib.import_module, ("dpo_jax.commands", "dpo_jax.runtime.clocks"))
     watch = {"watch": clocks.Stopwatch(clocks.age_of_process())} if COMMANDS[name].timed else {}
@@ -305,11 +305,12 @@ def call(name: str, parsed: Parsed) -> None:
         sys.exit(status)
 
 
-def described(parsed: Parsed) -> str:
-    """Returns, for the first line of a command, the model, data and working folder that are named."""
-    config = parsed.config
-    data = ", ".join(filter(None, (config.data.train, config.data.eval)))
-    named = {"model": config.model.path, "data": data, "folder": str(parsed.workdir) if parsed.workdir.name else ""}
+def described(command: Command, parsed: Parsed) -> str:
+    """Returns, for the first line of a command, the model, data and working folder that it reads and that are named."""
+    config, unread = parsed.config, command.unread.split()
+    data = () if "data.train" in unread else (config.data.train, config.data.eval)
+    folder = str(parsed.workdir) if parsed.workdir.name else ""
+    named = {"model": config.model.path, "data": ", ".join(filter(None, data)), "folder": folder}
     return ", ".join(f"{what} {name}" for what, name in named.items() if name)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Collection, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -99,7 +99,7 @@ def score_batch(
 
     While the device computes a microbatch, the next one is on its way to it.
     """
-    totals: Any = None
+    totals: PyTree = None
     tokens: list[PyTree] = []
 
     def add(micro: int, scored: PyTree) -> None:
