@@ -309,7 +309,7 @@ def described(command: Command, parsed: Parsed) -> str:
     """Returns, for the first line of a command, the model, data and working folder that it reads and that are named."""
     config, unread = parsed.config, command.unread.split()
     data = () if "data.train" in unread else (config.data.train, config.data.eval)
-    folder = str(parsed.workdir) if parsed.workdir.name else ""
+    folder = str(parsed.workdir or "")
     named = {"model": config.model.path, "data": ", ".join(filter(None, data)), "folder": folder}
     return ", ".join(f"{what} {name}" for what, name in named.items() if name)
 
