@@ -555,6 +555,7 @@ def test_reference_command_leaves_train_nothing_to_score(inputs, tmp_path, capsy
     assert ", 0 scored\n" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_only_pairs_that_the_updates_read_are_scored_and_a_longer_run_scores_the_others(inputs, tmp_path, capsys):
     # KTO reads the values of mismatched pairs too.
     fields = {"reference__path": str(tmp_path / "store"), "loss__name": "kto", "train__batch_pairs": 4}
