@@ -6,9 +6,9 @@
 
 A row holds `prompt`, `chosen` and `rejected` as lists of {"role", "content"}, or as text, which is read as the messages
 of a user and an assistant; for rankings and unpaired rows give `--config.data.format=auto`. Held-out pairs are named
-with `--config.data.eval=FILE`. Batch, beta, schedule and the
-learning rate of the whole model are those of Zephyr (Tunstall et al. 2023, arXiv:2310.16944, section 4). Adapters learn
-with ten times that rate, as in the example commands of TRL's DPO script.
+with `--config.data.eval=FILE`. Batch, beta, schedule and the learning rate of the whole model are those of Zephyr
+(Tunstall et al. 2023, arXiv:2310.16944, section 4). Adapters learn with ten times that rate, as in the example commands
+of TRL's DPO script.
 """
 
 from dpo_jax.config import base
