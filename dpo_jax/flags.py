@@ -13,7 +13,7 @@ from collections.abc import Collection, Sequence
 from absl import flags
 from ml_collections import config_dict, config_flags
 
-from dpo_jax.config import CODE, Config, _kinds, _thaw, _unknown, flat, freeze, from_file, type_name
+from dpo_jax.config import CODE, Config, _kinds, _thaw, _unknown, flat, freeze, from_file, record_from_json, type_name
 from dpo_jax.fields import files, trl
 from dpo_jax.runtime.terminal import say
 from dpo_jax.types import InputError, shown
@@ -167,7 +167,7 @@ class _Source(flags.ArgumentParser):
                 got, remedy = f"{args[0]!r} after the name of a file of fields", f"Give --config={path}."
                 raise InputError(f"--config={argument}", got=got, expected="only the file", remedy=remedy)
             text = _text_of(path)
-            config, recorded = from_file(text, path, overridden=self._overridden), record_from_file(text, path)
+            config, recorded = from_file(text, path, overridden=self._overridden), record_from_json(text, path)
             for field in sorted(CODE):
                 code, name = getattr(recorded, field), pathlib.Path(path).name
                 if code and not getattr(config, field):

@@ -122,7 +122,7 @@ def step_of(which: str, config: Config, folder: Path) -> int:
     kept = workdir.kept_steps(folder)
     if which == "last" or not (which or config.checkpoint.best):
         return kept[-1]
-    remedy = "Give a step that is kept; checkpoint.keep sets how many are."
+    remedy = "Give a step that is kept; --config.checkpoint.keep sets how many are."
     if which in ("", "best"):
         step = read_history(config, folder, before=kept[-1] + 1, kept=kept).kept
         if step is None and not which:  # no evaluation so far
