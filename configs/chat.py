@@ -26,6 +26,7 @@ def get_config(arg: str = "lora"):
     config.loss.beta = 0.1
     config.train.batch_pairs = 32
     config.optimizer.schedule = "linear"
+    config.optimizer.warmup_ratio = 0.1
     config.checkpoint.every_steps = 100
     if arg == "full":
         config.optimizer.learning_rate = 5e-7

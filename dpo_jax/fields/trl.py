@@ -58,7 +58,7 @@ _MODEL = {
 
 _DATA = {
     "train_dataset": ("data.train", "files or a Hub id with a split, not a loaded data set"),
-    "eval_dataset": ("data.eval", "files or a Hub id with a split"),
+    "eval_dataset": ("data.eval", "files or a Hub id with a split; several by name, helpful=a.jsonl,harmless=b.jsonl"),
     "dataset_name": ("data.train", "written owner/name:split"),
     "dataset_config": ("data.train", "written owner/name:config:split"),
     "dataset_streaming": ("", "data are read once, tokenized and kept on disk"),
@@ -135,10 +135,10 @@ _OPTIMIZATION = {
     "num_train_epochs": ("train.epochs", "1 unless it is set, where TRL has 3"),
     "max_steps": ("train.steps", ""),
     "learning_rate": ("optimizer.learning_rate", "1e-6, as in TRL"),
-    "lr_scheduler_type": ("optimizer.schedule", "constant, linear or cosine; constant_with_warmup is constant"),
-    "lr_scheduler_kwargs": ("optimizer.schedule", "a schedule has no options besides its warm-up"),
-    "warmup_steps": ("optimizer.warmup_steps", "a number of updates"),
-    "warmup_ratio": ("optimizer.warmup_steps", "a number of updates"),
+    "lr_scheduler_type": ("optimizer.schedule", "constant, linear or cosine; the others are these with their options"),
+    "lr_scheduler_kwargs": ("optimizer.min_lr_rate", "its min_lr_rate; schedules have no further options"),
+    "warmup_steps": ("optimizer.warmup_steps optimizer.warmup_ratio", "a number of updates, or a share of all"),
+    "warmup_ratio": ("optimizer.warmup_ratio", "of older releases"),
     "optim": (
         "optimizer.name",
         "adamw, adafactor, rmsprop, lion or sgd; moments are float32",
@@ -197,8 +197,8 @@ _RECORDS = {
     "include_num_input_tokens_seen": ("", "tokens_real in metrics.jsonl"),
     "skip_memory_metrics": ("profile.steps", "a trace for XProf"),
     "debug": ("profile.steps", "a trace for XProf"),
-    "callbacks": ("", "metrics.jsonl has a line for each update; from Python the loop is yours"),
-    "compute_metrics": ("", "eval.jsonl has loss, rewards and log-probs"),
+    "callbacks": ("hooks", "a function, called with the step and its metrics; early stopping is eval.patience"),
+    "compute_metrics": ("", "eval.jsonl has loss, rewards and log-probs; hooks gets them too"),
 }  # fmt: skip
 
 _EVALUATION = {
@@ -225,9 +225,9 @@ _EVALUATION = {
     "resume_from_checkpoint": ("--workdir", "the same command goes on from the newest checkpoint"),
     "overwrite_output_dir": ("--workdir", "another folder; a finished run is not overwritten"),
     "restore_callback_states_from_checkpoint": ("", "there are no callbacks with a state"),
-    "load_best_model_at_end": ("eval.every_steps", "the last state is exported; eval.jsonl says which step was best"),
-    "metric_for_best_model": ("", "as load_best_model_at_end"),
-    "greater_is_better": ("", "as load_best_model_at_end"),
+    "load_best_model_at_end": ("checkpoint.best", "the best state is kept besides the newest, and exported"),
+    "metric_for_best_model": ("checkpoint.best", "as in eval/rewards/accuracies:max"),
+    "greater_is_better": ("checkpoint.best", "max or min after the metric"),
     "push_to_hub": ("", "export/ is a Hugging Face folder, which hf upload NAME RUN/export takes"),
     "hub_model_id": ("", "as push_to_hub"),
     "hub_strategy": ("", "as push_to_hub"),

@@ -16,7 +16,8 @@ def recorded(monkeypatch):
     read = set()
 
     def record(section, prefix):
-        names = {field.name for field in dataclasses.fields(section)}
+        fields = dataclasses.fields(section)
+        names = {field.name for field in fields if not dataclasses.is_dataclass(getattr(section(), field.name))}
 
         def get(self, name):
             code = sys._getframe(1).f_code
@@ -27,6 +28,7 @@ def recorded(monkeypatch):
         monkeypatch.setattr(section, "__getattribute__", get)
 
     with monkeypatch.context() as monkeypatch:
+        record(config.Config, "")
         for name, value in vars(config.Config()).items():
             if dataclasses.is_dataclass(value):
                 record(type(value), f"{name}.")
