@@ -297,7 +297,7 @@ def test_plan_of_gpus_prints_memory_time_and_the_verdict(run):
         assert title in titles, out
     assert "update with reference" in out and "chip-hours" in lines[-2] and "MFU" in lines[-3]
     assert lines[-1].startswith("fits: ")
-    assert err.splitlines()[0].endswith("on h100:32, 32 chips")  # at once, and results alone on standard output
+    assert "planning configs/architectures/llama3_8b.json on h100:32, 32 chips\n" in err  # before anything is counted
 
 
 def test_plan_without_libtpu_says_what_to_install(monkeypatch):
