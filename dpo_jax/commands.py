@@ -7,8 +7,6 @@ import json
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
-
 from dpo_jax.config import Config
 from dpo_jax.export import export_model
 from dpo_jax.losses import Objective
@@ -123,8 +121,7 @@ def evaluate_checkpoint(config: Config, folder: Path, *, step: str = "") -> dict
     params, running = restore(inputs, programs, folder, at)
     check_evaluated(config, f"--config={folder / 'config.json'} --config.data.eval=FILE")
     store = reference_store(inputs, programs, store_folder(config, folder))
-    only = {name: np.arange(0) for name in inputs.sets if name == "train"}  # training pairs are not evaluated
-    values, _ = complete_store(inputs, store, programs, only=only)
+    values, _ = complete_store(inputs, store, programs, only=other_models.NO_TRAINING_PAIRS)
     if config.reference.sync_steps:
         if "train" not in inputs.sets:
             raise InputError(
@@ -173,7 +170,8 @@ def evaluate_model(config: Config, folder: Path | None, model: str, reference: s
         inputs = load_inputs(config, objective, training=False)
         inputs = from_sft(inputs, folder) if config.sft.steps else inputs
         programs = make_programs(config, objective, inputs.model, inputs.lengths, trainable=inputs.trainable)
-        values, _ = complete_store(inputs, reference_store(inputs, programs, store_folder(config, folder)), programs)
+        store = reference_store(inputs, programs, store_folder(config, folder))
+        values, _ = complete_store(inputs, store, programs, only=other_models.NO_TRAINING_PAIRS)
     return other_models.metrics_of_model(other_models.config_for(config, model, "--model"), objective, values)
 
 

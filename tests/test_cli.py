@@ -84,6 +84,7 @@ def test_train_evaluate_export_and_inspect_from_the_command_line(inputs, tmp_pat
 
 
 def test_evaluate_takes_any_model_without_a_run(inputs, capsys):
+    importlib.import_module("dpo_jax.commands")  # or a line says that it is being loaded
     error = fails(capsys, "evaluate", f"--model={inputs / 'model'}")
     assert "config.data.eval: empty; expected pairs to evaluate on. Give them as --config.data.eval=FILE" in error
     assert "no such folder" in fails(capsys, "evaluate", "--model", "no/such", "--config.data.eval=x.jsonl")

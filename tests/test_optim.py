@@ -194,8 +194,9 @@ def test_numbers_may_be_traced(problem, name):
     options = {"name": name, "schedule": "linear", "warmup_steps": WARMUP, "clip_norm": 12.0, "weight_decay": 0.3}
     tx, _ = make(**options)
     own = {"b1", "b2", "eps"} & optim.OPTIMIZERS[name][1].keys()
-    assert tx.numbers.keys() == own | {"learning_rate", "warmup_steps", "total_steps", "clip_norm", "weight_decay"}
-    assert make(name=name)[0].numbers.keys() == own | {"learning_rate", "warmup_steps", "total_steps"}
+    of_schedule = {"learning_rate", "warmup_steps", "total_steps", "min_lr_rate"}
+    assert tx.numbers.keys() == own | of_schedule | {"clip_norm", "weight_decay"}
+    assert make(name=name)[0].numbers.keys() == own | of_schedule
 
     @jax.jit
     def last(numbers):
@@ -208,7 +209,7 @@ def test_numbers_may_be_traced(problem, name):
 
     found, expected = last(tx.numbers), run(tx, params, grads[:2])[-1]
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=3e-5, atol=1e-6), found, expected)
-    for option in tx.numbers.keys() - {"clip_norm", "eps", "total_steps"}:
+    for option in tx.numbers.keys() - {"clip_norm", "eps", "total_steps", "min_lr_rate"}:
         changed = last(tx.numbers | {option: 0.5 * tx.numbers[option] if option != "warmup_steps" else 2})
         if (name, option) in {("lion", "b1"), ("lion", "b2")}:  # which takes the sign
             continue

@@ -8,10 +8,12 @@ import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
+import numpy as np
+
 from dpo_jax import losses
 from dpo_jax.config import Config, Lora, Optimizer, Sft
 from dpo_jax.data.batches import ReferenceValues
-from dpo_jax.data.tokenize import identity
+from dpo_jax.data.tokenize import identity, load_tokenizer
 from dpo_jax.hf import folders
 from dpo_jax.hf.checkpoints import resolve
 from dpo_jax.losses import Objective
@@ -22,6 +24,7 @@ from dpo_jax.run.reference_values import complete_store, reference_store
 from dpo_jax.run.state import load_params
 from dpo_jax.types import InputError
 
+NO_TRAINING_PAIRS = {"train": np.arange(0)}  # indices of the pairs to score, by set; those of evaluations are all
 # cpo's rewards are beta times the log-probs of the policy, and it reads no reference.
 WITHOUT_REFERENCE = ("cpo", {"beta": 1.0})
 
@@ -87,7 +90,8 @@ def reference_of(config: Config, objective: Objective) -> dict[str, ReferenceVal
     inputs, programs = opened(config, objective)
     with contextlib.ExitStack() as stack:
         folder = config.reference.path or stack.enter_context(tempfile.TemporaryDirectory())
-        return complete_store(inputs, reference_store(inputs, programs, Path(folder)), programs)[0]
+        store = reference_store(inputs, programs, Path(folder))
+        return complete_store(inputs, store, programs, only=NO_TRAINING_PAIRS)[0]
 
 
 def opened(config: Config, objective: Objective) -> tuple[Inputs, Programs]:
@@ -98,8 +102,6 @@ def opened(config: Config, objective: Objective) -> tuple[Inputs, Programs]:
 
 def check_same_tokens(config: Config, model: str, place: str) -> None:
     """Raises InputError if a model has a tokenizer of its own that differs from the configuration's."""
-    from dpo_jax.data.tokenize import load_tokenizer
-
     ours = resolve(config.tokenizer.path or config.model.path, "config.tokenizer.path")
     theirs = resolve(model, place)
     if not (theirs / "tokenizer.json").is_file():
