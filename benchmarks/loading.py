@@ -91,7 +91,7 @@ def traced() -> Iterator[list[tuple[str, int, int]]]:
     real = folders.read_bytes
 
     def read_bytes(file: Any, start: int, count: int) -> Any:
-        found.append((file.name, start, count))
+        found.append((str(file.path), start, count))
         return real(file, start, count)
 
     folders.read_bytes = read_bytes

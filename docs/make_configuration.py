@@ -81,13 +81,16 @@ ENVIRONMENT = """\
 
 | variable | effect |
 |---|---|
-| `DPO_JAX_CACHE` | folder of tokenized data and compiled programs; default: `dpo_jax` in the user's cache folder |
+| `DPO_JAX_CACHE` | tokenized data, programs, copies from buckets; default: `dpo_jax` in the user's cache folder |
 | `XDG_CACHE_HOME` | the user's cache folder; default: `~/.cache` |
 | `JAX_COMPILATION_CACHE_DIR` | folder of compiled programs alone; on several hosts, one that all of them see |
 | `JAX_ENABLE_COMPILATION_CACHE` | `false`: do not store compiled programs |
 | `JAX_PLATFORMS` | devices that JAX may use, for example `cpu` |
 | `CUDA_VISIBLE_DEVICES` | GPUs that JAX may use |
 | `HF_HOME`, `HF_TOKEN`, `HF_HUB_OFFLINE` | read by `huggingface_hub`, where a model or data set is a Hub id |
+| `GOOGLE_APPLICATION_CREDENTIALS`, `STORAGE_EMULATOR_HOST` | read for paths at `gs://`, see [buckets.md](buckets.md) |
+| `AWS_PROFILE`, `AWS_ACCESS_KEY_ID`, `AWS_SECRET_ACCESS_KEY`, `AWS_DEFAULT_REGION` | read for paths at `s3://` |
+| `AWS_ENDPOINT_URL` | address of another store that speaks the protocol of `s3://` |
 | `WANDB_MODE` | read by Weights & Biases: `online`, `offline` or `disabled` |
 
 On TPU hosts, under SLURM and under Open MPI, the processes of a run find one another through variables that the

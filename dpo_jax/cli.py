@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import importlib
 import os
+import pathlib
 import platform
 import re
 import shutil
@@ -13,12 +14,12 @@ import textwrap
 import traceback
 from collections.abc import Callable, Sequence
 from importlib import metadata
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from absl import flags, logging
 
 from dpo_jax import __version__
+from dpo_jax.runtime.files import Path, path
 from dpo_jax.types import InputError
 
 if TYPE_CHECKING:
@@ -257,7 +258,7 @@ def for_any_model(argv: list[str]) -> list[str]:
             given[match[1]] = after if match[2] is None else match[2]
     if "workdir" in given or not {"model", "config.model.path", "config"} & given.keys():
         return argv
-    recipe = [] if "config" in given else [f"--config={Path(__file__).parent / 'demo' / 'defaults.py'}"]
+    recipe = [] if "config" in given else [f"--config={pathlib.Path(__file__).parent / 'demo' / 'defaults.py'}"]
     model = [f"--config.model.path={given['model']}"] if given.get("model") and "config.model.path" not in given else []
     return [argv[0], *recipe, *model, *argv[1:]]
 
@@ -280,7 +281,7 @@ def parse(command: Command, argv: list[str]) -> Parsed:
         raise InputError("command line", got=f"unexpected {unexpected[0]!r}", expected="only --flags", remedy=remedy)
     if command.needs_workdir and not values["workdir"].value:
         raise InputError("--workdir", got="not given", expected="a folder", remedy="Give for example --workdir=runs/1.")
-    workdir = Path(values["workdir"].value) if values["workdir"].value else None
+    workdir = path(values["workdir"].value, "--workdir") if values["workdir"].value else None
     if values["config"].value is None and command.reads_run and workdir is not None:
         from dpo_jax.run.workdir import config_of
 

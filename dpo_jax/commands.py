@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from pathlib import Path
 from typing import NamedTuple
 
 from dpo_jax.config import Config
@@ -22,8 +21,9 @@ from dpo_jax.run.programs import Programs, make_programs
 from dpo_jax.run.reference_values import complete_store, reference_store
 from dpo_jax.run.state import abstract_params, abstract_running, load_frozen
 from dpo_jax.run.workdir import resolve_paths, store_folder
-from dpo_jax.runtime import hosts
+from dpo_jax.runtime import files, hosts
 from dpo_jax.runtime.clocks import Stopwatch
+from dpo_jax.runtime.files import Path
 from dpo_jax.train import after_sft, from_sft, order_of, run, sync_of
 from dpo_jax.trees import join
 from dpo_jax.types import InputError
@@ -87,7 +87,7 @@ def plan(config: Config, _: Path | None, *, topology: str, sweep: bool = False, 
 
 def export(config: Config, folder: Path, *, out: str = "", merge: bool = False, step: str | None = None) -> None:
     """Writes a checkpoint as a Hugging Face folder, as `export_checkpoint`."""
-    export_checkpoint(config, folder, Path(out) if out else None, merge=merge, step=step or "")
+    export_checkpoint(config, folder, files.path(out, "--out") if out else None, merge=merge, step=step or "")
 
 
 def score_reference(config: Config, folder: Path) -> None:
@@ -201,7 +201,7 @@ def export_checkpoint(config: Config, folder: Path, out: Path | None, *, merge: 
     params, _ = restore(inputs, programs, folder, at)
     final, is_final = folder / "export", history.read_end(folder).get("exported") == at
     out = out or (folder / f"merged-{at}" if merge else final if is_final else folder / f"export-{at}")
-    if out.resolve() == final.resolve() and not is_final:
+    if files.resolved(out) == files.resolved(final) and not is_final:
         raise InputError(
             str(out),
             got=f"the place of the finished run's export, and this is the state at step {at}",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 
 from jaxtyping import PyTree
 
@@ -13,6 +12,7 @@ from dpo_jax.reporting.model_card import model_card
 from dpo_jax.run.inputs import Inputs, specs_of
 from dpo_jax.run.workdir import Change
 from dpo_jax.runtime import hosts
+from dpo_jax.runtime.files import Path
 from dpo_jax.runtime.terminal import say
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import pathlib
 import re
 import runpy
 import sys
@@ -15,6 +14,8 @@ from ml_collections import config_dict, config_flags
 
 from dpo_jax.config import CODE, Config, _kinds, _thaw, _unknown, flat, freeze, from_file, record_from_json, type_name
 from dpo_jax.fields import files, trl
+from dpo_jax.runtime.files import Path, local
+from dpo_jax.runtime.files import path as path_of
 from dpo_jax.runtime.terminal import say
 from dpo_jax.types import InputError, shown
 
@@ -159,20 +160,24 @@ class _Source(flags.ArgumentParser):
         self._overridden = overridden
 
     def parse(self, argument: str) -> config_dict.ConfigDict:
-        path, *args = argument.split(":", 1)
-        if not pathlib.Path(path).is_file():
+        scheme, slashes, rest = argument.rpartition("://")
+        name, *args = rest.split(":", 1)
+        path = f"{scheme}{slashes}{name}"
+        file = path_of(path, "--config")
+        if not file.is_file():
             raise _no_config(f"--config={path}", "no such file")
         if files.is_data(path):
             if args:
                 got, remedy = f"{args[0]!r} after the name of a file of fields", f"Give --config={path}."
                 raise InputError(f"--config={argument}", got=got, expected="only the file", remedy=remedy)
-            text = _text_of(path)
+            text = _text_of(file)
             config, recorded = from_file(text, path, overridden=self._overridden), record_from_json(text, path)
             for field in sorted(CODE):
-                code, name = getattr(recorded, field), pathlib.Path(path).name
+                code, name = getattr(recorded, field), file.name
                 if code and not getattr(config, field):
                     say(f"note: {code}, which {name} names, is not called; give --config.{field}={code} to call it")
             return _thaw(config)
+        local(path, "--config", "a recipe is code that is run where it is")
         try:
             get_config = runpy.run_path(path).get("get_config")
             if get_config is None:
@@ -190,11 +195,13 @@ class _Source(flags.ArgumentParser):
             raise _recipe_error(error, path) from error
 
 
-def _text_of(path: str) -> str:
+def _text_of(file: Path) -> str:
     try:
-        return pathlib.Path(path).read_text(encoding="utf-8")
+        return file.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise InputError(path, got=f"cannot be read ({error})", expected="UTF-8 text", remedy="Check it.") from None
+        raise InputError(
+            str(file), got=f"cannot be read ({error})", expected="UTF-8 text", remedy="Check it."
+        ) from None
 
 
 def _recipe_error(error: Exception, path: str) -> InputError:

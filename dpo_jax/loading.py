@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
 
 import jax
@@ -26,6 +25,7 @@ from dpo_jax.parallel import ModelOptions, Placement, make_hidden_fn, model_shar
 from dpo_jax.run import programs, state
 from dpo_jax.run.choices import trainable_of
 from dpo_jax.run.inputs import Source
+from dpo_jax.runtime.files import Path
 from dpo_jax.runtime.xla import COMPILER_OPTIONS
 from dpo_jax.scoring import score_pairs
 from dpo_jax.types import Encoded, InputError, Row, listed

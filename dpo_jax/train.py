@@ -6,7 +6,6 @@ import contextlib
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import NamedTuple
 
 import jax
@@ -20,7 +19,7 @@ from dpo_jax.cost.flops import peak_flops
 from dpo_jax.data.batches import ReferenceValues
 from dpo_jax.data.order import epoch_size, make_order, reached
 from dpo_jax.export import export_model
-from dpo_jax.hf.folders import check_replaceable
+from dpo_jax.hf.folders import check_replaceable, is_export
 from dpo_jax.reporting import console, trackers
 from dpo_jax.reporting.step_log import StepLog
 from dpo_jax.run import checks, history, self_check, workdir
@@ -37,8 +36,9 @@ from dpo_jax.run.reference_values import Store, complete_store, reference_store
 from dpo_jax.run.state import abstract_params, abstract_running, first_state
 from dpo_jax.run.update_batches import Prepared, UpdateBatches
 from dpo_jax.run.workdir import resolve_paths, store_folder
-from dpo_jax.runtime import hosts
+from dpo_jax.runtime import files, hosts
 from dpo_jax.runtime.clocks import Clock, Profile, Stopwatch
+from dpo_jax.runtime.files import Path
 from dpo_jax.runtime.terminal import Progress, say
 from dpo_jax.steps import TrainState
 from dpo_jax.types import InputError, counted
@@ -65,6 +65,7 @@ def run(config: Config, folder: Path, watch: Stopwatch | None = None) -> None:
     objective = objective_of(config.loss)
     checks.check_names(config, objective)
     trackers.check_available(tensorboard=config.log.tensorboard, wandb=config.log.wandb)
+    files.check_writable(folder)
     named_function(config.hooks, "hooks")
     workdir.check(unresolved, folder)
     check_replaceable(folder / "export")
@@ -127,9 +128,9 @@ def after_sft(unresolved: Config, inputs: Inputs, folder: Path) -> Inputs:
     if not unresolved.sft.steps:
         return inputs
     say(f"first: supervised fine-tuning on the chosen answers, in {folder / 'sft'}")
-    workdir.make(folder / "sft")
+    files.make_folder(folder / "sft")
     # Paths are relative to the stage's own folder, so that both folders can be moved together.
-    config = resolve_paths(unresolved, Path("{workdir}") / "..")
+    config = resolve_paths(unresolved, "{workdir}/..")
     stage = dataclasses.replace(
         config,
         loss=Loss(name="sft"),
@@ -157,7 +158,7 @@ def after_sft(unresolved: Config, inputs: Inputs, folder: Path) -> Inputs:
 def from_sft(inputs: Inputs, folder: Path) -> Inputs:
     """Returns the inputs, starting from the model in `WORKDIR/sft/export`. Raises: InputError if it is missing."""
     exported = folder / "sft" / "export"
-    if not exported.exists():
+    if not is_export(exported):
         raise InputError(
             str(exported), got="no such folder", expected="the fine-tuned model", remedy="Run dpo-jax train first."
         )
@@ -259,6 +260,7 @@ class Outputs:
     """Logs, trackers, progress line and clocks of a run."""
 
     write: Callable[[str, int, Mapping[str, float]], None]  # (file, step, row): to that log and to every tracker
+    flush: Callable[[], None]  # returns once every row is where it is read from
     progress: Progress
     clock: Clock
     steps: StepLog
@@ -325,7 +327,13 @@ def open_outputs(
         examples=programs.update_shape.pairs,
         peak_flops=None if peak is None else peak * programs.mesh.size,
     )
-    return Outputs(write, progress, clock, steps, profile, account)
+
+    def flush() -> None:
+        steps.flush()
+        for writer in {id(each): each for group in writers.values() for each in group}.values():
+            writer.flush()
+
+    return Outputs(write, flush, progress, clock, steps, profile, account)
 
 
 @dataclasses.dataclass
@@ -353,7 +361,7 @@ class Between:
 
     def evaluate(self, done: int, state: TrainState) -> bool:
         """Evaluates on data.eval, if there is one, and logs a row of eval.jsonl; returns whether the run ends early."""
-        self.outputs.steps.flush()
+        self.outputs.flush()
         if not self.inputs.eval_sets:
             return False
         with self.outputs.clock.paused(state), self.programs.watch.part("evaluation"):
@@ -366,6 +374,7 @@ class Between:
                 state.running,
             )
             self.outputs.write("eval.jsonl", done, row)
+            self.outputs.flush()
             for line in console.evaluation_lines(row):
                 self.outputs.progress.say(f"step {done}: {line}")
         self.evaluations.add(done, row)
@@ -373,7 +382,7 @@ class Between:
 
     def save(self, done: int, state: TrainState) -> None:
         """Copies the state off the devices; a checkpoint is written of it in the background."""
-        self.outputs.steps.flush()
+        self.outputs.flush()  # first: a run that resumes from the checkpoint does not write those rows again
         with self.outputs.clock.paused(state), self.programs.watch.part("save"):
             self.checkpoints.save(done, state, self.record | {"time": self.outputs.account.fields()})
 

@@ -11,10 +11,11 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from dpo_jax import trees
-from dpo_jax.hf import checkpoints, folders, transpose
+from dpo_jax.hf import checkpoints, transpose
 from dpo_jax.hf.checkpoints import WriteOptions
 from dpo_jax.hf.tensors import leaf_shapes, plain
 from dpo_jax.models import decoder
+from dpo_jax.runtime import reading
 from dpo_jax.types import InputError
 from tests.support.hf_folders import (
     CONFIG,
@@ -87,7 +88,7 @@ def test_place_gets_every_leaf_and_its_result_is_kept(tmp_path):
 def test_host_holds_one_leaf_while_loading_and_one_tensor_while_exporting(tmp_path, monkeypatch):
     """12 MB of weights; the largest stacked leaf has 2 MB, the largest tensor 0.13 MB."""
     # Threads hold a piece and a tile each, a fixed size that would be all of this model.
-    monkeypatch.setattr(folders, "PIECE", 16 << 10)
+    monkeypatch.setattr(reading, "PIECE", 16 << 10)
     monkeypatch.setattr(transpose, "TILE", (16, 32))
     monkeypatch.setattr(transpose, "THREADS", 2)
     hf = LLAMA | dict(hidden_size=128, intermediate_size=256, num_hidden_layers=16, head_dim=32, num_key_value_heads=4)

@@ -13,6 +13,7 @@ from safetensors.numpy import load_file
 
 from dpo_jax import trees
 from dpo_jax.hf import checkpoints, folders, transpose
+from dpo_jax.runtime import reading
 from dpo_jax.types import InputError
 from tests.support.hf_folders import (
     CONFIGS,
@@ -32,11 +33,11 @@ both_families = pytest.mark.parametrize("hf", CONFIGS.values(), ids=CONFIGS)
 
 
 @both_families
-@pytest.mark.parametrize("piece, gap", [(64, 1), (200, 100), (folders.PIECE, folders.GAP)])
+@pytest.mark.parametrize("piece, gap", [(64, 1), (200, 100), (reading.PIECE, reading.GAP)])
 def test_parts_of_a_leaf_are_slices_of_the_whole(tmp_path, monkeypatch, hf, piece, gap):
     """Whichever part is asked for, and whether it is read a few numbers at a time, across gaps or at once."""
-    monkeypatch.setattr(folders, "PIECE", piece)
-    monkeypatch.setattr(folders, "GAP", gap)
+    monkeypatch.setattr(reading, "PIECE", piece)
+    monkeypatch.setattr(reading, "GAP", gap)
     leaves = save(tmp_path / "m", hf)
     edit_weights(tmp_path / "m", lambda tensors: repeat_head(hf, tensors))
     rng = np.random.default_rng(4)
@@ -80,7 +81,7 @@ def test_threads_that_read_one_file_at_once_get_what_they_asked_for(tmp_path, hu
             if found != at:
                 wrong.append((at, found))
 
-    with path.open("rb") as file:
+    with reading.Ranges(path) as file:
         threads = [threading.Thread(target=read, args=(file, own)) for own in range(8)]
         for thread in threads:
             thread.start()
@@ -92,8 +93,8 @@ def test_threads_that_read_one_file_at_once_get_what_they_asked_for(tmp_path, hu
 @pytest.mark.parametrize("family", ["llama", "gpt_neox_tied"])
 def test_threads_fill_every_part_of_a_leaf_and_of_a_file(tmp_path, monkeypatch, hurried_threads, family):
     """Again and again, a few numbers at a time: each number is in its place before the leaf is handed out."""
-    monkeypatch.setattr(folders, "PIECE", 128)
-    monkeypatch.setattr(folders, "GAP", 64)
+    monkeypatch.setattr(reading, "PIECE", 128)
+    monkeypatch.setattr(reading, "GAP", 64)
     monkeypatch.setattr(transpose, "TILE", (3, 5))
     hf = CONFIGS[family] | dict(num_hidden_layers=9)
     leaves = save(tmp_path / "m", hf)
@@ -127,7 +128,7 @@ WIDE = LLAMA | SIZES | dict(num_key_value_heads=4, head_dim=64)
 @pytest.mark.parametrize("hf", [WIDE, NEOX | SIZES], ids=["llama", "gpt_neox"])
 def test_part_of_a_leaf_reads_little_more_of_the_files(tmp_path, monkeypatch, hf):
     """Layers, and heads or outputs of a linear map, are rows of the files' tensors, and cost what they hold."""
-    monkeypatch.setattr(folders, "GAP", 1024)  # 256 KiB would be all of these tensors
+    monkeypatch.setattr(reading, "GAP", 1024)  # 256 KiB would be all of these tensors
     save(tmp_path / "m", hf)
     sizes = count_reads(monkeypatch)
 
@@ -157,8 +158,8 @@ def test_part_of_a_leaf_reads_little_more_of_the_files(tmp_path, monkeypatch, hf
 
 def test_no_more_than_a_piece_is_read_at_a_time(tmp_path, monkeypatch):
     """Neither by loading, nor for the digest, nor where a repeated head is compared."""
-    monkeypatch.setattr(folders, "PIECE", 4096)
-    monkeypatch.setattr(folders, "GAP", 1024)
+    monkeypatch.setattr(reading, "PIECE", 4096)
+    monkeypatch.setattr(reading, "GAP", 1024)
     hf = WIDE | dict(tie_word_embeddings=True)
     save(tmp_path / "m", hf)
     edit_weights(tmp_path / "m", lambda tensors: repeat_head(hf, tensors))

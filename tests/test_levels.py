@@ -41,7 +41,6 @@ SCRIPTS = [
 
 WRITER = "dpo_jax/runtime/files.py"
 WRITES_ITSELF = {  # and why
-    "dpo_jax/reporting/trackers.py": "appends rows to a log",
     "dpo_jax/hf/folders.py": "weights, a piece at a time, into a folder that is being replaced",
     "dpo_jax/data/entry.py": "arrays of unknown length, into a folder that is being replaced",
 }

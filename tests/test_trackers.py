@@ -208,7 +208,7 @@ def test_jsonl_closes_on_an_error_and_closing_again_has_no_effect(tmp_path):
     with pytest.raises(RuntimeError), trackers.JsonlWriter(path) as writer:
         writer.write(0, {"loss": 0.5})
         raise RuntimeError
-    assert writer._file is None
+    assert writer._log._file is None
     writer.close()
     trackers.JsonlWriter(tmp_path / "never.jsonl").close()
     assert rows(path) == [{"step": 0, "loss": 0.5}] and not (tmp_path / "never.jsonl").exists()

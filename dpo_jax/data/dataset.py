@@ -140,7 +140,8 @@ def load(
         del rules["date"]
     parts = [[source.digest, source.weight] for source in sources]
     key = xxhash.xxh3_128(json.dumps([CACHE_VERSION, parts, rules], sort_keys=True).encode()).hexdigest()
-    folder = (Path(cache_dir).expanduser() if cache_dir else files.cache_folder("pairs")) / key
+    named = cache_dir and files.local(cache_dir, "config.data.cache_dir", files.MAPPED)
+    folder = (named or files.cache_folder("pairs")) / key
     if not folder.is_dir():
         encoder = functools.partial(encode, tokenizer=tokenizer, rules=tokenization)
         with (

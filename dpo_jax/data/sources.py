@@ -7,13 +7,12 @@ import contextlib
 import csv
 import dataclasses
 import functools
-import glob
 import gzip
 import io
+import pathlib
 import re
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import pyarrow
@@ -23,6 +22,7 @@ import xxhash
 from dpo_jax.data import json_rows
 from dpo_jax.data.columns import named, without_nulls
 from dpo_jax.data.specs import Part, is_pattern, parts_of
+from dpo_jax.runtime import files, reading
 from dpo_jax.runtime.terminal import passes
 from dpo_jax.types import InputError, Row, listed
 
@@ -80,22 +80,22 @@ def read(spec: str, *, split: str) -> list[Source]:
 
 def _matching(part: str) -> list[str]:
     """Names of the files that match a pattern, sorted; the name itself if it is none."""
-    path = Path(part).expanduser()
+    path = files.path(part)
     if not is_pattern(part) or path.exists():
         return [part]
-    names = sorted(name for name in glob.glob(str(path), recursive=True) if Path(name).is_file())
+    names = [*map(str, reading.matching(path))]
     if not names:
         raise InputError(
             part,
             got="a pattern that no file matches",
             expected="a pattern such as data/train-*.parquet, or a weight such as prefs.jsonl*0.5",
-            remedy=f"Check the pattern; the working directory is {Path.cwd()}.",
+            remedy=f"Check the pattern; the working directory is {pathlib.Path.cwd()}.",
         )
     return names
 
 
 def _source(name: str, part: Part, *, split: str) -> Source:
-    path = Path(name).expanduser()
+    path = reading.copied(files.path(name))
     if path.is_dir():
         rows, digest, count = _from_datasets(_folder(name, path, split), name)
     elif path.exists():
@@ -118,7 +118,7 @@ def _extension(name: str) -> str:
     for extension in READERS:
         if name.lower().endswith(extension):
             return extension
-    ending = "".join(Path(name).suffixes[-2:])
+    ending = "".join(pathlib.PurePosixPath(name).suffixes[-2:])
     raise InputError(
         name,
         got=f"a file with the extension {ending!r}" if ending else "a file without an extension",
@@ -127,7 +127,7 @@ def _extension(name: str) -> str:
     )
 
 
-def _file_digest(path: Path, name: str) -> tuple[str, int]:
+def _file_digest(path: pathlib.Path, name: str) -> tuple[str, int]:
     """Returns the digest of a file's bytes, and the number of its lines."""
     digest, lines = xxhash.xxh3_128(), 0
     try:
@@ -143,7 +143,7 @@ def _file_digest(path: Path, name: str) -> tuple[str, int]:
     return digest.hexdigest(), lines
 
 
-def _opened(path: Path, name: str) -> io.BufferedReader:
+def _opened(path: pathlib.Path, name: str) -> io.BufferedReader:
     """Opens a file to read its bytes as `_bytes` does. Raises: InputError if it begins with the mark of UTF-16."""
     file = _bytes(path)
     if file.peek(2)[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
@@ -153,7 +153,7 @@ def _opened(path: Path, name: str) -> io.BufferedReader:
     return file
 
 
-def _bytes(path: Path) -> io.BufferedReader:
+def _bytes(path: pathlib.Path) -> io.BufferedReader:
     """Opens a file to read its bytes, decompressed if its name ends in .gz or .zst."""
     if path.name.lower().endswith(".gz"):
         return io.BufferedReader(gzip.GzipFile(path))
@@ -163,7 +163,7 @@ def _bytes(path: Path) -> io.BufferedReader:
     return path.open("rb")
 
 
-def _json(path: Path, name: str) -> Iterator[Row]:
+def _json(path: pathlib.Path, name: str) -> Iterator[Row]:
     """Rows of a JSON file; see `json_rows.read`."""
     return _undamaged(json_rows.read(functools.partial(_opened, path, name), name), name)
 
@@ -187,7 +187,7 @@ def _undamaged(rows: Iterable[Row], name: str) -> Iterator[Row]:
         ) from error
 
 
-def _parquet(path: Path, name: str) -> Iterator[Row]:
+def _parquet(path: pathlib.Path, name: str) -> Iterator[Row]:
     number = 0
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
@@ -209,12 +209,12 @@ def _of_arrow(place: str, fields: dict[str, Any]) -> Row:
     return Row(place, {column: without_nulls(value, keep=()) for column, value in fields.items()})
 
 
-def _csv(path: Path, name: str) -> Iterator[Row]:
+def _csv(path: pathlib.Path, name: str) -> Iterator[Row]:
     """Rows of a CSV file whose first line names the columns; every value is text."""
     return _undamaged(_csv_rows(path, name), name)
 
 
-def _csv_rows(path: Path, name: str) -> Iterator[Row]:
+def _csv_rows(path: pathlib.Path, name: str) -> Iterator[Row]:
     # The csv module allows 128 KiB per field, which long answers exceed; the limit is global to the process.
     csv.field_size_limit(2**31 - 1)
     line = 1
@@ -254,7 +254,7 @@ def _check_headers(name: str, columns: Sequence[str]) -> None:
         )
 
 
-READERS: dict[str, Callable[[Path, str], Iterator[Row]]] = {
+READERS: dict[str, Callable[[pathlib.Path, str], Iterator[Row]]] = {
     **{f".jsonl{compression}": _json for compression in ("", ".gz", ".zst")},
     **{f".json{compression}": _json for compression in ("", ".gz", ".zst")},
     **{f".csv{compression}": _csv for compression in ("", ".gz", ".zst")},
@@ -263,7 +263,7 @@ READERS: dict[str, Callable[[Path, str], Iterator[Row]]] = {
 _KINDS = ".jsonl, .json, .csv, these also as .gz or .zst, or .parquet"
 
 
-def _folder(name: str, path: Path, split: str) -> datasets.Dataset:
+def _folder(name: str, path: pathlib.Path, split: str) -> datasets.Dataset:
     import datasets
 
     try:
@@ -287,7 +287,7 @@ def _folder(name: str, path: Path, split: str) -> datasets.Dataset:
     return data[split]
 
 
-def _patterns(name: str, folder: Path) -> str:
+def _patterns(name: str, folder: pathlib.Path) -> str:
     """Names the data files in a folder, those of a split by one pattern such as `data/train-*.parquet`."""
     paths = (path.relative_to(folder) for path in sorted(folder.rglob("*")) if path.is_file())
     files = (path for path in paths if path.name.lower().endswith(tuple(READERS)) and path.name not in _METADATA)
@@ -303,7 +303,7 @@ def _hub(name: str, split: str) -> datasets.Dataset:
             name,
             got="no such file or folder",
             expected=f"a file ({_KINDS}), a folder that datasets.save_to_disk wrote, or a Hub id owner/name",
-            remedy=f"Check the path; the working directory is {Path.cwd()}.",
+            remedy=f"Check the path; the working directory is {pathlib.Path.cwd()}.",
         )
     import datasets
 

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import glob
 import math
 import re
 from collections.abc import Sequence
-from pathlib import Path
 from typing import NamedTuple
 
+from dpo_jax.runtime import files, reading
 from dpo_jax.types import InputError
 
 _NAMED = re.compile(r"(?P<name>\w[\w.-]*)\s*=\s*(?P<rest>.+)")
@@ -74,8 +73,8 @@ def _part(text: str, spec: str) -> tuple[str, str, float]:
 
 
 def _exists(source: str) -> bool:
-    path = Path(source).expanduser()
-    return path.exists() or (is_pattern(source) and next(glob.iglob(str(path), recursive=True), None) is not None)
+    path = files.path(source)
+    return path.exists() or (is_pattern(source) and bool(reading.matching(path)))
 
 
 def weighted(part: str, spec: str) -> tuple[str, float]:

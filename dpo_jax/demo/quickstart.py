@@ -13,12 +13,13 @@ entries are equally long, so that length does not reveal the better answer.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
+import pathlib
 import random
 import re
 from collections.abc import Iterable, Iterator, Sequence
-from pathlib import Path
 from typing import NamedTuple, TypeVar
 
 import numpy as np
@@ -30,6 +31,7 @@ from dpo_jax.hf import checkpoints
 from dpo_jax.hf.families import family
 from dpo_jax.hf.tensors import leaf_shapes
 from dpo_jax.runtime import files
+from dpo_jax.runtime.files import Path
 from dpo_jax.types import InputError
 
 SEED = 0
@@ -63,6 +65,8 @@ FILES = (
     "model/tokenizer.json",
     "model/tokenizer_config.json",
 )
+
+LAST = max(FILES)  # written last; in a bucket the folder counts from then on
 
 COLORS = "black blue brown green grey red white yellow".split()
 THINGS = "backpack bike blanket camera chair clock guitar jacket kettle lamp radio tent".split()
@@ -282,22 +286,25 @@ def prepare(workdir: Path) -> None:
 
     Raises: InputError if WORKDIR/inputs exists and lacks a file, for it may not be ours to replace.
     """
-    inputs = Path(workdir) / "inputs"
+    inputs = files.path(workdir) / "inputs"
     missing = [name for name in FILES if not (inputs / name).is_file()]
     if not missing:
         return
-    if inputs.exists():
+    if files.has_folder(inputs, LAST):
         raise InputError(
             str(inputs),
             got=f"lacks {', '.join(missing)}",
             expected="all files of the quickstart, or no such folder",
             remedy="Delete it if an earlier quickstart made it, or choose another working folder.",
         )
-    with files.replacing_folder(inputs, keep_existing=True) as unfinished:
-        _write(unfinished)
+    with (
+        files.replacing_folder(inputs, keep_existing=True, last=LAST) as unfinished,
+        contextlib.closing(files.Mirror(unfinished)) as mirror,  # which copies files in order of their names
+    ):
+        _write(mirror.local)
 
 
-def _write(folder: Path) -> None:
+def _write(folder: pathlib.Path) -> None:
     train = list(itertools.islice(preferences(SEED, held_out=False), TRAIN_PAIRS))
     held_out = list(itertools.islice(preferences(SEED, held_out=True), EVAL_PAIRS))
     for name, pairs in (("train.jsonl", train), ("eval.jsonl", held_out)):

@@ -14,7 +14,6 @@ import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor
-from pathlib import Path
 from typing import NamedTuple
 
 import jax
@@ -28,6 +27,7 @@ from dpo_jax.hf.folders import ONE_HOST, Hosts, Index, Weights, resolve
 from dpo_jax.hf.tensors import FLOATS, Bound
 from dpo_jax.models.config import DecoderConfig
 from dpo_jax.runtime import files
+from dpo_jax.runtime.files import Path
 from dpo_jax.runtime.prefetch import in_order
 from dpo_jax.runtime.terminal import passes
 from dpo_jax.trees import flatten, nest
@@ -316,16 +316,15 @@ def export(params: Mapping, *, base: Path, out: Path, options: WriteOptions = DE
     if options.dtype:
         check_dtype(options.dtype, str(out))
         dtypes, hf = dict.fromkeys(dtypes, options.dtype), with_dtype(hf, options.dtype)
-    if out.resolve() in (base.resolve(), (options.tokenizer or base).resolve()):
+    if files.resolved(out) in map(files.resolved, (base, options.tokenizer or base)):
         raise InputError(
             str(out), got="is also the folder read from", expected="another folder", remedy="Choose a new name."
         )
     leaves = fitting(params, tensors.leaf_shapes(table, config.stacks))
     folders.check_replaceable(out)
     check_tokenizer(options.tokenizer)
-    with folders.replacing(out, options.hosts) as new:
+    with folders.replacing(out, options.hosts, (folders.CONFIG, hf)) as new:
         if options.hosts.index == 0:
-            files.write_json(new / folders.CONFIG, hf)
             if (base / folders.GENERATION).is_file():
                 files.write_bytes(new / folders.GENERATION, (base / folders.GENERATION).read_bytes())
             write_companions(new, tokenizer=options.tokenizer or base, card=options.card)
@@ -349,8 +348,7 @@ def save_new(params: Mapping, *, hf_config: Mapping, out: Path, options: WriteOp
     folders.check_replaceable(out)
     check_tokenizer(options.tokenizer)
     assert options.hosts.count == 1, "one host alone"
-    with folders.replacing(out, ONE_HOST) as new:
-        files.write_json(new / folders.CONFIG, hf)
+    with folders.replacing(out, ONE_HOST, (folders.CONFIG, hf)) as new:
         write_companions(new, tokenizer=options.tokenizer, card=options.card)
         write_tensors(new, leaves, bound, {b.name: dtype for b in bound}, options)
 
@@ -359,8 +357,7 @@ def write_companions(new: Path, *, tokenizer: Path | None, card: str) -> None:
     """Copies the tokenizer and writes the model card."""
     if tokenizer:
         for name in folders.tokenizer_files(tokenizer):
-            (new / name).parent.mkdir(exist_ok=True)
-            files.write_bytes(new / name, (tokenizer / name).read_bytes())
+            files.write_pieces(new / name, [(tokenizer / name).read_bytes()])
     if card:
         files.write_text(new / "README.md", card)
 

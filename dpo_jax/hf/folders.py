@@ -8,12 +8,12 @@ from __future__ import annotations
 import contextlib
 import functools
 import json
-import os
 import re
 import struct
-from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
-from typing import BinaryIO, NamedTuple
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import PurePosixPath
+from typing import NamedTuple
 
 import huggingface_hub
 import ml_dtypes  # noqa: F401  gives numpy its bfloat16
@@ -23,8 +23,10 @@ from safetensors import SafetensorError, safe_open
 
 from dpo_jax.hf import transpose
 from dpo_jax.hf.tensors import FLOATS, Header
-from dpo_jax.runtime import files
+from dpo_jax.runtime import files, reading
+from dpo_jax.runtime.files import Path
 from dpo_jax.runtime.prefetch import in_order
+from dpo_jax.runtime.reading import Ranges
 from dpo_jax.runtime.terminal import passes
 from dpo_jax.types import InputError, listed
 
@@ -52,9 +54,8 @@ TEMPLATE_FOLDER = "additional_chat_templates"  # named chat templates beside the
 # All files besides weights that a download may bring and an export may write. No *.bin, no *.py.
 SMALL_FILES = (CONFIG, GENERATION, INDEX, ADAPTER_CONFIG, ADAPTER, *TOKENIZER_FILES)
 FOREIGN = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".npz", ".msgpack", ".h5")  # weights that are not read
-# Bytes read or written at a time: few calls, and still in a core's own cache when they are converted.
-PIECE = 1 << 20
-GAP = 256 << 10  # bytes read where only some of them are needed: to skip the others would be slower, even in cache
+
+MOST_HEADER = 100_000_000  # bytes, as in the safetensors library
 
 HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 
@@ -97,20 +98,20 @@ class Spec(NamedTuple):
 
 
 def resolve(path: str | Path, field: str = "") -> Path:
-    """Returns a local folder as it is, or downloads the snapshot of a Hub id such as owner/name.
+    """Returns a folder, on disk or in a bucket, as it is, or downloads the snapshot of a Hub id such as owner/name.
 
     Args:
       field: name of the setting that names it, for errors.
     Raises: InputError if `path` is neither.
     """
-    folder = Path(path).expanduser()
+    folder = files.path(path, field)
     if folder.is_dir():
         return folder
     reason = "no such folder"
     if HUB_ID.fullmatch(str(path)):
         patterns = ["model*.safetensors", *SMALL_FILES, f"{TEMPLATE_FOLDER}/*.jinja"]
         try:
-            return Path(huggingface_hub.snapshot_download(str(path), allow_patterns=patterns))
+            return files.path(huggingface_hub.snapshot_download(str(path), allow_patterns=patterns))
         except (OSError, ValueError) as error:  # every Hub and connection error is one of these
             reason = f"no such folder, and the Hub answered: {_answer(error)}"
     raise InputError(
@@ -129,13 +130,13 @@ def config_file(path: str, field: str) -> Path:
       field: name of the setting that names it, for errors.
     Raises: InputError if there is none.
     """
-    file = Path(path).expanduser() / CONFIG
+    file = files.path(path, field) / CONFIG
     if file.is_file():
         return file
     reason = f"{path!r}, no folder with a {CONFIG}"
     if HUB_ID.fullmatch(path) and not file.parent.is_dir():
         try:
-            return Path(huggingface_hub.hf_hub_download(path, CONFIG))
+            return files.path(huggingface_hub.hf_hub_download(path, CONFIG))
         except (OSError, ValueError) as error:  # every Hub and connection error is one of these
             reason = f"{path!r}, no such folder, and the Hub answered: {_answer(error)}"
     raise InputError(
@@ -187,7 +188,7 @@ def weight_files(folder: Path) -> list[Path]:
     weight_map = read_json(folder / INDEX).get("weight_map")
     names = sorted({str(name) for name in weight_map.values()}) if isinstance(weight_map, dict) else []
     # Only plain names: an index must not reach outside its folder.
-    absent = [name for name in names if Path(name).name != name or not (folder / name).is_file()]
+    absent = [name for name in names if PurePosixPath(name).name != name or not (folder / name).is_file()]
     if absent or not names:
         raise InputError(
             str(folder / INDEX),
@@ -228,20 +229,19 @@ def open_weights(folder: Path) -> Iterator[Weights]:
     """
     with contextlib.ExitStack() as stack:
         headers: dict[str, Header] = {}
-        homes: dict[str, tuple[BinaryIO, int]] = {}
+        homes: dict[str, tuple[Ranges, int]] = {}
         for path in weight_files(folder):
             try:
-                with safe_open(path, framework="numpy"):  # which checks the whole header
-                    file = stack.enter_context(path.open("rb"))
-            except (SafetensorError, OSError) as error:
+                file = stack.enter_context(Ranges(path))
+                text = checked_header(file)
+            except (SafetensorError, OSError, ValueError) as error:
                 raise InputError(
                     str(path),
                     got=f"damaged or not readable ({error})",
                     expected="a safetensors file",
                     remedy="Download it again.",
                 ) from error
-            (length,) = struct.unpack("<Q", file.read(8))
-            for name, entry in json.loads(file.read(length)).items():
+            for name, entry in json.loads(text).items():
                 if name == "__metadata__":
                     continue
                 if name in homes:
@@ -252,12 +252,29 @@ def open_weights(folder: Path) -> Iterator[Weights]:
                         remedy="Download the model again, into an empty folder.",
                     )
                 headers[name] = Header(entry["dtype"], tuple(entry["shape"]))
-                homes[name] = file, 8 + length + entry["data_offsets"][0]
+                homes[name] = file, 8 + len(text) + entry["data_offsets"][0]
         yield Weights(headers, lambda name, view: read_pieces(*homes[name], headers[name], view))
 
 
+def checked_header(file: Ranges) -> bytes:
+    """Returns the JSON header of a safetensors file. Raises: SafetensorError if the library would refuse the file.
+
+    The library reads files on disk alone, so it gets one with the same header and length, and no numbers: a hole, which
+    takes no room.
+    """
+    length = int.from_bytes(file.read(0, 8), "little")
+    if length > min(file.size, MOST_HEADER):
+        raise ValueError(f"a header of {length:,} bytes in a file of {file.size:,}")
+    text = file.read(8, length)
+    with tempfile.NamedTemporaryFile() as same:
+        same.write(struct.pack("<Q", length) + text)
+        same.truncate(file.size)
+        with safe_open(same.name, framework="numpy"):
+            return text
+
+
 def read_pieces(
-    file: BinaryIO, begin: int, header: Header, view: Callable[[np.ndarray], np.ndarray]
+    file: Ranges, begin: int, header: Header, view: Callable[[np.ndarray], np.ndarray]
 ) -> Iterator[tuple[Index, np.ndarray]]:
     """Yields `Weights.pieces` of the tensor whose numbers begin at byte `begin`.
 
@@ -273,7 +290,7 @@ def read_pieces(
         index = todo.pop()
         part = whole[(*index, ...)]  # with the dots even a single number stays an array
         span = part.itemsize + sum((size - 1) * stride for size, stride in zip(part.shape, part.strides, strict=True))
-        if part.size > 1 and span > (PIECE if span == part.nbytes else GAP):
+        if part.size > 1 and span > (file.piece if span == part.nbytes else file.gap):
             _, axis = max((stride, i) for i, stride in enumerate(part.strides) if part.shape[i] > 1)
             start, stop = index[axis].start, index[axis].stop
             middle = (start + stop) // 2
@@ -283,19 +300,15 @@ def read_pieces(
             yield index, np.ndarray(part.shape, part.dtype, numbers, strides=part.strides)
 
 
-def read_bytes(file: BinaryIO, start: int, count: int) -> bytes:
-    """Reads `count` bytes from byte `start`. Raises InputError if the file has become shorter.
-
-    pread does not move the file's position, which threads share: a seek of one thread could come between the seek and
-    the read of another.
-    """
+def read_bytes(file: Ranges, start: int, count: int) -> bytes:
+    """Reads `count` bytes from byte `start`. Raises InputError if the file has become shorter."""
     content = b""
     while len(content) < count:  # runs once, except for reads that are interrupted or of 2 GiB and more
-        more = os.pread(file.fileno(), count - len(content), start + len(content))
+        more = file.read(start + len(content), count - len(content))
         content = content + more if content else more
         if not more:
             raise InputError(
-                str(file.name),
+                str(file.path),
                 got=f"ends at byte {start + len(content)}",
                 expected=f"{start + count} bytes or more",
                 remedy="It was truncated while being read; download it again.",
@@ -376,10 +389,10 @@ def write_file(path: Path, ordered: Sequence[Spec], build: Callable[[str], Calla
 
 
 def row_pieces(array: np.ndarray, spec: Spec) -> Iterator[np.ndarray]:
-    """Yields runs of rows of a tensor, each PIECE bytes in the file, or one row."""
+    """Yields runs of rows of a tensor, each `reading.PIECE` bytes in the file, or one row."""
     assert array.shape == spec.shape, (spec.name, array.shape, spec.shape)
     array = np.atleast_1d(array)
-    step = max(1, PIECE * len(array) // max(1, spec.bytes))
+    step = max(1, reading.PIECE * len(array) // max(1, spec.bytes))
     for start in range(0, len(array), step):
         yield array[start : start + step]
 
@@ -415,17 +428,35 @@ def check_replaceable(out: Path) -> None:
 
 
 @contextlib.contextmanager
-def replacing(out: Path, hosts: Hosts) -> Iterator[Path]:
+def replacing(out: Path, hosts: Hosts, config: tuple[str, Mapping]) -> Iterator[Path]:
     """Yields an empty folder, the same on all hosts, that replaces `out` once the body has succeeded on all of them.
 
     Host 0 alone makes and renames it; see `files.replacing_folder`.
+
+    Args:
+      config: name and content of the JSON file that describes the model or the adapter. It is written last, for without
+        it the folder is none that anything reads.
     """
-    out = out.resolve()  # through a link, so that what it points to is replaced
-    shared = out.with_name(f".{out.name}.new-shared")  # a name at which all hosts arrive by themselves
+    out = files.resolved(out)  # through a link, so that what it points to is replaced
+    shared = files.shared_temporary(out)
+    name, content = config
     with contextlib.ExitStack() as stack:
         new = shared
         if hosts.index == 0:
-            new = stack.enter_context(files.replacing_folder(out, temporary=shared if hosts.count > 1 else None))
+            temporary = shared if hosts.count > 1 else None
+            new = stack.enter_context(files.replacing_folder(out, temporary=temporary, last=name))
         hosts.wait("export: folder made")
         yield new
         hosts.wait("export: files written")
+        if hosts.index == 0:
+            files.write_json(new / name, content)
+
+
+def is_export(folder: Path) -> bool:
+    """Whether a folder holds a whole export, of a model or of adapters: both are described by a file written last."""
+    return any((folder / name).is_file() for name in (CONFIG, ADAPTER_CONFIG))
+
+
+def is_small(name: str) -> bool:
+    """Whether a file of a model's folder is read besides its weights, by its name below that folder."""
+    return name in SMALL_FILES or name.startswith(f"{TEMPLATE_FOLDER}/")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
 
 import numpy as np
 import xxhash
@@ -13,7 +12,7 @@ from dpo_jax.hf import checkpoints, config_json, folders
 from dpo_jax.hf.adapters import PREFIX, Adapters, choose, in_layer_n, module_of
 from dpo_jax.hf.checkpoints import DEFAULT, Place, WriteOptions
 from dpo_jax.hf.tensors import Sizes, Tensor, all_names, bind, leaf_shapes
-from dpo_jax.runtime import files
+from dpo_jax.runtime.files import Path
 from dpo_jax.types import InputError, listed
 
 CONFIG, FILE = folders.ADAPTER_CONFIG, folders.ADAPTER
@@ -180,13 +179,12 @@ def save(
         "modules_to_save": None,
         "target_modules": endings(adapters.tensors, choose(table, sizes, "")),
     }
-    with folders.replacing(out, options.hosts) as new:
+    with folders.replacing(out, options.hosts, (CONFIG, fields)) as new:
         if options.hosts.index == 0:
-            files.write_json(new / CONFIG, fields)
             checkpoints.write_companions(new, tokenizer=options.tokenizer, card=options.card)
         dtypes = {b.name: dtype for b in bound}
         one_file = options._replace(max_shard_bytes=2**62)  # PEFT reads no numbered files
-        checkpoints.write_tensors(new, leaves, bound, dtypes, one_file, stem=Path(FILE).stem)
+        checkpoints.write_tensors(new, leaves, bound, dtypes, one_file, stem=FILE.removesuffix(".safetensors"))
 
 
 def stored_in_out(tensor: Tensor) -> bool:

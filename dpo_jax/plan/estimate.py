@@ -49,7 +49,7 @@ from dpo_jax.run.programs import (
 )
 from dpo_jax.run.state import abstract_params, abstract_state, placed
 from dpo_jax.run.trainable import Trainable
-from dpo_jax.runtime import xla
+from dpo_jax.runtime import files, xla
 from dpo_jax.runtime.terminal import say
 from dpo_jax.steps import TrainState
 from dpo_jax.types import Batch, Encoded, InputError, counted
@@ -142,7 +142,7 @@ def described(config: Config) -> tuple[dict, str]:
     """Returns the contents of the model's config.json, and its path."""
     if not config.plan.architecture:
         path = folders.config_file(config.model.path, "config.model.path")
-    elif not (path := Path(config.plan.architecture)).is_file():
+    elif not (path := files.path(config.plan.architecture, "config.plan.architecture")).is_file():
         raise InputError(
             "config.plan.architecture",
             got=f"no file {path}",

@@ -14,7 +14,6 @@ import contextlib
 import itertools
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import NamedTuple, TypeAlias
 
 import numpy as np
@@ -23,6 +22,7 @@ import pyarrow.parquet as pq
 import xxhash
 
 from dpo_jax.runtime import files
+from dpo_jax.runtime.files import Path
 from dpo_jax.types import AnswerTokens, InputError
 
 TokenWriter: TypeAlias = Callable[[str, Sequence[AnswerTokens]], None]  # takes a pair's key and its answers' values
@@ -78,7 +78,7 @@ def read_store(
     values: dict[str, tuple[float, ...]] = {}
     for part in sorted(folder.glob("part-*.parquet")):
         with _undamaged(part):
-            table = pq.read_table(part)
+            table = pq.read_table(pa.BufferReader(part.read_bytes()))
             others = table.column("others").to_pylist() if "others" in table.column_names else [()] * len(table)
             if write_tokens is not None:
                 for key, answers in zip(table.column("key").to_pylist(), _read_tokens(table, likely), strict=True):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
-from pathlib import Path
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
@@ -20,6 +19,7 @@ from dpo_jax.run import checks, workdir
 from dpo_jax.run.choices import objective_of
 from dpo_jax.run.inputs import load_inputs, prepare
 from dpo_jax.run.programs import ACCELERATOR_POSITIONS, CPU_POSITIONS
+from dpo_jax.runtime.files import Path
 from dpo_jax.types import counted, printable
 
 BAR, BINS = 40, 8  # characters of the longest bar of a histogram, and its most bins

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 
 import dpo_jax
 from dpo_jax.config import DECIDE_NO_UPDATE, Config
@@ -13,6 +12,7 @@ from dpo_jax.hf.adapters import Adapters, module_of
 from dpo_jax.losses import Objective, options_of
 from dpo_jax.run.history import shown
 from dpo_jax.run.workdir import Change
+from dpo_jax.runtime import files
 
 
 def model_card(
@@ -40,9 +40,9 @@ def model_card(
       changes: of the configuration before the last update, as `history.read_changes` returns them.
       merged: whether the adapters are merged into the model; otherwise the folder holds the adapters alone.
     """
-    folder = Path(base).expanduser()
+    folder = files.path(base)
     hub = not folder.exists()
-    name = base if hub else folder.resolve().name
+    name = base if hub else files.resolved(folder).name
     library = "transformers" if adapters is None or merged else "peft"
     head = ["---", f"library_name: {library}", "pipeline_tag: text-generation", "tags:", "- dpo_jax"]
     head += [f"base_model: {json.dumps(base)}"] if hub else []
@@ -103,7 +103,7 @@ def _names(spec: str) -> str:
     """Returns a data specification with names of files and folders in place of their paths."""
 
     def name(source: str) -> str:
-        path = Path(source).expanduser()
-        return path.resolve().name if path.exists() else path.name if is_pattern(source) else source
+        path = files.path(source)
+        return files.resolved(path).name if path.exists() else path.name if is_pattern(source) else source
 
     return ", ".join(name(part.source) + (f"*{part.weight:g}" if part.weight != 1 else "") for part in parts_of(spec))

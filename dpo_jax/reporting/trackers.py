@@ -8,32 +8,37 @@ import json
 import types
 import uuid
 from collections.abc import Callable, Mapping
-from pathlib import Path
-from typing import IO, Any, Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 from dpo_jax.runtime import files
+from dpo_jax.runtime.files import Path
 from dpo_jax.types import InputError
 
 
 @runtime_checkable
 class Tracker(Protocol):
-    """Takes the metrics of each step, by name; steps come in order. Closing it again has no effect."""
+    """Takes the metrics of each step, by name; steps come in order. Closing it again has no effect.
+
+    Once `flush` returns, the rows so far outlast this process.
+    """
 
     def write(self, step: int, row: Mapping[str, float]) -> None: ...
+
+    def flush(self) -> None: ...
 
     def close(self) -> None: ...
 
 
 class JsonlWriter:
-    """Appends `{"step": ..., NAME: NUMBER, ...}` lines to a file; each is on disk, whole, before `write` returns.
+    """Appends `{"step": ..., NAME: NUMBER, ...}` lines to a file; on disk each is there, whole, before `write` returns.
 
-    A number that is not finite is written as NaN or Infinity, as Python's json does. The file is opened by the first
-    `write`. A context manager.
+    In a bucket they are there after `flush`; see `files.LineLog`. A number that is not finite is written as NaN or
+    Infinity, as Python's json does. A context manager.
     """
 
     def __init__(self, path: Path):
         self._path = path
-        self._file: IO[str] | None = None
+        self._log = files.LineLog(path)
 
     def truncate_after(self, step: int) -> dict[str, float]:
         """Drops rows of later steps, and a last line that an interruption left unfinished; call before `write`.
@@ -62,18 +67,16 @@ class JsonlWriter:
             ) from None
 
     def write(self, step: int, row: Mapping[str, float]) -> None:
-        """Appends one row and flushes it."""
-        if self._file is None:
-            self._path.parent.mkdir(parents=True, exist_ok=True)
-            self._file = self._path.open("a")
-        self._file.write(json.dumps({"step": step, **row}) + "\n")
-        self._file.flush()
+        """Appends one row."""
+        self._log.write(json.dumps({"step": step, **row}) + "\n")
+
+    def flush(self) -> None:
+        """Returns once every row is where it is read from."""
+        self._log.flush()
 
     def close(self) -> None:
         """Closes the file, if it is open."""
-        if self._file is not None:
-            self._file.close()
-            self._file = None
+        self._log.close()
 
     def __enter__(self) -> JsonlWriter:
         return self
@@ -83,15 +86,16 @@ class JsonlWriter:
 
 
 class TensorBoardWriter:
-    """Writes scalars to `WORKDIR/tensorboard`, on disk within about a second.
+    """Writes scalars to `WORKDIR/tensorboard`, on disk within about a second, in a bucket at each `flush`.
 
     Rows that an interrupted run wrote from `resume_step` on are hidden, for the resumed run writes them again.
     """
 
     def __init__(self, workdir: Path, resume_step: int):
         package = _package("tensorboardX", "log.tensorboard")
+        self._mirror = files.Mirror(workdir / "tensorboard")
         self._writer: Any = package.SummaryWriter(
-            str(workdir / "tensorboard"),
+            str(self._mirror.local),
             purge_step=resume_step,
             flush_secs=1,  # by default a kill would lose two minutes; `flush` does not wait for the queue
             filename_suffix=f".{resume_step}",  # default names repeat within a second, and files are overwritten
@@ -101,10 +105,16 @@ class TensorBoardWriter:
         for name, value in row.items():
             self._writer.add_scalar(name, value, step)
 
+    def flush(self) -> None:
+        """Writes the rows so far to the event file, and a copy of that to a bucket."""
+        self._writer.flush()
+        self._mirror.upload()
+
     def close(self) -> None:
         writer, self._writer = self._writer, None
         if writer is not None:
             writer.close()
+            self._mirror.close()
 
 
 class WandbWriter:
@@ -112,6 +122,7 @@ class WandbWriter:
 
     Steps that an interrupted run has logged already are skipped by wandb itself, which takes no step twice; their
     numbers would be the same. The environment variable WANDB_MODE chooses online, offline or disabled.
+    What wandb keeps on disk is copied to a bucket when the run is closed.
     """
 
     def __init__(self, project: str, workdir: Path, config: Mapping[str, object]):
@@ -119,11 +130,12 @@ class WandbWriter:
         name_file = workdir / "wandb_run"
         if not name_file.exists():
             files.write_text(name_file, uuid.uuid4().hex)
+        self._mirror = files.Mirror(workdir)
         self._run: Any = package.init(
             project=project,
             id=name_file.read_text(),
             name=workdir.name,
-            dir=str(workdir),
+            dir=str(self._mirror.local),
             config=dict(config),
             resume="allow",
         )
@@ -131,10 +143,14 @@ class WandbWriter:
     def write(self, step: int, row: Mapping[str, float]) -> None:
         self._run.log(dict(row), step=step)
 
+    def flush(self) -> None:
+        """Does nothing: wandb sends each row by itself."""
+
     def close(self) -> None:
         run, self._run = self._run, None
         if run is not None:
             run.finish()
+            self._mirror.close()
 
 
 class HookWriter:
@@ -145,6 +161,8 @@ class HookWriter:
 
     def write(self, step: int, row: Mapping[str, float]) -> None:
         self._function(step, dict(row))
+
+    def flush(self) -> None: ...
 
     def close(self) -> None: ...
 

@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import jax
 import orbax.checkpoint as ocp
 from jaxtyping import PyTree
 
+from dpo_jax.runtime import buckets, files
+from dpo_jax.runtime.files import Path
 from dpo_jax.runtime.terminal import waiting
 from dpo_jax.steps import TrainState
+from dpo_jax.types import InputError
 
 T = TypeVar("T")
+
+COMPLETE = "commit_success.txt"  # orbax's file, written after all others of a checkpoint
 
 
 @runtime_checkable
@@ -49,12 +54,15 @@ class Checkpoints:
     def __init__(
         self, folder: Path, *, keep: int, read_only: bool = False, best: Callable[[], int | None] = lambda: None
     ):
+        options: dict[str, Any] = {"create": True, "preservation_policy": Kept(keep, best)}
         if read_only:
-            options = ocp.CheckpointManagerOptions(read_only=True, create=False, save_interval_steps=0)
-        else:
-            options = ocp.CheckpointManagerOptions(create=True, preservation_policy=Kept(keep, best))
+            options = {"read_only": True, "create": False, "save_interval_steps": 0}
         self._open = True
-        self._manager = ocp.CheckpointManager(Path(folder).absolute(), options=options, item_names=("state", "record"))
+        self._manager = ocp.CheckpointManager(
+            _place(folder),
+            options=ocp.CheckpointManagerOptions(atomicity_options=_atomicity(folder), **options),
+            item_names=("state", "record"),
+        )
 
     def latest_step(self) -> int | None:
         """Returns the number of updates before the newest complete checkpoint; None if there is none."""
@@ -112,13 +120,56 @@ class Checkpoints:
 
 
 def write_tree(folder: Path, tree: PyTree) -> None:
-    """Writes a tree of arrays into a new folder, whole or not at all; returns when it is on disk."""
-    with ocp.StandardCheckpointer() as writer:
-        writer.save(Path(folder).absolute(), tree)
+    """Writes a tree of arrays into a new folder, whole or not at all; returns when it is there."""
+    with ocp.StandardCheckpointer(atomicity_options=_atomicity(folder)) as writer:
+        writer.save(_place(folder), tree, force=True)  # in place of what a killed process left
+
+
+def has_tree(folder: Path) -> bool:
+    """Whether `write_tree` has written the whole of a tree into the folder."""
+    return files.has_folder(folder, COMPLETE)
 
 
 def read_tree(folder: Path, like: T) -> T:
     """Reads a tree that `write_tree` wrote, with shapes, types and shardings of `like`."""
     shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), like)
-    with ocp.StandardCheckpointer() as reader:
-        return reader.restore(Path(folder).absolute(), shapes)
+    with ocp.StandardCheckpointer(atomicity_options=_atomicity(folder)) as reader:
+        return reader.restore(_place(folder), shapes)
+
+
+def _atomicity(folder: Path) -> ocp.options.AtomicityOptions:
+    """Returns how a checkpoint becomes valid: by its folder's name on disk, by its object COMPLETE in a bucket."""
+    mode = ocp.options.AtomicityMode.COMMIT_FILE if files.in_bucket(folder) else ocp.options.AtomicityMode.AUTO
+    return ocp.options.AtomicityOptions(mode=mode)
+
+
+def _place(folder: Path) -> Path:
+    """Returns the folder as orbax takes it, absolute; orbax is made able to write arrays to it."""
+    if buckets.scheme_of(str(folder)) == "s3":
+        _address_s3()
+    return files.resolved(folder)
+
+
+@functools.cache
+def _address_s3() -> None:
+    """Makes orbax address arrays at s3:// by tensorstore's driver for it.
+
+    orbax writes them to disks and gs:// alone, and takes s3://BUCKET for the name of a folder. It has no setting for
+    the address, so two of its functions are wrapped; a version that has no such functions is refused.
+    """
+    from orbax.checkpoint._src.path import gcs_utils
+    from orbax.checkpoint._src.serialization import tensorstore_utils
+
+    try:
+        is_remote, address = tensorstore_utils._use_gcs_driver, gcs_utils.get_kvstore_for_gcs
+    except AttributeError as error:
+        raise InputError(
+            "s3://",
+            got=f"orbax-checkpoint {ocp.__version__}, whose arrays cannot be sent there ({error})",
+            expected="orbax-checkpoint 0.12",
+            remedy="Install that version, or use gs:// or a disk.",
+        ) from error
+    tensorstore_utils._use_gcs_driver = lambda path: path.startswith("s3:/") or is_remote(path)
+    gcs_utils.get_kvstore_for_gcs = lambda path: (
+        buckets.kvstore(str(path)) if str(path).startswith("s3:/") else address(path)
+    )

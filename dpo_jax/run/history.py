@@ -7,15 +7,16 @@ import datetime
 import json
 import math
 from collections.abc import Collection, Mapping, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from dpo_jax.config import CHANGEABLE, Config, flat, record_from_json
+from dpo_jax.hf.folders import is_export
 from dpo_jax.run import workdir
 from dpo_jax.run.evaluate import metric_names
 from dpo_jax.run.inputs import Inputs
 from dpo_jax.run.workdir import Change, read_rows
 from dpo_jax.runtime import files, hosts
+from dpo_jax.runtime.files import Path
 from dpo_jax.types import InputError, listed
 
 LOSS = "eval/loss:min"  # decides an early stop where `checkpoint.best` is empty
@@ -189,7 +190,7 @@ def record_changes(changes: Mapping[str, Sequence[object]], folder: Path, step: 
 def read_end(folder: Path) -> dict[str, Any]:
     """Reads the record of a run's end, with "step", "of", "exported" and "reason"; empty if there is none."""
     path = folder / "end.json"
-    return json.loads(path.read_text()) if path.exists() and (folder / "export").exists() else {}
+    return json.loads(path.read_text()) if path.exists() and is_export(folder / "export") else {}
 
 
 def record_end(folder: Path, *, step: int, total: int, exported: int, reason: str) -> None:

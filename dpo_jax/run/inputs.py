@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import importlib
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -25,6 +24,8 @@ from dpo_jax.run.checks import check_kind, check_pairs, check_weights_and_margin
 from dpo_jax.run.choices import trainable_of
 from dpo_jax.run.trainable import Trainable
 from dpo_jax.runtime import hosts
+from dpo_jax.runtime.files import Path
+from dpo_jax.runtime.reading import copied
 from dpo_jax.types import InputError
 
 SPLITS = {"train": "train", "eval": "test"}  # the split that data.train and data.eval read by default
@@ -153,6 +154,7 @@ def load_inputs(config: Config, objective: Objective, *, training: bool) -> Inpu
     generation = base / folders.GENERATION
     files = {"config": hf_config, "generation": folders.read_json(generation) if generation.is_file() else {}}
     tokenizer_folder = resolve(config.tokenizer.path, "config.tokenizer.path") if config.tokenizer.path else base
+    tokenizer_folder = copied(tokenizer_folder, folders.is_small)
     check_tokenizer(tokenizer_folder)  # transformers would make an empty one by the model's type
     tokenizer = load_tokenizer(str(tokenizer_folder))
     if training and not config.data.train:

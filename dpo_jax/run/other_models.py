@@ -6,7 +6,6 @@ import contextlib
 import dataclasses
 import tempfile
 from collections.abc import Mapping
-from pathlib import Path
 
 import numpy as np
 
@@ -22,6 +21,8 @@ from dpo_jax.run.inputs import Inputs, load_inputs
 from dpo_jax.run.programs import Programs, make_programs
 from dpo_jax.run.reference_values import complete_store, reference_store
 from dpo_jax.run.state import load_params
+from dpo_jax.runtime import files
+from dpo_jax.runtime.reading import copied
 from dpo_jax.types import InputError
 
 NO_TRAINING_PAIRS = {"train": np.arange(0)}  # indices of the pairs to score, by set; those of evaluations are all
@@ -90,7 +91,7 @@ def reference_of(config: Config, objective: Objective) -> dict[str, ReferenceVal
     inputs, programs = opened(config, objective)
     with contextlib.ExitStack() as stack:
         folder = config.reference.path or stack.enter_context(tempfile.TemporaryDirectory())
-        store = reference_store(inputs, programs, Path(folder))
+        store = reference_store(inputs, programs, files.path(folder, "config.reference.path"))
         return complete_store(inputs, store, programs, only=NO_TRAINING_PAIRS)[0]
 
 
@@ -106,7 +107,8 @@ def check_same_tokens(config: Config, model: str, place: str) -> None:
     theirs = resolve(model, place)
     if not (theirs / "tokenizer.json").is_file():
         return  # that of an adapter is its model's
-    if identity(load_tokenizer(str(ours)))["tokenizer"] != identity(load_tokenizer(str(theirs)))["tokenizer"]:
+    one, other = (load_tokenizer(str(copied(each, folders.is_small))) for each in (ours, theirs))
+    if identity(one)["tokenizer"] != identity(other)["tokenizer"]:
         raise InputError(
             place,
             got=f"{model!r}, whose tokenizer is not that of {str(ours)!r}",

@@ -11,9 +11,7 @@ Source: Gorbatovski et al. 2024 (2404.09656), Eq. 2 (soft) and 3 (hard, alpha of
 from __future__ import annotations
 
 import dataclasses
-import shutil
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 
 import jax
 import numpy as np
@@ -22,12 +20,13 @@ from jaxtyping import Int, PyTree
 from dpo_jax.data.batches import ReferenceValues
 from dpo_jax.data.order import reached
 from dpo_jax.reference.store import Store
-from dpo_jax.run.checkpoints import read_tree, write_tree
+from dpo_jax.run.checkpoints import has_tree, read_tree, write_tree
 from dpo_jax.run.inputs import Inputs
 from dpo_jax.run.programs import Programs
 from dpo_jax.run.reference_values import score_missing
 from dpo_jax.run.state import load_params
-from dpo_jax.runtime import hosts
+from dpo_jax.runtime import files, hosts
+from dpo_jax.runtime.files import Path
 from dpo_jax.runtime.terminal import Counter
 from dpo_jax.types import InputError
 
@@ -112,7 +111,7 @@ class ReferenceSync:
         if self.mixup_alpha == 1:
             return policy
         folder = self._weights(step)
-        if folder.exists():
+        if has_tree(folder):
             return read_tree(folder, policy)
         previous = self.last(step)
         if previous:
@@ -122,7 +121,7 @@ class ReferenceSync:
         mixed = jax.jit(mix, static_argnames="alpha", donate_argnums=1)(policy, reference, alpha=self.mixup_alpha)
         write_tree(folder, mixed)
         if hosts.first() and self.last(previous):
-            shutil.rmtree(self._weights(self.last(previous)), ignore_errors=True)
+            files.remove_folder(self._weights(self.last(previous)))
         return mixed
 
     def _weights(self, step: int) -> Path:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
-from pathlib import Path
 
 import numpy as np
 from jaxtyping import Int, PyTree
@@ -18,6 +17,7 @@ from dpo_jax.run.inputs import Inputs
 from dpo_jax.run.programs import Programs
 from dpo_jax.run.state import load_params
 from dpo_jax.runtime import hosts
+from dpo_jax.runtime.files import Path
 from dpo_jax.runtime.quantities import duration
 from dpo_jax.runtime.terminal import Counter, say
 

@@ -6,11 +6,9 @@ import contextlib
 import dataclasses
 import datetime
 import json
-import tempfile
 import time
 import uuid
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any, TypedDict
 
 import xxhash
@@ -29,6 +27,7 @@ from dpo_jax.config import (
 from dpo_jax.run.checkpoints import Checkpoints
 from dpo_jax.run.checks import place_of
 from dpo_jax.runtime import files, hosts
+from dpo_jax.runtime.files import Path
 from dpo_jax.types import InputError
 
 
@@ -66,10 +65,10 @@ def check(config: Config, workdir: Path, *, fields: Sequence[str] | None = None)
 
 def store_folder(config: Config, folder: Path) -> Path:
     """Returns the folder of stored reference log-probs of a run in a working folder."""
-    return Path(config.reference.path) if config.reference.path else folder / "reference"
+    return files.path(config.reference.path, "config.reference.path") if config.reference.path else folder / "reference"
 
 
-def resolve_paths(config: Config, workdir: Path) -> Config:
+def resolve_paths(config: Config, workdir: Path | str) -> Config:
     """Replaces `{workdir}` in text fields by the working folder.
 
     Raises: InputError if `data.train` or `data.eval` contain it and its path has a ',' or '*', which they would parse.
@@ -115,7 +114,7 @@ def claim(config: Config, workdir: Path) -> None:
 
     Raises: InputError if the folder cannot be written to, or is not the same folder on all processes.
     """
-    make(workdir)
+    files.make_folder(workdir)
     check_shared(workdir)
     if hosts.first():
         path = workdir / "config.json"
@@ -126,26 +125,11 @@ def claim(config: Config, workdir: Path) -> None:
         files.write_text(path, to_json(config))
 
 
-def make(folder: Path) -> None:
-    """Makes the folder if it is missing. Raises: InputError if it cannot be made or written to."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except OSError as error:
-        raise InputError(
-            str(folder),
-            got=f"cannot be written to ({error})",
-            expected="a folder for the run",
-            remedy="Name another folder.",
-        ) from error
-
-
 def check_shared(folder: Path, *, within_s: float = 20.0) -> None:
     """Raises InputError, on every process, unless all of them see a file that process 0 writes into the folder."""
     token = folder / f".{hosts.broadcast('shared folder', uuid.uuid4().hex)}"
     if hosts.first():
-        token.touch()
+        files.write_bytes(token, b"")
     hosts.barrier("shared folder written")
     until = time.monotonic() + within_s  # network file systems take their time
     while not token.exists() and time.monotonic() < until:

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import os
+import pathlib
 import resource
 import time
 from collections.abc import Iterator
-from pathlib import Path
 
 import jax
 from jaxtyping import PyTree
 
+from dpo_jax.runtime import files
+from dpo_jax.runtime.files import Path
 from dpo_jax.runtime.quantities import duration
 from dpo_jax.runtime.terminal import say
 
@@ -57,7 +59,7 @@ def age_of_process() -> float:
     """Returns the seconds since this process was started, by Linux's account; 0 elsewhere."""
     try:
         # The 22nd field; the second, the name of the command, ends at the last bracket and may hold blanks.
-        fields = Path("/proc/self/stat").read_text().rpartition(")")[2].split()
+        fields = pathlib.Path("/proc/self/stat").read_text().rpartition(")")[2].split()
         return time.clock_gettime(time.CLOCK_BOOTTIME) - int(fields[19]) / os.sysconf("SC_CLK_TCK")
     except (OSError, AttributeError, ValueError):
         return 0.0
@@ -82,13 +84,15 @@ class Profile:
     """
 
     def __init__(self, folder: Path, first: int, steps: int):
+        self._mirror: files.Mirror | None = None
         self._folder, self._first, self._last, self._on = folder, first, first + steps, False
 
     def at(self, step: int, outputs: PyTree) -> None:
         """Starts or ends the trace before update `step`, after waiting for `outputs` of the updates before it."""
         if step == self._first < self._last:
             jax.block_until_ready(outputs)
-            jax.profiler.start_trace(str(self._folder))
+            self._mirror = files.Mirror(self._folder)
+            jax.profiler.start_trace(str(self._mirror.local))
             self._on = True
         if self._on and step == self._last:
             jax.block_until_ready(outputs)
@@ -99,6 +103,8 @@ class Profile:
         if self._on:
             self._on = False
             jax.profiler.stop_trace()
+            if self._mirror is not None:
+                self._mirror.close()
             say(f"profile: in {self._folder}")
 
     def __enter__(self) -> Profile:
