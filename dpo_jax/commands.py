@@ -193,6 +193,7 @@ def export_checkpoint(config: Config, folder: Path, out: Path | None, *, merge: 
     Raises: InputError if there is no such checkpoint, `out` is the place of the export of another step, or there are no
       adapters to merge.
     """
+    checks.check_upload(config)
     config, inputs, programs, at = open_run(config, folder, step)
     if merge and inputs.trainable.adapters is None:
         raise InputError(

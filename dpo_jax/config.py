@@ -181,6 +181,8 @@ class Profile:
 @dataclasses.dataclass(frozen=True)
 class Export:
     dtype: str = ""  # float32 | bfloat16 | float16; empty: each tensor's type in model.path
+    push_to_hub: str = ""  # id of a model on the Hub, owner/name, to which the export is uploaded; empty: none
+    hub_private: bool = False  # true: a repository that the upload makes is private
 
 
 @dataclasses.dataclass(frozen=True)
@@ -213,7 +215,7 @@ RESUMABLE = (
     "reference.microbatch_rows "
     "eval.every_steps checkpoint.every_steps checkpoint.keep mesh.replica mesh.fsdp mesh.tensor mesh.rules "
     "plan.architecture plan.pairs plan.prompt_tokens plan.answer_tokens log.every_steps log.tensorboard log.wandb "
-    "profile.steps"
+    "profile.steps export.push_to_hub export.hub_private"
 ).split()
 
 CODE = frozenset({"prepare", "hooks"})  # fields that name functions to call

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from jaxtyping import PyTree
 
 from dpo_jax.config import Config
-from dpo_jax.hf import adapters, checkpoints, folders, peft
+from dpo_jax.hf import adapters, checkpoints, folders, hub, peft
 from dpo_jax.reporting.model_card import model_card
 from dpo_jax.run.inputs import Inputs, specs_of
 from dpo_jax.run.workdir import Change
@@ -27,7 +27,7 @@ def export_model(
     merge: bool = False,
     changes: Sequence[Change] = (),
 ) -> None:
-    """Writes a Hugging Face folder with a model card.
+    """Writes a Hugging Face folder with a model card, and uploads it where `export.push_to_hub` says so.
 
     Args:
       params: all parameters, trained and frozen.
@@ -62,3 +62,5 @@ def export_model(
         peft.save(params, trained_adapters, table, inputs.model.stacks, base=inputs.name, out=out, options=options)
     hosts.barrier("export")  # process 0 moves the folder into place before it arrives here
     say(f"exported to {out}")
+    if config.export.push_to_hub and hosts.first():
+        say(f"uploaded to {hub.push(out, config.export.push_to_hub, private=config.export.hub_private)}")

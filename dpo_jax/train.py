@@ -64,6 +64,7 @@ def run(config: Config, folder: Path, watch: Stopwatch | None = None) -> None:
     checks.check_model_named(config)
     objective = objective_of(config.loss)
     checks.check_names(config, objective)
+    checks.check_upload(config)
     trackers.check_available(tensorboard=config.log.tensorboard, wandb=config.log.wandb)
     files.check_writable(folder)
     named_function(config.hooks, "hooks")

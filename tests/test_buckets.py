@@ -1,6 +1,7 @@
 """Paths at gs:// and s3:// behave as those on disk, against servers of both protocols; nothing else is a path."""
 
 import contextlib
+import dataclasses
 import importlib.util
 import json
 import os
@@ -20,6 +21,7 @@ from dpo_jax.run import workdir
 from dpo_jax.runtime import buckets, files, reading
 from dpo_jax.types import InputError
 from tests.support import object_stores, runs
+from tests.support.hub import USER, serve
 
 
 @pytest.fixture(scope="module")
@@ -246,8 +248,12 @@ def test_a_run_in_a_bucket_with_its_model_and_data_equals_one_on_disk(whole, fol
     )
     ours, theirs = (commands.evaluate_checkpoint(configured(each), each / "run") for each in (folder, whole))
     assert runs.untimed([ours]) == runs.untimed([theirs])
-    commands.export_checkpoint(chosen, run, folder / "again")
-    assert (folder / "again" / "model.safetensors").read_bytes() == (run / "export" / "model.safetensors").read_bytes()
+    with serve() as hub:
+        chosen = dataclasses.replace(chosen, export=config.Export(push_to_hub=f"{USER}/aligned"))
+        commands.export_checkpoint(chosen, run, folder / "again")
+    ours = {name: (folder / "again" / name).read_bytes() for name in names(folder / "again")}
+    assert ours["model.safetensors"] == (run / "export" / "model.safetensors").read_bytes()
+    assert hub.repositories[f"{USER}/aligned"] == ours
 
 
 @pytest.mark.slow

@@ -11,11 +11,13 @@ from dpo_jax import sharding
 from dpo_jax.config import Config
 from dpo_jax.data.dataset import PairSet
 from dpo_jax.data.order import epoch_size, share
+from dpo_jax.hf import hub
 from dpo_jax.losses import REGISTRY, Objective
 from dpo_jax.models import decoder, quantized
 from dpo_jax.models.attention.choose import IMPLEMENTATIONS
 from dpo_jax.models.config import DecoderConfig
 from dpo_jax.run.choices import optimizer_of
+from dpo_jax.runtime import hosts
 from dpo_jax.types import InputError, check_choice, listed
 
 # Kinds of data, for messages.
@@ -40,6 +42,12 @@ def check_names(config: Config, objective: Objective) -> None:
     sharding.parse_rules(config.mesh.rules)
     quantized.check_available(config.lora.base)
     check_choice("config.model.attention", config.model.attention, IMPLEMENTATIONS)
+
+
+def check_upload(config: Config) -> None:
+    """Raises InputError on process 0 unless the Hub would take an export, where `export.push_to_hub` asks for it."""
+    if config.export.push_to_hub and hosts.first():
+        hub.check_access(config.export.push_to_hub)
 
 
 def check_model_named(config: Config) -> None:
