@@ -59,7 +59,7 @@ def _connect(scheme: str) -> None:
             expected=f"the package that reads and writes {scheme}://",
             remedy=f"Run pip install 'dpo-jax[{extra}]'.",
         )
-    settings: dict[str, Any] = {"use_listings_cache": False}  # another process may have written since
+    settings: dict[str, object] = {"use_listings_cache": False}  # another process may have written since
     if scheme == "gs" and "STORAGE_EMULATOR_HOST" in os.environ:
         settings["token"] = "anon"
         # Read when gcsfs is first imported: it would look for a service over gRPC that emulators do not have.

@@ -7,7 +7,7 @@ import json
 import os
 import pathlib
 from collections.abc import Callable, Iterator
-from typing import IO, Any, cast
+from typing import IO, cast
 
 import xxhash
 from etils import epath
@@ -47,7 +47,7 @@ class Ranges:
         self.path = path
         self.piece, self.gap = PIECE, GAP
         if files.in_bucket(path):
-            self._filesystem: Any = buckets.filesystem(cast(epath.Path, path))
+            self._filesystem = buckets.filesystem(cast(epath.Path, path))
             self.size = int(self._filesystem.info(str(path))["size"])
             self.piece = self.gap = REQUEST
             self._file = None
