@@ -17,7 +17,18 @@ from dpo_jax.types import Encoded
 from tests.support.runs import make_inputs
 
 ROOT = Path(__file__).parent.parent
-SCRIPTS = ("vs_trl", "vs_tunix", "layouts", "scaling", "memory", "startup", "host_memory", "loading", "divergence")
+SCRIPTS = (
+    "vs_trl",
+    "vs_tunix",
+    "layouts",
+    "scaling",
+    "memory",
+    "startup",
+    "host_memory",
+    "loading",
+    "divergence",
+    "kills",
+)
 
 
 def a_round(times, *, losses=(0.7, 0.6, 0.5, 0.4), positions=10, peak=100, **more):
