@@ -178,7 +178,7 @@ _PRECISION = {
 }
 
 _RECORDS = {
-    "output_dir": ("--workdir", "metrics, checkpoints, reference and export lie in it"),
+    "output_dir": ("--workdir", "metrics, checkpoints, reference and export lie in it; gs:// and s3:// too"),
     "run_name": ("--workdir", "a run has the name of its folder"),
     "logging_dir": ("--workdir", "metrics.jsonl lies in it"),
     "logging_steps": ("log.every_steps", "1 unless it is set; each line is of one batch, not a mean of several"),
@@ -228,13 +228,13 @@ _EVALUATION = {
     "load_best_model_at_end": ("checkpoint.best", "the best state is kept besides the newest, and exported"),
     "metric_for_best_model": ("checkpoint.best", "as in eval/rewards/accuracies:max"),
     "greater_is_better": ("checkpoint.best", "max or min after the metric"),
-    "push_to_hub": ("", "export/ is a Hugging Face folder, which hf upload NAME RUN/export takes"),
-    "hub_model_id": ("", "as push_to_hub"),
-    "hub_strategy": ("", "as push_to_hub"),
+    "push_to_hub": ("export.push_to_hub", "names the repository; once, at the end"),
+    "hub_model_id": ("export.push_to_hub", "owner/name"),
+    "hub_strategy": ("", "the export is uploaded once, at the end"),
     "hub_token": ("", "set the environment variable HF_TOKEN"),
-    "hub_private_repo": ("", "as push_to_hub"),
-    "hub_always_push": ("", "as push_to_hub"),
-    "hub_revision": ("", "as push_to_hub"),
+    "hub_private_repo": ("export.hub_private", ""),
+    "hub_always_push": ("", "as hub_strategy"),
+    "hub_revision": ("", "the main branch"),
     "generate_during_eval": ("", "nothing is generated; load export/ with transformers or vLLM"),
 }
 
