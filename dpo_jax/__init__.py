@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from dpo_jax import losses as losses
     from dpo_jax.batch_checks import check_batch as check_batch
-    from dpo_jax.loading import LanguageModel as LanguageModel
-    from dpo_jax.loading import load as load
     from dpo_jax.losses import make_loss as make_loss
+    from dpo_jax.run.loading import LanguageModel as LanguageModel
+    from dpo_jax.run.loading import load as load
     from dpo_jax.steps import TrainState as TrainState
     from dpo_jax.steps import init_state as init_state
     from dpo_jax.steps import make_score_step as make_score_step
@@ -40,11 +40,11 @@ __all__ = [
 _MODULES = {  # of the names that are no modules themselves
     "Batch": "types",
     "InputError": "types",
-    "LanguageModel": "loading",
+    "LanguageModel": "run.loading",
     "TrainState": "steps",
     "check_batch": "batch_checks",
     "init_state": "steps",
-    "load": "loading",
+    "load": "run.loading",
     "make_loss": "losses",
     "make_score_step": "steps",
     "make_train_step": "steps",

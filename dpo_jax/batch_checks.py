@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +10,7 @@ import numpy as np
 from jax.core import Tracer
 from jaxtyping import Array, Bool, PyTree
 
-from dpo_jax.types import Batch, InputError, listed
+from dpo_jax.types import AnyArray, Batch, InputError, listed
 
 KINDS = {"b": "true or false", "i": "whole numbers", "f": "numbers"}  # of the elements of an array
 # Inputs of a loss that no auxiliary output of a model may be named as.
@@ -69,7 +68,9 @@ def _check_rows(rows: PyTree, place: str) -> int:
     return shapes[0][0]
 
 
-def _check(place: str, array: Any, axes: tuple[str, ...], sizes: Mapping[str, int], kind: str, remedy: str) -> None:
+def _check(
+    place: str, array: AnyArray, axes: tuple[str, ...], sizes: Mapping[str, int], kind: str, remedy: str
+) -> None:
     """Raises InputError unless an array has these axes, with the sizes that are known of them, and such elements."""
     shape = np.shape(array)
     if len(shape) != len(axes) or any(sizes.get(axis, size) != size for axis, size in zip(axes, shape, strict=True)):
@@ -89,7 +90,7 @@ def _written(shape: tuple[int, ...]) -> str:
     return f"[{', '.join(map(str, shape))}]"
 
 
-def _is_concrete(leaf: Any) -> bool:
+def _is_concrete(leaf: object) -> bool:
     """Whether the values of a leaf can be read here and now."""
     if isinstance(leaf, jax.Array):
         return not isinstance(leaf, Tracer) and leaf.is_fully_addressable
@@ -98,7 +99,7 @@ def _is_concrete(leaf: Any) -> bool:
 
 def _check_values(batch: Batch, crops: int, place: str) -> None:
     """Raises InputError for values that cannot be true."""
-    present: np.ndarray = np.array(batch.present)
+    present = np.asarray(batch.present, bool).reshape(np.shape(batch.present))
     count = int(np.asarray(batch.count))
     if not 0 <= count <= len(present):
         expected = f"at most {len(present)}, the number of microbatches"
@@ -139,7 +140,7 @@ def without_padding(batch: Batch) -> Batch:
     present = batch.present & used[:, None]
     real = present.any(0)
 
-    def masked(values: Any) -> Any:
+    def masked(values: PyTree) -> PyTree:
         return None if values is None else jnp.where(real.reshape(-1, *(1,) * (values.ndim - 1)), values, 0)
 
     return batch._replace(
@@ -159,7 +160,7 @@ def is_consistent(batch: Batch) -> Bool[Array, ""]:
     return (batch.count >= 0) & (batch.count <= microbatches) & ((batch.present & used[:, None]).sum(0) <= 1).all()
 
 
-def check_scored(scored: Any, has_aux: bool, shape: tuple[int, ...]) -> None:
+def check_scored(scored: PyTree, has_aux: bool, shape: tuple[int, ...]) -> None:
     """Raises InputError unless a `logps_fn` returned an array [P, K], or with `has_aux` (array, {name: [P, K]}).
 
     Args:
@@ -184,7 +185,7 @@ def check_scored(scored: Any, has_aux: bool, shape: tuple[int, ...]) -> None:
             raise InputError("logps_fn", got=got, expected=expected, remedy=remedy)
 
 
-def _kind(value: Any) -> str:
+def _kind(value: AnyArray) -> str:
     if hasattr(value, "shape"):
         return f"{value.dtype}{_written(value.shape)}"
     return f"a {type(value).__name__}"

@@ -9,7 +9,7 @@ import functools
 import math
 from collections.abc import Callable, Mapping
 from types import ModuleType
-from typing import Any
+from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +19,7 @@ from jaxtyping import Array, ArrayLike, PyTree
 
 from dpo_jax.types import InputError, check_choice
 
+Scalar: TypeAlias = Any  # a number of Python, or a traced one
 Schedule = Callable[[ArrayLike], Array]  # the update, counted from 0 -> learning rate, on the device
 HostSchedule = Callable[[int], float]  # the same without a device
 
@@ -133,7 +134,7 @@ def _chain(
     name: str,
     schedule: str,
     scale_updates: Callable[[PyTree], PyTree] | None,
-    numbers: Mapping[str, Any],
+    numbers: Mapping[str, Scalar],
 ) -> optax.GradientTransformation:
     transform, options = OPTIMIZERS[name]
     rate = make_schedule(
@@ -182,7 +183,7 @@ def make_host_schedule(
     return lambda step: float(rate(np, np.float32(step)))
 
 
-def _schedule(name: str, peak: Any, warmup_steps: Any, total_steps: Any, floor: Any) -> Callable[..., Any]:
+def _schedule(name: str, peak: Scalar, warmup_steps: Scalar, total_steps: Scalar, floor: Scalar) -> Callable[..., Any]:
     """Returns `rate(xp, step)`, the schedule over numpy or jax.numpy, for a float32 step."""
     check_choice("config.optimizer.schedule", name, DECAYS)
 

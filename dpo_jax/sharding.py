@@ -218,7 +218,7 @@ def put_replicated(tree: PyTree, mesh: Mesh) -> PyTree:
     return _put(tree, jax.tree.map(lambda _: replicated(mesh), tree))
 
 
-def _put(tree: Any, places: Any) -> Any:
+def _put(tree: PyTree, places: PyTree) -> PyTree:
     if jax.process_count() == 1:
         return jax.device_put(tree, places)
 

@@ -1,5 +1,7 @@
 """Closed-form values of objectives, and numbers obtained from other trainers' own code."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -212,7 +214,7 @@ def test_errors_name_what_was_called():
     with pytest.raises(InputError, match=r"^config.loss.name: .*test_losses:own has the parameter 'entropy'"):
         objective_of(config.Loss(name=f"{__name__}:own"))
     with pytest.raises(InputError, match=r"^config.loss.gamma: is set, and loss 'sigmoid' has no such option"):
-        objective_of(config.Loss(**{"gamma": 2.0}))
+        objective_of(dataclasses.replace(config.Loss(), gamma=2.0))
 
 
 def test_loss_named_twice_is_an_error():

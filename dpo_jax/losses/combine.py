@@ -6,7 +6,7 @@ import contextlib
 import functools
 import importlib
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -23,12 +23,13 @@ from dpo_jax.losses.registry import (
     REGISTRY,
     Entry,
     Loss,
+    Options,
     arguments,
 )
 from dpo_jax.types import InputError, listed, shown
 
 
-def make_loss(name: str | Loss, options: Mapping[str, Any] | None = None, **more_options: Any) -> Objective:
+def make_loss(name: str | Loss, options: Options | None = None, **more_options: Any) -> Objective:
     """Returns the named objective, or that of a function, with its options bound.
 
     Args:
@@ -60,7 +61,7 @@ def errors_at(spelling: str) -> Iterator[None]:
         raise InputError(spelling.format(error.place), **parts) from error.__cause__
 
 
-def combine(name: str | Loss, options: Mapping[str, Any]) -> Objective:
+def combine(name: str | Loss, options: Options) -> Objective:
     """Makes the objective of `make_loss`. Its errors name the option alone; `errors_at` says where it stands."""
     if isinstance(name, str):
         weighted = [_weighted(part.strip()) for part in name.split(",")]
@@ -105,7 +106,7 @@ def _weighted(part: str) -> tuple[float, str]:
     return weight, name.strip()
 
 
-def _term(weight: float, entry: Entry, options: Mapping[str, Any]) -> Term:
+def _term(weight: float, entry: Entry, options: Options) -> Term:
     """Binds the options that a loss has: its parameters that are no inputs."""
     parameters, inputs = arguments(entry.function), ("lengths", *GIVEN, *COLUMNS)
     own = {each: options[each] for each in [*parameters][2:] if each in options and each not in inputs}
@@ -163,9 +164,7 @@ def _own_entry(name: str, loss: Loss) -> Entry:
     return Entry(name, loss, f"`{name}`", of_pairs=False)
 
 
-def _check_modifier(
-    option: str, value: object, terms: list[Term], modifiers: Mapping[str, Any], bound: Mapping[str, Any]
-) -> None:
+def _check_modifier(option: str, value: object, terms: list[Term], modifiers: Options, bound: Options) -> None:
     """Raises InputError for a value out of range, and for an option that does not combine with all of the losses.
 
     Args:
@@ -196,7 +195,7 @@ def _check_modifier(
         raise InputError(place, got="is set alone", expected=expected, remedy="Set that too, or unset it.")
 
 
-def _check_sum(name: str, objective: Objective, modifiers: Mapping[str, Any]) -> None:
+def _check_sum(name: str, objective: Objective, modifiers: Options) -> None:
     """Raises InputError for losses that cannot be added up, and for an option of an input that none of them reads."""
     entries = [term.entry for term in objective.terms]
     ranking = any("ranked" in entry.kinds and entry.answers_read == "all" for entry in entries)

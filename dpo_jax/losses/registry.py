@@ -13,7 +13,7 @@ import dataclasses
 import inspect
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
-from typing import Any
+from typing import Any, TypeAlias
 
 from jaxtyping import Array
 
@@ -55,6 +55,7 @@ from dpo_jax.losses.pairwise import (
 from dpo_jax.losses.reference_free import cpo, orpo, sft, simpo
 
 Loss = Callable[..., Array]
+Options: TypeAlias = Mapping[str, Any]  # by name; values as in Value, or what an error will refuse
 Value = Number | bool | str | None  # of an option
 
 # Sums over an answer's tokens that scoring makes where an objective reads them.

@@ -31,7 +31,7 @@ from dpo_jax.runtime.terminal import waiting
 from dpo_jax.runtime.xla import COMPILER_OPTIONS, Compiled, keep_compiled
 from dpo_jax.scoring import compute_dtype, make_logps_fn
 from dpo_jax.steps import TrainState, make_score_step, make_train_step, rounding_key
-from dpo_jax.types import Batch
+from dpo_jax.types import AnyArray, Batch
 
 # Positions in a microbatch. On a CPU one short row at a time keeps temporaries in cache; an accelerator wants more.
 CPU_POSITIONS, ACCELERATOR_POSITIONS = 1_536, 16_384
@@ -206,8 +206,8 @@ def make_update(
 class Numbers(NamedTuple):
     """Numbers of an update that are arguments of its program, as host arrays."""
 
-    values: Float[Any, "n"]  # the leaves of `number_tree`
-    rounding_key: UInt32[Any, "2"]  # data of the key of `steps.rounding_key`
+    values: Float[AnyArray, "n"]  # the leaves of `number_tree`
+    rounding_key: UInt32[AnyArray, "2"]  # data of the key of `steps.rounding_key`
 
 
 def number_tree(programs: Programs, tx: Optimizer) -> dict[str, PyTree]:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, NamedTuple, TypeAlias
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple, TypeAlias
 
 import jax
 import numpy as np
@@ -30,7 +30,7 @@ from dpo_jax.runtime.xla import COMPILER_OPTIONS
 from dpo_jax.scoring import score_pairs
 from dpo_jax.types import Encoded, InputError, Row, listed
 
-Message: TypeAlias = Mapping[str, Any]  # with `role` and `content`, as for `tokenizer.apply_chat_template`
+Message: TypeAlias = Mapping[str, object]  # with `role` and `content`, as for `tokenizer.apply_chat_template`
 SHORTEST = 64  # tokens; programs for shorter texts take as many
 
 Text: TypeAlias = str | Sequence[Message]
@@ -145,7 +145,7 @@ def load(
     replica: int = 1,
     fsdp: int = -1,
     tensor: int = 1,
-    devices: Iterable[Any] | None = None,
+    devices: Sequence[object] | None = None,
 ) -> LanguageModel:
     """Loads a language model onto the devices, as a run does.
 
@@ -168,7 +168,7 @@ def load(
     checkpoints.check_weights(folder, model)
     checkpoints.check_tokenizer(folder)
     trainable = trainable_of(chosen, checkpoints.family_table(folder, model)[0], model)
-    used = None if devices is None else list(devices)
+    used = None if devices is None else [*devices]
     compiled: dict[int, Compiled] = {}
 
     def programs_for(lengths: np.ndarray) -> Compiled:
@@ -187,7 +187,7 @@ def load(
     return LanguageModel(folder, model, params, load_tokenizer(str(folder)), built.mesh, programs_for)
 
 
-def _plain(text: Text) -> Any:
+def _plain(text: Text) -> object:
     """Returns messages as lists of dicts, as they are read from a file; text as it is."""
     return text if isinstance(text, str) else [dict(message) for message in text]
 
