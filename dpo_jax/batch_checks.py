@@ -112,7 +112,7 @@ def _check_values(batch: Batch, crops: int, place: str) -> None:
         raise InputError(
             f"{place}.present", got=got, expected="each pair in one microbatch", remedy="It would count twice."
         )
-    real = present.any(0)
+    real = np.asarray(present.any(0))
     numbers = {"reference": batch.reference, "weight": batch.weight, "margin": batch.margin, "lengths": batch.lengths}
     numbers |= {f"reference_sums[{name!r}]": values for name, values in (batch.reference_sums or {}).items()}
     for name, values in numbers.items():

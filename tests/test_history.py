@@ -68,6 +68,7 @@ def test_only_evaluations_with_a_checkpoint_and_of_the_present_pairs_count(folde
 
 def test_changes_are_recorded_once_and_take_an_end_away(folder):
     (folder / "export").mkdir()
+    (folder / "export" / "config.json").touch()  # which makes it complete
     history.record_end(folder, step=4, total=4, exported=2, reason="all updates made")
     assert history.read_end(folder)["exported"] == 2
     chosen = configured(train=config.Train(steps=9), eval=config.Eval(every_steps=2))

@@ -149,7 +149,7 @@ def test_schedules_equal_their_formulas():
     assert set(after) == set(optim.DECAYS)
     rate = optim.make_host_schedule("linear", PEAK, warmup_steps=WARMUP, total_steps=TOTAL, min_lr_rate=0.25)
     expected = PEAK * np.where(t < WARMUP, warm, 0.25 + 0.75 * (1 - done))
-    np.testing.assert_allclose([rate(step) for step in t], expected, rtol=1e-5)
+    np.testing.assert_allclose([rate(int(step)) for step in t], expected, rtol=1e-5)
     with pytest.raises(InputError, match="config.optimizer.min_lr_rate: 0.25, and the schedule 'constant'"):
         make(min_lr_rate=0.25)
 

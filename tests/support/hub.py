@@ -16,6 +16,7 @@ class Hub:
     """What the server has: repositories by id, each with its files by name, and whether it is private."""
 
     def __init__(self):
+        self.address, self.private = "", False
         self.repositories, self.objects, self.refused = {}, {}, set()
 
 

@@ -10,7 +10,7 @@ from unittest import mock
 BUCKET = "my-bucket"
 
 
-def _download(request, response, storage, *args, _without=None, **kwargs):
+def _download(request, response, storage, *args, _without, **kwargs):
     """Serves an object's bytes as gs:// does, with its generation, and none to who has that one already.
 
     The emulator leaves both out. tensorstore, which writes arrays, needs them for an object that it reads again.
@@ -35,7 +35,7 @@ def servers():
     s3 = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
     gs.start()
     s3.start()
-    gs_address = f"http://127.0.0.1:{gs._api._httpd.server_port}"
+    gs_address = f"http://127.0.0.1:{gs._api._httpd.server_port}"  # type: ignore[union-attr]
     s3_address = f"http://127.0.0.1:{s3.get_host_and_port()[1]}"
     environment = {
         "STORAGE_EMULATOR_HOST": gs_address,
