@@ -321,12 +321,15 @@ def test_interrupted_run_goes_on_bit_for_bit(finished, inputs, tmp_path, monkeyp
     began = time.time()
     with killed_at(at, monkeypatch), pytest.raises(Killed):
         train.run(make_config(inputs), tmp_path / "run")
-    lost = read_rows(tmp_path / "run" / "metrics.jsonl")[-1]  # or part of it, if a checkpoint was made before
+    log = tmp_path / "run" / "metrics.jsonl"
+    lost = read_rows(log) if log.exists() else []  # or part of it, if a checkpoint was made before
     train.run(make_config(inputs), tmp_path / "run")
-    last = read_rows(tmp_path / "run" / "metrics.jsonl")[-1]
+    last = read_rows(log)[-1]
     spent = sum(last[f"time/{part}_s"] for part in (*goodput.PARTS, "down"))
-    assert spent == pytest.approx(last["time/unix_s"] - began, abs=0.5)
-    assert lost["time/restart_s"] == 0 < last["time/restart_s"] and 0 < last["goodput"] < 1
+    assert 0 < last["goodput"] < 1
+    if lost:  # a start that logged nothing is known to nobody
+        assert spent == pytest.approx(last["time/unix_s"] - began, abs=0.5)
+        assert lost[-1]["time/restart_s"] == 0 < last["time/restart_s"]
     for name in ("metrics.jsonl", "eval.jsonl"):
         assert untimed(read_rows(tmp_path / "run" / name)) == untimed(read_rows(finished / name))
     ours, theirs = weights(tmp_path / "run" / "export"), weights(finished / "export")
