@@ -645,6 +645,7 @@ def test_default_cache_follows_the_environment(tmp_path, monkeypatch):
     assert files.cache_folder("pairs") == Path.home() / ".cache/dpo_jax/pairs"
 
 
+@pytest.mark.slow
 def test_memory_stays_flat_as_the_data_grows(tmp_path, monkeypatch):
     monkeypatch.setattr(reading, "_CHUNK_ROWS", 20)
     tokenizer = make_tokenizer()

@@ -165,6 +165,7 @@ def mean_at_reference(pairs):
     return (weights * np.log1p(np.exp(margins))).sum() / weights.sum()
 
 
+@pytest.mark.slow
 def test_weights_and_margins_reach_updates_and_evaluation(folders, tmp_path, capsys):
     folder = weigh(folders["paired"], tmp_path / "inputs")
     config = make_config(folder, train__steps=3)

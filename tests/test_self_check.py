@@ -117,6 +117,7 @@ def test_damaged_store_of_a_sync_is_named_and_made_again(inputs, tmp_path):
     assert untimed(read_rows(folder / "metrics.jsonl")) == rows
 
 
+@pytest.mark.slow
 def test_own_loss_without_beta_reads_both_answers_and_leaves_a_store_that_others_can_use(inputs, tmp_path):
     store = tmp_path / "store"
     train.run(one_step(inputs, store, loss__name="tests.support.own_losses:margin"), tmp_path / "own")

@@ -177,9 +177,8 @@ def test_answers_of_a_ranking_score_as_they_do_alone(layout_name):
     assert (found == 0).sum() == 3
 
 
-@pytest.mark.parametrize(
-    "sizes", [pytest.param(size, marks=pytest.mark.slow) for size in ((1, 8, 1), (1, 1, 8), (1, 4, 2))] + [(2, 2, 2)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("sizes", [(1, 8, 1), (1, 1, 8), (1, 4, 2), (2, 2, 2)])
 def test_mesh_shape_changes_nothing(whole, sizes):
     mesh = sharding.make_mesh(*sizes)
     batch = make_batch(random_pairs(), 8)

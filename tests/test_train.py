@@ -551,6 +551,7 @@ def test_source_whose_rows_are_all_skipped_is_not_blamed_on_its_weight(inputs, t
     train.run(config, tmp_path / "run")
 
 
+@pytest.mark.slow
 def test_reference_command_leaves_train_nothing_to_score(inputs, tmp_path, capsys):
     commands.score_reference(make_config(inputs), tmp_path / "run")
     assert f"{TRAIN_PAIRS + EVAL_PAIRS} scored" in capsys.readouterr().err
@@ -751,7 +752,8 @@ def test_workdir_of_another_run_is_refused_and_names_the_field(finished, inputs)
     assert (finished / "config.json").read_text() == before
 
 
-@pytest.mark.parametrize("split", ["train", pytest.param("eval", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("split", ["train", "eval"])
 def test_data_changed_under_a_run_is_refused(inputs, tmp_path, split):
     shutil.copytree(inputs, tmp_path / "inputs")
     config = make_config(tmp_path / "inputs", train__steps=2)
@@ -767,6 +769,7 @@ def test_data_changed_under_a_run_is_refused(inputs, tmp_path, split):
         shutil.rmtree(tmp_path / "run" / "export", ignore_errors=True)
 
 
+@pytest.mark.slow
 def test_refused_run_leaves_the_folder_to_the_corrected_one(inputs, tmp_path):
     with pytest.raises(InputError, match=r"config\.data\.row_length: got 32"):
         train.run(make_config(inputs, data__row_length=32, train__steps=1), tmp_path / "run")
