@@ -1,13 +1,13 @@
-"""Kills a run at random moments, on a disk and in buckets, and compares what it ends with to a run that never was.
+"""Kills a run at random moments, on a disk and in buckets, and compares its results with those of an unbroken run.
 
     python -m benchmarks.kills --kills=20
 
 The run is a tiny one on the CPU with everything that a run writes: reference log-probs, two syncs of the reference with
 mixed weights, evaluations, checkpoints and the export. Its working folder is on this disk, and in buckets of servers
-of gs:// and s3:// that this script starts on this machine. A process gets SIGKILL
-at a moment drawn evenly from the seconds that an unbroken run takes; the next one goes on in the same folder. Once a
-run has come to its end, its logs, without what a clock decides, and its exported weights are compared with those of the
-unbroken run, bit by bit, and the next run begins in a new folder, until there were --kills of them.
+of gs:// and s3:// that this script starts on this machine. A process gets SIGKILL at a moment drawn evenly from the
+seconds that an unbroken run takes; the next one goes on in the same folder. At the end of a run its logs, without what
+a clock decides, and its exported weights are compared with those of the unbroken run, bit by bit. The next run begins
+in a new folder, until there were --kills kills.
 
 Prints for each place the kills, the runs that they were spread over, the updates that were done when a kill came, and
 the runs that differ; writes them to --out as JSON. With --check it fails if any differs.

@@ -90,6 +90,7 @@ ENVIRONMENT = """\
 | `HF_HOME`, `HF_TOKEN`, `HF_HUB_OFFLINE` | read by `huggingface_hub`, where a model or data set is a Hub id |
 | `GOOGLE_APPLICATION_CREDENTIALS`, `STORAGE_EMULATOR_HOST` | read for paths at `gs://`, see [buckets.md](buckets.md) |
 | `AWS_PROFILE`, `AWS_ACCESS_KEY_ID`, `AWS_SECRET_ACCESS_KEY`, `AWS_DEFAULT_REGION` | read for paths at `s3://` |
+| `JAX_COORDINATOR_ADDRESS`, `JAX_NUM_PROCESSES`, `JAX_PROCESS_ID` | in place of the flags `--coordinator` ... |
 | `AWS_ENDPOINT_URL` | address of another store that speaks the protocol of `s3://` |
 | `WANDB_MODE` | read by Weights & Biases: `online`, `offline` or `disabled` |
 

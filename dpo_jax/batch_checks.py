@@ -13,7 +13,7 @@ from jaxtyping import Array, Bool, PyTree
 from dpo_jax.types import AnyArray, Batch, InputError, listed
 
 KINDS = {"b": "true or false", "i": "whole numbers", "f": "numbers"}  # of the elements of an array
-# Inputs of a loss that no auxiliary output of a model may be named as.
+# Names of a loss's inputs; no auxiliary output of a model may have one.
 RESERVED = ("policy", "reference", "lengths", "present", "running", "baseline", "kl", "weight", "margin")
 
 
@@ -47,7 +47,9 @@ def check_batch(batch: Batch, *, crops: int = 0, place: str = "batch") -> None:
         _check(f"{place}.crop", batch.crop, ("A",), sizes, "i", "Give the index of each microbatch's crop.")
         if not crops:
             remedy = "Give `crops` to the function that makes the step, or leave `crop` out."
-            raise InputError(f"{place}.crop", got="is set", expected="functions that crop", remedy=remedy)
+            raise InputError(
+                f"{place}.crop", got="got an array", expected="None, or functions that crop", remedy=remedy
+            )
     if batch.mismatched is not None:
         check_batch(batch.mismatched, crops=crops, place=f"{place}.mismatched")
         of_answers = np.shape(batch.mismatched.reference)
@@ -71,7 +73,7 @@ def _check_rows(rows: PyTree, place: str) -> int:
 def _check(
     place: str, array: AnyArray, axes: tuple[str, ...], sizes: Mapping[str, int], kind: str, remedy: str
 ) -> None:
-    """Raises InputError unless an array has these axes, with the sizes that are known of them, and such elements."""
+    """Raises InputError unless an array has these axes, with the known sizes, and elements of this kind."""
     shape = np.shape(array)
     if len(shape) != len(axes) or any(sizes.get(axis, size) != size for axis, size in zip(axes, shape, strict=True)):
         named = ", ".join(f"{axis}={sizes[axis]}" if axis in sizes else axis for axis in axes)
@@ -110,7 +112,10 @@ def _check_values(batch: Batch, crops: int, place: str) -> None:
         holders = listed([str(i) for i in np.flatnonzero(present[:, twice[0]])])
         got = f"pair {twice[0]} is in microbatches {holders}"
         raise InputError(
-            f"{place}.present", got=got, expected="each pair in one microbatch", remedy="It would count twice."
+            f"{place}.present",
+            got=got,
+            expected="each pair in one microbatch",
+            remedy="Leave it in one of them; it would count twice.",
         )
     real = np.asarray(present.any(0))
     numbers = {"reference": batch.reference, "weight": batch.weight, "margin": batch.margin, "lengths": batch.lengths}

@@ -58,7 +58,7 @@ class Data:
     date: str = ""  # YYYY-MM-DD, the day that chat templates write; empty: the day on which the run began
     shuffle: bool = True  # true: a new order each epoch, drawn from seed; false: file order
     max_length: int = 1024  # tokens of prompt and answer together, >= 2; longer sequences are truncated
-    max_prompt_length: int = 512  # tokens of the prompt, >= 1 and < data.max_length; longer prompts are truncated
+    max_prompt_length: int = 512  # tokens of the prompt in a pair that is truncated, >= 1 and < data.max_length
     truncate_prompt: str = "keep_end"  # keep_end | keep_start: which end of a long prompt is kept; error: refuse it
     on_bad_row: str = "error"  # error: stop at an unusable row; skip: drop it, count it and report it
     layout: str = "auto"  # shared: one prompt per pair; repeated: one per answer; auto: shared if the model allows
@@ -187,7 +187,7 @@ class Export:
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    seed: int = 0  # seed of the data order, >= 0
+    seed: int = 0  # seed of the data order, of new adapters and of the rounding of bfloat16 parameters, >= 0
     prepare: str = ""  # "module:function", called as f(workdir) before inputs are read, to make them; empty: none
     hooks: str = ""  # "module:function", called as f(step, metrics) with each logged update and evaluation; empty: none
     model: Model = Model()

@@ -9,7 +9,8 @@ STOPPED=75
 # Variables of this environment that every host of a run gets, where they are set. FORWARD names further ones.
 FORWARDED=(HF_TOKEN HF_ENDPOINT HF_HUB_OFFLINE WANDB_API_KEY WANDB_BASE_URL WANDB_ENTITY WANDB_MODE
     JAX_COMPILATION_CACHE_DIR LIBTPU_INIT_ARGS
-    AWS_ACCESS_KEY_ID AWS_SECRET_ACCESS_KEY AWS_SESSION_TOKEN AWS_REGION AWS_ENDPOINT_URL)
+    AWS_ACCESS_KEY_ID AWS_SECRET_ACCESS_KEY AWS_SESSION_TOKEN AWS_REGION AWS_DEFAULT_REGION
+    AWS_ENDPOINT_URL)
 
 refuse() { # PLACE GOT EXPECTED REMEDY: prints one line and exits with status 2, as dpo-jax does
     echo "error: $1: $2; expected $3. $4" >&2
@@ -98,7 +99,7 @@ check_places() { # ARGUMENT...: refuses arguments that name places which the hos
             --config.data.train=* | --config.data.eval=*)
                 IFS=, read -ra parts <<<"${argument#*=}"
                 for part in ${parts[@]+"${parts[@]}"}; do
-                    [[ ! $part =~ ^[A-Za-z0-9_-]+=(.*)$ ]] || part=${BASH_REMATCH[1]}   # NAME=DATA
+                    [[ ! $part =~ ^[A-Za-z0-9_][A-Za-z0-9_.-]*=(.*)$ ]] || part=${BASH_REMATCH[1]}   # NAME=DATA
                     [[ ! $part =~ ^(.+)\*[0-9][0-9.eE+-]*$ ]] || part=${BASH_REMATCH[1]} # DATA*WEIGHT
                     check_place "${argument%%=*}=$part" "$part"
                 done

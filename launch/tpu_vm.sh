@@ -33,7 +33,7 @@
 #   CREATE_OPTIONS     further options of `queued-resources create`, for example --reserved; default: none
 #   RUNTIME_VERSION    image of the VMs; default: the one for ACCELERATOR_TYPE
 #   PROJECT            project of Google Cloud; default: that of gcloud
-#   EXTRAS             extras of the package to install; default tpu
+#   EXTRAS             extras of the package to install; default tpu. Those that paths at gs:// or s3:// need are added
 #   POLL_S             seconds between two queries of the queued resource; default 60
 #   DRY_RUN            1: print the commands and run nothing; needs no gcloud
 #
@@ -56,6 +56,8 @@ case $action in
     run)
         check_train "$@"
         check_forward
+        [[ $* != *gs://* || ,$EXTRAS, == *,gcs,* ]] || EXTRAS+=,gcs
+        [[ $* != *s3://* || ,$EXTRAS, == *,s3,* ]] || EXTRAS+=,s3
         ;;
     create | status | delete)
         [[ $# -eq 0 ]] || refuse "command line" "unexpected '$1'" "nothing after $action" "Only run takes arguments."

@@ -751,6 +751,8 @@ def test_launcher_takes_what_hosts_will_have(script, checkout, tools):
     if script == "gke.sh":
         spec = pod(yaml.safe_load(result.stdout))
         assert spec["volumes"] == spec["containers"][0]["volumeMounts"] == []  # all is in the bucket
+    else:
+        assert "dpo_jax[tpu,gcs,s3]" in result.stdout  # hosts install what reads these buckets
 
 
 def test_gke_refuses_a_workdir_that_is_not_on_the_claim(tmp_path, tools):

@@ -94,7 +94,7 @@ def weighted(part: str, spec: str) -> tuple[str, float]:
     if not name:
         raise InputError(
             f"data {spec!r}",
-            got="a part without a name",
+            got="a part without a source",
             expected="files, folders or Hub ids between commas",
             remedy="Name the data or remove the extra comma.",
         )

@@ -16,11 +16,11 @@ class Equivalent(NamedTuple):
 _MODEL = {
     "model": ("model.path", "a local folder or a Hub id, not a loaded model"),
     "model_name_or_path": ("model.path", "a local folder or a Hub id"),
-    "ref_model": ("", "the reference is the model that training starts from; scored once, before training"),
+    "ref_model": ("", "that which training starts from; another one's log-probs may be columns"),
     "processing_class": ("tokenizer.path", "that of model.path unless it is set"),
     "model_init_kwargs": ("model.dtype model.param_dtype model.attention", "its dtype and attn_implementation"),
     "dtype": ("model.param_dtype model.dtype", "the type that parameters are held in, and that of computing"),
-    "torch_dtype": ("model.param_dtype model.dtype", "the type that parameters are held in, and that of computing"),
+    "torch_dtype": ("model.param_dtype model.dtype", "of older releases, as dtype"),
     "attn_implementation": ("model.attention", "chosen by platform"),
     "model_revision": ("model.path", "the newest revision of a Hub id; of another, the folder that hf download wrote"),
     "trust_remote_code": ("", "code that comes with a model is never run; docs/families.md lists what is supported"),
@@ -31,13 +31,13 @@ _MODEL = {
     "disable_dropout": ("", "there is no dropout"),
     "peft_config": (
         "lora.rank lora.alpha lora.targets lora.rank_stabilised",
-        "its r, lora_alpha, target_modules and use_rslora; adapters stand beside all linear layers of the blocks, "
+        "its r, lora_alpha, target_modules and use_rslora; adapters are on all linear layers of the blocks, "
         "unless lora.targets selects among them; no dropout",
     ),
     "use_peft": ("lora.rank", "adapters train where it is above 0"),
     "lora_r": ("lora.rank", ""),
     "lora_alpha": ("lora.alpha", "twice the rank unless it is set"),
-    "lora_dropout": ("", "there is no dropout"),
+    "lora_dropout": ("", "there is no dropout; TRL's script has 0.05"),
     "lora_target_modules": ("lora.targets", "a regular expression of module names; all linear layers unless it is set"),
     "lora_target_parameters": ("lora.targets", "adapters stand beside linear layers, not in tensors of experts"),
     "lora_modules_to_save": ("", "embeddings and head stay as they are beside adapters"),
@@ -70,7 +70,10 @@ _DATA = {
         "does not have; None is not accepted",
     ),
     "max_prompt_length": ("data.max_prompt_length", "of older releases"),
-    "max_completion_length": ("data.max_length data.max_prompt_length", "an answer has what the prompt leaves"),
+    "max_completion_length": (
+        "data.max_length data.max_prompt_length",
+        "of older releases; an answer has what the prompt leaves",
+    ),
     "truncation_mode": (
         "data.truncate_prompt",
         "which end of the prompt is kept; TRL cuts prompt and answer as one, so keep_start cuts the answer. Here the "
@@ -90,11 +93,14 @@ _DATA = {
     "dataloader_multiprocessing_context": ("", "as dataloader_num_workers"),
     "dataloader_in_order": ("", "batches are the same in every run with the same seed"),
     "train_sampling_strategy": ("data.shuffle", "random is true, sequential is false; lengths are grouped by packing"),
-    "group_by_length": ("", "packing puts pairs of different lengths into one row"),
+    "group_by_length": ("", "of older releases; packing puts pairs of different lengths into one row"),
     "length_column_name": ("", "lengths are counted"),
     "label_names": ("", "columns have fixed names; data.columns maps others"),
     "ignore_data_skip": ("", "a resumed run reads the batches that follow, without reading those before"),
-    "assistant_only_loss": ("data.turns", "on; in an answer of several turns the assistant's are scored"),
+    "assistant_only_loss": (
+        "data.turns",
+        "an option of SFTConfig; on: in an answer of several turns the assistant's are scored",
+    ),
 }
 
 _OBJECTIVE = {
@@ -103,18 +109,21 @@ _OBJECTIVE = {
     "beta": ("loss.beta", "0.1 for most losses unless it is set, 5 for sigmoid_norm, 0.001 for sppo_hard"),
     "label_smoothing": (
         "loss.label_smoothing",
-        "sigmoid smooths too (conservative DPO), where TRL ignores it; 0.1 for robust unless set",
+        "sigmoid and sigmoid_norm smooth too (conservative DPO), where TRL ignores it; 0.1 for robust unless set",
     ),
     "discopop_tau": ("loss.tau", ""),
     "f_divergence_type": ("loss.divergence", "the same names"),
-    "f_alpha_divergence_coef": ("loss.divergence_alpha", "in (0, 1)"),
+    "f_alpha_divergence_coef": ("loss.divergence_alpha", "1 minus TRL's number, in (0, 1)"),
     "ld_alpha": ("loss.ld_alpha", ""),
     "use_weighting": ("loss.wpo", ""),
-    "reference_free": ("loss.name", "losses without a reference are simpo, cpo, orpo and sft"),
+    "reference_free": ("loss.name", "of older releases; losses without a reference are simpo, cpo, orpo and sft"),
     "rpo_alpha": ("loss.nll_weight", "of older releases"),
     "precompute_ref_log_probs": ("", "always on; the reference runs once and its log-probs are stored"),
     "precompute_ref_batch_size": ("reference.microbatch_rows", "rows, not pairs; chosen unless it is set"),
-    "precompute_ref_eval_batch_size": ("reference.microbatch_rows", "rows, not pairs; chosen unless it is set"),
+    "precompute_ref_eval_batch_size": (
+        "reference.microbatch_rows",
+        "of older releases; rows, not pairs; chosen unless it is set",
+    ),
     "sync_ref_model": (
         "reference.sync_steps",
         "the number of steps; pairs until the next sync are scored anew",
@@ -135,7 +144,10 @@ _OPTIMIZATION = {
     "num_train_epochs": ("train.epochs", "1 unless it is set, where TRL has 3"),
     "max_steps": ("train.steps", ""),
     "learning_rate": ("optimizer.learning_rate", "1e-6, as in TRL"),
-    "lr_scheduler_type": ("optimizer.schedule", "constant, linear or cosine; the others are these with their options"),
+    "lr_scheduler_type": (
+        "optimizer.schedule",
+        "constant, linear or cosine, with warm-up and a floor; others are not offered",
+    ),
     "lr_scheduler_kwargs": ("optimizer.min_lr_rate", "its min_lr_rate; schedules have no further options"),
     "warmup_steps": ("optimizer.warmup_steps optimizer.warmup_ratio", "a number of updates, or a share of all"),
     "warmup_ratio": ("optimizer.warmup_ratio", "of older releases"),
@@ -145,14 +157,17 @@ _OPTIMIZATION = {
     ),
     "optim_args": ("optimizer.b1 optimizer.b2 optimizer.eps", ""),
     "optimizers": ("optimizer.name", "from Python make_train_step takes any optax transformation"),
-    "optim_target_modules": ("train.freeze", "a regular expression of the tensors that do not train"),
+    "optim_target_modules": ("", "of GaLore and APOLLO, which are not offered"),
     "weight_decay": ("optimizer.weight_decay", "of matrices only, as in transformers"),
     "adam_beta1": ("optimizer.b1", ""),
     "adam_beta2": ("optimizer.b2", ""),
     "adam_epsilon": ("optimizer.eps", ""),
     "max_grad_norm": ("optimizer.clip_norm", "0 is no clipping"),
     "seed": ("seed", "0 unless it is set, where TRL has 42; the order of another library is another order"),
-    "data_seed": ("seed", "one seed, for the order of the data, which is all that is random"),
+    "data_seed": (
+        "seed",
+        "one seed, for the order of the data, the first values of adapters, and the rounding of bfloat16 parameters",
+    ),
     "full_determinism": ("", "a run repeats bit for bit on the same hardware"),
 }
 
@@ -180,7 +195,7 @@ _PRECISION = {
 _RECORDS = {
     "output_dir": ("--workdir", "metrics, checkpoints, reference and export lie in it; gs:// and s3:// too"),
     "run_name": ("--workdir", "a run has the name of its folder"),
-    "logging_dir": ("--workdir", "metrics.jsonl lies in it"),
+    "logging_dir": ("--workdir", "of older releases; metrics.jsonl lies in it"),
     "logging_steps": ("log.every_steps", "1 unless it is set; each line is of one batch, not a mean of several"),
     "logging_strategy": ("log.every_steps", "by steps"),
     "logging_first_step": ("", "the first update has a line"),
@@ -194,21 +209,21 @@ _RECORDS = {
     "trackio_space_id": ("log.tensorboard log.wandb", "Trackio is not offered"),
     "trackio_bucket_id": ("log.tensorboard log.wandb", "Trackio is not offered"),
     "trackio_static_space_id": ("log.tensorboard log.wandb", "Trackio is not offered"),
-    "include_num_input_tokens_seen": ("", "tokens_real in metrics.jsonl"),
+    "include_num_input_tokens_seen": ("", "tokens_real in metrics.jsonl is that of one batch"),
     "skip_memory_metrics": ("profile.steps", "a trace for XProf"),
     "debug": ("profile.steps", "a trace for XProf"),
-    "callbacks": ("hooks", "a function, called with the step and its metrics; early stopping is eval.patience"),
+    "callbacks": ("hooks", "a function of step and metrics, which changes nothing; eval.patience stops early"),
     "compute_metrics": ("", "eval.jsonl has loss, rewards and log-probs; hooks gets them too"),
 }  # fmt: skip
 
 _EVALUATION = {
     "do_train": ("", "the command says it, dpo-jax train"),
-    "do_eval": ("data.eval", "named pairs are evaluated before the first update and after the last"),
+    "do_eval": ("data.eval", "data.eval is evaluated before the first update and after the last"),
     "do_predict": ("", "the command says it, dpo-jax evaluate"),
     "eval_strategy": ("eval.every_steps", "by steps"),
     "eval_steps": ("eval.every_steps", "a number of updates, no ratio; 0 is only before and after training"),
     "eval_on_start": ("", "always on; the first line of eval.jsonl is of the untrained model"),
-    "eval_delay": ("eval.every_steps", "evaluations have one distance"),
+    "eval_delay": ("eval.every_steps", "evaluations are evenly spaced; the first cannot be delayed"),
     "per_device_eval_batch_size": ("", "rows of evaluation are chosen as those of training are"),
     "eval_accumulation_steps": ("", "only sums are kept"),
     "eval_do_concat_batches": ("", "only sums are kept"),
@@ -223,7 +238,7 @@ _EVALUATION = {
     "save_on_each_node": ("", "each process writes its share into one folder"),
     "enable_jit_checkpoint": ("", "on SIGTERM a run saves its state and ends with status 75"),
     "resume_from_checkpoint": ("--workdir", "the same command goes on from the newest checkpoint"),
-    "overwrite_output_dir": ("--workdir", "another folder; a finished run is not overwritten"),
+    "overwrite_output_dir": ("--workdir", "of older releases; a finished run is not overwritten"),
     "restore_callback_states_from_checkpoint": ("", "there are no callbacks with a state"),
     "load_best_model_at_end": ("checkpoint.best", "the best state is kept besides the newest, and exported"),
     "metric_for_best_model": ("checkpoint.best", "as in eval/rewards/accuracies:max"),
@@ -235,7 +250,7 @@ _EVALUATION = {
     "hub_private_repo": ("export.hub_private", ""),
     "hub_always_push": ("", "as hub_strategy"),
     "hub_revision": ("", "the main branch"),
-    "generate_during_eval": ("", "nothing is generated; load export/ with transformers or vLLM"),
+    "generate_during_eval": ("", "of older releases; nothing is generated; load export/ with transformers or vLLM"),
 }
 
 _DEVICES = {

@@ -66,6 +66,7 @@ def push(folder: Path, repo: str, *, private: bool) -> str:
             FIELD,
             got=f"{repo!r}, and the upload failed ({' '.join(str(error).split()):.300})",
             expected="a repository that can be written to",
-            remedy=f"The export is whole in {folder}. Upload it with `hf upload {repo} {folder}`.",
+            remedy=f"The export is whole in {folder}. Upload it, or a copy of it on disk, with "
+            f"`hf upload {repo} {folder}{' --private' * private}`.",
         ) from error
     return str(made)

@@ -1,4 +1,4 @@
-"""From names and options to an objective, with checks of what goes together."""
+"""Builds an objective from names and options, and checks that they go together."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a run has behind it: its evaluations and which is the best, changes of its configuration, and its end."""
+"""Records of a run: its evaluations and the best of them, changes of its configuration, and how it ended."""
 
 from __future__ import annotations
 

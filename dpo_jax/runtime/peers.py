@@ -1,6 +1,6 @@
 """Notices processes that end without a word: each keeps a TCP connection to process 0 open until it says that it ends.
 
-The kernel closes the connection of a process that is killed, and sends the packets that find a machine which is gone.
+The kernel closes the connection of a killed process, and its keep-alive packets notice a machine that is gone.
 A process that is only busy answers neither sooner nor later, and is never taken for dead.
 """
 
