@@ -333,7 +333,9 @@ def run_together(name: str, parsed: Parsed) -> None:
 
     try:
         hosts.join(**parsed.place)
-        facts = {"command": name, "workdir": str(parsed.workdir), "code": hosts.code_digest(), **flat(parsed.config)}
+        options = {f"--{option}": value for option, value in parsed.options.items()}
+        facts = {"command": name, "workdir": str(parsed.workdir), "code": hosts.code_digest()}
+        facts |= options | flat(parsed.config)
         hosts.agree("command, code and configuration", facts)
         call(name, parsed)
     except InputError as error:

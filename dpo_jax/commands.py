@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from typing import NamedTuple
 
-from dpo_jax.config import Config
-from dpo_jax.export import export_model
+from dpo_jax.config import Config, flat
+from dpo_jax.export import export_model, upload
 from dpo_jax.losses import Objective
 from dpo_jax.plan.command import run_plan
 from dpo_jax.reporting.console import describe_data
@@ -24,6 +25,7 @@ from dpo_jax.run.workdir import resolve_paths, store_folder
 from dpo_jax.runtime import files, hosts
 from dpo_jax.runtime.clocks import Stopwatch
 from dpo_jax.runtime.files import Path
+from dpo_jax.runtime.terminal import say
 from dpo_jax.train import after_sft, from_sft, order_of, run, sync_of
 from dpo_jax.trees import join
 from dpo_jax.types import InputError
@@ -68,7 +70,7 @@ def evaluate(
             raise InputError("--step", got="given with a model", expected="a run", remedy="Leave it or --model out.")
         row = evaluate_model(config, folder, model or config.model.path, reference or "")
     if hosts.first():
-        print(json.dumps(row))
+        print(json.dumps({name: value if math.isfinite(value) else None for name, value in row.items()}))
 
 
 def inspect(config: Config, folder: Path, *, pairs: int = 3) -> None:
@@ -147,6 +149,10 @@ def evaluate_model(config: Config, folder: Path | None, model: str, reference: s
     Raises: InputError if the models cannot be compared, as `metrics_of_model` or as `train.run` does.
     """
     if folder is None:  # training pairs are not needed
+        for name, value in flat(config).items():
+            if name != "data.train" and isinstance(value, str) and "{workdir}" in value:
+                expected, remedy = "a path without it, or --workdir", f"Give --workdir, or --config.{name}=PATH."
+                raise InputError(f"config.{name}", got=repr(value), expected=expected, remedy=remedy)
         config = dataclasses.replace(config, data=dataclasses.replace(config.data, train=""))
     else:
         config = resolve_paths(workdir.dated(config, folder), folder)
@@ -210,7 +216,12 @@ def export_checkpoint(config: Config, folder: Path, out: Path | None, *, merge: 
             remedy="Leave --out off, or finish the run.",
         )
     rows = [row for row in workdir.read_rows(folder / "eval.jsonl") if row["step"] == at]
-    export_model(config, inputs, params, out, rows, at, merge=merge, changes=history.read_changes(folder))
+    changes = history.read_changes(folder)
+    export_model(config, inputs, params, out, rows, at, merge=merge, changes=changes)
+    if is_final:
+        upload(config, out)
+    elif config.export.push_to_hub:
+        say(f"note: not uploaded to {config.export.push_to_hub}, which is for the model at the run's end")
 
 
 def checked_objective(config: Config) -> Objective:

@@ -27,7 +27,7 @@ def export_model(
     merge: bool = False,
     changes: Sequence[Change] = (),
 ) -> None:
-    """Writes a Hugging Face folder with a model card, and uploads it where `export.push_to_hub` says so.
+    """Writes a Hugging Face folder with a model card.
 
     Args:
       params: all parameters, trained and frozen.
@@ -62,5 +62,9 @@ def export_model(
         peft.save(params, trained_adapters, table, inputs.model.stacks, base=inputs.name, out=out, options=options)
     hosts.barrier("export")  # process 0 moves the folder into place before it arrives here
     say(f"exported to {out}")
+
+
+def upload(config: Config, out: Path) -> None:
+    """Uploads an export where `export.push_to_hub` says so, from process 0. Raises: InputError as `hub.push`."""
     if config.export.push_to_hub and hosts.first():
         say(f"uploaded to {hub.push(out, config.export.push_to_hub, private=config.export.hub_private)}")

@@ -14,6 +14,7 @@ from ml_collections import config_dict, config_flags
 
 from dpo_jax.config import CODE, Config, _kinds, _thaw, _unknown, flat, freeze, from_file, record_from_json, type_name
 from dpo_jax.fields import files, trl
+from dpo_jax.runtime.buckets import scheme_of
 from dpo_jax.runtime.files import Path, local
 from dpo_jax.runtime.files import path as path_of
 from dpo_jax.runtime.terminal import say
@@ -160,7 +161,7 @@ class _Source(flags.ArgumentParser):
         self._overridden = overridden
 
     def parse(self, argument: str) -> config_dict.ConfigDict:
-        scheme, slashes, rest = argument.rpartition("://")
+        scheme, slashes, rest = argument.partition("://") if scheme_of(argument) else ("", "", argument)
         name, *args = rest.split(":", 1)
         path = f"{scheme}{slashes}{name}"
         file = path_of(path, "--config")

@@ -18,7 +18,7 @@ from dpo_jax.config import Config, Export, Loss, Sft
 from dpo_jax.cost.flops import peak_flops
 from dpo_jax.data.batches import ReferenceValues
 from dpo_jax.data.order import epoch_size, make_order, reached
-from dpo_jax.export import export_model
+from dpo_jax.export import export_model, upload
 from dpo_jax.hf.folders import check_replaceable, is_export
 from dpo_jax.reporting import console, trackers
 from dpo_jax.reporting.step_log import StepLog
@@ -74,7 +74,11 @@ def run(config: Config, folder: Path, watch: Stopwatch | None = None) -> None:
         inputs = read_inputs(config, objective, folder, training=True)
     total = checks.updates_of(config, inputs.sets["train"])
     changes = history.changes_of(unresolved, folder)
-    step = workdir.check_data(inputs.digests, folder, other_eval="data.eval" in changes)
+    step = workdir.check_data(
+        inputs.digests,
+        folder,
+        other_eval=lambda step: "data.eval" in changes or history.changes_evaluation(folder, step),
+    )
     checks.check_goes_on(config, changes, step, total)
     history.check_goal(config, inputs)
     console.describe_data(inputs)
@@ -115,7 +119,10 @@ def is_complete(
         return False
     say(f"{folder} is complete at step {step}, {end['reason']}; the model is in {folder / 'export'}")
     if changes:
-        say(f"note: no update is left for a change ({history.shown(changes)}); raise train.steps or train.epochs")
+        further = "raise train.steps or train.epochs" if step == total else "raise eval.patience, or set it to 0"
+        say(f"note: no update is left for a change ({history.shown(changes)}); {further}")
+    if config.export.push_to_hub:
+        say(f"note: nothing is uploaded again; dpo-jax export --workdir={folder} uploads the model")
     return True
 
 
@@ -190,9 +197,10 @@ def train(
             jax.block_until_ready((state, frozen))
         del params  # trainable parameters are donated to the state: from here on memory holds one model
         start = int(jax.device_get(state.step))
-        evaluations = history.read_history(config, folder, before=start, kept=checkpoints.all_steps())
         every = config.eval.every_steps, config.checkpoint.every_steps
         schedule = Schedule(start, total, *every, save_evaluated=bool(config.checkpoint.best))
+        before = start + keeps_evaluation(schedule, folder)
+        evaluations = history.read_history(config, folder, before=before, kept=checkpoints.all_steps())
         sync = sync_of(config, inputs, programs, store, order, total, folder)
         if sync is not None and sync.last(start):
             values = sync.stored(sync.last(start))
@@ -243,9 +251,11 @@ class End(NamedTuple):
 
 def finish(config: Config, inputs: Inputs, params: PyTree, folder: Path, evaluations: History, end: End) -> None:
     """Exports parameters, and prints and records how the run ended."""
-    rows = [row for row in workdir.read_rows(folder / "eval.jsonl") if row["step"] <= end.exported]
-    changes = history.read_changes(folder)
-    export_model(config, inputs, params, folder / "export", rows, end.exported, changes=changes)
+    since, rows = history.evaluated_since(folder), workdir.read_rows(folder / "eval.jsonl")
+    rows = [row for row in rows if since <= row["step"] <= end.exported]  # of the pairs that the run has now
+    changes, last = history.read_changes(folder), [row for row in rows if row["step"] == end.exported]
+    export_model(config, inputs, params, folder / "export", last, end.exported, changes=changes)
+    upload(config, folder / "export")
     reason = f"all {end.total} updates made"
     if end.step < end.total:
         reason = f"before {end.total}: no better {evaluations.goal} in {counted(config.eval.patience, 'evaluations')}"
@@ -254,6 +264,11 @@ def finish(config: Config, inputs: Inputs, params: PyTree, folder: Path, evaluat
     say(f"ended at step {end.step}, {reason}")
     history.record_end(folder, step=end.step, total=end.total, exported=end.exported, reason=reason)
     console.before_and_after(rows)
+
+
+def keeps_evaluation(schedule: Schedule, folder: Path) -> bool:
+    """Whether an evaluation after `schedule.start` updates is kept: that of an end beyond which the run now goes."""
+    return not schedule.evaluates(schedule.start) and not history.changes_evaluation(folder, schedule.start)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -285,16 +300,14 @@ def open_outputs(
     Args:
       spent: fields of the account when the checkpoint was made that the run goes on from.
     """
-    start, total = schedule.start, schedule.total
-    # Of the end of the run that now goes on: it is not made again.
-    keeps_evaluation = not schedule.evaluates(start) and not history.changes_evaluation(folder, start)
+    start, total, kept = schedule.start, schedule.total, keeps_evaluation(schedule, folder)
     writers: dict[str, list[trackers.Tracker]] = {}  # by file; empty except on process 0
     last: dict[str, dict[str, float]] = {}  # row that an earlier call wrote, by file
     if hosts.first():
         for name in ("metrics.jsonl", "eval.jsonl"):
             log = trackers.JsonlWriter(folder / name)
             opened.callback(log.close)
-            last[name] = log.truncate_after(start if name == "eval.jsonl" and keeps_evaluation else start - 1)
+            last[name] = log.truncate_after(start if name == "eval.jsonl" and kept else start - 1)
             writers[name] = [log]
         more_writers = trackers.open_trackers(
             folder,

@@ -325,7 +325,8 @@ def test_flags_override_a_recipe(recipe):
 
 def test_the_recipe_gets_what_stands_after_the_colon(recipe):
     path = recipe("config.tokenizer.path = arg or 'nothing'")
-    assert load(f"{path}:a:b").tokenizer.path == "a:b"
+    for argument in ("a:b", "gs://bucket/model"):
+        assert load(f"{path}:{argument}").tokenizer.path == argument
     assert load(path).tokenizer.path == "nothing"
 
 

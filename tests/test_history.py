@@ -6,8 +6,9 @@ import math
 
 import pytest
 
-from dpo_jax import config
+from dpo_jax import config, train
 from dpo_jax.run import history, workdir
+from dpo_jax.run.loop import Schedule
 from dpo_jax.types import InputError
 
 
@@ -62,7 +63,10 @@ def test_only_evaluations_with_a_checkpoint_and_of_the_present_pairs_count(folde
     for which, best in (("3", "eval/loss:min"), ("newest", "eval/loss:min"), ("best", "")):
         with pytest.raises(InputError, match=f"--step: got {which}; expected last, best or a step that is kept: 2, 4"):
             history.step_of(which, configured(best), folder)
+    # The evaluation at an end beyond which the run now goes is kept, unless the schedule makes it again.
+    assert [train.keeps_evaluation(Schedule(3, total, 2), folder) for total in (9, 3)] == [True, False]
     history.record_changes({"data.eval": ["a", "b"]}, folder, 3)
+    assert not train.keeps_evaluation(Schedule(3, 9, 2), folder)
     assert history.read_history(configured(), folder, before=5, kept=[2, 3, 4]).kept == 3
 
 

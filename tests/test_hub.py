@@ -29,7 +29,8 @@ def export(tmp_path):
 
 def test_an_export_is_uploaded_without_the_weights_of_an_earlier_one(server, export):
     name = f"{USER}/aligned"
-    server.repositories[name] = {"model-00001-of-00002.safetensors": b"old", "LICENSE": b"kept"}
+    old = ("model-00001-of-00002.safetensors", "adapter_config.json", "config.json")
+    server.repositories[name] = {"LICENSE": b"kept", **dict.fromkeys(old, b"old")}
     address = hub.push(export, name, private=False)
     assert address == f"{server.address}/{name}" and not server.private
     sent = {path.relative_to(export).as_posix(): path.read_bytes() for path in export.rglob("*") if path.is_file()}
@@ -43,7 +44,7 @@ def test_a_new_repository_is_private_where_asked(server, export):
 
 def test_an_upload_that_fails_keeps_the_export_and_says_how_to_send_it_by_hand(server, export):
     server.refused.add("/api/repos/create")
-    with pytest.raises(InputError, match=f"upload failed.*Upload it with `hf upload {USER}/a {export}`"):
+    with pytest.raises(InputError, match=f"upload failed.*with `hf upload {USER}/a {export}`"):
         hub.push(export, f"{USER}/a", private=False)
     assert (export / "model.safetensors").read_text() == "w"
 

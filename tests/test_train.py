@@ -642,6 +642,12 @@ def test_a_run_ends_early_exports_its_best_and_goes_on(finished, inputs, tmp_pat
     assert "optimizer.learning_rate: 0.01 -> 0.001" in (run / "export-4" / "README.md").read_text()
     train.run(make_config(inputs, **fields | dict(optimizer__learning_rate=1.0)), run)
     assert "no update is left for a change (optimizer.learning_rate" in capsys.readouterr().err
+    # Other pairs to evaluate on: evaluated and exported once, though no checkpoint is made with them.
+    others = dict(optimizer__learning_rate=1.0, data__eval=str(inputs / "train.jsonl"))
+    train.run(make_config(inputs, **fields | others), run)
+    capsys.readouterr()
+    train.run(make_config(inputs, **fields | others), run)
+    assert "is complete at step 4" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

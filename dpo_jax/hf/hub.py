@@ -45,7 +45,7 @@ def check_access(repo: str) -> None:
 
 
 def push(folder: Path, repo: str, *, private: bool) -> str:
-    """Uploads an export in one commit, without the weights of an earlier one; returns its address on the Hub.
+    """Uploads an export in one commit, in place of an earlier one; returns its address on the Hub.
 
     Args:
       folder: of an export; one in a bucket is copied to the cache first.
@@ -59,7 +59,7 @@ def push(folder: Path, repo: str, *, private: bool) -> str:
             repo_id=made.repo_id,
             folder_path=reading.copied(folder),
             commit_message="Upload by dpo_jax",
-            delete_patterns=["*.safetensors", folders.INDEX],
+            delete_patterns=["*.safetensors", *folders.SMALL_FILES],  # also of the other kind, adapters or whole
         )
     except Exception as error:  # connection, Hub and disk raise many types, and what was trained is not to be lost
         raise InputError(

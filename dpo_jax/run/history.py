@@ -104,7 +104,7 @@ def read_history(config: Config, folder: Path, *, before: int, kept: Collection[
     history = History(goal_of(config), config.eval.patience, [], bool(config.checkpoint.best))
     if history.goal is None:
         return history
-    since = max([0, *(change["step"] for change in read_changes(folder) if "data.eval" in change["changes"])])
+    since = evaluated_since(folder)
     for row in hosts.broadcast("evaluations", read_rows(folder / "eval.jsonl")):
         if since <= row["step"] < before:
             history.add(int(row["step"]), row)
@@ -161,6 +161,11 @@ def shown(changes: Mapping[str, Sequence[object]]) -> str:
 def read_changes(folder: Path) -> list[Change]:
     """Reads the recorded changes of the configuration of the run in a folder, the first one first."""
     return [Change(**row) for row in read_rows(folder / "changes.jsonl")]
+
+
+def evaluated_since(folder: Path) -> int:
+    """Returns the updates made when the pairs to evaluate on were last changed; 0 if they never were."""
+    return max([0, *(change["step"] for change in read_changes(folder) if "data.eval" in change["changes"])])
 
 
 def changes_evaluation(folder: Path, step: int) -> bool:

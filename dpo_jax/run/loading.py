@@ -26,6 +26,7 @@ from dpo_jax.run import programs, state
 from dpo_jax.run.choices import trainable_of
 from dpo_jax.run.inputs import Source
 from dpo_jax.runtime.files import Path
+from dpo_jax.runtime.reading import copied
 from dpo_jax.runtime.xla import COMPILER_OPTIONS
 from dpo_jax.scoring import score_pairs
 from dpo_jax.types import Encoded, InputError, Row, listed
@@ -184,7 +185,9 @@ def load(
     built, _ = programs_for(np.array([[1, 1, 0]]))
     adapter_folder = folders.resolve(adapter, "adapter") if adapter else None
     params = state.load_params(Source(folder, adapter_folder, 0), built)
-    return LanguageModel(folder, model, params, load_tokenizer(str(folder)), built.mesh, programs_for)
+    return LanguageModel(
+        folder, model, params, load_tokenizer(str(copied(folder, folders.is_small))), built.mesh, programs_for
+    )
 
 
 def _plain(text: Text) -> object:

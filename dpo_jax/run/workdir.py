@@ -8,7 +8,7 @@ import datetime
 import json
 import time
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypedDict
 
 import xxhash
@@ -104,7 +104,7 @@ def dated(config: Config, workdir: Path) -> Config:
         date = record_from_json(*_recorded(workdir)).data.date
     elif manifest.is_file():
         with contextlib.suppress(ValueError):  # a damaged manifest is an error of the pass that reads it
-            date = json.loads(manifest.read_text()).get("date", date)
+            date = json.loads(manifest.read_text()).get("date") or date
     date = hosts.broadcast("date", date)
     return dataclasses.replace(config, data=dataclasses.replace(config.data, date=date))
 
@@ -183,12 +183,14 @@ def run_digest(config: Config, pairs: str | None, changes: Sequence[Change], ste
     return xxhash.xxh3_64_hexdigest(json.dumps([values, pairs, decisive], sort_keys=True).encode())
 
 
-def check_data(digests: Mapping[str, str | None], workdir: Path, *, other_eval: bool = False) -> int | None:
+def check_data(
+    digests: Mapping[str, str | None], workdir: Path, *, other_eval: Callable[[int], bool] = lambda step: False
+) -> int | None:
     """Returns the step of the newest checkpoint; None if there is none.
 
     Args:
       digests: of the run's pairs, by set; None where there are no pairs.
-      other_eval: whether the configuration names other pairs to evaluate on than the run's, as it may.
+      other_eval: whether the pairs to evaluate on have changed since the checkpoint after so many updates, as they may.
     Raises: InputError if the checkpoint was made with other pairs, or processes see different checkpoints.
     """
     with Checkpoints(workdir / "checkpoints", keep=1, read_only=True) as checkpoints:
@@ -196,7 +198,7 @@ def check_data(digests: Mapping[str, str | None], workdir: Path, *, other_eval: 
         # Before any process reads one, for which all are needed.
         hosts.agree(f"checkpoints in {workdir}", {"step": step})
         made_with = digests if step is None else checkpoints.record(step)["data"]
-    for name in ["train"] if other_eval else digests:
+    for name in ["train"] if step is not None and other_eval(step) else digests:
         if digests[name] != made_with.get(name):
             raise InputError(
                 place_of(name),

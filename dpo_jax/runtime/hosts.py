@@ -324,9 +324,9 @@ def leave(status: int, reason: str = "") -> NoReturn:
         sys.exit(status)
     _over.set()  # what the others do from here on changes nothing
     with contextlib.suppress(Exception):
-        _client().key_value_set("dpo_jax/failed", json.dumps([index(), reason]))
-        if first():  # the key-value store ends with this process; the others read it first
-            threading.Event().wait(2 * WATCH_S)
+        _client().key_value_set("dpo_jax/failed", json.dumps([index(), reason]))  # unless another failed before
+    if first():  # the key-value store ends with this process; the others read it first
+        threading.Event().wait(2 * WATCH_S)
     os._exit(status)
 
 
@@ -458,6 +458,8 @@ def _end_at_once() -> None:
     if count() > 1:
         with contextlib.suppress(Exception):
             _client().key_value_set("dpo_jax/failed", json.dumps([index(), "interrupted twice"]))
+        if first():
+            threading.Event().wait(2 * WATCH_S)  # as in `leave`
     os._exit(INTERRUPTED)
 
 

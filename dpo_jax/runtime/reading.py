@@ -92,6 +92,10 @@ def copied(path: Path, keep: Callable[[str], bool] = lambda name: True) -> pathl
     filesystem = buckets.filesystem(cast(epath.Path, path))
     begin = len(filesystem._strip_protocol(str(path))) + 1
     objects = {name[begin:]: info for name, info in filesystem.find(str(path), detail=True).items()}
+    parents = {str(parent) for name in objects if name for parent in pathlib.PurePosixPath(name).parents}
+    objects = {  # without those that stand for folders, which consoles make
+        name: info for name, info in objects.items() if not name.endswith("/") and (name or ".") not in parents
+    }
     single = not objects.keys() - {""}
     chosen = {name or path.name: info for name, info in objects.items() if keep(name or path.name)}
     sums = {
