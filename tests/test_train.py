@@ -634,7 +634,7 @@ def test_a_run_ends_early_exports_its_best_and_goes_on(finished, inputs, tmp_pat
     fields |= dict(eval__patience=0, train__steps=4, optimizer__learning_rate=1e-3)
     train.run(make_config(inputs, **fields), run)
     shown = capsys.readouterr().err
-    assert "changed at step 3: eval.patience: 2 -> 0; train.steps: 6 -> 4; " in shown and " 0 scored in 0 for" in shown
+    assert "changed at step 3: eval.patience: 2 -> 0; train.steps: 6 -> 4; " in shown and ", 0 scored\n" in shown
     rates = [row["learning_rate"] for row in read_rows(run / "metrics.jsonl")]
     assert rates == pytest.approx([0, 5e-3, 1e-2, 1e-3 / 2])
     assert "| changed after update 3 |" not in (run / "export" / "README.md").read_text()  # the best is from before
