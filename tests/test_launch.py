@@ -861,7 +861,7 @@ def test_image_installs_in_the_order_of_its_file(tmp_path):
     (packages,) = site.rglob("site-packages")
     code = f"import site; site.addsitedir({str(packages)!r}); import dpo_jax.cli; print(dpo_jax.cli.__file__)"
     clean = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, env=clean)
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=place, env=clean)
     assert os.access(program, os.X_OK) and found.stdout.strip() == str(place / "dpo_jax/cli.py"), found.stderr
 
 

@@ -133,9 +133,9 @@ def test_unpaired_run_scores_answers_of_other_prompts(folders, tmp_path):
     # What is scored besides is counted.
     assert all(a["positions_computed"] > b["positions_computed"] for a, b in zip(rows, others, strict=True))
     assert all(a["tokens_real"] > 1.5 * b["tokens_real"] for a, b in zip(rows, others, strict=True))
-    # One example, one value; and one for each of its prompts with an answer of another.
+    # Of the examples that the updates read, one value each; and one for each of their prompts with another's answer.
     values = [pq.read_table(path).num_rows for path in (tmp_path / "kto" / "reference").glob("*.parquet")]
-    assert sum(values) == 2 * runs.TRAIN_PAIRS
+    assert sum(values) == 2 * 3 * 8
 
 
 @pytest.mark.slow

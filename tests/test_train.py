@@ -340,7 +340,7 @@ def test_interrupted_run_goes_on_bit_for_bit(finished, inputs, tmp_path, monkeyp
 def test_export_of_an_unfinished_run_is_not_taken_for_the_finished_one(finished, inputs, tmp_path, monkeypatch):
     config, folder = make_config(inputs), tmp_path / "run"
     with monkeypatch.context() as patch:
-        patch.setattr(train, "export_model", lambda *_: (_ for _ in ()).throw(Killed))
+        patch.setattr(train, "export_model", lambda *_, **__: (_ for _ in ()).throw(Killed))
         with pytest.raises(Killed):
             train.run(config, folder)
     commands.export_checkpoint(config, folder, None)
@@ -492,6 +492,7 @@ def test_program_of_an_update_holds_no_number_of_objective_or_optimizer(inputs):
         "optimizer__b1": (0.9, 0.8),
         "optimizer__b2": (0.999, 0.99),
         "optimizer__eps": (1e-8, 1e-6),
+        "optimizer__min_lr_rate": (0.1, 0.2),
         "optimizer__warmup_steps": (0, 3),
         "train__steps": (5, 7),
         "seed": (0, 2**40 + 1),
