@@ -2,12 +2,12 @@
 
     python -m benchmarks.kills --kills=20
 
-The run is a tiny one on the CPU with everything that a run writes: reference log-probs, two syncs of the reference with
-mixed weights, evaluations, checkpoints and the export. Its working folder is on this disk, and in buckets of servers
-of gs:// and s3:// that this script starts on this machine. A process gets SIGKILL at a moment drawn evenly from the
-seconds that an unbroken run takes; the next one goes on in the same folder. At the end of a run its logs, without what
-a clock decides, and its exported weights are compared with those of the unbroken run, bit by bit. The next run begins
-in a new folder, until there were --kills kills.
+The run is a tiny one on the CPU with everything that a run writes: reference log-probs, two syncs of the reference
+with mixed weights, evaluations, checkpoints and the export. Its working folder is on this disk, and in buckets of
+servers of gs:// and s3:// that this script starts on this machine. A process gets SIGKILL at a moment drawn evenly
+from the seconds that an unbroken run takes there; the next one goes on in the same folder. At the end of a run its
+logs, without what a clock decides, and its exported weights are compared with those of the unbroken run, bit by bit.
+The next run begins in a new folder, until there were --kills kills.
 
 Prints for each place the kills, the runs that they were spread over, the updates that were done when a kill came, and
 the runs that differ; writes them to --out as JSON. With --check it fails if any differs.
@@ -66,11 +66,15 @@ def updates_in(workdir: Any) -> int:
         return checkpoints.latest_step() or 0
 
 
-def kill_in(place: Any, config: Path, args: argparse.Namespace, expected: tuple[Any, ...], lasts_s: float) -> dict:
+def kill_in(place: Any, config: Path, args: argparse.Namespace, expected: tuple[Any, ...]) -> dict:
     """Kills runs in folders of a place until there were enough kills; returns what the table shows of them."""
     moments, kills, runs, differ, updates = random.Random(args.seed), 0, 0, 0, []
     cwd = Path(args.out) / "cwd"
     cwd.mkdir(exist_ok=True)
+    started = time.perf_counter()
+    killed_after(start(config, place / "unbroken", cwd), 3600)
+    lasts_s = time.perf_counter() - started
+    differ += result_of(place / "unbroken") != expected
     while kills < args.kills:
         workdir = place / f"run-{runs}"
         while kills < args.kills and killed_after(start(config, workdir, cwd), moments.uniform(0, lasts_s)):
@@ -105,14 +109,11 @@ def measure(args: argparse.Namespace) -> dict[str, dict]:
     fields = dict(reference__sync_steps=2, reference__mixup_alpha=0.5, data__date="2024-02-29", eval__every_steps=3)
     with object_stores.servers():
         (out / "config.json").write_text(config.to_json(runs.make_config(inputs, **fields)))
-        for turn in ("caches", "whole"):  # the first fills them, and is not timed
-            started = time.perf_counter()
-            killed_after(start(out / "config.json", out / turn, out), 3600)
-        lasts_s = time.perf_counter() - started
+        killed_after(start(out / "config.json", out / "whole", out), 3600)  # which fills the caches too
         expected = result_of(out / "whole")
         for name in args.places:
             place: Any = out / "disk" if name == "disk" else files.path(f"{name}://{object_stores.BUCKET}/kills")
-            found[name] = kill_in(place, out / "config.json", args, expected, lasts_s)
+            found[name] = kill_in(place, out / "config.json", args, expected)
     return found
 
 
