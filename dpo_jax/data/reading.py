@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import functools
 import itertools
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Sequence
 from typing import TypeAlias, TypeVar
 
 from transformers import PreTrainedTokenizerBase
@@ -18,17 +16,14 @@ from dpo_jax.data.formats import detect, header_left_out, kind_of, render
 from dpo_jax.data.sources import Source
 from dpo_jax.data.templates import TemplateLoss
 from dpo_jax.data.tokenize import Outcome, TooLong
-from dpo_jax.runtime.prefetch import in_order
 from dpo_jax.types import InputError, Omission, Pair, Row
 
 LOSSES = ("error", "warn")  # values of `on_template_loss`
 
-_CHUNK_ROWS = 250  # rows that are rendered and encoded together; of each thread, and as many more, are in memory
-THREADS = 2  # one renders, which Python does for one at a time, while the other one's tokenizer uses the other cores
+_CHUNK_ROWS = 250  # rows in memory at a time
 
 T = TypeVar("T")
 Encoder: TypeAlias = Callable[[Sequence[Pair]], list[Outcome | TooLong | InputError]]
-Results: TypeAlias = list[list[tuple[Pair, Outcome]] | InputError]  # of each row, its pairs or what makes it a bad one
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,60 +55,17 @@ def tokenize_source(
     tokenizer: PreTrainedTokenizerBase,
     report: Callable[[int], None] = lambda rows: None,
 ) -> None:
-    """Renders, encodes and writes the rows of a source, a chunk at a time, after which `report` gets its rows.
-
-    Rows are read and written in this thread, and rendered and encoded in others: the tokenizer, which is not Python,
-    works on one chunk while another is rendered. Results, errors and their order are those of one thread.
-    """
-    skip, keys = reading.on_bad_row == "skip", set[str]()
-    tokenizer("", add_special_tokens=False)  # turns off truncation and padding, which threads must not do together
-    chunks = _chunks(source, writer, encoder, reading, reader, tokenizer)
-    with (
-        ThreadPoolExecutor(THREADS, thread_name_prefix="tokenize") as threads,
-        contextlib.closing(in_order(threads, chunks, ahead=THREADS)) as encoded,
-    ):
-        for results in encoded:
-            lost = [result for result in results if isinstance(result, TemplateLoss)] if reading.strict else []
-            bad = [result for result in results if isinstance(result, InputError) and result not in lost]
-            if bad and not skip:
-                raise bad[0]
-            good = [result for result in results if isinstance(result, list)]
-            writer.omit([(each.place, each.omissions) for each in lost])
-            writer.omit([(pairs[0][0].place, _row_omissions(pairs)) for pairs in good])
-            writer.add(list(itertools.chain(*good)), rows=len(good))
-            writer.drop(bad)
-            keys |= {key for pairs in good for key in pairs[0][0].unread}
-            report(len(results))
-    entry = writer.sources[-1]
-    entry.layouts, entry.unread, entry.unread_keys = list(reader.layouts), list(reader.unread), sorted(keys)
-
-
-def _chunks(
-    source: Source,
-    writer: EntryWriter,
-    encoder: Encoder,
-    reading: ReadingRules,
-    reader: published.Reader,
-    tokenizer: PreTrainedTokenizerBase,
-) -> Iterator[Callable[[], Results]]:
-    """Reads the rows of a source, a chunk at a time; yields for each a function that renders and encodes it.
-
-    Where rows cannot be read on, the last function raises the error, so that it comes after the errors of earlier rows.
-    """
-    rows, format = iter(source.rows), reading.format
-    for first in itertools.chain([True], itertools.repeat(False)):
-        as_written = _or_error(lambda: list(itertools.islice(rows, _CHUNK_ROWS)))
-        if isinstance(as_written, InputError):
-            yield functools.partial(_raise, as_written)
-            return
-        if not as_written:
-            return
+    """Renders, encodes and writes the rows of a source, a chunk at a time, after which `report` gets its rows."""
+    rows, format, skip = iter(source.rows), reading.format, reading.on_bad_row == "skip"
+    first, keys = True, set[str]()
+    while as_written := list(itertools.islice(rows, _CHUNK_ROWS)):
         chunk = [_or_error(functools.partial(reader.read, row)) for row in as_written]
         if first:
             reader.renaming.check_begun(source.name, as_written)
-            format = _detect(chunk, reading.on_bad_row == "skip") if format == "auto" else format
+            format = _detect(chunk, skip) if format == "auto" else format
             kind = kind_of(format, reading.rankings)
             writer.begin(source, format, kind, _header_left_out(chunk, format, tokenizer))
+            first = False
         renderer = functools.partial(
             render,
             format=format,
@@ -122,17 +74,28 @@ def _chunks(
             turns=reading.turns,
             date=reading.date,
         )
+        results = _encoded(chunk, renderer, encoder)
+        lost = [result for result in results if isinstance(result, TemplateLoss)] if reading.strict else []
+        bad = [result for result in results if isinstance(result, InputError) and result not in lost]
+        if bad and not skip:
+            raise bad[0]
+        good = [result for result in results if isinstance(result, list)]
+        writer.omit([(each.place, each.omissions) for each in lost])
+        writer.omit([(pairs[0][0].place, _row_omissions(pairs)) for pairs in good])
+        writer.add(list(itertools.chain(*good)), rows=len(good))
+        writer.drop(bad)
         for row in chunk:
             if isinstance(row, Row):
                 reader.note(row, format)
-        yield functools.partial(_encoded, chunk, renderer, encoder)
+        keys |= {key for pairs in good for key in pairs[0][0].unread}
+        report(len(chunk))
+    entry = writer.sources[-1]
+    entry.layouts, entry.unread, entry.unread_keys = list(reader.layouts), list(reader.unread), sorted(keys)
 
 
-def _raise(error: InputError) -> Results:
-    raise error
-
-
-def _encoded(rows: Sequence[Row | InputError], renderer: Callable[..., list[Pair]], encoder: Encoder) -> Results:
+def _encoded(
+    rows: Sequence[Row | InputError], renderer: Callable[..., list[Pair]], encoder: Encoder
+) -> list[list[tuple[Pair, Outcome]] | InputError]:
     """Renders and encodes rows: for each, its pairs with their outcomes, or the error that makes it a bad row.
 
     A conversation whose prompt is too long is rendered again without its oldest exchange, and so on, until it fits or

@@ -240,7 +240,7 @@ class _Bar(tqdm):
 
     def __str__(self) -> str:
         self._drawn_s, entries = time.monotonic(), self.format_dict
-        return self._line(entries["ncols"], bool(entries["ascii"]))
+        return self._line(entries["ncols"] or None, bool(entries["ascii"]))  # some terminals say 0
 
 
 class Counter:
