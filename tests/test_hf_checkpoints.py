@@ -95,7 +95,9 @@ def test_host_holds_one_leaf_while_loading_and_one_tensor_while_exporting(tmp_pa
     leaves = save(tmp_path / "m", hf)
     total, largest = sum(x.nbytes for x in leaves.values()), max(x.nbytes for x in leaves.values())
     config, _ = checkpoints.read_config(tmp_path / "m")
-    checkpoints.load_params(tmp_path / "m", config)  # Python keeps some tuples to use again, and gets them here
+    # Python keeps some tuples to use again, and gets them here, and modules that are imported where they are used.
+    checkpoints.load_params(tmp_path / "m", config)
+    checkpoints.export(trees.nest(leaves), base=tmp_path / "m", out=tmp_path / "first")
     tracemalloc.start()
     checkpoints.load_params(tmp_path / "m", config, place=lambda *leaf: checkpoints.whole(*leaf) is None)
     loading = tracemalloc.get_traced_memory()[1]

@@ -302,10 +302,10 @@ def test_read_refuses_weights_that_are_no_number_above_zero(tmp_path, weight):
     assert repr(weight) in error.got and "above 0" in error.expected
 
 
-def test_read_refuses_parts_without_a_name(tmp_path):
+def test_read_refuses_parts_without_a_source(tmp_path):
     path = write(tmp_path / "a.jsonl", LINES)
     for spec in ("", f"{path},", f"{path},,{path}", "*2"):
-        assert "without a name" in failure(spec).got
+        assert "without a source" in failure(spec).got
 
 
 def test_read_names_the_files_in_a_folder_of_other_things(tmp_path):

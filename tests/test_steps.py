@@ -351,7 +351,7 @@ FAULTS = [  # (fields, place, got, expected)
     ({"count": np.float32(1)}, "count", "float32", "whole numbers"),
     ({"rows": np.zeros((), np.int32)}, "rows", "[]", "[A, ...]"),
     ({"rows": {}}, "rows", "no array", "[A, ...]"),
-    ({"crop": np.zeros(1, np.int32)}, "crop", "is set", "functions that crop"),
+    ({"crop": np.zeros(1, np.int32)}, "crop", "got an array", "functions that crop"),
     ({"reference_sums": {"shared_logps": np.zeros((2, 2))}}, "reference_sums['shared_logps']", "[2, 2]", "[P=3, K=2]"),
     ({"mismatched": TWO}, "mismatched.reference", "[4, 2]", "[P=3, K=2]"),
     ({"mismatched": TABLE._replace(lengths=np.ones(3, int))}, "mismatched.lengths", "[3]", "[P=3, K=2]"),
