@@ -56,7 +56,6 @@ def config_for(config: Config, model: str, place: str) -> Config:
         optimizer=Optimizer(),
         lora=lora,
         sft=Sft(),
-        loss=config.loss,
     )
 
 

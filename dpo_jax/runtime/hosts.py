@@ -323,11 +323,21 @@ def leave(status: int, reason: str = "") -> NoReturn:
     if count() == 1 or status in (0, STOPPED):
         sys.exit(status)
     _over.set()  # what the others do from here on changes nothing
-    with contextlib.suppress(Exception):
-        _client().key_value_set("dpo_jax/failed", json.dumps([index(), reason]))  # unless another failed before
-    if first():  # the key-value store ends with this process; the others read it first
-        threading.Event().wait(2 * WATCH_S)
+    _tell_others(reason)
     os._exit(status)
+
+
+def _tell_others(reason: str) -> None:
+    """Tells the other processes why this one ends, unless another failed before, and gives them time to read it."""
+    with contextlib.suppress(Exception):
+        _client().key_value_set("dpo_jax/failed", json.dumps([index(), reason]))
+    _wait_for_readers()
+
+
+def _wait_for_readers() -> None:
+    """Keeps process 0, with which the key-value store ends, until the others have read it."""
+    if first():
+        threading.Event().wait(2 * WATCH_S)
 
 
 def _watch() -> None:
@@ -376,8 +386,7 @@ def _end(process: int, reason: str | None) -> NoReturn:
         said = " no longer answers; expected every process to run to the end. It was killed or its host is gone: look "
         said += "at its own output. Start all again with the same command, which goes on from the last checkpoint."
     os.write(2, f"error: {_name(process)}{said}\n".encode())  # at once, before JAX aborts this process
-    if first():
-        threading.Event().wait(2 * WATCH_S)  # the others read the reason from this process
+    _wait_for_readers()
     os._exit(1)
 
 
@@ -456,10 +465,7 @@ def _listen_for_interrupts(signals: socket.socket) -> None:
 def _end_at_once() -> None:
     """Ends this process without saving, and tells the others."""
     if count() > 1:
-        with contextlib.suppress(Exception):
-            _client().key_value_set("dpo_jax/failed", json.dumps([index(), "interrupted twice"]))
-        if first():
-            threading.Event().wait(2 * WATCH_S)  # as in `leave`
+        _tell_others("interrupted twice")
     os._exit(INTERRUPTED)
 
 
